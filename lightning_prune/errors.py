@@ -1,0 +1,29 @@
+"""What can go wrong, said so that the reader knows the cause and the way out."""
+
+
+class PruningError(Exception):
+    """Root of every error that lightning-prune raises for its user."""
+
+
+class TraceError(PruningError):
+    """The model could not be run or understood on the example inputs."""
+
+
+class ScoreError(PruningError):
+    """Scores could not be computed, or are not usable (NaN, infinite, wrong length)."""
+
+
+class PlanError(PruningError, ValueError):
+    """A plan, ratio or constraint that cannot be carried out on this model."""
+
+
+class ReconstructionError(PruningError):
+    """The smaller model could not be built, or is not equal to the masked one."""
+
+
+class CallbackError(PruningError):
+    """Callbacks in an order or a Trainer in which they cannot work."""
+
+
+class NoEffectWarning(UserWarning):
+    """A step that was asked for changed nothing."""
