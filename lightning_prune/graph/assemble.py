@@ -1,0 +1,169 @@
+"""From classes of labels to named groups of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.contraction import Call
+from lightning_prune.graph.groups import Group, Layer, Slice
+from lightning_prune.graph.labels import LabelSpace, Span
+
+
+@dataclass
+class Classes:
+    """Everything the rules said, resolved: per id its class, its layer's own class, roles and reasons."""
+
+    space: LabelSpace
+    joint: Tensor
+    own: Tensor
+    reason: Tensor
+    filters: Tensor
+    masked: Tensor
+
+    @classmethod
+    def of(cls, space: LabelSpace) -> Classes:
+        joint = space.classes()
+        filters, readers = space.marked("filter"), space.marked("reader")
+        masked = ~readers | filters | space.marked("must_mask")
+        for span in space.spans:
+            if span.buffer:
+                masked[span.ids] = False
+        return cls(space, joint, space.classes(own=True), space.frozen_reason(joint), filters, masked)
+
+
+def build_groups(
+    space: LabelSpace, calls: list[Call], norms: list[tuple[str, Tensor]], module_of: dict[str, str]
+) -> tuple[Group, ...]:
+    """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes.
+
+    Args:
+        space: what the rules collected.
+        calls: every convolution and matrix product, in order.
+        norms: every batch norm in order: module path and its output's label values.
+        module_of: module path that owns each parameter.
+    """
+    classes = Classes.of(space)
+    order = _filter_order(classes, calls)
+    members: dict[int, list[tuple[Span, Tensor]]] = {}
+    for key, span, roots in _spans_by_group(classes):
+        members.setdefault(key, []).append((span, roots))
+    groups = []
+    for spans in members.values():
+        if any(classes.filters[span.ids][torch.isin(classes.joint[span.ids], roots)].any() for span, roots in spans):
+            groups.append(_build_group(classes, spans, calls, norms, module_of, order))
+    groups.sort(key=lambda item: item[0])
+    return _unique_names([group for _, group in groups])
+
+
+def _spans_by_group(classes: Classes) -> list[tuple[int, Span, Tensor]]:
+    """(group key, span, classes of that group in the span): the key is the make-up of a class and its reason."""
+    generator = torch.Generator().manual_seed(0)
+    make_up = torch.zeros(classes.space.count, dtype=torch.int64)
+    weights = torch.randint(-(2**62), 2**62, (len(classes.space.spans),), generator=generator)
+    for span, weight in zip(classes.space.spans, weights, strict=True):
+        roots = classes.joint[span.ids]
+        make_up.index_add_(0, roots, weight.expand(len(roots)))  # a sum modulo 2**64 over (span, count)
+    make_up += classes.reason[classes.joint] * 0x9E3779B97F4A7C1
+    found = []
+    for span in classes.space.spans:
+        roots = classes.joint[span.ids]
+        keys = make_up[roots]
+        for key in keys.unique().tolist():
+            found.append((key, span, roots[keys == key].unique()))
+    return found
+
+
+def _filter_order(classes: Classes, calls: list[Call]) -> dict[int, int]:
+    """When the filters of each own class first ran."""
+    order: dict[int, int] = {}
+    for call in calls:
+        for root in classes.own[call.makes[call.makes >= 0] >> 1].unique().tolist():
+            order.setdefault(root, call.order)
+    return order
+
+
+def _build_group(
+    classes: Classes,
+    spans: list[tuple[Span, Tensor]],
+    calls: list[Call],
+    norms: list[tuple[str, Tensor]],
+    module_of: dict[str, str],
+    order: dict[int, int],
+) -> tuple[int, Group]:
+    located = []
+    for span, roots in spans:
+        entries = torch.isin(classes.joint[span.ids], roots).nonzero().flatten()
+        located.append((span, entries, classes.joint[span.ids][entries]))
+    channels = torch.cat([roots for _, roots in spans]).unique()  # class ids ascend with their first tensor's entries
+    indexed = [(span, entries[torch.argsort(roots, stable=True)].view(len(channels), -1)) for span, entries, roots in located]
+
+    filters = []
+    for span, index in indexed:
+        ids = index + span.start
+        if not span.buffer and bool(classes.filters[ids].all()):
+            own = classes.own[ids[:, 0]]
+            filters.append((order.get(int(own[0]), span.start), span, index, own))
+    filters.sort(key=lambda item: item[0])
+    layers = tuple(
+        _layer(classes, first, span, index, own, channels, calls, norms, module_of) for first, span, index, own in filters
+    )
+    slices = []
+    for span, index in indexed:
+        own = classes.own[index[:, 0] + span.start]
+        owner = next((layer.name for layer, item in zip(layers, filters, strict=True) if torch.equal(item[3], own)), None)
+        masked = bool(classes.masked[index + span.start].any())
+        slices.append(Slice(span.tensor, span.dim, index, masked, owner))
+    reason = int(classes.reason[channels[0]])
+    group = Group(
+        layers[0].name, len(channels), layers, tuple(slices), classes.space.reasons[reason] if reason >= 0 else None
+    )
+    return filters[0][0], group
+
+
+def _layer(
+    classes: Classes,
+    first: int,
+    span: Span,
+    index: Tensor,
+    own: Tensor,
+    channels: Tensor,
+    calls: list[Call],
+    norms: list[tuple[str, Tensor]],
+    module_of: dict[str, str],
+) -> Layer:
+    norm = next(
+        (module for module, made in norms if bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())), None
+    )
+    reader, reader_index = None, None
+    for call in calls:
+        if call.order <= first:
+            continue
+        labelled = (call.reads >= 0).nonzero().flatten()
+        roots = classes.joint[call.reads[labelled] >> 1]
+        mine = torch.isin(roots, channels)
+        if mine.any():
+            entries, roots = labelled[mine], roots[mine]
+            if len(entries) % len(channels) == 0 and len(roots.unique()) == len(channels):
+                reader = call.module
+                reader_index = entries[torch.argsort(roots, stable=True)].view(len(channels), -1)
+            break
+    name = module_of.get(span.tensor) or span.tensor
+    return Layer(name, span.tensor, span.dim, span.size, index, norm, reader, reader_index)
+
+
+def _unique_names(groups: list[Group]) -> tuple[Group, ...]:
+    """Groups that share their first layer are told apart by the filters they hold."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+    named = []
+    for group in groups:
+        name = group.name
+        if seen[name] > 1:
+            index = group.layers[0].index
+            name = f"{name}[{int(index.min())}:{int(index.max()) + 1}]"
+        named.append(Group(name, group.size, group.layers, group.slices, group.reason))
+    return tuple(named)

@@ -1,0 +1,116 @@
+"""Run a model once and show every ATen operator, with the tensors' labels, to a rule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_prune.graph.labels import Info
+
+Observe = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that calls ``observe(recorder, op, args, kwargs, output)`` after every operator.
+
+    Information is held per tensor object, weakly: an activation's labels go when the activation goes.
+    """
+
+    def __init__(self, known: dict[Tensor, Info], observe: Observe) -> None:
+        super().__init__()
+        self._info = WeakIdKeyDictionary(dict(known))
+        self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+        self._observe = observe
+        self.module_stack: list[str] = []
+        self.order = 0
+
+    @property
+    def module(self) -> str:
+        """Path of the innermost module that is running."""
+        return self.module_stack[-1] if self.module_stack else ""
+
+    def info(self, tensor: Tensor) -> Info:
+        """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
+        found = self._info.get(tensor)
+        if found is None:
+            owner = self._by_storage.get(tensor.untyped_storage()._cdata)
+            same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
+            found = self._info[owner] if same else Info()
+        return found
+
+    def set_info(self, tensor: Tensor, info: Info) -> None:
+        self._info[tensor] = info
+
+    def aliases(self, tensor: Tensor) -> list[Tensor]:
+        """Other live tensors on the same storage."""
+        storage = tensor.untyped_storage()._cdata
+        return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        self.order += 1
+        self._observe(self, func, args, kwargs, output)
+        return output
+
+
+@contextlib.contextmanager
+def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep ``recorder.module_stack`` up to date while the model runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        recorder.module_stack.append(names.get(id(module), type(module).__name__))
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        recorder.module_stack.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave a model as it was: modes, buffers, random state; no autograd, no fused attention."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, training in modes:
+                module.training = training
+            for buffer, before in buffers:
+                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor inside nested containers, dataclasses and objects with attributes."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += [t for v in vars(leaf).values() if v is not leaf for t in tensors_in(v)]
+    return found

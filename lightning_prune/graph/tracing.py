@@ -1,0 +1,157 @@
+"""Trace any eager model: run it once, follow its channels through every operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_prune.errors import TraceError
+from lightning_prune.graph import rules
+from lightning_prune.graph.assemble import build_groups
+from lightning_prune.graph.contraction import Call
+from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.graph.inputs import call_model
+from lightning_prune.graph.labels import Info, LabelSpace
+from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched
+
+OUTPUT = "reaches the model's output"
+
+
+def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Find which channels of a model go together, and which cannot go at all.
+
+    The model runs once in eval and once in train mode (auxiliary heads exist only there; batch norm and dropout
+    stay in eval) under a dispatch mode that sees every operator. Modes, buffers, gradients and random state are
+    left as they were.
+
+    Args:
+        model: any eager module.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
+        >>> [(group.name, group.size, group.prunable) for group in graph.groups]
+        [('0', 8, True), ('3', 4, False)]
+    """
+    tracer = _Tracer(model)
+    with untouched(model):
+        _normalise_mode(model, training=False)
+        tracer.run(example_inputs)
+        if any(True for _ in model.children()) and model_differs_in_training(model):
+            _normalise_mode(model, training=True)
+            tracer.run(example_inputs, optional=True)
+    return tracer.graph()
+
+
+def model_differs_in_training(model: nn.Module) -> bool:
+    """Whether a second run in train mode can take another path: some module has code of its own that may ask."""
+    return any(not type(module).__module__.startswith("torch.nn.modules") for module in model.modules())
+
+
+def _normalise_mode(model: nn.Module, *, training: bool) -> None:
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, (_BatchNorm, _DropoutNd)):
+            module.eval()
+
+
+class _Tracer:
+    """One label space filled by one or several runs of the same model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.space = LabelSpace()
+        self.calls: list[Call] = []
+        self.norms: list[tuple[str, Tensor]] = []
+        self.notes: dict[str, None] = {}
+        self.used: set[str] = set()
+        self.names: dict[int, str] = {}
+        self.known: dict[Tensor, Info] = {}
+        tensors = [(name, tensor, False) for name, tensor in model.named_parameters()]
+        tensors += [(name, tensor, True) for name, tensor in model.named_buffers()]
+        for name, tensor, buffer in tensors:
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
+            self.names[id(tensor)] = name
+            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer)
+
+    def run(self, example_inputs: Any, *, optional: bool = False) -> None:
+        """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
+        recorder = Recorder(self.known, self._observe)
+        for tensor in tensors_in(example_inputs):
+            recorder.set_info(tensor, Info(data=True))
+        try:
+            with module_names(self.model, recorder), recorder:
+                output = call_model(self.model, example_inputs)
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+            place = f" in module {recorder.module!r}" if recorder.module else ""
+            if optional:
+                self.notes[f"not traced in train mode: {type(error).__name__}: {error}"] = None
+                return
+            raise TraceError(
+                f"the model does not run on the example inputs{place}: {type(error).__name__}: {error}. "
+                "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
+            ) from error
+        for tensor in tensors_in(output):
+            for layer in recorder.info(tensor).layers:
+                self.space.freeze(layer, OUTPUT)
+
+    def graph(self) -> ChannelGraph:
+        shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
+        module_of = {
+            f"{path}.{key}" if path else key: path
+            for path, module in self.model.named_modules()
+            for key, _ in module.named_parameters(recurse=False)
+        }
+        groups = build_groups(self.space, self.calls, self.norms, module_of)
+        unused = [name for name, _ in self.model.named_parameters() if name not in self.used]
+        notes = list(self.notes)
+        if unused:
+            notes.append(f"never used in the trace, left as they are: {', '.join(unused)}")
+        return ChannelGraph(groups, shapes, tuple(notes))
+
+    def _observe(self, recorder: Recorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        context = rules.Context(self.space, recorder, func, args, kwargs, output, self.calls, self.norms)
+        for tensor in context.tensors():
+            name = self.names.get(id(tensor))
+            if name is not None:
+                self.used.add(name)
+        outputs = [tensor for tensor in rules.tensors_out(output) if isinstance(tensor, Tensor)]
+        if not outputs:
+            return
+        rule = rules.rule_for(func)
+        before = context.info(outputs[0])
+        if rule is None:
+            reason = f"passes an operator without a rule, {context.where}"
+            if any(context.info(tensor).layers for tensor in context.tensors()):
+                self.notes[f"no rule for {context.where}: the channels that reach it are not pruned"] = None
+            infos = [context.freeze_inputs(reason)] * len(outputs)
+        else:
+            result = rule(context)
+            infos = result if isinstance(result, list) else [result] * len(outputs)
+        if func._schema.is_mutable:
+            self._check_aliases(recorder, context, outputs[0], before, infos[0])
+        for tensor, info in zip(outputs, infos, strict=True):
+            if id(tensor) not in self.names:
+                recorder.set_info(tensor, info)
+
+    def _check_aliases(
+        self, recorder: Recorder, context: rules.Context, tensor: Tensor, before: Info, after: Info
+    ) -> None:
+        """A write through one view changes the others: unless the labels stayed, those cannot be followed."""
+        same = len(before.layers) == len(after.layers) and all(
+            torch.equal(a, b) for a, b in zip(before.layers, after.layers, strict=True)
+        )
+        if same:
+            return
+        for alias in recorder.aliases(tensor):
+            for layer in (*recorder.info(alias).layers, *after.layers):
+                self.space.freeze(layer, f"is written through a view by {context.where}")

@@ -1,0 +1,103 @@
+"""The plan: which channels of every group are kept. Masking, reconstruction and loading consume nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning_prune.errors import PlanError
+
+Coupling = Literal["joint", "union", "intersection"]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Kept channels of one group.
+
+    Attributes:
+        size: channels of the dense group.
+        keep: channels that exist in the reconstructed model, ascending.
+        layers: per member layer, the channels it keeps itself. Equal to ``keep`` when coupled jointly; a part of
+            it under ``union`` (the rest are zero filters that fill the addition); possibly more under
+            ``intersection``.
+    """
+
+    size: int
+    keep: tuple[int, ...]
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kept in (("keep", self.keep), *self.layers.items()):
+            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.size):
+                raise PlanError(f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}")
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Channels that the reconstructed model no longer has."""
+        kept = set(self.keep)
+        return tuple(channel for channel in range(self.size) if channel not in kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept channels of every group that loses some; plain integers, so that it can be saved anywhere.
+
+    Example:
+        >>> plan = Plan({"conv1": GroupPlan(4, (0, 2), {"conv1": (0, 2)})})
+        >>> plan.groups["conv1"].removed
+        (1, 3)
+        >>> Plan.from_dict(plan.to_dict()) == plan
+        True
+    """
+
+    groups: dict[str, GroupPlan]
+    coupling: Coupling = "joint"
+
+    def __post_init__(self) -> None:
+        check_coupling(self.coupling)
+
+    def __bool__(self) -> bool:
+        return any(group.removed or any(len(kept) < group.size for kept in group.layers.values())
+                   for group in self.groups.values())
+
+    @property
+    def ratio(self) -> float:
+        """Share of the planned groups' channels that the reconstructed model loses."""
+        total = sum(group.size for group in self.groups.values())
+        return sum(len(group.removed) for group in self.groups.values()) / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and integers."""
+        groups = {
+            name: {"size": g.size, "keep": list(g.keep), "layers": {k: list(v) for k, v in g.layers.items()}}
+            for name, g in self.groups.items()
+        }
+        return {"coupling": self.coupling, "groups": groups}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: the data are not a plan.
+        """
+        try:
+            groups = {
+                str(name): GroupPlan(
+                    int(g["size"]), tuple(g["keep"]), {str(k): tuple(v) for k, v in g["layers"].items()}
+                )
+                for name, g in data["groups"].items()
+            }
+            return cls(groups, data["coupling"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a pruning plan: {error!r}") from error
+
+
+def check_coupling(coupling: str) -> None:
+    """Refuse anything but the three couplings.
+
+    Raises:
+        PlanError: unknown coupling.
+    """
+    if coupling not in get_args(Coupling):
+        raise PlanError(f"coupling must be one of {', '.join(get_args(Coupling))}, got {coupling!r}")
