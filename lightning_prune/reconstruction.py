@@ -1,0 +1,221 @@
+"""Reconstruct: build the physically smaller model that computes exactly what the masked one computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import Optimizer
+
+from lightning_prune.errors import ReconstructionError
+from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph.recording import untouched
+from lightning_prune.masking import check_model, check_plan, masked_entries
+from lightning_prune.optimizers import change_state_, unwrap
+from lightning_prune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The entries of one dimension of one tensor that survive."""
+
+    tensor: str
+    dim: int
+    keep: Tensor
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A smaller copy."""
+        return tensor.index_select(self.dim, self.keep.to(tensor.device))
+
+
+def reconstruct(model: nn.Module, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> nn.Module:
+    r"""A smaller copy of a model without the channels that a plan removes; the model itself is untouched.
+
+    Every tensor keeps the entries :math:`\{0..n\} \setminus R`, where :math:`R` unites what all groups remove from
+    it. Residual additions keep the union of their members' channels and concatenations keep aligned indices, since
+    groups already say which entries go together (Lee et al., Sensors 23(4):2102, 2023). The entries that the plan
+    masks are zero in the copy, whether or not `mask_` ran before.
+
+    Args:
+        model: the traced model, masked or not.
+        graph: from `lightning_prune.trace`.
+        plan: which channels to keep.
+        example_inputs: if given, the smaller model is run on them before it is returned.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model.
+        ReconstructionError: the smaller model does not run on ``example_inputs``.
+
+    Example:
+        >>> from lightning_prune import L1, LayerRatio, score, trace
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
+        >>> plan = LayerRatio(0.5).select(graph, score(model, graph, L1()))
+        >>> reconstruct(model, graph, plan)[0]
+        Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+    """
+    check_plan(graph, plan)
+    check_model(model, graph)
+    small = _copy(model)
+    reconstruct_(small, graph, plan, example_inputs=example_inputs)
+    return small
+
+
+def reconstruct_(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    example_inputs: Any = None,
+) -> None:
+    """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
+
+    Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model.
+        ReconstructionError: masks are still held, or the smaller model does not run on ``example_inputs``.
+    """
+    check_plan(graph, plan)
+    check_model(model, graph)
+    if any(parameter._backward_hooks for parameter in model.parameters()):
+        raise ReconstructionError(
+            "gradient hooks are registered on the parameters; they know the old shapes. Call MaskHandle.remove() first"
+        )
+    plain = unwrap(optimizers)
+    undo = _Undo(model, plain)
+    try:
+        named = dict(model.named_parameters())
+        for zeros in masked_entries(graph, plan):
+            zeros.clear_(named[zeros.parameter].data)
+            change_state_(plain, named[zeros.parameter], named[zeros.parameter].shape, zeros.clear_)
+        for cut in cuts(graph, plan):
+            _cut_(model, cut, plain)
+        update_attributes_(model)
+        if example_inputs is not None:
+            _run(model, example_inputs)
+    except BaseException:
+        undo()
+        raise
+
+
+def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
+    """What survives of every tensor dimension that loses entries."""
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for name, group_plan in plan.groups.items():
+        removed = torch.tensor(group_plan.removed, dtype=torch.int64)
+        if len(removed):
+            for part in graph.group(name).slices:
+                gone.setdefault((part.tensor, part.dim), []).append(part.index[removed].flatten())
+    found = []
+    for (tensor, dim), entries in gone.items():
+        keep = torch.ones(graph.shapes[tensor][dim], dtype=torch.bool)
+        keep[torch.cat(entries)] = False
+        found.append(Cut(tensor, dim, keep.nonzero().flatten()))
+    return found
+
+
+def _cut_(model: nn.Module, cut: Cut, optimizers: list[Optimizer]) -> None:
+    path, _, name = cut.tensor.rpartition(".")
+    module = model.get_submodule(path)
+    if name in module._buffers:
+        old = module._buffers[name]
+        assert old is not None
+        smaller = cut.apply(old)
+        for other in model.modules():  # a buffer may be registered in several places
+            for key, buffer in other._buffers.items():
+                if buffer is old:
+                    other._buffers[key] = smaller
+        return
+    parameter = module.get_parameter(name)
+    shape = parameter.shape
+    # The gradient goes first: torch refuses a .data whose shape differs from .grad.
+    gradient, parameter.grad = parameter.grad, None
+    parameter.data = cut.apply(parameter.data)
+    if gradient is not None:
+        parameter.grad = cut.apply(gradient)
+    change_state_(optimizers, parameter, shape, cut.apply)
+
+
+def update_attributes_(model: nn.Module) -> None:
+    """Make the size attributes of torch's own layers say what their weights are."""
+    for module in model.modules():
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels = module.weight.shape[0]
+            module.out_channels = module.weight.shape[1] * module.groups
+        elif isinstance(module, _ConvNd):
+            out, per_group = module.weight.shape[:2]
+            if module.groups > 1 and per_group == 1:
+                module.groups = out // (module.out_channels // module.groups)
+            module.out_channels = out
+            module.in_channels = per_group * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, _NormBase):
+            sized = module.weight if module.weight is not None else module.running_mean
+            if sized is not None:
+                module.num_features = len(sized)
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = module.weight.numel()
+
+
+def _run(model: nn.Module, example_inputs: Any) -> None:
+    with untouched(model):
+        model.eval()
+        try:
+            call_model(model, example_inputs)
+        except Exception as error:
+            raise ReconstructionError(
+                f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the "
+                "model's Python code (a view, a split); leave the layers before it out with ignore=[...]"
+            ) from error
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy without hooks that hold masks."""
+    small = copy.deepcopy(model)
+    for module in small.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if type(hook).__name__ == "_HoldZero":
+                del module._forward_pre_hooks[key]
+    return small
+
+
+class _Undo:
+    """Everything that `reconstruct_` changes, to be put back on failure."""
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self.parameters = [(p, p.data, p.grad) for p in model.parameters()]
+        self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        self.attributes = [
+            (module, name, getattr(module, name))
+            for module in model.modules()
+            for name in (
+                "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters"
+            )
+            if isinstance(getattr(module, name, None), int)
+        ]
+        self.states = [
+            (optimizer.state[parameter], dict(optimizer.state[parameter]))
+            for optimizer in optimizers
+            for parameter in optimizer.state
+        ]
+
+    def __call__(self) -> None:
+        for parameter, data, gradient in self.parameters:
+            parameter.grad = None
+            parameter.data = data
+            parameter.grad = gradient
+        for module, buffers in self.buffers:
+            module._buffers.update(buffers)
+        for module, name, value in self.attributes:
+            setattr(module, name, value)
+        for state, before in self.states:
+            state.update(before)
