@@ -35,7 +35,6 @@ def mask_(
     graph: ChannelGraph,
     plan: Plan,
     *,
-    batch_norm: bool = True,
     optimizers: Iterable[Optimizer] = (),
 ) -> MaskHandle:
     r"""Zero the planned channels in place and hold them at zero: filters, biases, batch-norm :math:`\gamma, \beta`.
@@ -49,7 +48,6 @@ def mask_(
         model: the traced model.
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
-        batch_norm: also mask batch norms. False is the ablation of the paper's Table 8; it is not lossless.
         optimizers: their state of masked entries is zeroed too (old momentum would move them).
 
     Raises:
@@ -68,11 +66,7 @@ def mask_(
     check_plan(graph, plan)
     check_model(model, graph)
     plain = unwrap(optimizers)
-    norms = {name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    zeros = [
-        item for item in masked_entries(graph, plan) if batch_norm or item.parameter.rpartition(".")[0] not in norms
-    ]
-    return MaskHandle(model, zeros, plain)
+    return MaskHandle(model, masked_entries(graph, plan), plain)
 
 
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
@@ -80,7 +74,7 @@ def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
     entries: dict[tuple[str, int], list[Tensor]] = {}
     for name, group_plan in plan.groups.items():
         for part in graph.group(name).slices:
-            if part.masked:
+            if part.masked and (plan.batch_norm or not part.norm):
                 gone = removed_channels(group_plan, part)
                 if len(gone):
                     entries.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())

@@ -42,6 +42,11 @@ class GroupPlan:
 class Plan:
     """Kept channels of every group that loses some; plain integers, so that it can be saved anywhere.
 
+    Attributes:
+        groups: by group name.
+        coupling: how the layers of a group were brought together.
+        batch_norm: whether batch norms are masked with their filters. False is an ablation, and lossy.
+
     Example:
         >>> plan = Plan({"conv1": GroupPlan(4, (0, 2), {"conv1": (0, 2)})})
         >>> plan.groups["conv1"].removed
@@ -52,6 +57,7 @@ class Plan:
 
     groups: dict[str, GroupPlan]
     coupling: Coupling = "joint"
+    batch_norm: bool = True
 
     def __post_init__(self) -> None:
         check_coupling(self.coupling)
@@ -59,6 +65,11 @@ class Plan:
     def __bool__(self) -> bool:
         return any(group.removed or any(len(kept) < group.size for kept in group.layers.values())
                    for group in self.groups.values())
+
+    @property
+    def lossless(self) -> bool:
+        """Whether reconstruction equals the masked model: not where layers keep channels that the group drops."""
+        return self.batch_norm and self.coupling != "intersection"
 
     @property
     def ratio(self) -> float:
@@ -72,7 +83,7 @@ class Plan:
             name: {"size": g.size, "keep": list(g.keep), "layers": {k: list(v) for k, v in g.layers.items()}}
             for name, g in self.groups.items()
         }
-        return {"coupling": self.coupling, "groups": groups}
+        return {"coupling": self.coupling, "batch_norm": self.batch_norm, "groups": groups}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
@@ -88,7 +99,7 @@ class Plan:
                 )
                 for name, g in data["groups"].items()
             }
-            return cls(groups, data["coupling"])
+            return cls(groups, data["coupling"], bool(data["batch_norm"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a pruning plan: {error!r}") from error
 

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from lightning_prune.equivalence import LosslessReport, check_lossless
 from lightning_prune.errors import ReconstructionError
-from lightning_prune.graph import ChannelGraph, call_model
-from lightning_prune.graph.recording import untouched
+from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
@@ -46,11 +46,11 @@ def reconstruct(model: nn.Module, graph: ChannelGraph, plan: Plan, *, example_in
         model: the traced model, masked or not.
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
-        example_inputs: if given, the smaller model is run on them before it is returned.
+        example_inputs: if given, the smaller model is compared with the masked one on them in float64.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model.
-        ReconstructionError: the smaller model does not run on ``example_inputs``.
+        ReconstructionError: the smaller model does not run on ``example_inputs``, or is not equal.
 
     Example:
         >>> from lightning_prune import L1, LayerRatio, score, trace
@@ -74,14 +74,23 @@ def reconstruct_(
     *,
     optimizers: Iterable[Optimizer] = (),
     example_inputs: Any = None,
-) -> None:
+) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
 
     Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were.
 
+    Args:
+        model: the traced model, masked or not.
+        graph: from `lightning_prune.trace`.
+        plan: which channels to keep.
+        optimizers: their state is cut along.
+        example_inputs: if given, the result is compared with the masked model on them in float64 and the
+            comparison returned. A plan that is lossy by choice (`Plan.lossless`) is compared, not refused.
+
     Raises:
         PlanError: the plan or the graph does not belong to this model.
-        ReconstructionError: masks are still held, or the smaller model does not run on ``example_inputs``.
+        ReconstructionError: masks are still held, the smaller model does not run on ``example_inputs``, or is not
+            equal to the masked one.
     """
     check_plan(graph, plan)
     check_model(model, graph)
@@ -96,11 +105,11 @@ def reconstruct_(
         for zeros in masked_entries(graph, plan):
             zeros.clear_(named[zeros.parameter].data)
             change_state_(plain, named[zeros.parameter], named[zeros.parameter].shape, zeros.clear_)
+        masked = None if example_inputs is None else _copy(model)
         for cut in cuts(graph, plan):
             _cut_(model, cut, plain)
         update_attributes_(model)
-        if example_inputs is not None:
-            _run(model, example_inputs)
+        return None if masked is None else _verify(masked, model, plan, example_inputs)
     except BaseException:
         undo()
         raise
@@ -152,7 +161,7 @@ def update_attributes_(model: nn.Module) -> None:
             module.out_channels = module.weight.shape[1] * module.groups
         elif isinstance(module, _ConvNd):
             out, per_group = module.weight.shape[:2]
-            if module.groups > 1 and per_group == 1:
+            if module.groups > 1 and module.in_channels == module.groups:  # depthwise: groups go with channels
                 module.groups = out // (module.out_channels // module.groups)
             module.out_channels = out
             module.in_channels = per_group * module.groups
@@ -166,16 +175,23 @@ def update_attributes_(model: nn.Module) -> None:
             module.num_parameters = module.weight.numel()
 
 
-def _run(model: nn.Module, example_inputs: Any) -> None:
-    with untouched(model):
-        model.eval()
-        try:
-            call_model(model, example_inputs)
-        except Exception as error:
-            raise ReconstructionError(
-                f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the "
-                "model's Python code (a view, a split); leave the layers before it out with ignore=[...]"
-            ) from error
+def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any) -> LosslessReport:
+    try:
+        report = check_lossless(masked, small, example_inputs)
+    except ReconstructionError:
+        raise
+    except Exception as error:
+        raise ReconstructionError(
+            f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the model's "
+            "Python code (a view, a split); leave the layers before it out with ignore=[...]"
+        ) from error
+    if plan.lossless and not report.passed:
+        raise ReconstructionError(
+            f"the reconstructed model differs from the masked one: relative error {report.max_rel_error:.1e} in "
+            f"{report.dtype}, allowed {report.tolerance:.0e}. Nothing was changed. Find the layers at fault with "
+            "ignore=[...] and please report the model"
+        )
+    return report
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -38,7 +38,9 @@ class Selection(ABC):
         self.round_to = int(round_to)
         self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
 
-    def select(self, graph: ChannelGraph, scores: Scores, *, coupling: Coupling = "joint") -> Plan:
+    def select(
+        self, graph: ChannelGraph, scores: Scores, *, coupling: Coupling = "joint", batch_norm: bool = True
+    ) -> Plan:
         """The plan for these scores.
 
         Args:
@@ -46,6 +48,7 @@ class Selection(ABC):
             scores: from `lightning_prune.score`; plain ``{group: (channels,)}`` serves under joint coupling.
             coupling: ``joint``: a group's layers go together; ``union``: each layer chooses, and what any keeps
                 survives; ``intersection``: what all keep survives (lossy, for comparison only).
+            batch_norm: mask batch norms with their filters; False is lossy, for comparison only.
 
         Raises:
             PlanError: nothing to prune, an ignore pattern that matches nothing, or an unknown coupling.
@@ -56,7 +59,7 @@ class Selection(ABC):
         ranked = {group.name: _rankings(group, scores, coupling) for group in groups}
         kept = self._kept(groups, ranked)
         plans = {group.name: self._group_plan(group, scores[group.name], kept[group.name], coupling) for group in groups}
-        plan = Plan(plans, coupling)
+        plan = Plan(plans, coupling, batch_norm)
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
         return plan

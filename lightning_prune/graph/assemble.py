@@ -110,12 +110,14 @@ def _build_group(
     layers = tuple(
         _layer(classes, first, span, index, own, channels, calls, norms, module_of) for first, span, index, own in filters
     )
+    norm_modules = {module for module, _ in norms}
     slices = []
     for span, index in indexed:
         own = classes.own[index[:, 0] + span.start]
         owner = next((layer.name for layer, item in zip(layers, filters, strict=True) if torch.equal(item[3], own)), None)
         masked = bool(classes.masked[index + span.start].any())
-        slices.append(Slice(span.tensor, span.dim, index, masked, owner))
+        norm = module_of.get(span.tensor) in norm_modules
+        slices.append(Slice(span.tensor, span.dim, index, masked, owner, norm))
     reason = int(classes.reason[channels[0]])
     group = Group(
         layers[0].name, len(channels), layers, tuple(slices), classes.space.reasons[reason] if reason >= 0 else None

@@ -20,6 +20,7 @@ class Slice:
             convolutions and where a tensor is read several times.
         masked: these entries are zero in the masked model (readers and buffers usually are not).
         layer: the member layer they belong to (a filter, its bias, its batch norm), None if to the whole group.
+        norm: they belong to a batch norm.
     """
 
     tensor: str
@@ -27,6 +28,7 @@ class Slice:
     index: Tensor
     masked: bool
     layer: str | None
+    norm: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,97 @@
+"""Scoring, masking and reconstruction in one callback."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.reconstruction import ReconstructionCallback
+from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.criteria import Criterion
+from lightning_prune.errors import CallbackError
+from lightning_prune.plan import Coupling
+from lightning_prune.selection import GlobalRatio, Selection
+
+Reconstruct = Literal["before", "after", "never"]
+
+
+class PruneCallback(Callback):
+    """Prunes a model inside ``Trainer.fit``: score, mask, reconstruct, fine-tune.
+
+    It adds a `ScoringCallback`, a `MaskingCallback` and a `ReconstructionCallback` to the Trainer; use those three
+    for anything finer.
+
+    Args:
+        criterion: an instance, or a name such as "jre".
+        ratio: share of channels removed over the network, in [0, 1); ignored if ``selection`` is given.
+        selection: for example ``LayerRatio(0.3, round_to=8)``.
+        coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
+        batch_norm: mask batch norms with their filters; False is lossy.
+        reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper), ``after`` it (order A), or ``never``.
+        score_batches: see `ScoringCallback`.
+        score_epochs: see `ScoringCallback`.
+        update_weights: see `ScoringCallback`.
+        bn_mode: see `ScoringCallback`.
+        example_inputs: what to trace with; None: the module's ``example_input_array``.
+        monitor: metric recorded with every epoch's wall time.
+
+    Attributes:
+        scoring: holds ``graph`` and ``scores``.
+        masking: holds ``plan``.
+        reconstruction: holds ``lossless`` and ``records``; None for ``never``.
+
+    Example:
+        >>> PruneCallback("l1", ratio=0.3).masking.selection.ratio
+        0.3
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion | str = "jre",
+        ratio: float = 0.5,
+        selection: Selection | None = None,
+        *,
+        coupling: Coupling = "joint",
+        batch_norm: bool = True,
+        reconstruct: Reconstruct = "before",
+        score_batches: int | None = None,
+        score_epochs: int = 1,
+        update_weights: bool = False,
+        bn_mode: Literal["eval", "train"] = "eval",
+        example_inputs: Any = None,
+        monitor: str | None = None,
+    ) -> None:
+        if reconstruct not in get_args(Reconstruct):
+            raise CallbackError(f"reconstruct must be one of {', '.join(get_args(Reconstruct))}, got {reconstruct!r}")
+        self.scoring = ScoringCallback(
+            criterion,
+            score_batches=score_batches,
+            score_epochs=score_epochs,
+            update_weights=update_weights,
+            bn_mode=bn_mode,
+            example_inputs=example_inputs,
+        )
+        self.masking = MaskingCallback(
+            selection if selection is not None else GlobalRatio(ratio), coupling=coupling, batch_norm=batch_norm
+        )
+        self.reconstruction = (
+            None
+            if reconstruct == "never"
+            else ReconstructionCallback(reconstruct, example_inputs=example_inputs, monitor=monitor)
+        )
+
+    @property
+    def parts(self) -> list[Callback]:
+        """The callbacks it is made of, in the order they must run."""
+        return [part for part in (self.scoring, self.masking, self.reconstruction) if part is not None]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(part in callbacks for part in self.parts):
+            return
+        place = callbacks.index(self) + 1
+        callbacks[place:place] = self.parts
+        for part in self.parts:
+            part.setup(trainer, pl_module, stage)
