@@ -29,6 +29,10 @@ class Zeros:
         """Zero these entries in place; returns the tensor."""
         return tensor.index_fill_(self.dim, self.entries.to(tensor.device), 0)
 
+    def cleared(self, tensor: Tensor) -> Tensor:
+        """A copy with these entries zero."""
+        return tensor.index_fill(self.dim, self.entries.to(tensor.device), 0)
+
 
 def mask_(
     model: nn.Module,

@@ -103,8 +103,9 @@ def reconstruct_(
     try:
         named = dict(model.named_parameters())
         for zeros in masked_entries(graph, plan):
-            zeros.clear_(named[zeros.parameter].data)
-            change_state_(plain, named[zeros.parameter], named[zeros.parameter].shape, zeros.clear_)
+            parameter = named[zeros.parameter]
+            parameter.data = zeros.cleared(parameter.data)
+            change_state_(plain, parameter, parameter.shape, zeros.cleared)
         masked = None if example_inputs is None else _copy(model)
         for cut in cuts(graph, plan):
             _cut_(model, cut, plain)
