@@ -1,1 +1,109 @@
-"""Channel pruning for PyTorch Lightning: score, mask, and reconstruct a smaller model without loss."""
+"""Channel pruning for PyTorch Lightning: score, mask, and reconstruct a smaller model without loss.
+
+Example:
+    >>> import torch, lightning_prune as lp
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+    >>> lp.prune(model, torch.randn(1, 3, 8, 8), criterion="l1", ratio=0.5).model[0].out_channels
+    4
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks import (
+        EpochTimer,
+        MaskingCallback,
+        PruneCallback,
+        ReconstructionCallback,
+        ScoringCallback,
+    )
+    from lightning_prune.checkpoint import load, save
+    from lightning_prune.criteria import FPGM, GRE, JRE, L1, L2, LRE, Criterion, Random
+    from lightning_prune.equivalence import LosslessReport, check_lossless
+    from lightning_prune.errors import PruningError
+    from lightning_prune.graph import ChannelGraph, Group, Layer, trace
+    from lightning_prune.masking import MaskHandle, mask_
+    from lightning_prune.measurement import compare_latency, count_flops, count_params, measure
+    from lightning_prune.pipeline import PruneResult, prune
+    from lightning_prune.plan import GroupPlan, Plan
+    from lightning_prune.reconstruction import reconstruct, reconstruct_
+    from lightning_prune.scoring import Scorer, Scores, score
+    from lightning_prune.selection import GlobalRatio, LayerRatio, Selection
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "callbacks": "EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
+    "checkpoint": "load save",
+    "criteria": "FPGM GRE JRE L1 L2 LRE Criterion Random",
+    "equivalence": "LosslessReport check_lossless",
+    "errors": "PruningError",
+    "graph": "ChannelGraph Group Layer trace",
+    "masking": "MaskHandle mask_",
+    "measurement": "compare_latency count_flops count_params measure",
+    "pipeline": "PruneResult prune",
+    "plan": "GroupPlan Plan",
+    "reconstruction": "reconstruct reconstruct_",
+    "scoring": "Scorer Scores score",
+    "selection": "GlobalRatio LayerRatio Selection",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "FPGM",
+    "GRE",
+    "JRE",
+    "L1",
+    "L2",
+    "LRE",
+    "ChannelGraph",
+    "Criterion",
+    "EpochTimer",
+    "GlobalRatio",
+    "Group",
+    "GroupPlan",
+    "Layer",
+    "LayerRatio",
+    "LosslessReport",
+    "MaskHandle",
+    "MaskingCallback",
+    "Plan",
+    "PruneCallback",
+    "PruneResult",
+    "PruningError",
+    "Random",
+    "ReconstructionCallback",
+    "Scorer",
+    "Scores",
+    "ScoringCallback",
+    "Selection",
+    "check_lossless",
+    "compare_latency",
+    "count_flops",
+    "count_params",
+    "load",
+    "mask_",
+    "measure",
+    "prune",
+    "reconstruct",
+    "reconstruct_",
+    "save",
+    "score",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `lightning-prune --help` and the plain functions should not wait for Lightning."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,56 @@
+# Every target that needs Python makes its own virtual environment first, and reuses it until
+# pyproject.toml changes. Another interpreter: `make setup PYTHON=python3.12`; another place: `VENV=...`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+UV := $(shell command -v uv 2>/dev/null)
+# One thread per test worker: two workers with two threads each are slower than two with one on 2 cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check lint format clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make the virtual environment and install the package with its tools
+
+demo: $(INSTALLED) ## train, score, mask, reconstruct and fine-tune on real digits; about four minutes
+	$(BIN)/lightning-prune demo
+
+test: $(INSTALLED) ## the ordinary tests
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(INSTALLED) ## the slow sweeps as well; all but what needs an accelerator
+	$(PYTEST) -m "not gpu"
+
+lint: $(INSTALLED) ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint ## what CI runs: lint, then test
+	@$(MAKE) --no-print-directory test
+
+format: $(INSTALLED) ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environments, caches and builds; keeps runs/
+	rm -rf .venv .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an install that fails is tried again.
+$(INSTALLED): pyproject.toml
+ifneq ($(UV),)
+	test -x $(BIN)/python || $(UV) venv --python $(PYTHON) $(VENV)
+	$(UV) pip install --python $(BIN)/python --editable . --group dev
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip  # none where uv made the venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first pip that knows dependency groups
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+endif
+	@touch $@

@@ -1,0 +1,87 @@
+"""The `lightning-prune` command: one table of sub-commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_prune.cli.recipes import UnknownRecipeError
+from lightning_prune.errors import PruningError
+
+
+class Command(NamedTuple):
+    """A sub-command: what it does, and `module:function`, which takes the remaining arguments."""
+
+    summary: str
+    function: str
+
+
+COMMANDS = {
+    "fit": Command(
+        "Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"
+    ),
+    "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
+    "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
+    "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
+    "demo": Command(
+        "Prune a small ResNet on real digits, start to end.", "lightning_prune.experiment:demo_main"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage.
+
+    Example:
+        >>> main(["fitt"])  # on standard error: did you mean 'fit'?
+        2
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        _show_help()
+        return 0
+    if name == "--version":
+        Console().print(f"lightning-prune {importlib.metadata.version('lightning-prune')}", highlight=False)
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return _fail(f"'{name}' is no command.{hint} Commands: {', '.join(COMMANDS)}.", status=2)
+
+    module, function = COMMANDS[name].function.split(":")
+    try:
+        status = getattr(importlib.import_module(module), function)(rest)
+    except UnknownRecipeError as error:
+        return _fail(str(error), status=2)
+    except PruningError as error:
+        return _fail(str(error), status=1)
+    return int(status or 0)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return status
+
+
+def _show_help() -> None:
+    console = Console()
+    console.print("Channel pruning for PyTorch Lightning.\n", highlight=False)
+    console.print(escape("usage: lightning-prune COMMAND [options]"), highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(f"[bold]{name}[/bold]", command.summary)
+    console.print(table)
+    console.print(
+        "\n  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml\n\n"
+        "Options of a command: lightning-prune COMMAND --help",
+        highlight=False,
+        soft_wrap=True,
+    )

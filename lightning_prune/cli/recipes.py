@@ -1,0 +1,105 @@
+"""The YAML recipes that ship with the package, found by short name such as `prune/jre.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_prune.errors import PruningError
+
+_CONFIG_FLAGS = ("--config", "-c")
+
+
+class UnknownRecipeError(PruningError, ValueError):
+    """A configuration that is neither a file here nor a shipped recipe."""
+
+
+def recipe_paths() -> dict[str, Path]:
+    """Shipped recipes by short name, in alphabetical order.
+
+    Example:
+        >>> recipe_paths()["prune/jre.yaml"].is_file()
+        True
+    """
+    root = Path(str(resources.files("lightning_prune") / "conf"))
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
+
+
+def describe(path: Path) -> str:
+    """The description of a recipe: its first line, which is a comment."""
+    with path.open(encoding="utf-8") as lines:
+        return lines.readline().lstrip("#").strip()
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a configuration: a file in the working directory, or else a shipped recipe.
+
+    Raises:
+        UnknownRecipeError: If it is neither; the message lists the recipes.
+
+    Example:
+        >>> find_recipe("task/resnet18_digits").name
+        'resnet18_digits.yaml'
+    """
+    if Path(name).is_file():
+        return Path(name)
+    recipes = recipe_paths()
+    for candidate in (name, f"{name}.yaml"):
+        if candidate in recipes:
+            return recipes[candidate]
+    close = difflib.get_close_matches(name, recipes, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    listed = "\n  ".join(recipes)
+    raise UnknownRecipeError(
+        f"no file '{name}' in {Path.cwd()}, and no recipe of that name.{hint}\nRecipes:\n  {listed}"
+    )
+
+
+def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Replace the short names after `--config` by paths; also return the stems of all configurations.
+
+    Example:
+        >>> argv, stems = resolve(["--config", "prune/jre.yaml", "--trainer.max_epochs", "3"])
+        >>> argv[0], argv[2:], stems
+        ('--config', ['--trainer.max_epochs', '3'], ['jre'])
+    """
+    resolved: list[str] = []
+    stems: list[str] = []
+    expects_path = False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if expects_path:
+            flag, equals, value = "", "", word
+        is_path = expects_path or (bool(equals) and flag in _CONFIG_FLAGS)
+        expects_path = not is_path and word in _CONFIG_FLAGS
+        if not is_path:
+            resolved.append(word)
+            continue
+        path = find_recipe(value)
+        stems.append(path.stem)
+        resolved.append(f"{flag}{equals}{path}")
+    return resolved, stems
+
+
+def show(argv: Sequence[str]) -> int:
+    """`lightning-prune recipes`: list them with their descriptions."""
+    console = Console()
+    if argv:
+        console.print("usage: lightning-prune recipes\n\nLists the shipped recipes; it takes no options.")
+        return 0 if argv[0] in ("-h", "--help") else 2
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, path in recipe_paths().items():
+        table.add_row(f"[bold]{name}[/bold]", describe(path))
+    console.print(table)
+    console.print(
+        "\nUse one task, and any prune recipe after it; the file order counts:\n"
+        "  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,111 @@
+"""`fit`, `validate` and `test`: LightningCLI with recipes by name and errors that list the valid keys."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_prune.cli.recipes import resolve
+from lightning_prune.cli.wrong_key import explain
+from lightning_prune.errors import PruningError
+
+_COMMANDS = ("fit", "validate", "test")
+
+
+class ConfigurationError(PruningError, ValueError):
+    """A configuration that parses, but holds a value that a class refuses."""
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors name the path and the valid choices instead of printing the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {explain(message, self)}\n")
+
+
+class _CLI(LightningCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only those that mean something for a pruned model."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in _COMMANDS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and Trainer; pass on why a constructor refused a value.
+
+        jsonargparse buries the reason in a list of all types that the value might have been meant for.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            root: BaseException = error
+            while (below := root.__cause__ or root.__context__) is not None:
+                root = below
+            if isinstance(root, (PruningError, ValueError)):
+                raise ConfigurationError(str(root)) from error
+            raise
+
+
+def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
+    """Run a Trainer method as the configuration says.
+
+    Logs and checkpoints go to `runs/NAME/COMMAND`, NAME being made of the configurations' names; a second run
+    of the same name takes the place of the first.
+
+    Raises:
+        ConfigurationError: If a class refuses one of the values.
+        UnknownRecipeError: If a configuration is neither a file nor a recipe.
+        SystemExit: With status 2 for a wrong key or value, and 0 after `--help`.
+    """
+    resolved, stems = resolve(argv)
+    # Of torch to Lightning; nothing that the reader of a training log could act on.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    if command != "fit":  # nothing is saved here, so where the checkpoint once lay does not matter
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    return _CLI(
+        args=[command, *resolved],
+        parser_class=_Parser,
+        parser_kwargs=_parser_kwargs(),
+        trainer_defaults=_trainer_defaults("-".join(stems) or "unnamed", command),
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+    )
+
+
+def fit(argv: Sequence[str]) -> None:
+    """`lightning-prune fit`."""
+    run_lightning("fit", argv)
+
+
+def validate(argv: Sequence[str]) -> None:
+    """`lightning-prune validate`."""
+    run_lightning("validate", argv)
+
+
+def test(argv: Sequence[str]) -> None:
+    """`lightning-prune test`."""
+    run_lightning("test", argv)
+
+
+def _parser_kwargs() -> dict[str, Any]:
+    # Abbreviations would accept `--trainer.max_epoch` on the command line and refuse it in a file.
+    strict = {"allow_abbrev": False}
+    return {"prog": "lightning-prune", **strict, **{name: dict(strict) for name in _COMMANDS}}
+
+
+def _trainer_defaults(run: str, command: str) -> dict[str, Any]:
+    logger = {"save_dir": "runs", "name": f"{run}/{command}", "version": ""}
+    return {
+        "default_root_dir": "runs",
+        "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
+        "log_every_n_steps": 10,
+    }

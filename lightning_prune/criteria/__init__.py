@@ -1,0 +1,21 @@
+"""Criteria: how much each channel matters. Adding one takes one class and no registration."""
+
+from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from
+from lightning_prune.criteria.random import Random
+from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
+from lightning_prune.criteria.weights import FPGM, L1, L2
+
+__all__ = [
+    "FPGM",
+    "GRE",
+    "JRE",
+    "L1",
+    "L2",
+    "LRE",
+    "Criterion",
+    "Member",
+    "Random",
+    "Tap",
+    "WeightCriterion",
+    "criterion_from",
+]

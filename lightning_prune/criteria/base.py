@@ -1,0 +1,231 @@
+"""What a criterion is: which tensors it wants to see, and how it turns what was seen into scores.
+
+A criterion holds its settings and nothing else; sums over batches live in the `Scorer`. One instance can
+therefore score several models, be pickled, compared, and written into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, final, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.criteria import functional
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import Layer
+
+Site = Literal["conv", "bn", "activation"]
+
+
+class Tap(ABC):
+    """One quantity that a criterion sums over batches at one site of every layer.
+
+    Attributes:
+        name: key of the sums; distinct within a criterion.
+        site: ``conv``: output of the layer. ``bn``: output of its batch norm, else of the layer.
+            ``activation``: the tensor that enters the first layer that reads the channels.
+        gradient: wants the gradient of the loss with respect to the tensor too.
+        reference: looks at the frozen dense model instead of the current one.
+        degree: power of the gradient in `partial`, so that it can be rescaled.
+    """
+
+    name: str
+    site: Site
+    gradient: bool = False
+    reference: bool = False
+    degree: int = 1
+
+    @abstractmethod
+    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
+        """Sum over positions, (N, F, M) to (N, F) float64, additive over calls of a module.
+
+        ``gradient`` is that of the user's loss, taken to average over samples. The scorer multiplies the
+        result by N ** degree: the gradient of the sum of per-sample losses, which no split into batches
+        changes.
+        """
+
+    @abstractmethod
+    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
+        """Sum (N, channels) over one batch.
+
+        Args:
+            partial: what the calls of the module and the filters of a channel add up to.
+            positions: positions per filter and sample, over all calls.
+
+        Returns:
+            The sum (channels,), and what to divide it by in the end.
+        """
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of a group, with what was seen of it.
+
+    Attributes:
+        group: name of its channel group.
+        layer: the layer.
+        weight: its weight, in the model's layout.
+        means: per tap, mean over samples or batches, (channels,) float64.
+    """
+
+    group: str
+    layer: Layer
+    weight: Tensor
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self) -> Tensor:
+        """Weights of each channel as one vector, (channels, fan) float64."""
+        return functional.channel_rows(self.weight, self.layer.dim, self.layer.index)
+
+
+class Criterion(ABC):
+    """Importance of channels; high means keep.
+
+    Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
+    those that look at data also return their `taps`.
+
+    Attributes:
+        combine: how member layers of a group share one score: ``mean`` (default: stays on the scale of one
+            layer, where a sum would favour groups with many members), ``sum`` or ``max``.
+    """
+
+    combine: functional.Combine | Literal["first"] = "mean"
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What it sums over batches; empty when weights are enough."""
+        return ()
+
+    @abstractmethod
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        """One float64 tensor (channels,) per member."""
+
+    @property
+    @final
+    def needs_forward(self) -> bool:
+        """Whether the model has to run on data."""
+        return bool(self.taps)
+
+    @property
+    @final
+    def needs_backward(self) -> bool:
+        """Whether a loss is needed."""
+        return any(tap.gradient for tap in self.taps)
+
+    @property
+    @final
+    def needs_reference(self) -> bool:
+        """Whether the weights of the frozen dense model are needed."""
+        return any(tap.reference for tap in self.taps)
+
+    @final
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return f"{type(self).__name__}({settings})"
+
+    @final
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._settings() == other._settings()
+
+    @final
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @final
+    def _settings(self) -> dict[str, Any]:
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+
+class WeightCriterion(Criterion, ABC):
+    """Scores from weights alone.
+
+    Channels whose weights are all zero are already pruned: they score `dead_score`, below every live channel,
+    and neither enter `channel_scores` nor the normalisation. A masked model and its reconstruction then
+    agree.
+    """
+
+    dead_score: ClassVar[float] = 0.0
+    normalize: functional.LayerNormalize
+
+    @abstractmethod
+    def channel_scores(self, rows: Tensor) -> Tensor:
+        """(channels, fan) float64 weights, none of the rows all zero, to (channels,) scores."""
+
+    @final
+    @override
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        return [self._layer_scores(member.rows()) for member in members]
+
+    def _layer_scores(self, rows: Tensor) -> Tensor:
+        live = (rows != 0).any(1)
+        scores = torch.full((len(rows),), self.dead_score, dtype=torch.float64, device=rows.device)
+        kept = rows if bool(live.all()) else rows[live]
+        scores[live] = functional.divide_by_layer(self.channel_scores(kept), self.normalize)
+        return scores
+
+
+def normalize_scores(
+    raw: Sequence[Tensor], normalizer: functional.Normalizer, scope: Literal["layer", "network"]
+) -> list[Tensor]:
+    """Normalise scores within each layer, or over all of them together."""
+    if scope == "layer" or not raw:
+        return [functional.normalize(scores, normalizer) for scores in raw]
+    device = raw[0].device
+    together = functional.normalize(torch.cat([scores.to(device) for scores in raw]), normalizer)
+    return list(torch.split(together, [len(scores) for scores in raw]))
+
+
+def check_choice(argument: str, value: object, literal: Any) -> None:
+    """Refuse a value that a Literal type does not list.
+
+    Raises:
+        ScoreError: names the argument, what it accepts and what it got.
+    """
+    accepted = get_args(literal)
+    if value not in accepted:
+        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_weight(argument: str, value: float) -> None:
+    """Refuse a weight that is negative or not a finite number.
+
+    Raises:
+        ScoreError: names the argument and what it got.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
+
+
+def criterion_from(criterion: Criterion | str) -> Criterion:
+    """The criterion itself, or the one of that class name in any case, with its defaults.
+
+    Raises:
+        ScoreError: no criterion has that name, or it cannot be built without arguments.
+
+    Example:
+        >>> import lightning_prune.criteria
+        >>> criterion_from("l1")
+        L1(normalize='mean', combine='mean')
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    known = {cls.__name__.lower(): cls for cls in _leaves(Criterion)}  # type: ignore[type-abstract]
+    if not isinstance(criterion, str) or criterion.lower() not in known:
+        raise ScoreError(
+            f"criterion must be a Criterion or one of {', '.join(sorted(known))}, got {criterion!r}"
+        )
+    return known[criterion.lower()]()
+
+
+def _leaves(cls: type[Criterion]) -> list[type[Criterion]]:
+    found = [] if inspect.isabstract(cls) else [cls]
+    return found + [leaf for child in cls.__subclasses__() for leaf in _leaves(child)]

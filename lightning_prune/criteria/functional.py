@@ -1,0 +1,172 @@
+"""Tensor kernels of the criteria: weights to scores, activations and gradients to contributions. No modules.
+
+Weights are scored in float64. Activations are summed over the positions of one sample in their own precision
+(half precision is widened to float32 first) and leave the kernel in float64, so sums over samples do not
+drift.
+
+Shapes: N samples, F filters, M positions (height times width; 1 behind a linear layer), k filters per
+channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distance = Literal["l2", "l1", "cosine"]
+Magnitude = Literal["abs", "square", "signed"]
+LayerNormalize = Literal["none", "mean", "max"]
+Normalizer = Literal["minmax", "rank", "percentile"]
+Combine = Literal["mean", "sum", "max"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def channel_rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
+    """All weights of each channel as one vector: (channels, fan) float64.
+
+    The k filters of a channel are concatenated, so that a norm of the row is the norm of what is removed.
+
+    Example:
+        >>> channel_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0, torch.tensor([[1, 0]])).tolist()
+        [[3.0, 4.0, 1.0, 2.0]]
+    """
+    filters = weight.detach().movedim(dim, 0).flatten(1).to(torch.float64)
+    index = index.to(filters.device)
+    if index.shape[1] == 1 and torch.equal(index[:, 0], torch.arange(len(filters), device=index.device)):
+        return filters
+    return filters[index].flatten(1)
+
+
+def geometric_median_distance(rows: Tensor, distance: Distance = "l2") -> Tensor:
+    """Sum of the distances of each row to all others: smallest at the geometric median restricted to the
+    rows.
+
+    Example:
+        >>> geometric_median_distance(torch.tensor([[0.0], [1.0], [5.0]]).double()).tolist()
+        [6.0, 5.0, 9.0]
+    """
+    if distance == "cosine":
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        pairs = 1 - unit @ unit.T
+    elif distance == "l1":
+        pairs = torch.cdist(rows, rows, p=1)
+    else:
+        # Distances do not move with the origin; centred rows lose fewer digits in |a|^2 + |b|^2 - 2ab.
+        centred = rows - rows.mean(0)
+        pairs = torch.cdist(centred, centred, compute_mode="use_mm_for_euclid_dist")
+    pairs.fill_diagonal_(0)
+    return pairs.sum(1)
+
+
+def by_position(tensor: Tensor, channel_dim: int) -> Tensor:
+    """Activations as (N, F, M).
+
+    Example:
+        >>> by_position(torch.zeros(2, 3, 4, 5), 1).shape, by_position(torch.zeros(2, 7, 3), -1).shape
+        (torch.Size([2, 3, 20]), torch.Size([2, 3, 7]))
+    """
+    tensor = tensor.movedim(channel_dim, 1)
+    tensor = tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor.flatten(2)
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def energy(value: Tensor) -> Tensor:
+    """Squared Frobenius norm of every map of every sample: (N, F, M) to (N, F).
+
+    Example:
+        >>> energy(torch.tensor([[[3.0, 4.0]]])).tolist()
+        [[25.0]]
+    """
+    return value.square().sum(-1).to(torch.float64)
+
+
+def taylor(value: Tensor, gradient: Tensor, magnitude: Magnitude = "signed") -> Tensor:
+    """Sum over positions of gradient times value, or of its absolute value or square: (N, F, M) to (N, F).
+
+    ``signed`` is the first-order change of the loss when the map is multiplied by 1 + epsilon.
+
+    Example:
+        >>> h, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
+        >>> taylor(h, g).item(), taylor(h, g, "abs").item(), taylor(h, g, "square").item()
+        (1.0, 5.0, 13.0)
+    """
+    if magnitude == "signed":
+        return torch.linalg.vecdot(value, gradient).to(torch.float64)
+    return apply_magnitude(value * gradient, magnitude).sum(-1).to(torch.float64)
+
+
+def apply_magnitude(tensor: Tensor, magnitude: Magnitude) -> Tensor:
+    """Absolute value, square, or the tensor itself."""
+    if magnitude == "abs":
+        return tensor.abs()
+    return tensor.square() if magnitude == "square" else tensor
+
+
+def gather_channels(partial: Tensor, index: Tensor) -> Tensor:
+    """Sum what the k filters of each channel contribute: (N, F) and (channels, k) to (N, channels).
+
+    Example:
+        >>> gather_channels(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 2], [1, 1]])).tolist()
+        [[5.0, 4.0]]
+    """
+    return partial[:, index.to(partial.device)].sum(-1)
+
+
+def divide_by_layer(scores: Tensor, how: LayerNormalize) -> Tensor:
+    """Divide by the mean or the largest score of the layer; a layer of zeros stays zero.
+
+    Example:
+        >>> divide_by_layer(torch.tensor([1.0, 3.0]), "mean").tolist()
+        [0.5, 1.5]
+    """
+    if how == "none" or not len(scores):
+        return scores
+    scale = scores.mean() if how == "mean" else scores.max()
+    return scores if scale == 0 else scores / scale
+
+
+def normalize(scores: Tensor, how: Normalizer) -> Tensor:
+    """Bring scores to a common range, order kept.
+
+    ``minmax`` (published): (s - min) / (max - min). ``rank``: position in the order over n - 1, ties share
+    the mean. ``percentile``: min-max between the 5th and 95th percentile, not clipped (clipping would make
+    ties), so that one energetic channel does not squeeze all others towards 0. A constant vector becomes 0.
+
+    Example:
+        >>> scores = torch.tensor([1.0, 9.0, 3.0]).double()
+        >>> normalize(scores, "minmax").tolist(), normalize(scores, "rank").tolist()
+        ([0.0, 1.0, 0.25], [0.0, 1.0, 0.5])
+    """
+    if not torch.isfinite(scores).all():
+        return scores  # refused with the layer's name by whoever asked; a rank would hide it
+    if how == "rank":
+        _, inverse, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
+        last = counts.cumsum(0).to(scores.dtype)
+        mean_rank = last - (counts.to(scores.dtype) + 1) / 2
+        return torch.zeros_like(scores) if len(counts) == 1 else mean_rank[inverse] / (len(scores) - 1)
+    low, high = scores.min(), scores.max()
+    if how == "percentile" and high > low:
+        five, ninety_five = torch.quantile(scores, torch.tensor([0.05, 0.95]).to(scores))
+        if ninety_five > five:  # else nearly all are tied: the full range is the only scale left
+            low, high = five, ninety_five
+    return torch.zeros_like(scores) if high == low else (scores - low) / (high - low)
+
+
+def combine(members: Sequence[Tensor], how: Combine | Literal["first"]) -> Tensor:
+    """One score per channel of a group from the scores of its member layers.
+
+    Example:
+        >>> combine([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 0.0])], "mean").tolist()
+        [2.0, 2.0]
+    """
+    if how == "first":
+        return members[0].clone()
+    device = members[0].device
+    stacked = torch.stack([scores.to(device) for scores in members])
+    if how == "max":
+        return stacked.amax(0)
+    return stacked.mean(0) if how == "mean" else stacked.sum(0)

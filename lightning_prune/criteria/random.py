@@ -1,0 +1,51 @@
+"""Random scores: the baseline that every criterion has to beat."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.criteria.base import Criterion, Member
+from lightning_prune.errors import ScoreError
+
+
+@final
+class Random(Criterion):
+    """Uniform scores in [0, 1), fixed by the seed.
+
+    Needs nothing. Each layer draws from its own generator, seeded by ``seed`` and the layer's name: scores
+    depend neither on the global random state nor on which other layers exist. Layers of a group draw
+    independently (what ``coupling="union"`` wants); the group itself takes the scores of its first layer,
+    because a mean over members is no longer uniform and would spare large groups under global selection.
+
+    Args:
+        seed: from 0 to 2**31 - 1.
+
+    Raises:
+        ScoreError: seed out of range.
+
+    Example:
+        >>> Random(seed=3)
+        Random(seed=3)
+    """
+
+    combine: Literal["first"] = "first"
+
+    def __init__(self, *, seed: int = 0) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+            raise ScoreError(f"seed must be an integer in [0, 2**31), got {seed!r}")
+        self.seed = seed
+
+    @override
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        return [self._draw(member) for member in members]
+
+    def _draw(self, member: Member) -> Tensor:
+        name = f"{member.group}/{member.layer.name}".encode()
+        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name))
+        return torch.rand(len(member.layer.index), dtype=torch.float64, generator=generator)

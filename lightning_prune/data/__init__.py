@@ -1,0 +1,6 @@
+"""Data modules of the recipes; they know nothing of pruning."""
+
+from lightning_prune.data.cifar10 import CIFAR10DataModule
+from lightning_prune.data.digits import DigitsDataModule
+
+__all__ = ["CIFAR10DataModule", "DigitsDataModule"]

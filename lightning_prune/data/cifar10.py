@@ -1,0 +1,121 @@
+"""CIFAR-10 with the papers' augmentation and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_prune.errors import PruningError
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+Batch = tuple[Tensor, Tensor]
+
+
+class DataError(PruningError):
+    """Data that are missing or damaged."""
+
+
+class CIFAR10DataModule(LightningDataModule):
+    """CIFAR-10 as (N, 3, 32, 32) images: random crop of 32 after padding by 4, horizontal flip, standardised.
+
+    Settings of Lee et al., Sensors 23(4):2102, 2023. Their published accuracies are the best test epoch; here a
+    validation part is held out of the training images instead, so that the test images choose nothing.
+
+    Args:
+        root: folder that holds, or will hold, ``cifar-10-batches-py``.
+        batch_size: images per batch.
+        download: fetch the data if they are not there.
+        val_size: training images held out for validation; 0: validate on the test images, as the papers do.
+        seed: of the held-out part.
+        drop_last: leave out the last, smaller training batch.
+        num_workers: processes that load.
+
+    Raises:
+        DataError: missing or damaged files, naming the folder and the way out.
+    """
+
+    num_classes = 10
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        *,
+        download: bool = False,
+        val_size: int = 5000,
+        seed: int = 0,
+        drop_last: bool = True,
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.batch_size = batch_size
+        self.download = download
+        self.val_size = val_size
+        self.seed = seed
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.parts: dict[str, Dataset[Any]] = {}
+
+    def prepare_data(self) -> None:
+        if self.download:
+            self._load(train=True, transform=None, download=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        from torchvision.transforms import v2
+
+        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        augmented = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *to_tensor])
+        plain = v2.Compose(to_tensor)
+        train = self._load(train=True, transform=augmented)
+        test = self._load(train=False, transform=plain)
+        if not 0 <= self.val_size < len(train):
+            raise DataError(f"val_size must be in [0, {len(train)}), got {self.val_size}")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        held_out, rest = order[: self.val_size], order[self.val_size :]
+        self.parts = {
+            "train": Subset(train, sorted(rest)),
+            "val": Subset(self._load(train=True, transform=plain), sorted(held_out)) if held_out else test,
+            "test": test,
+        }
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train", shuffle=True, drop_last=self.drop_last)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test")
+
+    def _loader(self, part: str, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            self.parts[part],
+            self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _load(self, *, train: bool, transform: Callable[[Any], Tensor] | None, download: bool = False) -> Any:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            return CIFAR10(self.root, train=train, transform=transform, download=download)
+        except (RuntimeError, OSError, EOFError) as error:
+            folder = Path(self.root).resolve() / CIFAR10.base_folder
+            state = "is damaged or incomplete" if folder.exists() else "does not exist"
+            raise DataError(
+                f"CIFAR-10: {folder} {state} ({error}). Set download: true, or unpack cifar-10-python.tar.gz into "
+                f"{Path(self.root).resolve()}"
+            ) from error

@@ -1,0 +1,135 @@
+"""scikit-learn's handwritten digits: 1,797 real scans that need no download."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class DigitsDataModule(LightningDataModule):
+    """Handwritten digits (Alpaydin and Kaynak, UCI 1998) as (N, 3, 32, 32) images and labels 0..9.
+
+    The 8x8 scans are resized bilinearly and repeated over three channels, so that networks for CIFAR-10 take them.
+    70 / 10 / 20 percent are for training, validation and test, stratified by class and fixed by ``seed``. Pixels are
+    standardised by the training part's mean and deviation.
+
+    Args:
+        batch_size: images per batch.
+        seed: of the split.
+        size: side of the resized images in pixels.
+        augment: random rotation up to 10 degrees, scale 0.9 to 1.1 and shift up to 2 pixels, on training batches.
+        drop_last: leave out the training part's last, smaller batch.
+        num_workers: 0 is right for data that lie in memory.
+    """
+
+    num_classes = 10
+    class_names = tuple(str(digit) for digit in range(10))
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        *,
+        seed: int = 0,
+        size: int = 32,
+        augment: bool = True,
+        drop_last: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.size = size
+        self.augment = augment
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.parts: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.parts:
+            self.parts = split_digits(self.seed, self.size)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        collate = augmented_batch if self.augment else plain_batch
+        return DataLoader(
+            self.parts["train"],
+            self.batch_size,
+            shuffle=True,
+            drop_last=self.drop_last,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation("test")
+
+    def _evaluation(self, part: str) -> DataLoader[Batch]:
+        return DataLoader(
+            self.parts[part], self.batch_size, num_workers=self.num_workers, collate_fn=plain_batch
+        )
+
+
+def split_digits(seed: int = 0, size: int = 32) -> dict[str, TensorDataset]:
+    """{"train", "val", "test"}: images (N, 3, size, size) standardised, labels (N,)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.arange(len(labels))
+    rest, test = train_test_split(order, test_size=0.2, random_state=seed, stratify=labels)
+    train, val = train_test_split(rest, test_size=0.125, random_state=seed, stratify=labels[rest])
+    scans = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
+    images = F.interpolate(scans, size=(size, size), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    mean, deviation = images[train].mean(), images[train].std()
+    images = (images - mean) / deviation
+    targets = torch.from_numpy(labels).long()
+    return {
+        name: TensorDataset(images[part].contiguous(), targets[part])
+        for name, part in (("train", train), ("val", val), ("test", test))
+    }
+
+
+def plain_batch(samples: list[Batch]) -> Batch:
+    """Stack samples."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def augmented_batch(samples: list[Batch]) -> Batch:
+    """Stack samples and move every image a little; the whole batch at once, which 2 cores do in a millisecond."""
+    images, labels = plain_batch(samples)
+    return random_affine(images), labels
+
+
+def random_affine(images: Tensor, *, degrees: float = 10.0, scale: float = 0.1, shift: float = 2.0) -> Tensor:
+    """Rotate, scale and shift each image at random; what comes in from outside repeats the border.
+
+    Args:
+        images: (N, C, H, W).
+        degrees: largest rotation.
+        scale: largest relative change of size.
+        shift: largest shift in pixels.
+    """
+    count, _, height, width = images.shape
+    angle, size, dx, dy = torch.rand(4, count) * 2 - 1
+    angle = angle * math.radians(degrees)
+    size = 1 + size * scale
+    theta = torch.stack(
+        [
+            torch.stack([angle.cos() * size, -angle.sin() * size, dx * 2 * shift / width], 1),
+            torch.stack([angle.sin() * size, angle.cos() * size, dy * 2 * shift / height], 1),
+        ],
+        1,
+    ).to(images)  # (N, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

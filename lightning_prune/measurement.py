@@ -1,0 +1,292 @@
+"""What a model costs: parameters, FLOPs under named conventions, latency, memory, size on disk."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.graph import call_model
+from lightning_prune.graph.recording import untouched
+
+Convention = Literal["macs", "flops2", "ptflops", "paper"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one forward pass in milliseconds.
+
+    Attributes:
+        median: over the repeats.
+        iqr: distance of the quartiles, the spread.
+        samples: every repeat.
+    """
+
+    median: float
+    iqr: float
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Cost of one model on one input.
+
+    Attributes:
+        params: trainable parameters.
+        total_params: with frozen ones.
+        macs: multiply-accumulates of convolutions and matrix products, per sample.
+        flops: per sample, by convention name, see `count_flops`.
+        latency: of one forward pass on the whole input, in eval mode.
+        peak_memory_bytes: largest sum of activations alive at once in that pass.
+        size_bytes: of the saved state dict.
+    """
+
+    params: int
+    total_params: int
+    macs: int
+    flops: dict[str, int]
+    latency: Latency
+    peak_memory_bytes: int
+    size_bytes: int
+
+
+def measure(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10) -> Measurement:
+    """Everything below in one go; the model is left as it is.
+
+    Raises:
+        TraceError: the model does not run on the inputs.
+
+    Example:
+        >>> measure(nn.Linear(4, 2), torch.zeros(1, 4)).macs
+        8
+    """
+    counts = _count(model, example_inputs)
+    return Measurement(
+        count_params(model),
+        count_params(model, trainable=False),
+        counts["macs"],
+        counts,
+        measure_latency(model, example_inputs, warmup=warmup, repeats=repeats),
+        measure_memory(model, example_inputs),
+        state_size(model),
+    )
+
+
+def count_params(model: nn.Module, *, trainable: bool = True) -> int:
+    """Number of parameters; with ``trainable`` only those that require gradients, as the papers count."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = "macs") -> int:
+    r"""Operations of one sample's forward pass in eval mode, functional calls included.
+
+    ``macs``
+        multiply-accumulates of convolutions and matrix products, :math:`k^2 C_{in}/g \, C_{out} H W`; no biases.
+    ``flops2``
+        2 x ``macs``.
+    ``ptflops``
+        as ptflops 0.6.9: ``macs``, plus output elements for a bias, 2 x elements for an affine batch norm, output
+        elements of a ReLU-like activation, input elements of a pooling. Additions and resizing are free.
+    ``paper``
+        2 x ``ptflops``: what Lee et al., Sensors 23(4):2102, 2023, print as FLOPs.
+
+    Raises:
+        PruningError: unknown convention.
+        TraceError: the model does not run on the inputs.
+
+    Example:
+        >>> count_flops(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 4, 4), "ptflops")
+        3584
+    """
+    if convention not in get_args(Convention):
+        raise PruningError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
+    return _count(model, example_inputs)[convention]
+
+
+def measure_latency(
+    model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10, threads: int | None = None
+) -> Latency:
+    """Time forward passes in eval mode without gradients.
+
+    Args:
+        model: left as it is.
+        example_inputs: the whole of it is one pass.
+        warmup: passes before the clock runs.
+        repeats: passes timed.
+        threads: of the CPU; None: as torch is set.
+    """
+    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats, threads=threads)[""]
+
+
+def compare_latency(
+    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
+) -> dict[str, Latency]:
+    """Time several models in turns, so that whatever else the machine does falls on all of them alike.
+
+    Args:
+        models: {name: (model, example inputs)}.
+        warmup: rounds before the clock runs.
+        repeats: rounds timed.
+        threads: of the CPU; None: as torch is set.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        for round_ in range(warmup + repeats):
+            for name, (model, inputs) in models.items():
+                seconds = _time_once(model, inputs)
+                if round_ >= warmup:
+                    samples[name].append(seconds * 1e3)
+    finally:
+        torch.set_num_threads(before)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def measure_memory(model: nn.Module, example_inputs: Any) -> int:
+    """Bytes of activations alive at once, at most, during a forward pass in eval mode (parameters not counted)."""
+    mode = _PeakMemory(model)
+    _run(model, example_inputs, mode)
+    return mode.peak
+
+
+def state_size(model: nn.Module) -> int:
+    """Bytes of the state dict as `torch.save` writes it."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def _time_once(model: nn.Module, inputs: Any) -> float:
+    cuda = any(p.is_cuda for p in model.parameters())
+    with _evaluating(model), torch.inference_mode():
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call_model(model, inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def _summary(samples: list[float]) -> Latency:
+    if len(samples) < 2:
+        return Latency(statistics.median(samples), 0.0, tuple(samples))
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Latency(statistics.median(samples), high - low, tuple(samples))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
+    with untouched(model), _evaluating(model), mode:
+        try:
+            call_model(model, example_inputs)
+        except Exception as error:
+            raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+
+
+def _count(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    mode = _Counter()
+    _run(model, example_inputs, mode)
+    batch = next((leaf.shape[0] for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    macs, others = mode.macs // batch, mode.others // batch
+    return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}
+
+
+_ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu relu6 selu celu threshold".split())
+_POOLS = frozenset(
+    "max_pool2d_with_indices max_pool2d avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool3d_with_indices "
+    "avg_pool3d _adaptive_avg_pool3d".split()
+)
+_NORMS = frozenset(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm batch_norm".split()
+)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts at the level of ATen operators, so that functional calls are not missed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.others = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
+        if name == "convolution":
+            self._convolution(output, *args)
+        elif name in ("mm", "bmm"):
+            self.macs += output.numel() * args[0].shape[-1]
+        elif name in ("addmm", "baddbmm"):
+            self.macs += output.numel() * args[1].shape[-1]
+            self.others += output.numel()
+        elif name.startswith("_scaled_dot_product"):
+            query, key, value = args[:3]
+            self.macs += prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        elif name in _NORMS:
+            self.others += 2 * args[0].numel() if args[1] is not None else 0
+        elif name in _ACTIVATIONS:
+            self.others += output.numel()
+        elif name in _POOLS or (name == "mean" and _is_global_pool(args)):
+            self.others += args[0].numel()
+        return output
+
+    def _convolution(self, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        transposed = rest[3]
+        self.macs += (x if transposed else output).numel() * prod(weight.shape[1:])
+        self.others += output.numel() if bias is not None else 0
+
+
+def _is_global_pool(args: tuple[Any, ...]) -> bool:
+    """AdaptiveAvgPool(1) arrives as a mean over the trailing positions."""
+    rank = args[0].dim()
+    dims = sorted(d % rank for d in args[1]) if len(args) > 1 and args[1] else []
+    return rank > 2 and dims == list(range(2, rank))
+
+
+class _PeakMemory(TorchDispatchMode):
+    """Follows which activations are alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self._alive = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, output)):
+            if isinstance(tensor, Tensor):
+                self._alive[tensor] = True
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self._alive}
+        self.peak = max(self.peak, sum(size for key, size in storages.items() if key not in self._own))
+        return output

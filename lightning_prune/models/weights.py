@@ -1,0 +1,68 @@
+"""Start from torchvision's ImageNet weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import PruningError
+
+
+class WeightsError(PruningError):
+    """Weights that do not belong to the model."""
+
+
+def load_torchvision_weights(
+    model: nn.Module, weights: Any, *, skip: tuple[str, ...] = ("conv1.weight", "fc.weight", "fc.bias")
+) -> list[str]:
+    """Load a torchvision state dict into a model, all but the stem and the classifier, whose shapes differ.
+
+    Args:
+        model: a `CifarResNet` of the same depth.
+        weights: a torchvision weights enum or its name ("ResNet18_Weights.IMAGENET1K_V1"; downloaded by torchvision),
+            the path of a state dict file, or a state dict.
+        skip: names that keep their own initialisation.
+
+    Returns:
+        The names that were skipped.
+
+    Raises:
+        WeightsError: names or shapes differ elsewhere; the model is as it was.
+    """
+    state = _state_dict(weights)
+    own = model.state_dict()
+    skipped = [name for name in own if name in skip]
+    wanted = {name: tensor for name, tensor in own.items() if name not in skip}
+    offered = {name: tensor for name, tensor in state.items() if name not in skip}
+    missing, unexpected = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
+    if missing or unexpected:
+        raise WeightsError(f"the weights belong to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, tensor in wanted.items():
+        if tensor.shape != offered[name].shape:
+            raise WeightsError(
+                f"the weights belong to another model: {name!r} is {list(offered[name].shape)} there and "
+                f"{list(tensor.shape)} here"
+            )
+    model.load_state_dict({**own, **offered})
+    return skipped
+
+
+def _state_dict(weights: Any) -> dict[str, Tensor]:
+    if isinstance(weights, dict):
+        return weights
+    if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
+        if not Path(weights).is_file():
+            raise WeightsError(f"there is no file {weights}")
+        loaded: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+        return loaded
+    from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
+
+    try:
+        found = get_weight(weights) if isinstance(weights, str) else weights
+        state: dict[str, Tensor] = found.get_state_dict(progress=False, check_hash=True)
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}") from error
+    return state

@@ -1,0 +1,284 @@
+"""What a pruning run measured, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, TypeVar
+
+from lightning_prune.errors import PruningError
+
+DENSE, MASKED, RECONSTRUCTED = "dense", "masked", "reconstructed"
+FINE_TUNED = {"A": "fine-tuned (order A)", "B": "fine-tuned (order B)"}
+
+T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """Reduce to what JSON knows: tuples become lists, NaN and infinities their names, the rest its text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if getattr(value, "ndim", None) == 0:  # a scalar of torch or NumPy
+        return plain(value.item())
+    return str(value)
+
+
+def _read(cls: type[T], data: dict[str, Any], **parts: Any) -> T:
+    """Build a dataclass from `data`, with `parts` in place of what it holds under their names."""
+    known = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(data, dict) or not data.keys() <= known.keys():
+        found = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise PruningError(f"not a {cls.__name__}: expected the keys {', '.join(known)}, got {found}")
+    values = {}
+    for name, value in data.items():
+        is_number = known[name].type in ("float", "float | None") and value is not None
+        values[name] = float(value) if is_number else value  # NaN and infinities were written as text
+    try:
+        return cls(**(values | parts))
+    except TypeError as error:
+        raise PruningError(f"not a {cls.__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One state of the model and all that was measured of it; `None` is what was not.
+
+    Attributes:
+        name: "dense", "masked", "reconstructed", "fine-tuned (order A)" or "fine-tuned (order B)".
+        accuracy: 0 to 1.
+        metric: what `accuracy` is.
+        params: number of trainable parameters.
+        flops: per image, by the name of the convention that counted them.
+        latency_ms: median of one forward.
+        latency_iqr_ms: distance between its quartiles.
+        epoch_seconds: wall time of one training epoch, evaluation apart.
+        eval_seconds: wall time of one evaluation.
+        size_bytes: of the saved weights.
+    """
+
+    name: str
+    accuracy: float | None = None
+    metric: str = "accuracy"
+    params: int | None = None
+    flops: dict[str, float] = field(default_factory=dict)
+    latency_ms: float | None = None
+    latency_iqr_ms: float | None = None
+    epoch_seconds: float | None = None
+    eval_seconds: float | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of fine-tuning; `elapsed_seconds` counts from when pruning began."""
+
+    epoch: int
+    train_seconds: float
+    eval_seconds: float
+    elapsed_seconds: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class OrderTiming:
+    """Fine-tuning in order "A" (before reconstruction) or "B" (after it), epoch by epoch."""
+
+    order: str
+    epochs: tuple[EpochRecord, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epochs", tuple(self.epochs))
+        if self.order not in FINE_TUNED:
+            raise PruningError(f"the order must be 'A' or 'B', got {self.order!r}")
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """Median wall time of one training epoch, evaluation apart."""
+        return median(record.train_seconds for record in self.epochs) if self.epochs else None
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """Channels of one layer in the dense and in the reconstructed model, and the group it belongs to."""
+
+    layer: str
+    dense: int
+    kept: int
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept <= self.dense:
+            raise PruningError(f"{self.layer}: cannot have kept {self.kept} of {self.dense} channels")
+
+
+@dataclass(frozen=True)
+class Losslessness:
+    """Masked against reconstructed: largest differences of the outputs, predicted classes that changed."""
+
+    max_abs_error: float
+    max_rel_error: float
+    dtype: str
+    passed: bool
+    changed: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All that a pruning run has to tell.
+
+    Ratios compare with the stage "dense"; they are `None` where one side was not measured.
+
+    Attributes:
+        title: one line.
+        settings: criterion, ratio, coupling, seed, versions, threads, machine; reduced to plain data.
+        stages: in the order in which they are shown.
+        timings: order A and order B.
+        layers: in the order of the network.
+        losslessness: masked against reconstructed.
+        notes: sentences for the reader.
+        convention: which of the stages' FLOPs are shown.
+        device: what the latency was measured on.
+
+    Raises:
+        PruningError: two stages of one name, or stages whose FLOPs lack the convention.
+
+    Example:
+        >>> stages = StageResult("dense", params=400), StageResult("reconstructed", params=100)
+        >>> report = PruneReport("demo", stages=stages)
+        >>> report.params_cut
+        4.0
+        >>> PruneReport.from_dict(report.to_dict()) == report
+        True
+    """
+
+    title: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[StageResult, ...] = ()
+    timings: tuple[OrderTiming, ...] = ()
+    layers: tuple[LayerChannels, ...] = ()
+    losslessness: Losslessness | None = None
+    notes: tuple[str, ...] = ()
+    convention: str = "flops2"
+    device: str = "CPU"
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "timings", "layers", "notes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "settings", plain(self.settings))
+        for what, names in (
+            ("stage", [s.name for s in self.stages]),
+            ("order", [t.order for t in self.timings]),
+        ):
+            if len(set(names)) < len(names):
+                raise PruningError(f"every {what} can be reported once, got {', '.join(names)}")
+        for stage in self.stages:
+            if stage.flops and self.convention not in stage.flops:
+                raise PruningError(
+                    f"{stage.name} has no FLOPs by the convention {self.convention!r}, only by "
+                    f"{', '.join(stage.flops)}"
+                )
+
+    def stage(self, name: str) -> StageResult | None:
+        """The stage of that name, if it was measured."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def timing(self, order: str) -> OrderTiming | None:
+        """How order "A" or "B" went, if it was run."""
+        return next((timing for timing in self.timings if timing.order == order), None)
+
+    def flops(self, stage: StageResult) -> float | None:
+        """FLOPs of a stage by the convention of this report."""
+        return stage.flops.get(self.convention)
+
+    def epoch_seconds(self, stage: StageResult) -> float | None:
+        """Training epoch of a stage; of a fine-tuned one without, the median of its order's epochs."""
+        if stage.epoch_seconds is not None:
+            return stage.epoch_seconds
+        order = next((order for order, name in FINE_TUNED.items() if name == stage.name), None)
+        timing = self.timing(order) if order else None
+        return timing.epoch_seconds if timing else None
+
+    def order_epoch_seconds(self, order: str) -> float | None:
+        """Training epoch of order "A" or "B"."""
+        return self.epoch_seconds(self.stage(FINE_TUNED[order]) or StageResult(FINE_TUNED[order]))
+
+    @property
+    def epoch_speedup(self) -> float | None:
+        """How many times faster an epoch is in order B than in order A."""
+        return ratio(self.order_epoch_seconds("A"), self.order_epoch_seconds("B"))
+
+    @property
+    def params_cut(self) -> float | None:
+        """How many times fewer parameters the reconstructed model has."""
+        dense, small = self._ends()
+        return ratio(dense.params, small.params)
+
+    @property
+    def flops_cut(self) -> float | None:
+        """How many times fewer FLOPs the reconstructed model needs."""
+        dense, small = self._ends()
+        return ratio(self.flops(dense), self.flops(small))
+
+    @property
+    def latency_gain(self) -> float | None:
+        """How many times faster a forward of the reconstructed model is."""
+        dense, small = self._ends()
+        return ratio(dense.latency_ms, small.latency_ms)
+
+    @property
+    def accuracy_change(self) -> float | None:
+        """Points of accuracy (per cent) won by pruning and fine-tuning in order B, else in order A."""
+        dense = self.stage(DENSE)
+        tuned = self.stage(FINE_TUNED["B"]) or self.stage(FINE_TUNED["A"])
+        if dense is None or tuned is None or dense.accuracy is None or tuned.accuracy is None:
+            return None
+        return 100 * (tuned.accuracy - dense.accuracy)
+
+    def _ends(self) -> tuple[StageResult, StageResult]:
+        return self.stage(DENSE) or StageResult(DENSE), self.stage(RECONSTRUCTED) or StageResult(
+            RECONSTRUCTED
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and text, ready for strict JSON."""
+        data: dict[str, Any] = plain(dataclasses.asdict(self))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruneReport:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PruningError: the data are not a report.
+        """
+        try:
+            parts: dict[str, Any] = {
+                "stages": tuple(_read(StageResult, stage) for stage in data.get("stages", ())),
+                "layers": tuple(_read(LayerChannels, layer) for layer in data.get("layers", ())),
+                "timings": tuple(
+                    _read(
+                        OrderTiming,
+                        timing,
+                        epochs=tuple(_read(EpochRecord, e) for e in timing.get("epochs", ())),
+                    )
+                    for timing in data.get("timings", ())
+                ),
+            }
+            lossless = data.get("losslessness")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PruningError(f"not a PruneReport: {error}") from error
+        return _read(cls, data, losslessness=lossless and _read(Losslessness, lossless), **parts)
+
+
+def ratio(before: float | None, after: float | None) -> float | None:
+    """`before / after`, or `None` where one is missing or nothing remains."""
+    return before / after if before is not None and after else None

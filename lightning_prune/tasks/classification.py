@@ -1,0 +1,192 @@
+"""Image classification: cross-entropy, accuracy, and one-vs-rest ROC curves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchmetrics.classification import MulticlassAccuracy, MulticlassROC
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RocCurves:
+    """One-vs-rest ROC curves, one per class, with the area under each.
+
+    Attributes:
+        fpr: False positive rate of each class, (points,) rising from 0 to 1.
+        tpr: True positive rate of each class, (points,) rising from 0 to 1.
+        thresholds: Falling probability thresholds of each class, (points,).
+        auc: Area under each curve, (classes,). NaN for a class that the data holds none of, or nothing but.
+        macro_auc: Mean of the areas that are not NaN.
+    """
+
+    fpr: tuple[Tensor, ...]
+    tpr: tuple[Tensor, ...]
+    thresholds: tuple[Tensor, ...]
+    auc: Tensor
+    macro_auc: float
+
+
+class ClassificationTask(LightningModule):
+    """Train any classifier on (images, labels) batches.
+
+    Logs `train_loss`; `val_loss`, `val_acc` (micro top-1) and `val_auc` (macro, one class against the rest);
+    the same for the test set, and there the area of every class as `test_auc_class_0`, `test_auc_class_1`...
+    The curves of the last test run are kept in `test_roc`, those of the last validation in `val_roc`.
+
+    Shapes: images (N, C, H, W), labels (N,) int64, logits (N, num_classes).
+
+    Args:
+        model: Maps images to logits.
+        num_classes: Number of classes; must be the width of the model's logits.
+        label_smoothing: Share of the target spread evenly over all classes; for training only, so that
+            `val_loss` compares between settings.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a scheduler, stepped once an epoch, from the optimizer. "cosine" falls to zero
+            over the Trainer's max_epochs, "constant" leaves the learning rate as it is.
+        input_size: One image as (C, H, W), for `example_input_array`.
+
+    Raises:
+        ValueError: For num_classes below 2, label_smoothing outside [0, 1), or logits of another shape than
+            (N, num_classes).
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+        >>> task = ClassificationTask(net, num_classes=10, input_size=(3, 8, 8))
+        >>> task(task.example_input_array).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.1, momentum=0.9, weight_decay=1e-4
+        ),
+        lr_scheduler: LRSchedulerCallable | Literal["cosine", "constant"] = "cosine",
+        input_size: Sequence[int] = (3, 32, 32),
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
+        self.model = model
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        # Two images, so that batch norm can be run in train mode on it even where the map is 1x1.
+        self.example_input_array = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+
+        # torchmetrics keeps its states out of state_dict and empties them at the end of an epoch.
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        self._val_curve = MulticlassROC(num_classes)
+        self._test_curve = MulticlassROC(num_classes)
+        self.val_roc: RocCurves | None = None
+        self.test_roc: RocCurves | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W)."""
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch, averaged over its images."""
+        images, labels = batch
+        loss = F.cross_entropy(self._logits(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the validation metrics."""
+        self._evaluate(batch, "val", self.val_acc, self._val_curve)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the test metrics."""
+        self._evaluate(batch, "test", self.test_acc, self._test_curve)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Class probabilities (N, num_classes) of a batch, with or without labels."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images).softmax(dim=-1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the validation curves and log the macro AUC."""
+        self.val_roc = self._close_curve(self._val_curve)
+        self.log("val_auc", self.val_roc.macro_auc)
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the test curves and log the AUC, macro and of every class."""
+        self.test_roc = self._close_curve(self._test_curve)
+        self.log("test_auc", self.test_roc.macro_auc)
+        self.log_dict({f"test_auc_class_{c}": area for c, area in enumerate(self.test_roc.auc.tolist())})
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule in the form that Lightning expects."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler == "constant":
+            return optimizer
+        if self.lr_scheduler == "cosine":
+            return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, self._epochs())}
+        scheduler = self.lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler}
+        monitor = getattr(scheduler, "monitor", None)  # Lightning's own ReduceLROnPlateau carries it
+        if monitor is not None:
+            config["monitor"] = monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits = self(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.num_classes):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"{type(self.model).__name__} must return logits of shape {(len(images), self.num_classes)}, "
+                f"got {got}. Give the model and the task the same num_classes."
+            )
+        return logits
+
+    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, curve: MulticlassROC) -> None:
+        images, labels = batch
+        logits = self._logits(images).float()  # half precision would tie most probabilities
+        loss = F.cross_entropy(logits, labels)
+        accuracy.update(logits, labels)
+        curve.update(logits.softmax(dim=-1), labels)
+        self.log(f"{stage}_loss", loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_acc", accuracy, prog_bar=True, batch_size=len(labels))
+
+    def _close_curve(self, curve: MulticlassROC) -> RocCurves:
+        with warnings.catch_warnings():
+            # A class that is absent (the sanity check sees two batches) has an undefined area: NaN below.
+            warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
+            fpr, tpr, thresholds = (tuple(x.cpu() for x in rows) for rows in curve.compute())
+        curve.reset()
+        areas = torch.stack(
+            [
+                torch.trapezoid(t, f) if t[-1] > 0 and f[-1] > 0 else t.new_tensor(torch.nan)
+                for f, t in zip(fpr, tpr, strict=True)
+            ]
+        )
+        return RocCurves(fpr, tpr, thresholds, areas, areas.nanmean().item())
+
+    def _epochs(self) -> int:
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ValueError(
+                'lr_scheduler="cosine" needs the Trainer\'s max_epochs (at least 1) to know where zero is. '
+                'Set max_epochs, or give lr_scheduler="constant" or a scheduler of your own.'
+            )
+        return epochs

@@ -1,0 +1,106 @@
+"""Every recipe that ships parses against the real classes and runs, tiny.
+
+The task recipes run two training batches and one validation batch of their own model and optimizer. The
+digits recipe does so on its own data. CIFAR-10 would have to be downloaded: random images of its shape take
+its place, and the data module is only constructed. The prune recipes run on top of the digits recipe.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.cli.recipes import describe, recipe_paths
+from lightning_prune.cli.training import run_lightning
+
+RECIPES = recipe_paths()
+TASKS = [name for name in RECIPES if name.startswith("task/")]
+PRUNES = [name for name in RECIPES if name.startswith("prune/")]
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+class CifarShaped(LightningDataModule):
+    """Random images of CIFAR-10's shape."""
+
+    def __init__(self, batch_size: int = 4):
+        super().__init__()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8)), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_the_folder_holds_what_the_readme_promises():
+    assert len(TASKS) >= 6
+    assert len(PRUNES) >= 3
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_starts_with_its_description(name):
+    first = RECIPES[name].read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert 20 <= len(describe(RECIPES[name])) <= 100
+
+
+@pytest.mark.parametrize("name", PRUNES)
+def test_a_prune_recipe_only_appends_callbacks(name):
+    content = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
+    assert list(content) == ["trainer"]
+    assert list(content["trainer"]) == ["callbacks+"]
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if "cifar10" in name])
+def test_the_cifar_recipes_have_the_papers_settings(name):
+    content = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
+    task = content["model"]["init_args"]
+    assert content["seed_everything"] == 777
+    assert content["trainer"]["max_epochs"] == 200
+    assert content["data"]["init_args"]["batch_size"] == 128
+    assert task["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert task["lr_scheduler"]["init_args"] == {"milestones": [90, 140], "gamma": 0.1}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_recipe_trains_a_step(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", name, *TINY]
+    if "cifar10" in name:
+        argv += [f"--data={__name__}.CifarShaped"]
+    cli = run_lightning("fit", argv)
+    assert cli.trainer.global_step == 2
+    assert cli.trainer.callback_metrics["train_loss"].isfinite()
+    assert cli.trainer.callback_metrics["val_acc"] >= 0
+    assert (tmp_path / "runs").is_dir()
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if "cifar10" in name])
+def test_the_data_of_a_cifar_recipe_are_accepted(name):
+    from lightning_prune import data
+
+    content = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))["data"]
+    module, _, kind = content["class_path"].rpartition(".")
+    assert module == "lightning_prune.data"
+    assert isinstance(getattr(data, kind)(**content["init_args"]), LightningDataModule)
+
+
+@pytest.mark.parametrize("name", PRUNES)
+def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dense = 11_173_962  # ResNet-18 with ten classes
+    cli = run_lightning("fit", ["--config", "task/resnet18_digits.yaml", "--config", name, *TINY])
+    left = sum(p.numel() for p in cli.model.model.parameters())
+    assert left < 0.6 * dense
+    assert cli.trainer.callback_metrics["train_loss"].isfinite()
