@@ -72,7 +72,7 @@ def measure(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: 
         >>> measure(nn.Linear(4, 2), torch.zeros(1, 4)).macs
         8
     """
-    counts = _count(model, example_inputs)
+    counts = flops_by_convention(model, example_inputs)
     return Measurement(
         count_params(model),
         count_params(model, trainable=False),
@@ -112,7 +112,7 @@ def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = 
     """
     if convention not in get_args(Convention):
         raise PruningError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
-    return _count(model, example_inputs)[convention]
+    return flops_by_convention(model, example_inputs)[convention]
 
 
 def measure_latency(
@@ -208,7 +208,8 @@ def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None
             raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
 
 
-def _count(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """`count_flops` under every convention, from one forward pass."""
     mode = _Counter()
     _run(model, example_inputs, mode)
     batch = next((leaf.shape[0] for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim()), 1)

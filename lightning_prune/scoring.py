@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,52 +20,14 @@ from lightning_prune.criteria.preservation import (
     swapped,
 )
 from lightning_prune.criteria.recording import Recorder
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer, call_model
 from lightning_prune.masking import check_model
 
+__all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
+
 BatchNormMode = Literal["eval", "train", "keep"]
-
-
-class Scores(dict[str, Tensor]):
-    """Per group the score of every channel, (channels,) float64 on the CPU; high means keep.
-
-    Attributes:
-        layers: the same per member layer, before they were combined: {group: {layer: (channels,)}}.
-
-    Example:
-        >>> one = torch.tensor([0.5, 1.0])
-        >>> scores = Scores({"conv1": one}, {"conv1": {"conv1": one}})
-        >>> Scores.from_dict(scores.to_dict()).layers["conv1"]["conv1"].tolist()
-        [0.5, 1.0]
-    """
-
-    def __init__(
-        self,
-        groups: Mapping[str, Tensor] | None = None,
-        layers: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        super().__init__(groups or {})
-        self.layers = {group: dict(members) for group, members in (layers or {}).items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries of tensors, loadable with ``weights_only=True``."""
-        return {
-            "groups": dict(self),
-            "layers": {group: dict(members) for group, members in self.layers.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ScoreError: the data are not scores.
-        """
-        try:
-            return cls(data["groups"], data["layers"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ScoreError(f"not scores: {error!r}") from error
 
 
 class Scorer:
@@ -163,10 +126,16 @@ class Scorer:
             set_random_state(before)
         if all(tap.reference for tap in self._taps):
             return
-        with self.batch(), torch.set_grad_enabled(self.criterion.needs_backward):
-            loss = step()
-            if self.criterion.needs_backward:
-                self.backward(loss)
+        self._recorder.start(reference=False)
+        try:
+            with torch.set_grad_enabled(self.criterion.needs_backward):
+                loss = step()
+                if self.criterion.needs_backward:
+                    self.backward(loss)
+        except BaseException:
+            self.end_batch(discard=True)
+            raise
+        self.end_batch()
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -338,10 +307,17 @@ def score(
         >>> score(model, trace(model, torch.randn(2, 1)), "l1")["0"].tolist()
         [0.5, 1.5]
     """
-    scorer = Scorer(model, graph, criterion, baseline=baseline, bn_mode=bn_mode)
-    criterion = scorer.criterion
-    if not criterion.needs_forward:
+    # Sums made in inference mode could not be added to outside of it.
+    with torch.inference_mode(False), torch.enable_grad():
+        scorer = Scorer(model, graph, criterion, baseline=baseline, bn_mode=bn_mode)
+        if scorer.criterion.needs_forward:
+            with scorer:
+                _run(scorer, batches, loss)
         return scorer.compute()
+
+
+def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Module, Any], Any] | None) -> None:
+    criterion, model = scorer.criterion, scorer.model
     if batches is None or isinstance(batches, Tensor):
         raise ScoreError(
             f"{criterion!r} needs data: pass batches=..., an iterable of batches such as a DataLoader"
@@ -353,13 +329,11 @@ def score(
     run: Callable[[nn.Module, Any], Any] = loss if loss is not None else call_model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     empty = True
-    with torch.inference_mode(False), torch.enable_grad(), scorer:
-        for batch in batches:
-            empty = False
-            scorer.update(lambda batch=batch: run(model, _to(batch, device)))  # type: ignore[misc]
+    for batch in batches:
+        empty = False
+        scorer.update(partial(run, model, _to(batch, device)))
     if empty:
         raise ScoreError(f"{criterion!r} needs data, but batches was empty (a used-up generator?)")
-    return scorer.compute()
 
 
 def _layers(graph: ChannelGraph) -> Iterator[tuple[str, Layer]]:

@@ -136,7 +136,7 @@ def residual_case() -> Case:
     torch.manual_seed(2)
     stem = Layer("stem", "stem.weight", 0, 4, identity(4), "stem_bn", "conv1", identity(4))
     conv1 = Layer("conv1", "conv1.weight", 0, 5, identity(5), "bn1", "conv2", identity(5))
-    conv2 = Layer("conv2", "conv2.weight", 0, 4, identity(4), "bn2", "conv1", identity(4))
+    conv2 = Layer("conv2", "conv2.weight", 0, 4, identity(4), "bn2", "fc", identity(4))
     graph = graph_of(Group("stem", 4, (stem, conv2), ()), Group("conv1", 5, (conv1,), ()))
     images, labels = torch.randn(6, 3, 5, 5).double(), torch.randint(5, (6,))
     return Case(randomize_(ResidualNet()), graph, images, labels, {})

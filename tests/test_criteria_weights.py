@@ -2,15 +2,28 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 import lightning_prune.criteria as criteria
-from lightning_prune.criteria import FPGM, GRE, JRE, L1, L2, LRE, Criterion, Member, Random, criterion_from, functional
+from lightning_prune.criteria import (
+    FPGM,
+    GRE,
+    JRE,
+    L1,
+    L2,
+    LRE,
+    Criterion,
+    Member,
+    Random,
+    criterion_from,
+    functional,
+)
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
+from lightning_prune.scoring import score
 from tests.helpers_graph import CASES, conv_case, graph_of, grouped_case, identity, residual_case
 from tests.reference import criteria as reference
 
@@ -27,8 +40,6 @@ def member(weight, index=None, dim=0):
 
 
 def raw_scores(criterion, case):
-    from lightning_prune.scoring import score
-
     found = score(case.model, case.graph, criterion).layers
     return [(layer, found[group][layer.name]) for group, layer in layers(case.graph)]
 
@@ -49,7 +60,9 @@ def test_geometric_median_matches_loops(name, distance):
     case = CASES[name]()
     for layer, scores in raw_scores(FPGM(distance=distance, normalize="none"), case):
         weight = case.model.get_parameter(layer.weight)
-        expected = torch.tensor(reference.geometric_median(weight, layer.dim, layer.index, distance), dtype=torch.float64)
+        expected = torch.tensor(
+            reference.geometric_median(weight, layer.dim, layer.index, distance), dtype=torch.float64
+        )
         torch.testing.assert_close(scores, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -90,7 +103,11 @@ def test_transposed_convolution_counts_its_output_filters():
 
 def test_layer_normalization_by_hand():
     weights = [member(torch.tensor([[1.0], [3.0]])), member(torch.tensor([[10.0], [-30.0]]))]
-    for how, expected in (("none", [[1, 3], [10, 30]]), ("mean", [[0.5, 1.5]] * 2), ("max", [[1 / 3, 1.0]] * 2)):
+    for how, expected in (
+        ("none", [[1, 3], [10, 30]]),
+        ("mean", [[0.5, 1.5]] * 2),
+        ("max", [[1 / 3, 1.0]] * 2),
+    ):
         found = [scores.tolist() for scores in L1(normalize=how).scores(weights)]
         assert found == [pytest.approx(e) for e in expected]
 
@@ -102,8 +119,6 @@ def test_a_layer_of_zeros_scores_zero():
 
 def test_group_score_combines_members():
     case = residual_case()
-    from lightning_prune.scoring import score
-
     for how, expected in (("mean", lambda a, b: (a + b) / 2), ("sum", torch.add), ("max", torch.maximum)):
         scores = score(case.model, case.graph, L2(combine=how))
         parts = scores.layers["stem"]
@@ -126,8 +141,6 @@ def test_random_is_fixed_by_seed_and_layer_and_uniform():
 
 
 def test_random_layers_are_independent_and_the_group_stays_uniform():
-    from lightning_prune.scoring import score
-
     case = residual_case()
     scores = score(case.model, case.graph, Random(seed=1))
     parts = scores.layers["stem"]
@@ -167,7 +180,9 @@ def test_every_exported_criterion_is_tested():
     exported = {
         cls
         for name in criteria.__all__
-        if isinstance(cls := getattr(criteria, name), type) and issubclass(cls, Criterion) and not cls.__abstractmethods__
+        if isinstance(cls := getattr(criteria, name), type)
+        and issubclass(cls, Criterion)
+        and not cls.__abstractmethods__
     }
     assert exported == {type(criterion) for criterion in ALL}
 
@@ -217,16 +232,12 @@ def test_a_criterion_takes_one_class_and_no_registration():
         def channel_scores(self, rows):
             return rows.abs().amax(1)
 
-    from lightning_prune.scoring import score
-
     case = grouped_case()
     expected = case.model.grouped.weight.abs().amax((1, 2, 3)).view(2, 4).amax(0)
     torch.testing.assert_close(score(case.model, case.graph, Largest())["grouped"], expected.detach())
 
 
 def test_nan_weights_are_refused_with_the_layer():
-    from lightning_prune.scoring import score
-
     case = conv_case()
     case.model.conv2.weight.data[1, 0, 0, 0] = torch.nan
     for criterion in (L1(), FPGM(), L2(normalize="none")):
@@ -235,12 +246,7 @@ def test_nan_weights_are_refused_with_the_layer():
 
 
 def test_unprunable_groups_are_not_scored():
-    from dataclasses import replace
-
-    from lightning_prune.scoring import score
-
     case = conv_case()
     first, second = case.graph.groups
     graph = graph_of(replace(first, reason="reaches the output"), second)
     assert list(score(case.model, graph, L1())) == ["conv2"]
-    assert isinstance(case.model, nn.Module)

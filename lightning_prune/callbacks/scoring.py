@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from torch import Tensor
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs
@@ -33,6 +33,8 @@ class ScoringCallback(Callback):
         update_weights: score while training (the first ``score_epochs`` epochs) instead of on frozen weights.
         bn_mode: ``eval`` (frozen statistics) or ``train`` while scoring on frozen weights.
         example_inputs: what to trace with; None: the module's ``example_input_array``.
+        baseline: state dict of the dense model, for criteria with ``reference="baseline"``; None: the module's
+            weights when fitting starts.
 
     Attributes:
         graph: channel graph of the dense model, once fitting has started.
@@ -53,6 +55,7 @@ class ScoringCallback(Callback):
         update_weights: bool = False,
         bn_mode: Literal["eval", "train"] = "eval",
         example_inputs: Any = None,
+        baseline: dict[str, Tensor] | None = None,
     ) -> None:
         if score_epochs < 1 or (score_batches is not None and score_batches < 1):
             raise CallbackError("score_epochs and score_batches must be at least 1")
@@ -62,6 +65,12 @@ class ScoringCallback(Callback):
         self.update_weights = update_weights
         self.bn_mode = bn_mode
         self.example_inputs = example_inputs
+        self.baseline = baseline
+        if update_weights and self.criterion.needs_reference:
+            raise CallbackError(
+                "reference='baseline' runs the dense model beside the current one and cannot score while training; use "
+                "update_weights=False"
+            )
         self.graph: ChannelGraph | None = None
         self.scores: Scores | None = None
         self._scorer: Scorer | None = None
@@ -87,8 +96,13 @@ class ScoringCallback(Callback):
         if not self.graph.prunable_groups:
             reasons = "; ".join(f"{group.name} {group.reason}" for group in self.graph.groups) or "no layer was found"
             raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
-        scorer = Scorer(pl_module, self.graph, self.criterion, bn_mode=self.bn_mode)
-        if self.update_weights and self.criterion.needs_forward:
+        while_training = self.update_weights and self.criterion.needs_forward
+        bn_mode = "keep" if while_training else self.bn_mode
+        baseline = None
+        if self.criterion.needs_reference:
+            baseline = self.baseline or {name: t.detach().clone() for name, t in pl_module.state_dict().items()}
+        scorer = Scorer(pl_module, self.graph, self.criterion, baseline=baseline, bn_mode=bn_mode)
+        if while_training:
             self._scorer = scorer
         else:
             self.scores = self._score_frozen(trainer, pl_module, scorer)
@@ -110,7 +124,7 @@ class ScoringCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._scorer is not None:
-            self._scorer.end_batch()
+            self._scorer.end_batch(discard=True)
             self._scorer = None
 
     def _score_frozen(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> Scores:
@@ -118,10 +132,8 @@ class ScoringCallback(Callback):
             return scorer.compute()
         with isolate_rng(), _silent_log(pl_module), scorer, torch.enable_grad():
             for batch_idx, batch in self._batches(trainer, pl_module):
-                with scorer.batch(), trainer.precision_plugin.train_step_context():
-                    loss = _loss_of(pl_module.training_step(batch, batch_idx), pl_module)
-                    if self.criterion.needs_backward:
-                        scorer.backward(loss)
+                with trainer.precision_plugin.train_step_context():
+                    scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
         return scorer.compute()
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[int, Any]]:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-
-@dataclass(frozen=True)
-class EpochTime:
-    """One epoch of training.
-
-    Attributes:
-        epoch: counted from 0.
-        train_seconds: training alone.
-        eval_seconds: validation inside the epoch.
-        elapsed_seconds: since `fit` was called; scoring, masking and reconstruction included.
-        metric: the monitored metric at the epoch's end, if any.
-    """
-
-    epoch: int
-    train_seconds: float
-    eval_seconds: float
-    elapsed_seconds: float
-    metric: float | None
+from lightning_prune.report import EpochRecord
 
 
 class EpochTimer(Callback):
-    """Records an `EpochTime` per epoch in ``records``.
+    """Records an `EpochRecord` per epoch in ``records``.
 
     Args:
         monitor: name of a logged metric to record with it, e.g. "val_acc".
@@ -36,7 +18,7 @@ class EpochTimer(Callback):
 
     def __init__(self, monitor: str | None = None) -> None:
         self.monitor = monitor
-        self.records: list[EpochTime] = []
+        self.records: list[EpochRecord] = []
         self._fit_started = 0.0
         self._epoch_started = 0.0
         self._eval_started = 0.0
@@ -59,7 +41,7 @@ class EpochTimer(Callback):
         now = time.perf_counter()
         metric = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         self.records.append(
-            EpochTime(
+            EpochRecord(
                 trainer.current_epoch,
                 now - self._epoch_started - self._eval_seconds,
                 self._eval_seconds,

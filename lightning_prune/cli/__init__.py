@@ -31,8 +31,11 @@ COMMANDS = {
     "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
     "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
     "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
+    "experiment": Command(
+        "Train, prune and fine-tune in both orders; write a report.", "lightning_prune.cli.experiment:run"
+    ),
     "demo": Command(
-        "Prune a small ResNet on real digits, start to end.", "lightning_prune.experiment:demo_main"
+        "Prune a small ResNet on real digits, start to end.", "lightning_prune.cli.experiment:demo"
     ),
 }
 

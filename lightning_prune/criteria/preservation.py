@@ -25,7 +25,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -41,13 +41,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, gradient in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        with torch.no_grad():
-            for module, name, buffer, version, value in buffers:
-                module._buffers[name] = buffer
-                if (
-                    buffer._version != version
-                ):  # untouched ones keep their version, autograd graphs stay valid
-                    buffer.copy_(value)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
         set_random_state(before)
 
 

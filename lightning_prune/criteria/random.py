@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Sequence
 from typing import Literal, final
 
@@ -46,6 +46,7 @@ class Random(Criterion):
         return [self._draw(member) for member in members]
 
     def _draw(self, member: Member) -> Tensor:
-        name = f"{member.group}/{member.layer.name}".encode()
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name))
+        # The CPU generator looks at 32 bits of its seed only, so seed and name have to be mixed, not concatenated.
+        digest = hashlib.sha256(f"{self.seed}/{member.group}/{member.layer.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return torch.rand(len(member.layer.index), dtype=torch.float64, generator=generator)

@@ -41,7 +41,8 @@ def geometric_median(weight: Tensor, dim: int, index: Tensor, distance: str) -> 
 
     live = [i for i, vector in enumerate(vectors) if any(vector)]
     return [
-        sum(apart(vectors[i], vectors[j]) for j in live if j != i) if i in live else -1.0 for i in range(len(vectors))
+        sum(apart(vectors[i], vectors[j]) for j in live if j != i) if i in live else -1.0
+        for i in range(len(vectors))
     ]
 
 
@@ -111,7 +112,10 @@ def local_energy(
     totals = [0.0] * len(index)
     for image in images:
         seen: list[Tensor] = []
-        with torch.no_grad(), changed_output(model, path, lambda out, seen=seen: seen.append(out.clone()) or out):
+        with (
+            torch.no_grad(),
+            changed_output(model, path, lambda out, seen=seen: seen.append(out.clone()) or out),
+        ):
             model(image[None])
         maps = seen[0][0].movedim(-1, 0) if last else seen[0][0]
         for channel, filters in enumerate(index.tolist()):

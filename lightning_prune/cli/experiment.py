@@ -1,0 +1,45 @@
+"""`experiment` and `demo`: the whole job from one YAML file, with the report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from lightning_prune.cli.recipes import resolve
+from lightning_prune.cli.wrong_key import explain
+from lightning_prune.experiment import compare_orders
+from lightning_prune.report import print_report
+from lightning_prune.report_html import write_report
+
+DEMO = "experiment/resnet18_digits_jre.yaml"
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors name the path and the valid choices."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        self.exit(2, f"error: {explain(message, self)}\n")
+
+
+def run(argv: Sequence[str]) -> int:
+    """`lightning-prune experiment --config experiment/NAME.yaml`."""
+    resolved, _ = resolve(argv)
+    parser = _Parser(prog="lightning-prune experiment", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
+    parser.add_function_arguments(compare_orders, fail_untyped=False)
+    config = parser.instantiate_classes(parser.parse_args(resolved))
+    arguments = {name: value for name, value in vars(config).items() if name != "config"}
+    report = compare_orders(**arguments)
+    files = write_report(report, config.output)
+    console = Console()
+    print_report(report, console)
+    console.print(f"Report: {files['html']}   pruned model: {config.output}/pruned.pt", highlight=False, soft_wrap=True)
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`lightning-prune demo`: the shipped experiment on scikit-learn's digits; options override it."""
+    return run(["--config", DEMO, *argv])
