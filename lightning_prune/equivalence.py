@@ -37,6 +37,7 @@ class LosslessReport:
 
     @property
     def passed(self) -> bool:
+        """Whether the relative error is within the tolerance."""
         return self.max_rel_error <= self.tolerance
 
 

@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import RichProgressBar
@@ -26,7 +26,13 @@ from lightning_prune.criteria import Criterion
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import mask_
-from lightning_prune.measurement import Latency, compare_latency, count_params, flops_by_convention, state_size
+from lightning_prune.measurement import (
+    Latency,
+    compare_latency,
+    count_params,
+    flops_by_convention,
+    state_size,
+)
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction import reconstruct
 from lightning_prune.report import (
@@ -41,6 +47,8 @@ from lightning_prune.report import (
     StageResult,
 )
 from lightning_prune.selection import GlobalRatio, Selection
+
+ORDERS = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,9 @@ def compare_orders(
         dense_accuracy, dense_eval = run.test(task)
 
         tuned = {}
-        for order, when in (("A", "after"), ("B", "before")):
-            run.say(f"Order {order}: " + ("mask, fine-tune, reconstruct" if order == "A" else "mask, reconstruct, fine-tune"), finetune_epochs)
-            tuned[order] = run.fine_tune(order, when, task, criterion, choice, coupling, finetune_epochs, finetune_lr)
+        for order, steps in ORDERS.items():
+            run.say(f"Order {order}: {steps}", finetune_epochs)
+            tuned[order] = run.fine_tune(order, task, criterion, choice, coupling, finetune_epochs, finetune_lr)
         run.say("Measuring")
         graph, plan = tuned["B"].callback.scoring.graph, tuned["B"].callback.masking.plan
         assert graph is not None
@@ -117,10 +125,8 @@ def compare_orders(
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
         mask_(masked, graph, plan)
         lossless = run.compare(masked, small)
-        models = {
-            DENSE: task, MASKED: masked, RECONSTRUCTED: small,
-            **{FINE_TUNED[order]: tuned[order].task for order in tuned},
-        }  # fmt: skip
+        models: dict[str, LightningModule] = {DENSE: task, MASKED: masked, RECONSTRUCTED: small}
+        models |= {FINE_TUNED[order]: tuned[order].task for order in tuned}
         measured = {
             DENSE: (dense_accuracy, OrderTiming("A", tuple(dense_timer.records)).epoch_seconds, dense_eval),
             MASKED: (*run.test(masked)[:1], None, None),
@@ -181,7 +187,6 @@ class _Run:
     def fine_tune(
         self,
         order: str,
-        when: Literal["before", "after"],
         dense: LightningModule,
         criterion: Criterion,
         selection: Selection,
@@ -192,14 +197,19 @@ class _Run:
         """Prune a copy of the dense task inside a fit of its own."""
         task = copy.deepcopy(dense)
         prune = PruneCallback(
-            criterion, selection=selection, coupling=coupling, reconstruct=when, monitor=f"val_{self.metric}"
+            criterion,
+            selection=selection,
+            coupling=coupling,
+            reconstruct="after" if order == "A" else "before",
+            monitor=f"val_{self.metric}",
         )
         seed_everything(self.seed + 1, verbose=False)  # both orders see the same batches
         self.fit(task, epochs, [prune, *([] if lr is None else [_LearningRate(lr)])])
         accuracy, seconds = self.test(task)
         assert prune.reconstruction is not None
         self.console.print(
-            f"order {order}: test {self.metric} {accuracy:.2%}, {count_params(task):,} parameters", highlight=False
+            f"order {order}: test {self.metric} {accuracy:.2%}, {count_params(task):,} parameters",
+            highlight=False,
         )
         timing = OrderTiming(order, tuple(prune.reconstruction.records))
         return FineTuned(task, prune, timing, seconds, accuracy)
@@ -213,7 +223,12 @@ class _Run:
         report = check_lossless(masked, small, inputs[0])
         changed = sum(int((masked(x).argmax(1) != small(x).argmax(1)).sum()) for x in inputs)
         return Losslessness(
-            report.max_abs_error, report.max_rel_error, report.dtype, report.passed, changed, sum(map(len, inputs))
+            report.max_abs_error,
+            report.max_rel_error,
+            report.dtype,
+            report.passed,
+            changed,
+            sum(map(len, inputs)),
         )
 
 
@@ -223,12 +238,12 @@ class _LearningRate(Callback):
     def __init__(self, lr: float) -> None:
         self.lr = lr
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = self.lr
         for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)  # type: ignore[union-attr]
+            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
 
 
 def _stages(
@@ -270,7 +285,9 @@ def _layers(graph: ChannelGraph, plan: Plan) -> tuple[LayerChannels, ...]:
             count = layer.filters if kept is None else len(kept.keep) * share
             found.append(LayerChannels(layer.name.removeprefix("model."), layer.filters, count, group.name))
     places = list(graph.shapes)
-    weights = {layer.name.removeprefix("model."): places.index(layer.weight) for g in graph.groups for layer in g.layers}
+    weights = {
+        layer.name.removeprefix("model."): places.index(layer.weight) for g in graph.groups for layer in g.layers
+    }
     return tuple(sorted(found, key=lambda item: weights[item.layer]))
 
 
@@ -285,7 +302,7 @@ def _settings(
         "seed": seed,
         "epochs": f"{dense_epochs} dense, {finetune_epochs} fine-tuning",
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("pytorch-lightning"),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",
     }

@@ -132,13 +132,14 @@ def check_model(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-class _HoldZero:
+class HoldZero:
     """Module pre-hook that clears masked entries. Finds parameters through the module, so copies keep working."""
 
     def __init__(self, zeros: dict[str, list[Zeros]]) -> None:
         self.zeros = zeros
 
     def __call__(self, module: nn.Module, _args: Any) -> None:
+        """Clear the masked entries of the module's own parameters."""
         for name, items in self.zeros.items():
             parameter = getattr(module, name)
             for item in items:
@@ -225,8 +226,6 @@ class MaskHandle:
     def _hook_modules(self, by_parameter: dict[str, list[Zeros]]) -> None:
         identity = {id(p): items for name, p in self.model.named_parameters() if (items := by_parameter.get(name))}
         for module in self.model.modules():
-            owned = {
-                name: identity[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in identity
-            }
+            owned = {name: identity[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in identity}
             if owned:
-                self._hooks.append(module.register_forward_pre_hook(_HoldZero(owned)))
+                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))

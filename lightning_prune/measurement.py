@@ -131,7 +131,11 @@ def measure_latency(
 
 
 def compare_latency(
-    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
+    models: Mapping[str, tuple[nn.Module, Any]],
+    *,
+    warmup: int = 2,
+    repeats: int = 10,
+    threads: int | None = None,
 ) -> dict[str, Latency]:
     """Time several models in turns, so that whatever else the machine does falls on all of them alike.
 
@@ -205,7 +209,9 @@ def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None
         try:
             call_model(model, example_inputs)
         except Exception as error:
-            raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+            raise TraceError(
+                f"the model does not run on the example inputs: {type(error).__name__}: {error}"
+            ) from error
 
 
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
@@ -217,14 +223,18 @@ def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]
     return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}
 
 
-_ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu relu6 selu celu threshold".split())
-_POOLS = frozenset(
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ACTIVATIONS = _names("relu leaky_relu elu hardtanh _prelu_kernel gelu relu6 selu celu threshold")
+_POOLS = _names(
     "max_pool2d_with_indices max_pool2d avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool3d_with_indices "
-    "avg_pool3d _adaptive_avg_pool3d".split()
+    "avg_pool3d _adaptive_avg_pool3d"
 )
-_NORMS = frozenset(
+_NORMS = _names(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm batch_norm".split()
+    "miopen_batch_norm batch_norm"
 )
 
 

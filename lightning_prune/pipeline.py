@@ -94,5 +94,12 @@ def prune(
     masked = copy.deepcopy(model)
     mask_(masked, graph, plan)
     return PruneResult(
-        small, masked, graph, scores, plan, measure(model, example_inputs), measure(small, example_inputs), lossless
+        small,
+        masked,
+        graph,
+        scores,
+        plan,
+        measure(model, example_inputs),
+        measure(small, example_inputs),
+        lossless,
     )

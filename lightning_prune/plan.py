@@ -29,7 +29,9 @@ class GroupPlan:
     def __post_init__(self) -> None:
         for name, kept in (("keep", self.keep), *self.layers.items()):
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.size):
-                raise PlanError(f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}")
+                raise PlanError(
+                    f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}"
+                )
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -63,8 +65,10 @@ class Plan:
         check_coupling(self.coupling)
 
     def __bool__(self) -> bool:
-        return any(group.removed or any(len(kept) < group.size for kept in group.layers.values())
-                   for group in self.groups.values())
+        return any(
+            group.removed or any(len(kept) < group.size for kept in group.layers.values())
+            for group in self.groups.values()
+        )
 
     @property
     def lossless(self) -> bool:

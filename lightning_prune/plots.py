@@ -95,30 +95,20 @@ def channels_figure(report: PruneReport, theme: Theme = "light") -> Figure:
     top, bottom = 0.85, 0.3
     height = top + rows * pitch + bottom
     names = [shorten(layer.layer) for layer in layers]
-    left = (
-        0.35 + max(map(len, names)) * size * 0.62 / 72
-    )  # a character of DejaVu Sans is about 0.6 of its size
+    left = 0.35 + max(map(len, names)) * size * 0.62 / 72  # a character of DejaVu Sans is about 0.6 of its size
     with _style(theme) as palette:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        axes = figure.add_axes(
-            (left / WIDTH, bottom / height, 1 - (left + 0.75) / WIDTH, rows * pitch / height)
-        )
+        axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + 0.75) / WIDTH, rows * pitch / height))
         axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, max(layer.dense for layer in layers) * 1.2))
         for start, end in bands(layers)[1::2]:
             # from the names' left edge to the paper's right one
-            axes.axhspan(
-                start - 0.5, end + 0.5, xmin=-5, xmax=5, color=palette.band, lw=0, zorder=0, clip_on=False
-            )
+            axes.axhspan(start - 0.5, end + 0.5, xmin=-5, xmax=5, color=palette.band, lw=0, zorder=0, clip_on=False)
         at = range(rows)
-        axes.barh(
-            at, [layer.dense for layer in layers], 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2
-        )
+        axes.barh(at, [layer.dense for layer in layers], 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2)
         axes.barh(at, [layer.kept for layer in layers], 0.62, color=palette.orders["B"], lw=0, zorder=3)
         for row, layer in enumerate(layers):
             text = f"{layer.kept} of {layer.dense}" if layer.kept < layer.dense else f"all {layer.dense}"
-            axes.annotate(
-                text, (layer.dense, row), (5, 0), textcoords="offset points", va="center_baseline", size=size
-            )
+            axes.annotate(text, (layer.dense, row), (5, 0), textcoords="offset points", va="center_baseline", size=size)
             axes.annotate(
                 f"{100 * layer.kept / max(layer.dense, 1):.0f} %",
                 (1, row),
@@ -172,9 +162,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
     }
     curves = {order: curve for order, curve in curves.items() if curve}
     if not curves:
-        raise PruningError(
-            "the report has no epoch with an accuracy, so there is nothing to draw against time"
-        )
+        raise PruningError("the report has no epoch with an accuracy, so there is nothing to draw against time")
     from matplotlib.figure import Figure
 
     dense = report.stage(DENSE)
@@ -190,9 +178,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
         axes = figure.add_axes((0.085, 0.125, 0.875, 0.68))
         axes.set(xlim=(0, 1.08 * longest / divisor), ylim=(low - 0.16 * span, high + 0.24 * span))
         floor, ceiling = axes.get_ylim()
-        axes.set_yticks(
-            [tick for tick in axes.get_yticks() if max(floor, 0) <= tick <= min(ceiling, 100.0001)]
-        )
+        axes.set_yticks([tick for tick in axes.get_yticks() if max(floor, 0) <= tick <= min(ceiling, 100.0001)])
         axes.grid(axis="y", color=palette.track, lw=0.6, alpha=0.5)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0, colors=palette.quiet)
@@ -218,9 +204,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
                 label=f"order {order}",
             )
             axes.plot(x[-1:], y[-1:], color=color, marker=MARKERS[order], ms=7, zorder=4)
-            labels.append(
-                _Label(f"order {order}\n{y[-1]:.2f} % after {duration(curve[-1][0])}", (x[-1], y[-1]), color)
-            )
+            labels.append(_Label(f"order {order}\n{y[-1]:.2f} % after {duration(curve[-1][0])}", (x[-1], y[-1]), color))
         _place(figure, axes, labels)
         what = {"A": "A: fine-tune, then reconstruct", "B": "B: reconstruct, then fine-tune"}
         _title(
@@ -350,9 +334,7 @@ def _place(figure: Figure, axes: Axes, labels: list[_Label]) -> None:
             )
             box = text.get_window_extent(renderer)
             padded = box.padded(4)
-            outside = (
-                box.x0 < frame.x0 or box.x1 > frame.x1 + 20 or box.y0 < frame.y0 or box.y1 > frame.y1 + 20
-            )
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 + 20 or box.y0 < frame.y0 or box.y1 > frame.y1 + 20
             cost = sum(padded.contains(*point) for point in ink) + 1000.0 * outside + 0.01 * rank
             if not math.isnan(level) and not label.corner:  # on the point's side of the dense line, if it can
                 cost += 2.5 * ((box.y0 > reference) != (label.at[1] > level))
@@ -367,9 +349,7 @@ def _place(figure: Figure, axes: Axes, labels: list[_Label]) -> None:
             taken.append(best[2])
 
 
-def _candidates(
-    label: _Label, xlim: tuple[float, float]
-) -> list[tuple[float, float, float, float, str, str]]:
+def _candidates(label: _Label, xlim: tuple[float, float]) -> list[tuple[float, float, float, float, str, str]]:
     x, y = label.at
     if label.corner:
         spots = [xlim[0] + share * (xlim[1] - xlim[0]) for share in (0.01, 0.12, 0.25, 0.4, 0.55, 0.7)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from lightning_prune.equivalence import LosslessReport, check_lossless
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import check_model, check_plan, masked_entries
+from lightning_prune.masking import HoldZero, check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,12 @@ def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any
     return report
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: M) -> M:
     """A deep copy without hooks that hold masks."""
     small = copy.deepcopy(model)
     for module in small.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if type(hook).__name__ == "_HoldZero":
+            if isinstance(hook, HoldZero):
                 del module._forward_pre_hooks[key]
     return small
 
@@ -215,7 +217,13 @@ class _Undo:
             (module, name, getattr(module, name))
             for module in model.modules()
             for name in (
-                "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters"
+                "in_channels",
+                "out_channels",
+                "groups",
+                "in_features",
+                "out_features",
+                "num_features",
+                "num_parameters",
             )
             if isinstance(getattr(module, name, None), int)
         ]

@@ -55,9 +55,7 @@ def html_page(report: PruneReport) -> str:
         parts.append("<h2>What reconstruction saves in fine-tuning</h2>")
         parts.append(f"<p>{escape(savings[0].upper() + savings[1:])}.</p>")
     if _drawable_time(report):
-        parts.append(
-            _picture(report, accuracy_time_figure, "Accuracy against wall-clock time in both orders")
-        )
+        parts.append(_picture(report, accuracy_time_figure, "Accuracy against wall-clock time in both orders"))
         parts.append(_epochs(report))
     if report.layers:
         parts.append("<h2>What was removed</h2>")
@@ -183,13 +181,9 @@ def _stages(report: PruneReport) -> str:
         cells = []
         for column in cols:
             cell = column.cells[at]
-            text = f"{escape(cell.value)}" + (
-                f" <small>± {escape(cell.spread)}</small>" if cell.spread else ""
-            )
+            text = f"{escape(cell.value)}" + (f" <small>± {escape(cell.spread)}</small>" if cell.spread else "")
             text += f' <span class="times">{escape(cell.times)}</span>' if cell.times else ""
-            cells.append(
-                f'<td data-label="{escape(f"{column.title} ({column.unit})")}"><span>{text}</span></td>'
-            )
+            cells.append(f'<td data-label="{escape(f"{column.title} ({column.unit})")}"><span>{text}</span></td>')
         key = ' class="key"' if stage.name in (DENSE, FINE_TUNED["B"]) else ""
         rows.append(f"<tr{key}><th scope=row>{escape(stage.name)}</th>{''.join(cells)}</tr>")
     table = f"<thead><tr><th scope=col>Model</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
@@ -225,9 +219,7 @@ def _epochs(report: PruneReport) -> str:
 
 
 def _layers(report: PruneReport) -> str:
-    rows = [
-        [layer.layer, layer.group or MISSING, str(layer.dense), str(layer.kept)] for layer in report.layers
-    ]
+    rows = [[layer.layer, layer.group or MISSING, str(layer.dense), str(layer.kept)] for layer in report.layers]
     return _details("Every layer as numbers", ["Layer", "Group", "Dense", "Kept"], rows)
 
 
@@ -244,15 +236,11 @@ def _verdict(report: PruneReport) -> str:
     verdict, _, measured = lossless_line(report).partition(":")
     text = f"<b>{escape(verdict[0].upper() + verdict[1:])}</b>:{escape(measured)}"
     if found is not None:
-        text += (
-            f' <span class="quiet">(masked against reconstructed; absolute {found.max_abs_error:.1e})</span>'
-        )
+        text += f' <span class="quiet">(masked against reconstructed; absolute {found.max_abs_error:.1e})</span>'
     return f'<p class="verdict {state}">{text}</p>'
 
 
-def _picture(
-    report: PruneReport, draw: Callable[[PruneReport, Theme], Figure], alt: str, kind: str = ""
-) -> str:
+def _picture(report: PruneReport, draw: Callable[[PruneReport, Theme], Figure], alt: str, kind: str = "") -> str:
     """An SVG for either theme; paper and browsers without a theme take the light one."""
 
     def address(theme: Theme) -> str:

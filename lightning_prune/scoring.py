@@ -211,18 +211,14 @@ class Scorer:
         for group, layer in _layers(self.graph):
             keys = {tap.name: f"{group}/{layer.name}/{tap.name}" for tap in self._taps}
             self._check_seen(layer.name, keys)
-            means = {
-                name: self.state[f"{key}/sum"] / self.state[f"{key}/count"] for name, key in keys.items()
-            }
+            means = {name: self.state[f"{key}/sum"] / self.state[f"{key}/count"] for name, key in keys.items()}
             members.append(Member(group, layer, _parameter(self.model, layer.weight), means))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
             layers.setdefault(member.group, {})[member.layer.name] = scores.detach().to("cpu", torch.float64)
         how = self.criterion.combine
-        return Scores(
-            {group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers
-        )
+        return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
@@ -243,11 +239,7 @@ class Scorer:
     def _check_seen(self, layer: str, keys: Mapping[str, str]) -> None:
         for tap in self._taps:
             key = keys[tap.name]
-            if (
-                tap.gradient
-                and key in self._recorder.without_grad
-                and key not in self._recorder.differentiated
-            ):
+            if tap.gradient and key in self._recorder.without_grad and key not in self._recorder.differentiated:
                 raise ScoreError(
                     f"{layer}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
                     "it by; let "
@@ -260,11 +252,7 @@ class Scorer:
                     "it, or trace the model without it"
                 )
             # Another process may have seen it: the sum tells.
-            if (
-                tap.gradient
-                and key not in self._recorder.differentiated
-                and not self.state[f"{key}/sum"].any()
-            ):
+            if tap.gradient and key not in self._recorder.differentiated and not self.state[f"{key}/sum"].any():
                 raise ScoreError(
                     f"{layer}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
                     "criterion "
@@ -319,9 +307,7 @@ def score(
 def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Module, Any], Any] | None) -> None:
     criterion, model = scorer.criterion, scorer.model
     if batches is None or isinstance(batches, Tensor):
-        raise ScoreError(
-            f"{criterion!r} needs data: pass batches=..., an iterable of batches such as a DataLoader"
-        )
+        raise ScoreError(f"{criterion!r} needs data: pass batches=..., an iterable of batches such as a DataLoader")
     if criterion.needs_backward and loss is None:
         raise ScoreError(
             f"{criterion!r} needs gradients: pass loss=..., a function of (model, batch) returning a scalar"
@@ -356,9 +342,7 @@ def _check_finite(member: Member, scores: Tensor) -> None:
     if not torch.isfinite(member.weight).all():
         cause = "its weights hold NaN or infinite values: training has diverged"
     elif member.means:
-        cause = (
-            "activations or gradients are NaN or overflow: check batches, loss and precision (try float32)"
-        )
+        cause = "activations or gradients are NaN or overflow: check batches, loss and precision (try float32)"
     else:
         cause = "its weights are too large"
     raise ScoreError(f"{member.layer.name}: {bad} of {len(scores)} scores are NaN or infinite; {cause}")

@@ -58,7 +58,9 @@ class Selection(ABC):
         groups = self._candidates(graph)
         ranked = {group.name: _rankings(group, scores, coupling) for group in groups}
         kept = self._kept(groups, ranked)
-        plans = {group.name: self._group_plan(group, scores[group.name], kept[group.name], coupling) for group in groups}
+        plans = {
+            group.name: self._group_plan(group, scores[group.name], kept[group.name], coupling) for group in groups
+        }
         plan = Plan(plans, coupling, batch_norm)
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
@@ -83,7 +85,9 @@ class Selection(ABC):
             if not any(fnmatchcase(layer.name, pattern) for layer in group.layers for pattern in self.ignore)
         ]
         if not groups:
-            reasons = "; ".join(f"{g.name} {g.reason or 'is ignored'}" for g in graph.groups) or "it has no layer to prune"
+            reasons = (
+                "; ".join(f"{g.name} {g.reason or 'is ignored'}" for g in graph.groups) or "it has no layer to prune"
+            )
             raise PlanError(f"nothing to prune in this model: {reasons}")
         return groups
 

@@ -53,8 +53,6 @@ class MaskingCallback(Callback):
         scoring = predecessor(trainer, self, ScoringCallback)
         if self.plan is not None or scoring.graph is None or scoring.scores is None:
             return
-        plan = self.selection.select(
-            scoring.graph, scoring.scores, coupling=self.coupling, batch_norm=self.batch_norm
-        )
+        plan = self.selection.select(scoring.graph, scoring.scores, coupling=self.coupling, batch_norm=self.batch_norm)
         self.handle = mask_(pl_module, scoring.graph, plan, optimizers=trainer.optimizers)
         self.plan = plan

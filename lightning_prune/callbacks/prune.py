@@ -74,7 +74,9 @@ class PruneCallback(Callback):
             example_inputs=example_inputs,
         )
         self.masking = MaskingCallback(
-            selection if selection is not None else GlobalRatio(ratio), coupling=coupling, batch_norm=batch_norm
+            selection if selection is not None else GlobalRatio(ratio),
+            coupling=coupling,
+            batch_norm=batch_norm,
         )
         self.reconstruction = (
             None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal, get_args
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
 from lightning_prune.callbacks.masking import MaskingCallback

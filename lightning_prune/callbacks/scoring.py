@@ -77,6 +77,7 @@ class ScoringCallback(Callback):
 
     @property
     def ready(self) -> bool:
+        """Whether there are scores."""
         return self.scores is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -85,8 +86,8 @@ class ScoringCallback(Callback):
         check_trainer(trainer, self)
         if self.criterion.needs_backward and not is_overridden("training_step", pl_module):
             raise ScoreError(
-                f"{self.criterion!r} needs gradients, but {type(pl_module).__name__} has no training_step that returns a "
-                "loss; define one, or use a criterion that looks at weights only, such as L1"
+                f"{self.criterion!r} needs gradients, but {type(pl_module).__name__} has no training_step that returns "
+                "a loss; define one, or use a criterion that looks at weights only, such as L1"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,11 +144,18 @@ class ScoringCallback(Callback):
             raise CallbackError("there is no training data to score on; pass train_dataloaders or a datamodule to fit")
         limit = min(trainer.fit_loop.max_batches, self.score_batches or math.inf)
         total = None if math.isinf(limit) else int(limit) * self.score_epochs
-        passes = (itertools.islice(enumerate(loader), None if total is None else int(limit)) for _ in range(self.score_epochs))
+        passes = (
+            itertools.islice(enumerate(loader), None if total is None else int(limit)) for _ in range(self.score_epochs)
+        )
         batches = itertools.chain.from_iterable(passes)
         shown = trainer.progress_bar_callback is not None
         for batch_idx, batch in track(
-            batches, f"Scoring ({type(self.criterion).__name__})", total, console=Console(), transient=True, disable=not shown
+            batches,
+            f"Scoring ({type(self.criterion).__name__})",
+            total,
+            console=Console(),
+            transient=True,
+            disable=not shown,
         ):
             yield batch_idx, pl_module._apply_batch_transfer_handler(batch)
 
@@ -156,8 +164,8 @@ def _loss_of(output: Any, pl_module: LightningModule) -> Tensor:
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise ScoreError(
-            f"{type(pl_module).__name__}.training_step returned {type(output).__name__}, not a loss; gradients are scored "
-            "on the loss it returns (a tensor, or a dict with the key 'loss')"
+            f"{type(pl_module).__name__}.training_step returned {type(output).__name__}, not a loss; gradients are "
+            "scored on the loss it returns (a tensor, or a dict with the key 'loss')"
         )
     return loss
 
@@ -165,7 +173,10 @@ def _loss_of(output: Any, pl_module: LightningModule) -> Tensor:
 @contextmanager
 def _silent_log(pl_module: LightningModule) -> Iterator[None]:
     """training_step may log; outside the training loop that has nowhere to go."""
-    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+
+    def nowhere(*_: Any, **__: Any) -> None: ...
+
+    pl_module.log = pl_module.log_dict = nowhere  # type: ignore[method-assign]
     try:
         yield
     finally:

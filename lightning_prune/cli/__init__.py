@@ -25,18 +25,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "fit": Command(
-        "Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"
-    ),
+    "fit": Command("Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"),
     "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
     "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
     "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
     "experiment": Command(
         "Train, prune and fine-tune in both orders; write a report.", "lightning_prune.cli.experiment:run"
     ),
-    "demo": Command(
-        "Prune a small ResNet on real digits, start to end.", "lightning_prune.cli.experiment:demo"
-    ),
+    "demo": Command("Prune a small ResNet on real digits, start to end.", "lightning_prune.cli.experiment:demo"),
 }
 
 

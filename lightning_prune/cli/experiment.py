@@ -20,7 +20,7 @@ DEMO = "experiment/resnet18_digits_jre.yaml"
 class _Parser(ArgumentParser):
     """A parser whose errors name the path and the valid choices."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
         self.exit(2, f"error: {explain(message, self)}\n")
 
 

@@ -220,9 +220,7 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
         return criterion
     known = {cls.__name__.lower(): cls for cls in _leaves(Criterion)}  # type: ignore[type-abstract]
     if not isinstance(criterion, str) or criterion.lower() not in known:
-        raise ScoreError(
-            f"criterion must be a Criterion or one of {', '.join(sorted(known))}, got {criterion!r}"
-        )
+        raise ScoreError(f"criterion must be a Criterion or one of {', '.join(sorted(known))}, got {criterion!r}")
     return known[criterion.lower()]()
 
 

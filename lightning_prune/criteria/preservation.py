@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ScoreError
-from lightning_prune.masking import _HoldZero
+from lightning_prune.masking import HoldZero
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
                     originals.append((owner, name, value))
                     owner[name] = nn.Parameter(lent, requires_grad=False) if parameters else lent.clone()
             hooks = module._forward_pre_hooks
-            kept = {key: hook for key, hook in hooks.items() if not isinstance(hook, _HoldZero)}
+            kept = {key: hook for key, hook in hooks.items() if not isinstance(hook, HoldZero)}
             if len(kept) < len(hooks):
                 holds.append((hooks, dict(hooks)))
                 hooks.clear()

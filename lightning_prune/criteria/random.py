@@ -46,7 +46,7 @@ class Random(Criterion):
         return [self._draw(member) for member in members]
 
     def _draw(self, member: Member) -> Tensor:
-        # The CPU generator looks at 32 bits of its seed only, so seed and name have to be mixed, not concatenated.
+        # The CPU generator sees 32 bits of its seed: seed and name have to be mixed, not concatenated.
         digest = hashlib.sha256(f"{self.seed}/{member.group}/{member.layer.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return torch.rand(len(member.layer.index), dtype=torch.float64, generator=generator)

@@ -61,14 +61,10 @@ class _Port:
         """Refuse what is not a batch of activations of the expected channels."""
         end = "input" if self.incoming else "output"
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ScoreError(
-                f"{self.path}: its {end} is {type(tensor).__name__}, not a floating-point tensor"
-            )
+            raise ScoreError(f"{self.path}: its {end} is {type(tensor).__name__}, not a floating-point tensor")
         convolution = self._weight_dims is not None and self._weight_dims > 2
         if tensor.ndim < 2 or (convolution and tensor.ndim != self._weight_dims):
-            raise ScoreError(
-                f"{self.path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed"
-            )
+            raise ScoreError(f"{self.path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
         found = tensor.shape[self.channel_dim]
         needed = 1 + max(int(index.max()) for members in self.audience.values() for *_, index in members)
         if found != (self.filters or found) or found < needed:
@@ -158,9 +154,7 @@ class Recorder:
             path = layer.norm
         elif tap.site == "activation":
             if layer.reader is None or layer.reader_index is None:
-                raise ScoreError(
-                    f"{layer.name}: no layer reads its channels; use site='bn' instead of 'activation'"
-                )
+                raise ScoreError(f"{layer.name}: no layer reads its channels; use site='bn' instead of 'activation'")
             path, index, incoming, filters = layer.reader, layer.reader_index, True, None
         try:
             module = model.get_submodule(path)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,7 +50,7 @@ class DigitsDataModule(LightningDataModule):
         self.augment = augment
         self.drop_last = drop_last
         self.num_workers = num_workers
-        self.parts: dict[str, TensorDataset] = {}
+        self.parts: dict[str, Dataset[Batch]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         if not self.parts:
@@ -74,12 +74,10 @@ class DigitsDataModule(LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, part: str) -> DataLoader[Batch]:
-        return DataLoader(
-            self.parts[part], self.batch_size, num_workers=self.num_workers, collate_fn=plain_batch
-        )
+        return DataLoader(self.parts[part], self.batch_size, num_workers=self.num_workers, collate_fn=plain_batch)
 
 
-def split_digits(seed: int = 0, size: int = 32) -> dict[str, TensorDataset]:
+def split_digits(seed: int = 0, size: int = 32) -> dict[str, Dataset[Batch]]:
     """{"train", "val", "test"}: images (N, 3, size, size) standardised, labels (N,)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -94,7 +92,7 @@ def split_digits(seed: int = 0, size: int = 32) -> dict[str, TensorDataset]:
     images = (images - mean) / deviation
     targets = torch.from_numpy(labels).long()
     return {
-        name: TensorDataset(images[part].contiguous(), targets[part])
+        name: TensorDataset(images[part].contiguous(), targets[part])  # type: ignore[misc]
         for name, part in (("train", train), ("val", val), ("test", test))
     }
 

@@ -25,6 +25,7 @@ class Classes:
 
     @classmethod
     def of(cls, space: LabelSpace) -> Classes:
+        """Resolve what the rules collected."""
         joint = space.classes()
         filters, readers = space.marked("filter"), space.marked("reader")
         masked = ~readers | filters | space.marked("must_mask")
@@ -50,10 +51,11 @@ def build_groups(
     members: dict[int, list[tuple[Span, Tensor]]] = {}
     for key, span, roots in _spans_by_group(classes):
         members.setdefault(key, []).append((span, roots))
-    groups = []
-    for spans in members.values():
-        if any(classes.filters[span.ids][torch.isin(classes.joint[span.ids], roots)].any() for span, roots in spans):
-            groups.append(_build_group(classes, spans, calls, norms, module_of, order))
+    groups = [
+        _build_group(classes, spans, calls, norms, module_of, order)
+        for spans in members.values()
+        if any(classes.filters[span.ids][torch.isin(classes.joint[span.ids], roots)].any() for span, roots in spans)
+    ]
     groups.sort(key=lambda item: item[0])
     return _unique_names([group for _, group in groups])
 
@@ -71,8 +73,7 @@ def _spans_by_group(classes: Classes) -> list[tuple[int, Span, Tensor]]:
     for span in classes.space.spans:
         roots = classes.joint[span.ids]
         keys = make_up[roots]
-        for key in keys.unique().tolist():
-            found.append((key, span, roots[keys == key].unique()))
+        found += [(key, span, roots[keys == key].unique()) for key in keys.unique().tolist()]
     return found
 
 
@@ -98,7 +99,9 @@ def _build_group(
         entries = torch.isin(classes.joint[span.ids], roots).nonzero().flatten()
         located.append((span, entries, classes.joint[span.ids][entries]))
     channels = torch.cat([roots for _, roots in spans]).unique()  # class ids ascend with their first tensor's entries
-    indexed = [(span, entries[torch.argsort(roots, stable=True)].view(len(channels), -1)) for span, entries, roots in located]
+    indexed = [
+        (span, entries[torch.argsort(roots, stable=True)].view(len(channels), -1)) for span, entries, roots in located
+    ]
 
     filters = []
     for span, index in indexed:
@@ -108,19 +111,27 @@ def _build_group(
             filters.append((order.get(int(own[0]), span.start), span, index, own))
     filters.sort(key=lambda item: item[0])
     layers = tuple(
-        _layer(classes, first, span, index, own, channels, calls, norms, module_of) for first, span, index, own in filters
+        _layer(classes, first, span, index, own, channels, calls, norms, module_of)
+        for first, span, index, own in filters
     )
     norm_modules = {module for module, _ in norms}
     slices = []
     for span, index in indexed:
         own = classes.own[index[:, 0] + span.start]
-        owner = next((layer.name for layer, item in zip(layers, filters, strict=True) if torch.equal(item[3], own)), None)
+        owner = next(
+            (layer.name for layer, item in zip(layers, filters, strict=True) if torch.equal(item[3], own)),
+            None,
+        )
         masked = bool(classes.masked[index + span.start].any())
         norm = module_of.get(span.tensor) in norm_modules
         slices.append(Slice(span.tensor, span.dim, index, masked, owner, norm))
     reason = int(classes.reason[channels[0]])
     group = Group(
-        layers[0].name, len(channels), layers, tuple(slices), classes.space.reasons[reason] if reason >= 0 else None
+        layers[0].name,
+        len(channels),
+        layers,
+        tuple(slices),
+        classes.space.reasons[reason] if reason >= 0 else None,
     )
     return filters[0][0], group
 
@@ -137,7 +148,8 @@ def _layer(
     module_of: dict[str, str],
 ) -> Layer:
     norm = next(
-        (module for module, made in norms if bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())), None
+        (module for module, made in norms if bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())),
+        None,
     )
     reader, reader_index = None, None
     for call in calls:

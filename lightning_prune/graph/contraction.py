@@ -103,7 +103,11 @@ def _depthwise(space: LabelSpace, reads: Tensor, w_out: Tensor, where: str) -> N
 
 
 def matmul(
-    space: LabelSpace, left: tuple[torch.Size, Info], right: tuple[torch.Size, Info], output: torch.Size, where: str
+    space: LabelSpace,
+    left: tuple[torch.Size, Info],
+    right: tuple[torch.Size, Info],
+    output: torch.Size,
+    where: str,
 ) -> tuple[Info, Tensor, Tensor]:
     """Labels of ``left @ right``, (n, k) @ (k, m); also (what it reads, what it makes) as label values."""
     (l_shape, l_info), (r_shape, r_info) = left, right

@@ -22,9 +22,7 @@ class Operand:
     info: Info
 
 
-def combine(
-    space: LabelSpace, operands: Sequence[Operand], shape: torch.Size, is_zero: IsZero, where: str
-) -> Info:
+def combine(space: LabelSpace, operands: Sequence[Operand], shape: torch.Size, is_zero: IsZero, where: str) -> Info:
     """Labels of ``f(operands)`` broadcast to ``shape``.
 
     Layers whose signatures intersect lie on the same channels: they are tied, and an operand that has those
@@ -67,8 +65,10 @@ def _merge(
     where: str,
 ) -> Tensor | None:
     dims = tuple(sorted({d for _, layer in part for d in signature(layer)}))
-    values = [(index, region(layer, dims).expand([shape[d] if d in dims else 1 for d in range(len(shape))]))
-              for index, layer in part]
+    values = [
+        (index, region(layer, dims).expand([shape[d] if d in dims else 1 for d in range(len(shape))]))
+        for index, layer in part
+    ]
     present = {index for index, _ in values}
     for index, operand in enumerate(operands):
         if index not in present and not operand.info.uniform and _extends(operand.shape, shape, dims):

@@ -77,6 +77,7 @@ class Group:
 
     @property
     def prunable(self) -> bool:
+        """Whether channels can be removed without loss."""
         return self.reason is None
 
     def layer(self, name: str) -> Layer:
@@ -104,6 +105,7 @@ class ChannelGraph:
 
     @property
     def prunable_groups(self) -> tuple[Group, ...]:
+        """Those that can lose channels."""
         return tuple(group for group in self.groups if group.prunable)
 
     @property

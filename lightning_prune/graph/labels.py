@@ -45,6 +45,7 @@ class Span:
 
     @property
     def ids(self) -> slice:
+        """Where they lie in a tensor over all ids."""
         return slice(self.start, self.start + self.size)
 
 
@@ -153,7 +154,9 @@ def ids_of(values: Tensor) -> Tensor:
 
 def signature(layer: Tensor) -> tuple[int, ...]:
     """Dimensions along which a layer varies."""
-    return tuple(d for d, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and stride)
+    return tuple(
+        d for d, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and stride
+    )
 
 
 def region(layer: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -46,6 +46,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def set_info(self, tensor: Tensor, info: Info) -> None:
+        """Remember the labels of a tensor for as long as it lives."""
         self._info[tensor] = info
 
     def aliases(self, tensor: Tensor) -> list[Tensor]:

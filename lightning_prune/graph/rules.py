@@ -38,10 +38,12 @@ class Context:
 
     @property
     def where(self) -> str:
+        """Operator and module path, for messages."""
         name = self.func.overloadpacket._qualified_op_name.replace("::", ".")
         return f"{name} at {self.recorder.module!r}" if self.recorder.module else name
 
     def info(self, value: Any) -> Info:
+        """What is known of an argument."""
         return self.recorder.info(value) if isinstance(value, Tensor) else Info(uniform=True)
 
     def argument(self, name: str, default: Any = None) -> Any:
@@ -102,7 +104,11 @@ _TENSOR = "<tensor>"
 
 @lru_cache(maxsize=4096)
 def _probe(
-    func: Any, scalars: tuple[Any, ...], names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...]
+    func: Any,
+    scalars: tuple[Any, ...],
+    names: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    zeros: tuple[bool, ...],
 ) -> bool:
     """Run the operator on a few numbers: is the result exactly zero when the given operands are?"""
     positional = len(scalars) - len(names)
@@ -272,7 +278,7 @@ def convolution(c: Context) -> Info:
 
 
 def matrix_product(c: Context) -> Info:
-    """mm and addmm."""
+    """Mm and addmm."""
     with_bias = c.func.overloadpacket._qualified_op_name == "aten::addmm"
     left, right = (c.args[1], c.args[2]) if with_bias else (c.args[0], c.args[1])
     info, reads, makes = contraction.matmul(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules
@@ -75,10 +76,10 @@ class _Tracer:
         self.used: set[str] = set()
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, Info] = {}
-        tensors = [(name, tensor, False) for name, tensor in model.named_parameters()]
+        tensors: list[tuple[str, Tensor, bool]] = [(name, tensor, False) for name, tensor in model.named_parameters()]
         tensors += [(name, tensor, True) for name, tensor in model.named_buffers()]
         for name, tensor, buffer in tensors:
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if is_lazy(tensor):
                 raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
             self.names[id(tensor)] = name
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer)
@@ -91,7 +92,7 @@ class _Tracer:
         try:
             with module_names(self.model, recorder), recorder:
                 output = call_model(self.model, example_inputs)
-        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+        except Exception as error:
             place = f" in module {recorder.module!r}" if recorder.module else ""
             if optional:
                 self.notes[f"not traced in train mode: {type(error).__name__}: {error}"] = None

@@ -64,5 +64,7 @@ def _state_dict(weights: Any) -> dict[str, Tensor]:
         found = get_weight(weights) if isinstance(weights, str) else weights
         state: dict[str, Tensor] = found.get_state_dict(progress=False, check_hash=True)
     except (ValueError, AttributeError) as error:
-        raise WeightsError(f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}") from error
+        raise WeightsError(
+            f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
+        ) from error
     return state

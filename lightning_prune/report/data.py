@@ -183,8 +183,7 @@ class PruneReport:
         for stage in self.stages:
             if stage.flops and self.convention not in stage.flops:
                 raise PruningError(
-                    f"{stage.name} has no FLOPs by the convention {self.convention!r}, only by "
-                    f"{', '.join(stage.flops)}"
+                    f"{stage.name} has no FLOPs by the convention {self.convention!r}, only by {', '.join(stage.flops)}"
                 )
 
     def stage(self, name: str) -> StageResult | None:
@@ -244,9 +243,7 @@ class PruneReport:
         return 100 * (tuned.accuracy - dense.accuracy)
 
     def _ends(self) -> tuple[StageResult, StageResult]:
-        return self.stage(DENSE) or StageResult(DENSE), self.stage(RECONSTRUCTED) or StageResult(
-            RECONSTRUCTED
-        )
+        return self.stage(DENSE) or StageResult(DENSE), self.stage(RECONSTRUCTED) or StageResult(RECONSTRUCTED)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and text, ready for strict JSON."""

@@ -48,9 +48,7 @@ def columns(report: PruneReport) -> tuple[Column, ...]:
     accuracy = [MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}" for s in stages]
     return (
         Column(" / ".join(metrics).capitalize(), "%", tuple(Cell(text) for text in accuracy)),
-        _column(
-            "Parameters", "M", [s.params for s in stages], report, scales=((1e6, "M"), (1e3, "k")), times=True
-        ),
+        _column("Parameters", "M", [s.params for s in stages], report, scales=((1e6, "M"), (1e3, "k")), times=True),
         _column(
             "FLOPs",
             "M",
@@ -188,9 +186,7 @@ def markdown_table(report: PruneReport) -> str:
     lines = ["| Model | " + " | ".join(_cell(f"{c.title} ({c.unit})") for c in cols) + " |"]
     lines.append("| --- |" + " ---: |" * len(cols))
     for row, stage in enumerate(report.stages):
-        lines.append(
-            f"| {_cell(stage.name)} | " + " | ".join(_cell(c.cells[row].text()) for c in cols) + " |"
-        )
+        lines.append(f"| {_cell(stage.name)} | " + " | ".join(_cell(c.cells[row].text()) for c in cols) + " |")
     said = [line for line in (summary_line(report), lossless_line(report), savings_line(report)) if line]
     return "\n".join([*lines, "", *(f"- {line}" for line in said), "", f"<sub>{footnote(report)}</sub>", ""])
 
@@ -223,11 +219,7 @@ def print_report(report: PruneReport, console: Console | None = None) -> None:
         return Text(text, style)
 
     roomy = console.width >= 100
-    rule = (
-        box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-        if ascii_only
-        else box.SIMPLE_HEAD
-    )
+    rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True) if ascii_only else box.SIMPLE_HEAD
     table = Table(box=rule, show_edge=False, padding=(0, 1) if roomy else 0, pad_edge=False)
     table.add_column("")
     cols = columns(report)
@@ -254,9 +246,7 @@ def print_report(report: PruneReport, console: Console | None = None) -> None:
     if summary := summary_line(report):
         console.print(shown(summary, "bold"))
     found = report.losslessness
-    console.print(
-        shown(lossless_line(report), "yellow" if found is None else "green" if found.passed else "bold red")
-    )
+    console.print(shown(lossless_line(report), "yellow" if found is None else "green" if found.passed else "bold red"))
     for line in (savings_line(report), *report.notes):
         if line:
             console.print(shown(line))

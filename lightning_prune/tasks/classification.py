@@ -73,9 +73,7 @@ class ClassificationTask(LightningModule):
         num_classes: int,
         *,
         label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
-            params, lr=0.1, momentum=0.9, weight_decay=1e-4
-        ),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4),
         lr_scheduler: LRSchedulerCallable | Literal["cosine", "constant"] = "cosine",
         input_size: Sequence[int] = (3, 32, 32),
     ) -> None:
