@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.errors import PruningError
 from lightning_prune.plan import Plan
@@ -32,19 +33,24 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
 
     Raises:
         CheckpointError: an extra that `torch.load(weights_only=True)` could not read back.
+        OSError: the file cannot be written.
     """
     content = {"format": FORMAT, "plan": plan.to_dict(), "state_dict": small.state_dict(), "extra": extra}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    # Not tempfile: its files are readable by their owner alone, also under the final name.
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        torch.save(content, part)
-        torch.load(part, map_location="cpu", weights_only=True)
+        try:
+            torch.save(content, part)
+            torch.load(part, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot save to {target}: only tensors and plain data can be kept ({_first_line(error)})"
+            ) from error
         part.replace(target)
-    except Exception as error:
-        raise CheckpointError(f"cannot save to {target}: only tensors and plain data can be kept ({error})") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -65,26 +71,30 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
         CheckpointError: not such a file, or another model; both shapes are named.
     """
     content = read(path)
-    state = content["state_dict"]
-    tensors = dict(dense_model.named_parameters()) | dict(dense_model.named_buffers())
+    state, plan = content["state_dict"], Plan.from_dict(content["plan"])
+    # Shared tensors are in a state dict under every name they have.
+    tensors: dict[str, Tensor] = {
+        **dict(dense_model.named_parameters(remove_duplicate=False)),
+        **dict(dense_model.named_buffers(remove_duplicate=False)),
+    }
     own = dense_model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(f"{path} belongs to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-    for name, saved in state.items():
-        if saved.dim() != own[name].dim() or any(s > d for s, d in zip(saved.shape, own[name].shape, strict=True)):
+    smaller = {name: saved for name, saved in state.items() if _shape(saved) != _shape(own[name])}
+    for name, saved in smaller.items():
+        if name not in tensors or not _fits(saved, tensors[name], _is_kernel(dense_model, name)):
             raise CheckpointError(
-                f"{path} belongs to another model: {name!r} is {list(saved.shape)} in the file and "
-                f"{list(own[name].shape)} in the dense model"
+                f"{path} belongs to another model: {name!r} is {_shape(saved)} in the file and "
+                f"{_shape(own[name])} in the dense model"
             )
-    for name, saved in state.items():
+    for name, saved in smaller.items():
         tensor = tensors[name]
-        if tensor.shape != saved.shape:
-            tensor.grad = None
-            tensor.data = saved.to(device=tensor.device, dtype=tensor.dtype, copy=True)
+        tensor.grad = None
+        tensor.data = saved.to(device=tensor.device, dtype=tensor.dtype, copy=True)
     dense_model.load_state_dict(state)
     update_attributes_(dense_model)
-    return Plan.from_dict(content["plan"])
+    return plan
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -98,7 +108,32 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a pruned checkpoint: {error}") from error
+        raise CheckpointError(f"{path} is not a pruned checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
     return content
+
+
+def _shape(value: Any) -> list[int] | str:
+    """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
+    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _fits(saved: Any, dense: Tensor, kernel: bool) -> bool:
+    """Whether channels were removed and nothing else: a convolution's kernel keeps its size."""
+    return (
+        isinstance(saved, Tensor)
+        and saved.dim() == dense.dim()
+        and all(small <= large for small, large in zip(saved.shape, dense.shape, strict=True))
+        and not (kernel and saved.shape[2:] != dense.shape[2:])
+    )
+
+
+def _is_kernel(model: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    return attribute == "weight" and isinstance(model.get_submodule(path), _ConvNd)
+
+
+def _first_line(error: Exception) -> str:
+    """Torch's errors go on to recommend ``weights_only=False``, which would run code from the file."""
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__

@@ -61,7 +61,7 @@ def check_lossless(
         tolerance: default 1e-10 in float64, 1e-5 in float32.
 
     Raises:
-        ReconstructionError: the models return different numbers or shapes of tensors.
+        ReconstructionError: the models return different numbers or shapes of tensors, or none at all.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -72,14 +72,18 @@ def check_lossless(
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:
         shapes = [[list(t.shape) for t in side] for side in outputs]
         raise ReconstructionError(f"the models return tensors of different shapes: {shapes[0]} and {shapes[1]}")
-    used = dtype or (outputs[0][0].dtype if outputs[0] else torch.float32)
+    if not outputs[0]:
+        raise ReconstructionError("the models return no tensor that could be compared")
+    used = dtype or next((t.dtype for t in outputs[0] if t.is_floating_point()), torch.float32)
     worst_abs = worst_rel = 0.0
     for first, second in zip(*outputs, strict=True):
         if not first.numel():
             continue
-        first, second = first.double(), second.double()
+        first, second = _real(first), _real(second)
         same = (first == second) | (first.isnan() & second.isnan())
-        difference = torch.where(same, torch.zeros_like(first), (first - second).abs()).nan_to_num(nan=torch.inf)
+        difference = torch.where(same, torch.zeros_like(first), (first - second).abs()).nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        )
         error = float(difference.max())
         scale = float(first[first.isfinite()].abs().max()) if first.isfinite().any() else 0.0
         worst_abs = max(worst_abs, error)
@@ -88,11 +92,17 @@ def check_lossless(
     return LosslessReport(worst_abs, worst_rel, str(used).removeprefix("torch."), limit, len(outputs[0]))
 
 
+def _real(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
+
+
 def _outputs(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype else value
 
-    same_type = dtype is None or all(p.dtype == dtype for p in model.parameters())
+    # Buffers too: float32 statistics under float64 weights would round both sides.
+    floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    same_type = dtype is None or all(t.dtype == dtype for t in floating)
     runner = model if same_type else copy.deepcopy(model).to(dtype)
     with untouched(runner):
         runner.eval()

@@ -6,7 +6,7 @@ import io
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, get_args
@@ -19,7 +19,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph import call_model
-from lightning_prune.graph.recording import untouched
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
 
@@ -62,7 +61,9 @@ class Measurement:
     size_bytes: int
 
 
-def measure(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10) -> Measurement:
+def measure(
+    model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10, threads: int | None = None
+) -> Measurement:
     """Everything below in one go; the model is left as it is.
 
     Raises:
@@ -78,7 +79,7 @@ def measure(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: 
         count_params(model, trainable=False),
         counts["macs"],
         counts,
-        measure_latency(model, example_inputs, warmup=warmup, repeats=repeats),
+        measure_latency(model, example_inputs, warmup=warmup, repeats=repeats, threads=threads),
         measure_memory(model, example_inputs),
         state_size(model),
     )
@@ -93,14 +94,19 @@ def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = 
     r"""Operations of one sample's forward pass in eval mode, functional calls included.
 
     ``macs``
-        multiply-accumulates of convolutions and matrix products, :math:`k^2 C_{in}/g \, C_{out} H W`; no biases.
+        multiply-accumulates of convolutions and matrix products, :math:`k^2 C_{in}/g \, C_{out} H W` (H, W of the
+        input for transposed convolutions); no biases.
     ``flops2``
         2 x ``macs``.
     ``ptflops``
-        as ptflops 0.6.9: ``macs``, plus output elements for a bias, 2 x elements for an affine batch norm, output
-        elements of a ReLU-like activation, input elements of a pooling. Additions and resizing are free.
+        as ptflops 0.6.9: ``macs``, plus output elements for a bias, 2 x elements for an affine batch, instance or
+        group norm (1 x without affine), output elements of a ReLU-like activation, input elements of a pooling.
+        Additions and resizing are free.
     ``paper``
         2 x ``ptflops``: what Lee et al., Sensors 23(4):2102, 2023, print as FLOPs.
+
+    Samples are counted by the first dimension of the first tensor, or by the length of the list if that tensor lies
+    in one, as images do for detection models. A model on the meta device is counted without computing anything.
 
     Raises:
         PruningError: unknown convention.
@@ -144,24 +150,48 @@ def compare_latency(
         warmup: rounds before the clock runs.
         repeats: rounds timed.
         threads: of the CPU; None: as torch is set.
+
+    Raises:
+        PruningError: no repeats, no threads, or a model on the meta device, which computes nothing.
+        TraceError: a model does not run on its inputs.
     """
+    if warmup < 0 or repeats < 1:
+        raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
+    if threads is not None and threads < 1:
+        raise PruningError(f"threads must be at least 1, got {threads}")
+    for name, (model, _) in models.items():
+        if any(p.is_meta for p in model.parameters()):
+            raise PruningError(f"model {name!r} is on the meta device, where nothing is computed: no time to measure")
     samples: dict[str, list[float]] = {name: [] for name in models}
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        for round_ in range(warmup + repeats):
-            for name, (model, inputs) in models.items():
-                seconds = _time_once(model, inputs)
-                if round_ >= warmup:
-                    samples[name].append(seconds * 1e3)
+        with ExitStack() as stack:
+            for model, _ in models.values():
+                stack.enter_context(_restored(model))
+            for round_ in range(warmup + repeats):
+                for name, (model, inputs) in models.items():
+                    seconds = _time_once(model, inputs)
+                    if round_ >= warmup:
+                        samples[name].append(seconds * 1e3)
     finally:
         torch.set_num_threads(before)
     return {name: _summary(values) for name, values in samples.items()}
 
 
 def measure_memory(model: nn.Module, example_inputs: Any) -> int:
-    """Bytes of activations alive at once, at most, during a forward pass in eval mode (parameters not counted)."""
+    """Bytes of activations alive at once, at most, during a forward pass in eval mode.
+
+    The input counts, parameters and buffers do not, nor does what a kernel allocates for itself.
+
+    Raises:
+        TraceError: the model does not run on the inputs.
+
+    Example:
+        >>> measure_memory(nn.Linear(4, 2, bias=False), torch.zeros(1, 4))  # 4 numbers in, 2 out
+        24
+    """
     mode = _PeakMemory(model)
     _run(model, example_inputs, mode)
     return mode.peak
@@ -175,14 +205,14 @@ def state_size(model: nn.Module) -> int:
 
 
 def _time_once(model: nn.Module, inputs: Any) -> float:
-    cuda = any(p.is_cuda for p in model.parameters())
-    with _evaluating(model), torch.inference_mode():
-        if cuda:
-            torch.cuda.synchronize()
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    with torch.no_grad():  # inference_mode would poison what a model caches for later, such as anchors
+        if device is not None:
+            torch.accelerator.synchronize(device)
         started = time.perf_counter()
-        call_model(model, inputs)
-        if cuda:
-            torch.cuda.synchronize()
+        _call(model, inputs)
+        if device is not None:
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - started
 
 
@@ -204,21 +234,60 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
-    with untouched(model), _evaluating(model), mode:
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards modes, buffers and random state are as they were."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices), _evaluating(model):
         try:
-            call_model(model, example_inputs)
-        except Exception as error:
-            raise TraceError(
-                f"the model does not run on the example inputs: {type(error).__name__}: {error}"
-            ) from error
+            yield
+        finally:
+            with torch.no_grad():
+                for owner, name, buffer, before in buffers:
+                    owner[name] = buffer
+                    if not buffer.is_meta and buffer.shape == before.shape and not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def _call(model: nn.Module, example_inputs: Any) -> None:
+    try:
+        call_model(model, example_inputs)
+    except Exception as error:
+        raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+
+
+def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one operator would hide the products inside
+    try:
+        with torch.no_grad(), _restored(model), mode:
+            _call(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _samples(example_inputs: Any) -> int:
+    if isinstance(example_inputs, Tensor):
+        return example_inputs.shape[0] if example_inputs.dim() else 0
+    if isinstance(example_inputs, list) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_inputs)):
+        return len(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        example_inputs = tuple(example_inputs.values())
+    parts = example_inputs if isinstance(example_inputs, tuple) else ()
+    return next((count for count in map(_samples, parts) if count), 0)
 
 
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """`count_flops` under every convention, from one forward pass."""
     mode = _Counter()
     _run(model, example_inputs, mode)
-    batch = next((leaf.shape[0] for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    batch = _samples(example_inputs) or 1
     macs, others = mode.macs // batch, mode.others // batch
     return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}
 
@@ -227,18 +296,36 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_ACTIVATIONS = _names("relu leaky_relu elu hardtanh _prelu_kernel gelu relu6 selu celu threshold")
+_ACTIVATIONS = _names("relu leaky_relu elu hardtanh _prelu_kernel gelu")
 _POOLS = _names(
     "max_pool2d_with_indices max_pool2d avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool3d_with_indices "
-    "avg_pool3d _adaptive_avg_pool3d"
+    "avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d"
 )
 _NORMS = _names(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm batch_norm"
+    "miopen_batch_norm batch_norm native_group_norm"
 )
 
 
-class _Counter(TorchDispatchMode):
+class _Observer(TorchDispatchMode):
+    """Shows every ATen operator that really runs, composite ones taken apart."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:  # under torch.inference_mode, linear and conv2d arrive whole
+            output = func.decompose(*args, **kwargs)
+        if output is NotImplemented:
+            output = func(*args, **kwargs)
+            self.observe(func, args, kwargs, output)
+        return output
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__}.observe")
+
+
+class _Counter(_Observer):
     """Counts at the level of ATen operators, so that functional calls are not missed."""
 
     def __init__(self) -> None:
@@ -246,43 +333,46 @@ class _Counter(TorchDispatchMode):
         self.macs = 0
         self.others = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
         if name == "convolution":
             self._convolution(output, *args)
-        elif name in ("mm", "bmm"):
+        elif name in ("mm", "bmm", "mv", "dot"):
             self.macs += output.numel() * args[0].shape[-1]
-        elif name in ("addmm", "baddbmm"):
+        elif name in ("mkldnn_rnn_layer", "_cudnn_rnn"):
+            self._recurrent(*args)
+        elif name in ("addmm", "baddbmm", "addmv"):
             self.macs += output.numel() * args[1].shape[-1]
             self.others += output.numel()
         elif name.startswith("_scaled_dot_product"):
             query, key, value = args[:3]
             self.macs += prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         elif name in _NORMS:
-            self.others += 2 * args[0].numel() if args[1] is not None else 0
+            self.others += (1 if args[1] is None else 2) * args[0].numel()
         elif name in _ACTIVATIONS:
             self.others += output.numel()
         elif name in _POOLS or (name == "mean" and _is_global_pool(args)):
             self.others += args[0].numel()
-        return output
 
     def _convolution(self, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
         transposed = rest[3]
         self.macs += (x if transposed else output).numel() * prod(weight.shape[1:])
         self.others += output.numel() if bias is not None else 0
 
+    def _recurrent(self, x: Tensor, *weights: Any) -> None:
+        """A fused recurrent layer: every weight matrix is used, every bias added, once per sample and time step."""
+        steps = prod(x.shape[:-1])
+        first = weights[0] if isinstance(weights[0], (list, tuple)) else weights[:4]
+        self.macs += steps * sum(weight.numel() for weight in first if weight.dim() == 2)
+        self.others += steps * sum(weight.numel() for weight in first if weight.dim() == 1)
+
 
 def _is_global_pool(args: tuple[Any, ...]) -> bool:
-    """AdaptiveAvgPool(1) arrives as a mean over the trailing positions."""
-    rank = args[0].dim()
-    dims = sorted(d % rank for d in args[1]) if len(args) > 1 and args[1] else []
-    return rank > 2 and dims == list(range(2, rank))
+    """AdaptiveAvgPool(1) arrives as just this mean; ``x.mean((2, 3))`` is none, as for ptflops."""
+    return len(args) > 2 and args[2] and list(args[1]) in ([-1, -2], [-1, -2, -3])
 
 
-class _PeakMemory(TorchDispatchMode):
+class _PeakMemory(_Observer):
     """Follows which activations are alive."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -291,13 +381,9 @@ class _PeakMemory(TorchDispatchMode):
         self._alive = WeakIdKeyDictionary()
         self.peak = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, output)):
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        for tensor in tree_leaves((args, kwargs, output)):
             if isinstance(tensor, Tensor):
                 self._alive[tensor] = True
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self._alive}
         self.peak = max(self.peak, sum(size for key, size in storages.items() if key not in self._own))
-        return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -27,8 +28,12 @@ class GroupPlan:
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not _are_counts((self.size,)):
+            raise PlanError(f"size must be a number of channels, got {self.size!r}")
         for name, kept in (("keep", self.keep), *self.layers.items()):
-            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.size):
+            if not isinstance(kept, tuple) or not _are_counts(kept):
+                raise PlanError(f"{name}: kept channels must be a tuple of integers >= 0, got {kept!r}")
+            if list(kept) != sorted(set(kept)) or (kept and kept[-1] >= self.size):
                 raise PlanError(
                     f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}"
                 )
@@ -63,11 +68,20 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_coupling(self.coupling)
+        if self.coupling == "intersection":
+            return
+        for name, group in self.groups.items():
+            for layer, kept in group.layers.items():
+                lost = set(kept) - set(group.keep)
+                if lost:
+                    raise PlanError(
+                        f"{layer} keeps channels {sorted(lost)[:5]} that its group {name!r} removes: that is not "
+                        "lossless, and only coupling='intersection' does it"
+                    )
 
     def __bool__(self) -> bool:
         return any(
-            group.removed or any(len(kept) < group.size for kept in group.layers.values())
-            for group in self.groups.values()
+            len(kept) < group.size for group in self.groups.values() for kept in (group.keep, *group.layers.values())
         )
 
     @property
@@ -98,14 +112,18 @@ class Plan:
         """
         try:
             groups = {
-                str(name): GroupPlan(
-                    int(g["size"]), tuple(g["keep"]), {str(k): tuple(v) for k, v in g["layers"].items()}
-                )
+                str(name): GroupPlan(g["size"], tuple(g["keep"]), {str(k): tuple(v) for k, v in g["layers"].items()})
                 for name, g in data["groups"].items()
             }
-            return cls(groups, data["coupling"], bool(data["batch_norm"]))
+            if not isinstance(data["batch_norm"], bool):
+                raise TypeError(f"batch_norm must be true or false, got {data['batch_norm']!r}")
+            return cls(groups, data["coupling"], data["batch_norm"])
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a pruning plan: {error!r}") from error
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
 
 
 def check_coupling(coupling: str) -> None:

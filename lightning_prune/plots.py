@@ -310,7 +310,7 @@ def _place(figure: Figure, axes: Axes, labels: list[_Label]) -> None:
     """Put every label where it covers least of the curves and no other label; ends of curves first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    renderer = FigureCanvasAgg(figure).get_renderer()
     ink = [point for line in axes.lines for point in _along(axes.transData.transform(_ends(axes, line)))]
     frame = axes.get_window_extent(renderer)
     level = next((label.at[1] for label in labels if label.corner), math.nan)

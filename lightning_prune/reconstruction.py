@@ -36,7 +36,7 @@ class Cut:
         return tensor.index_select(self.dim, self.keep.to(tensor.device))
 
 
-def reconstruct(model: nn.Module, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> nn.Module:
+def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> M:
     r"""A smaller copy of a model without the channels that a plan removes; the model itself is untouched.
 
     Every tensor keeps the entries :math:`\{0..n\} \setminus R`, where :math:`R` unites what all groups remove from

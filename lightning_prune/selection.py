@@ -30,9 +30,10 @@ class Selection(ABC):
     """
 
     def __init__(self, *, min_channels: float = 1, round_to: int = 1, ignore: Iterable[str] = ()) -> None:
-        if not (0 < min_channels < 1 or (min_channels >= 1 and min_channels == int(min_channels))):
+        share = isinstance(min_channels, float) and 0 < min_channels < 1
+        if not share and not _is_count(min_channels):
             raise PlanError(f"min_channels must be a count >= 1 or a share in (0, 1), got {min_channels!r}")
-        if round_to < 1 or round_to != int(round_to):
+        if not _is_count(round_to):
             raise PlanError(f"round_to must be an integer >= 1, got {round_to!r}")
         self.min_channels = min_channels
         self.round_to = int(round_to)
@@ -59,7 +60,8 @@ class Selection(ABC):
         ranked = {group.name: _rankings(group, scores, coupling) for group in groups}
         kept = self._kept(groups, ranked)
         plans = {
-            group.name: self._group_plan(group, scores[group.name], kept[group.name], coupling) for group in groups
+            group.name: self._group_plan(group, _ranking(group, "", scores[group.name]), kept[group.name], coupling)
+            for group in groups
         }
         plan = Plan(plans, coupling, batch_norm)
         if self._asks_for_removal() and not plan:
@@ -75,10 +77,7 @@ class Selection(ABC):
         """Whether a plan that removes nothing is worth a warning."""
 
     def _candidates(self, graph: ChannelGraph) -> list[Group]:
-        names = [layer.name for group in graph.groups for layer in group.layers]
-        for pattern in self.ignore:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise PlanError(f"ignore: no layer matches {pattern!r}; layers are {', '.join(names)}")
+        _check_patterns("ignore", self.ignore, graph)
         groups = [
             group
             for group in graph.prunable_groups
@@ -106,7 +105,7 @@ class Selection(ABC):
             target = max(target, self._least(group.size))
         missing = target - int(keep.sum())
         if missing:
-            condemned = torch.where(keep, torch.inf, -scores.double())
+            condemned = torch.where(keep, torch.inf, -scores)
             back = torch.argsort(condemned, stable=True)[:missing]
             keep[back] = True
             for mask in masks:
@@ -121,13 +120,13 @@ class LayerRatio(Selection):
     Args:
         ratio: share removed, in [0, 1).
         rounding: ``round`` (half to even, as the LR paper's code on ResNet) or ``floor`` (on YOLOv3).
-        overrides: ratio by name pattern, the first match counts.
+        overrides: ratio by name pattern, the first match counts; under joint coupling one matching layer is enough.
         min_channels: see `Selection`.
         round_to: see `Selection`.
         ignore: see `Selection`.
 
     Raises:
-        PlanError: a ratio outside [0, 1).
+        PlanError: a ratio outside [0, 1); in `select` also a pattern of ``overrides`` that matches no layer.
 
     Example:
         >>> LayerRatio(0.5, overrides={"layer4.*": 0.7})
@@ -158,7 +157,11 @@ class LayerRatio(Selection):
         )
 
     def _asks_for_removal(self) -> bool:
-        return self.ratio > 0
+        return max(self.ratio, *self.overrides.values(), 0.0) > 0
+
+    def _candidates(self, graph: ChannelGraph) -> list[Group]:
+        _check_patterns("overrides", self.overrides, graph)
+        return super()._candidates(graph)
 
     def _ratio(self, group: Group, layer: str) -> float:
         names = [layer] if layer else [member.name for member in group.layers]
@@ -184,7 +187,8 @@ class GlobalRatio(Selection):
     Args:
         ratio: share removed, in [0, 1).
         over: what the share is of: ``all`` filters of all prunable layers, ``groups``: every channel of a group
-            counts once, ``inner``: only layers that feed no addition are candidates (JRE's ResNet setting).
+            counts once, ``inner``: only layers that feed no addition are candidates (JRE's ResNet setting), that is
+            groups of one layer and the depthwise convolutions behind it.
         min_channels: see `Selection`.
         round_to: see `Selection`.
         ignore: see `Selection`.
@@ -224,7 +228,7 @@ class GlobalRatio(Selection):
     def _candidates(self, graph: ChannelGraph) -> list[Group]:
         groups = super()._candidates(graph)
         if self.over == "inner":
-            groups = [group for group in groups if len(group.layers) == 1]
+            groups = [group for group in groups if _is_chain(group)]
             if not groups:
                 raise PlanError("over='inner': every prunable layer feeds an addition; use over='all' or 'groups'")
         return groups
@@ -245,12 +249,13 @@ class GlobalRatio(Selection):
         for position in torch.argsort(scores, stable=True).tolist():
             group, name, channel = entries[position]
             key = (group.name, name)
+            if not room[key]:
+                continue
             if removed + cost[key] > budget + 1e-9:
                 break
-            if room[key] > 0:
-                room[key] -= 1
-                removed += cost[key]
-                kept[group.name][name][channel] = False
+            room[key] -= 1
+            removed += cost[key]
+            kept[group.name][name][channel] = False
         return kept
 
     def _cost(self, group: Group, layer: str) -> int:
@@ -277,19 +282,46 @@ def _rankings(group: Group, scores: Scores, coupling: Coupling) -> dict[str, Ten
     if group.name not in scores:
         raise ScoreError(f"no scores for group {group.name!r}")
     if coupling == "joint":
-        found = {"": scores[group.name]}
-    else:
-        layers = getattr(scores, "layers", None)
-        if layers is None:
-            raise ScoreError(f"coupling={coupling!r} needs scores per layer; use the result of lightning_prune.score")
-        found = {layer.name: layers[group.name][layer.name] for layer in group.layers}
-    for name, values in found.items():
-        title = f"group {group.name!r}" + (f", layer {name!r}" if name else "")
-        if values.shape != (group.size,):
-            raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
-    return {name: values.detach().double().cpu() for name, values in found.items()}
+        return {"": _ranking(group, "", scores[group.name])}
+    layers = getattr(scores, "layers", None)
+    if layers is None:
+        raise ScoreError(f"coupling={coupling!r} needs scores per layer; use the result of lightning_prune.score")
+    members = layers.get(group.name, {})
+    missing = [layer.name for layer in group.layers if layer.name not in members]
+    if missing:
+        raise ScoreError(f"no scores for layer {missing[0]!r} of group {group.name!r}")
+    return {layer.name: _ranking(group, layer.name, members[layer.name]) for layer in group.layers}
+
+
+def _ranking(group: Group, layer: str, values: Tensor) -> Tensor:
+    """Scores of a group, or of one of its layers, checked: (channels,) float64 on the CPU."""
+    title = f"group {group.name!r}" + (f", layer {layer!r}" if layer else "")
+    if not isinstance(values, Tensor):
+        raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
+    if values.shape != (group.size,):
+        raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
+    return values.detach().double().cpu()
+
+
+def _check_patterns(what: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
+    names = [layer.name for group in graph.groups for layer in group.layers]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PlanError(f"{what}: no layer matches {pattern!r}; layers are {', '.join(names)}")
+
+
+def _is_chain(group: Group) -> bool:
+    """One layer, read by nothing or by layers that hand its channels on one by one: no addition ties it to others."""
+    names = {layer.name for layer in group.layers}
+    return sum(layer.reader not in names for layer in group.layers) <= 1
+
+
+def _is_count(value: object) -> bool:
+    """A whole number of at least 1; a bool is none."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and value >= 1  # type: ignore[operator]
 
 
 def _indices(mask: Tensor) -> tuple[int, ...]:

@@ -24,9 +24,7 @@ def _seeded():
 
 
 def make_task(**kwargs) -> ClassificationTask:
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, CLASSES)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, CLASSES))
     return ClassificationTask(net, CLASSES, input_size=(3, 8, 8), **kwargs)
 
 
@@ -62,9 +60,7 @@ def test_training_step_returns_the_smoothed_cross_entropy():
 
 def test_metrics_of_a_test_run_equal_scikit_learn(tmp_path):
     task = make_task()
-    loader = make_loader(
-        torch.randint(CLASSES, (57,))
-    )  # the last batch is smaller: a mean over batches is wrong
+    loader = make_loader(torch.randint(CLASSES, (57,)))  # the last batch is smaller: a mean over batches is wrong
 
     (logged,) = make_trainer(tmp_path).test(task, loader, verbose=False)
 

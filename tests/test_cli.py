@@ -21,9 +21,7 @@ from lightning_prune.errors import PruningError
 
 
 def tiny_net(num_classes: int = 3, width: int = 4) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
-    )
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
 class TinyData(LightningDataModule):
@@ -147,9 +145,7 @@ def test_recipes_lists_each_with_its_first_line(capsys, monkeypatch):
 
 
 def test_a_pruning_error_ends_with_its_message_and_no_traceback(configs, capsys):
-    status = main(
-        ["fit", "--config", "dense.yaml", "--config", "pruned.yaml", "--trainer.callbacks.ratio", "2"]
-    )
+    status = main(["fit", "--config", "dense.yaml", "--config", "pruned.yaml", "--trainer.callbacks.ratio", "2"])
     assert status == 1
     assert "error: ratio must lie in [0, 1), got 2.0." in capsys.readouterr().err
 

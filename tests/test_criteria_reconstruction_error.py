@@ -41,9 +41,7 @@ def produced_at(case: Case, layer: Layer, site: str):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("site", ["bn", "conv", "activation"])
-@pytest.mark.parametrize(
-    ("magnitude", "reduce"), [("abs", "sample"), ("square", "batch"), ("signed", "sample")]
-)
+@pytest.mark.parametrize(("magnitude", "reduce"), [("abs", "sample"), ("square", "batch"), ("signed", "sample")])
 def test_global_term_is_the_change_of_the_loss_under_a_multiplier(name, site, magnitude, reduce):
     case = CASES[name]()
     found = terms(GRE(magnitude=magnitude, reduce=reduce, site=site), case)
@@ -86,9 +84,7 @@ def test_activation_site_takes_the_gradient_of_everything_that_reads_the_tensor(
         pooled = out.mean((2, 3))
         loss = nn.functional.cross_entropy(model.fc(pooled), label[None])
         gradients = torch.autograd.grad(loss, (x, pooled))
-        expected.append(
-            ((gradients[0] * x).sum((0, 2, 3)).abs().detach(), (gradients[1] * pooled)[0].abs().detach())
-        )
+        expected.append(((gradients[0] * x).sum((0, 2, 3)).abs().detach(), (gradients[1] * pooled)[0].abs().detach()))
     torch.testing.assert_close(found["stem"], torch.stack([one for one, _ in expected]).mean(0))
     torch.testing.assert_close(found["conv2"], torch.stack([other for _, other in expected]).mean(0))
 

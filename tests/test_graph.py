@@ -78,7 +78,11 @@ def test_grouped_convolution_ties_positions_over_groups() -> None:
 
 
 def test_gate_and_trunk_go_together_with_the_depthwise_layer() -> None:
-    assert layers(trace(build("InvertedResidual"), images()))["expand.0"] == ["expand.0", "depthwise.0", "excite"]
+    assert layers(trace(build("InvertedResidual"), images()))["expand.0"] == [
+        "expand.0",
+        "depthwise.0",
+        "excite",
+    ]
 
 
 def test_weights_that_read_a_constant_are_masked() -> None:
@@ -91,7 +95,7 @@ def test_weights_that_read_a_constant_are_masked() -> None:
 def test_sizes_fixed_in_python_freeze_with_the_reason() -> None:
     padded = trace(build("PaddedShortcut"), images())
     assert padded.group("stem.0").reason == "is padded along the channels by aten.constant_pad_nd"
-    assert "fixed number" in (padded.group("a.0").reason or "")or padded.group("a.0").prunable
+    assert "fixed number" in (padded.group("a.0").reason or "") or padded.group("a.0").prunable
     shuffled = trace(build("Shuffle"), images())
     assert "is cut at fixed places" in shuffled.group("stem.0").reason
     assert shuffled.group("inner.0").prunable
@@ -118,7 +122,12 @@ def test_an_operator_without_a_rule_freezes_and_is_named() -> None:
 
 @pytest.mark.parametrize(
     "operator",
-    [lambda x: F.layer_norm(x, x.shape[1:]), lambda x: F.group_norm(x, 2), lambda x: x.softmax(1), lambda x: x.amax(1, True) + x],
+    [
+        lambda x: F.layer_norm(x, x.shape[1:]),
+        lambda x: F.group_norm(x, 2),
+        lambda x: x.softmax(1),
+        lambda x: x.amax(1, True) + x,
+    ],
 )
 def test_statistics_over_channels_are_refused(operator) -> None:
     class Model(nn.Module):

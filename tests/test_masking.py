@@ -23,7 +23,9 @@ OPTIMIZERS = {
 }
 
 
-def train_(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, clip: float | None = None, watch=None) -> None:
+def train_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, clip: float | None = None, watch=None
+) -> None:
     generator = torch.Generator().manual_seed(3)
     for _ in range(steps):
         x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -90,7 +92,9 @@ def test_a_copy_of_a_masked_model_stays_masked() -> None:
 
 
 @pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], OPTIMIZERS["adamw"]], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["Residual", "InvertedResidual", "Dense", "Grouped", "PreActivation", "SigmoidConstant"])
+@pytest.mark.parametrize(
+    "name", ["Residual", "InvertedResidual", "Dense", "Grouped", "PreActivation", "SigmoidConstant"]
+)
 def test_fine_tuning_masked_and_reconstructed_is_the_same_computation(name: str, make) -> None:
     model = build(name).train()
     graph = trace(model, images())

@@ -82,9 +82,7 @@ def test_bars_are_as_long_as_the_layers_have_channels():
 
 
 def test_counts_stand_at_their_bars():
-    (axes,) = channels_figure(
-        PruneReport("t", layers=(LayerChannels("a", 64, 31), LayerChannels("b", 8, 8)))
-    ).axes
+    (axes,) = channels_figure(PruneReport("t", layers=(LayerChannels("a", 64, 31), LayerChannels("b", 8, 8)))).axes
     found = {text.get_text(): text.xy for text in axes.texts}
     assert found["31 of 64"] == (64, 0)
     assert found["all 8"] == (8, 1)
@@ -184,9 +182,7 @@ def test_themes_differ_in_paper_and_ink():
 def test_user_settings_neither_change_nor_are_changed(tmp_path):
     plain, styled = tmp_path / "plain.png", tmp_path / "styled.png"
     save_figure(accuracy_time_figure(timed(A, B)), plain)
-    with matplotlib.rc_context(
-        {"text.color": "red", "font.size": 30, "lines.linewidth": 9, "savefig.dpi": 20}
-    ):
+    with matplotlib.rc_context({"text.color": "red", "font.size": 30, "lines.linewidth": 9, "savefig.dpi": 20}):
         before = dict(matplotlib.rcParams)
         save_figure(accuracy_time_figure(timed(A, B)), styled)
         assert dict(matplotlib.rcParams) == before

@@ -116,9 +116,7 @@ def test_in_place_keeps_parameters_and_cuts_optimizer_state() -> None:
         identities = [id(p) for p in work.parameters()]
         _step(work, optimizer, x)
         plan = random_plan(graph)
-        expected = {
-            key: value.clone() for key, value in optimizer.state[work.a1[0].weight].items() if value.dim() > 0
-        }
+        expected = {key: value.clone() for key, value in optimizer.state[work.a1[0].weight].items() if value.dim() > 0}
         reconstruct_(work, graph, plan, optimizers=[optimizer])
         assert [id(p) for p in work.parameters()] == identities
         rows, columns = list(plan.groups["a1.0"].keep), list(plan.groups["stem.0"].keep)
@@ -138,7 +136,11 @@ def test_attributes_say_what_the_weights_are() -> None:
     model, x = build("Grouped"), images()
     graph = trace(model, x)
     small = reconstruct(model, graph, random_plan(graph))
-    assert (small.multiply[0].groups, small.multiply[0].in_channels, small.multiply[0].out_channels) == (4, 4, 8)
+    assert (small.multiply[0].groups, small.multiply[0].in_channels, small.multiply[0].out_channels) == (
+        4,
+        4,
+        8,
+    )
     assert (small.b[0].groups, small.b[0].in_channels, small.b[0].out_channels) == (3, 6, 6)
     assert small.stem[1].num_features == 4
     assert small.head.fc.in_features == 8
@@ -186,7 +188,9 @@ def test_a_size_fixed_in_python_is_caught_and_undone() -> None:
     assert torch.equal(model.a.weight.grad, gradient)
     assert model.a.out_channels == 6
     after = optimizer.state_dict()
-    assert all(torch.equal(after["state"][k]["momentum_buffer"], v["momentum_buffer"]) for k, v in state["state"].items())
+    assert all(
+        torch.equal(after["state"][k]["momentum_buffer"], v["momentum_buffer"]) for k, v in state["state"].items()
+    )
 
 
 def test_a_lossy_result_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

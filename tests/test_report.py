@@ -41,15 +41,9 @@ def report():
         (
             StageResult("dense", 0.98, "accuracy", 11_173_962, flops, 20.0, 1.0, 22.0, 1.0, 44_780_000),
             StageResult("masked", 0.42, "accuracy", 11_173_962, flops, 21.0, 1.2, None, None, 44_780_000),
-            StageResult(
-                "reconstructed", 0.42, "accuracy", 2_793_490, small, 8.0, 0.4, None, None, 11_200_000
-            ),
-            StageResult(
-                "fine-tuned (order A)", 0.97, "accuracy", 2_793_490, small, 8.1, 0.4, None, 0.5, 11_200_000
-            ),
-            StageResult(
-                "fine-tuned (order B)", 0.975, "accuracy", 2_793_490, small, 8.2, 0.3, 10.0, 0.5, 11_200_000
-            ),
+            StageResult("reconstructed", 0.42, "accuracy", 2_793_490, small, 8.0, 0.4, None, None, 11_200_000),
+            StageResult("fine-tuned (order A)", 0.97, "accuracy", 2_793_490, small, 8.1, 0.4, None, 0.5, 11_200_000),
+            StageResult("fine-tuned (order B)", 0.975, "accuracy", 2_793_490, small, 8.2, 0.3, 10.0, 0.5, 11_200_000),
         ),
         (
             OrderTiming("A", epochs(24.0, (0.9, 0.96, 0.97))),
@@ -216,9 +210,7 @@ def test_json_holds_the_report(report, tmp_path):
     files = write_report(report, tmp_path / "new" / "folder")
     assert set(files) == {"json", "html", "channels", "accuracy_time", "table", "markdown"}
     assert all(path.stat().st_size > 0 for path in files.values())
-    assert sorted(path.name for path in files["json"].parent.iterdir()) == sorted(
-        p.name for p in files.values()
-    )
+    assert sorted(path.name for path in files["json"].parent.iterdir()) == sorted(p.name for p in files.values())
     assert read_report(files["json"]) == report
     data = json.loads(files["json"].read_text(encoding="utf-8"))
     assert data["stages"][2]["params"] == 2_793_490

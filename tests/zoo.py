@@ -28,7 +28,8 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
     """Convolution and batch norm."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **options), nn.BatchNorm2d(outputs)
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **options),
+        nn.BatchNorm2d(outputs),
     )
 
 
@@ -60,7 +61,12 @@ class Vgg(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            conv_bn(3, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2), conv_bn(8, 12), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+            conv_bn(3, 8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            conv_bn(8, 12),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
         )
         self.classifier = nn.Sequential(nn.Linear(12 * 4, 10), nn.ReLU(True), nn.Dropout(), nn.Linear(10, 5))
 
@@ -93,7 +99,11 @@ class PreActivation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.bn1, self.c1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3, padding=1)
+        self.stem, self.bn1, self.c1 = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 6, 3, padding=1),
+        )
         self.bn2, self.c2, self.bn3 = nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.head = Head(8)
 
@@ -155,7 +165,12 @@ class SigmoidConstant(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.head = conv_bn(3, 8), conv_bn(8, 6), nn.Conv2d(6, 6, 3, padding=1), Head(6)
+        self.a, self.b, self.c, self.head = (
+            conv_bn(3, 8),
+            conv_bn(8, 6),
+            nn.Conv2d(6, 6, 3, padding=1),
+            Head(6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sigmoid(self.a(x))

@@ -34,17 +34,26 @@ def check_trainer(trainer: Trainer, callback: Callback) -> None:
     """Refuse Trainers in which pruning would go wrong.
 
     Raises:
-        CallbackError: several processes, or resuming from a checkpoint.
+        CallbackError: several processes.
     """
     name = type(callback).__name__
     if trainer.world_size > 1:
         raise CallbackError(
             f"{name}: pruning with {trainer.world_size} processes is not supported yet; use devices=1, num_nodes=1"
         )
-    if getattr(trainer, "ckpt_path", None) is not None:
+
+
+def check_not_resumed(trainer: Trainer, callback: Callback) -> None:
+    """Refuse to prune on top of a restored run; Lightning tells of it only once the weights are loaded.
+
+    Raises:
+        CallbackError: ``fit`` was called with a checkpoint.
+    """
+    if trainer.ckpt_path is not None:
         raise CallbackError(
-            f"{name}: resuming with ckpt_path={trainer.ckpt_path!r} is not supported yet. Load the dense weights into "
-            "the module first, or load a pruned file with lightning_prune.load and fit without pruning callbacks"
+            f"{type(callback).__name__}: resuming with ckpt_path={str(trainer.ckpt_path)!r} is not supported yet. Load "
+            "the dense weights into the module first, or load a pruned file with lightning_prune.load and fit without "
+            "pruning callbacks"
         )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs
+from lightning_prune.callbacks.common import check_not_resumed, check_trainer, example_inputs
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
@@ -93,6 +93,7 @@ class ScoringCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ready:
             return
+        check_not_resumed(trainer, self)
         self.graph = trace(pl_module, example_inputs(pl_module, self.example_inputs))
         if not self.graph.prunable_groups:
             reasons = "; ".join(f"{group.name} {group.reason}" for group in self.graph.groups) or "no layer was found"
@@ -135,6 +136,7 @@ class ScoringCallback(Callback):
             for batch_idx, batch in self._batches(trainer, pl_module):
                 with trainer.precision_plugin.train_step_context():
                     scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
+        trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
         return scorer.compute()
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[int, Any]]:

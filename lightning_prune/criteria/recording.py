@@ -217,7 +217,7 @@ class Recorder:
             value = tensor.detach()
             replacement = tensor.clone()
         hook = partial(self._differentiate, port, waiting, [value])
-        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        tensor.register_hook(hook)
         self.edges.append(get_gradient_edge(tensor))
         return replacement
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,11 @@ class CIFAR10DataModule(LightningDataModule):
             raise DataError(f"val_size must be in [0, {len(train)}), got {self.val_size}")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out, rest = order[: self.val_size], order[self.val_size :]
+        unaugmented = copy.copy(train)  # the same 150 MB of pixels
+        unaugmented.transform = plain
         self.parts = {
             "train": Subset(train, sorted(rest)),
-            "val": Subset(self._load(train=True, transform=plain), sorted(held_out)) if held_out else test,
+            "val": Subset(unaugmented, sorted(held_out)) if held_out else test,
             "test": test,
         }
 
@@ -112,7 +116,7 @@ class CIFAR10DataModule(LightningDataModule):
 
         try:
             return CIFAR10(self.root, train=train, transform=transform, download=download)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             folder = Path(self.root).resolve() / CIFAR10.base_folder
             state = "is damaged or incomplete" if folder.exists() else "does not exist"
             raise DataError(

@@ -121,7 +121,7 @@ def random_affine(images: Tensor, *, degrees: float = 10.0, scale: float = 0.1, 
     count, _, height, width = images.shape
     angle, size, dx, dy = torch.rand(4, count) * 2 - 1
     angle = angle * math.radians(degrees)
-    size = 1 + size * scale
+    size = 1 / (1 + size * scale)  # the grid says where each pixel comes from
     theta = torch.stack(
         [
             torch.stack([angle.cos() * size, -angle.sin() * size, dx * 2 * shift / width], 1),

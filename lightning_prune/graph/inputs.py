@@ -16,7 +16,7 @@ def as_args(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
-    if isinstance(example_inputs, Mapping):
+    if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
         return (), dict(example_inputs)
     return (example_inputs,), {}
 

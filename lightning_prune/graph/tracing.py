@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules
 from lightning_prune.graph.assemble import build_groups
+from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
@@ -120,12 +121,12 @@ class _Tracer:
         return ChannelGraph(groups, shapes, tuple(notes))
 
     def _observe(self, recorder: Recorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        context = rules.Context(self.space, recorder, func, args, kwargs, output, self.calls, self.norms)
+        context = Context(self.space, recorder, func, args, kwargs, output, self.calls, self.norms)
         for tensor in context.tensors():
             name = self.names.get(id(tensor))
             if name is not None:
                 self.used.add(name)
-        outputs = [tensor for tensor in rules.tensors_out(output) if isinstance(tensor, Tensor)]
+        outputs = [tensor for tensor in tensors_out(output) if isinstance(tensor, Tensor)]
         if not outputs:
             return
         rule = rules.rule_for(func)
@@ -144,9 +145,7 @@ class _Tracer:
             if id(tensor) not in self.names:
                 recorder.set_info(tensor, info)
 
-    def _check_aliases(
-        self, recorder: Recorder, context: rules.Context, tensor: Tensor, before: Info, after: Info
-    ) -> None:
+    def _check_aliases(self, recorder: Recorder, context: Context, tensor: Tensor, before: Info, after: Info) -> None:
         """A write through one view changes the others: unless the labels stayed, those cannot be followed."""
         same = len(before.layers) == len(after.layers) and all(
             torch.equal(a, b) for a, b in zip(before.layers, after.layers, strict=True)

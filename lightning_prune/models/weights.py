@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ def load_torchvision_weights(
     state = _state_dict(weights)
     own = model.state_dict()
     skipped = [name for name in own if name in skip]
-    wanted = {name: tensor for name, tensor in own.items() if name not in skip}
+    # torchvision's oldest files have no batch counters; ours stay as they are then
+    wanted = {
+        name: tensor
+        for name, tensor in own.items()
+        if name not in skip and (name in state or not name.endswith(".num_batches_tracked"))
+    }
     offered = {name: tensor for name, tensor in state.items() if name not in skip}
     missing, unexpected = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
     if missing or unexpected:
@@ -54,17 +60,28 @@ def _state_dict(weights: Any) -> dict[str, Tensor]:
     if isinstance(weights, dict):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
-        if not Path(weights).is_file():
-            raise WeightsError(f"there is no file {weights}")
-        loaded: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
-        return loaded
+        return _read(Path(weights))
     from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
 
     try:
         found = get_weight(weights) if isinstance(weights, str) else weights
         state: dict[str, Tensor] = found.get_state_dict(progress=False, check_hash=True)
-    except (ValueError, AttributeError) as error:
+    except OSError as error:
+        raise WeightsError(f"{weights} could not be downloaded ({error}); give the path of the file instead") from error
+    except (ValueError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
         ) from error
     return state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}")
+    try:
+        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{path} is not a state dict: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
+    return loaded

@@ -41,8 +41,7 @@ def geometric_median(weight: Tensor, dim: int, index: Tensor, distance: str) -> 
 
     live = [i for i, vector in enumerate(vectors) if any(vector)]
     return [
-        sum(apart(vectors[i], vectors[j]) for j in live if j != i) if i in live else -1.0
-        for i in range(len(vectors))
+        sum(apart(vectors[i], vectors[j]) for j in live if j != i) if i in live else -1.0 for i in range(len(vectors))
     ]
 
 
@@ -59,7 +58,7 @@ def rank(values: list[float]) -> list[float]:
 def channel_loss(
     model: nn.Module, path: str, image: Tensor, label: Tensor, filters: list[int], scale: float, last: bool
 ) -> float:
-    """Loss of one sample when the filters of a channel are multiplied by ``scale`` at a module's output."""
+    """Loss of one sample when a channel is multiplied by ``scale`` at the output of a module."""
 
     def change(out: Tensor) -> Tensor:
         factor = torch.ones_like(out)
@@ -73,7 +72,7 @@ def channel_loss(
 def signed_taylor(
     model: nn.Module, path: str, images: Tensor, labels: Tensor, index: Tensor, last: bool = False
 ) -> list[list[float]]:
-    """Per sample and channel sum of g * h, as the derivative of the loss by a multiplier of h (central difference)."""
+    """Sum of g * h by sample and channel: central difference of the loss by a multiplier of h."""
     step = 1e-5
     return [
         [
@@ -91,7 +90,7 @@ def signed_taylor(
 def element_taylor(
     model: nn.Module, path: str, image: Tensor, label: Tensor, power: int, index: Tensor, last: bool = False
 ) -> list[float]:
-    """Per channel of one sample, mean over positions of |g * h| ** power, by autograd on a mask of every element."""
+    """Mean over positions of |g * h| ** power by channel, by autograd on a mask of every element."""
     masks: list[Tensor] = []
 
     def change(out: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def element_taylor(
 def local_energy(
     model: nn.Module, path: str, images: Tensor, index: Tensor, spatial: str, last: bool = False
 ) -> list[float]:
-    """Mean over samples of the squared entries of the maps of each channel, summed or averaged over positions."""
+    """Mean over samples of the squared entries of a channel, summed or averaged over positions."""
     totals = [0.0] * len(index)
     for image in images:
         seen: list[Tensor] = []

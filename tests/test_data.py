@@ -1,0 +1,346 @@
+"""Data modules: splits, standardisation, augmentation on training batches only."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import RandomSampler, SequentialSampler
+
+from lightning_prune.data import CIFAR10DataModule, DigitsDataModule
+from lightning_prune.data.cifar10 import MEAN, STD, DataError
+from lightning_prune.data.digits import random_affine, split_digits
+from lightning_prune.graph import as_args, call_model
+
+SIZES = {"train": 1257, "val": 180, "test": 360}
+
+
+@pytest.fixture(scope="module")
+def scans():
+    return split_digits(seed=0, size=8)
+
+
+def test_digits_are_split_70_10_20_by_class(scans):
+    classes = np.bincount(load_digits().target)
+    for part, size in SIZES.items():
+        images, labels = scans[part].tensors
+        assert images.shape == (size, 3, 8, 8)
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        share = np.bincount(labels, minlength=10) / size
+        assert np.abs(share - classes / 1797).max() < 1.5 / size
+
+
+def test_digits_parts_share_no_scan_and_leave_none_out(scans):
+    """Undone standardisation gives back the scans, each as often as scikit-learn has it."""
+    pixels = load_digits().data / 16
+    images = torch.cat([part.tensors[0] for part in scans.values()])
+    assert torch.equal(images[:, 0], images[:, 1])
+    assert torch.equal(images[:, 0], images[:, 2])
+    flat = images[:, 0].flatten(1).numpy()
+    low, high = flat.min(), flat.max()
+    found = (flat - low) / (high - low)
+    order = np.lexsort(np.round(found * 16).T)
+    expected = pixels[np.lexsort(np.round(pixels * 16).T)]
+    np.testing.assert_allclose(found[order], expected, atol=1e-5)
+
+
+def test_digits_split_is_fixed_by_the_seed(scans):
+    again, other = split_digits(seed=0, size=8), split_digits(seed=1, size=8)
+    for part in SIZES:
+        assert torch.equal(again[part].tensors[0], scans[part].tensors[0])
+        assert torch.equal(again[part].tensors[1], scans[part].tensors[1])
+        assert not torch.equal(other[part].tensors[1], scans[part].tensors[1])
+
+
+def test_digits_are_standardised_by_the_training_part():
+    parts = split_digits(size=32)
+    images = parts["train"].tensors[0]
+    assert images.shape[1:] == (3, 32, 32)
+    assert images.mean().item() == pytest.approx(0, abs=1e-4)
+    assert images.std().item() == pytest.approx(1, abs=1e-3)
+    assert parts["test"].tensors[0].mean().item() != pytest.approx(0, abs=1e-4)
+
+
+def test_only_training_digits_are_augmented():
+    module = DigitsDataModule(batch_size=60, size=16)
+    module.setup()
+    for part, loader in (("val", module.val_dataloader()), ("test", module.test_dataloader())):
+        assert isinstance(loader.sampler, SequentialSampler)
+        images, labels = (torch.cat(list(parts)) for parts in zip(*loader, strict=True))
+        assert torch.equal(images, module.parts[part].tensors[0])
+        assert torch.equal(labels, module.parts[part].tensors[1])
+    images = next(iter(module.train_dataloader()))[0]
+    originals = {image.numpy().tobytes() for image in module.parts["train"].tensors[0]}
+    assert not any(image.numpy().tobytes() in originals for image in images)
+    module.augment = False
+    images = next(iter(module.train_dataloader()))[0]
+    assert all(image.numpy().tobytes() in originals for image in images)
+
+
+def test_training_digits_are_shuffled_and_can_drop_the_last_batch():
+    module = DigitsDataModule(batch_size=100, size=8)
+    module.setup()
+    assert isinstance(module.train_dataloader().sampler, RandomSampler)
+    assert len(module.train_dataloader()) == 13
+    module.drop_last = True
+    assert len(module.train_dataloader()) == 12
+
+
+def test_augmented_digits_follow_the_global_seed():
+    module = DigitsDataModule(batch_size=8, size=8)
+    module.setup()
+    batches = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        batches.append(next(iter(module.train_dataloader())))
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(batches[0][1], batches[1][1])
+    assert not torch.equal(batches[0][0], batches[2][0])
+
+
+def test_no_motion_is_the_identity():
+    images = torch.randn(4, 3, 9, 7)
+    moved = random_affine(images, degrees=0, scale=0, shift=0)
+    torch.testing.assert_close(moved, images, atol=1e-5, rtol=0)
+
+
+def centre(images):
+    """Centre of mass in pixels from the middle, (N, 2) as x, y; and mass."""
+    side = images.shape[-1]
+    line = torch.arange(side) - (side - 1) / 2
+    mass = images.sum((1, 2, 3))
+    x = (images.sum((1, 2)) * line).sum(1) / mass
+    y = (images.sum((1, 3)) * line).sum(1) / mass
+    return torch.stack([x, y], 1), mass
+
+
+def blobs(count, x=0.0, y=0.0, side=41):
+    """Smooth spots at an offset from the middle."""
+    line = torch.arange(side) - (side - 1) / 2
+    spot = torch.exp(-((line[None] - x) ** 2 + (line[:, None] - y) ** 2) / 8)
+    return spot.expand(count, 1, side, side).contiguous()
+
+
+def test_shifts_stay_within_two_pixels_and_use_them():
+    torch.manual_seed(0)
+    where, _ = centre(random_affine(blobs(500), degrees=0, scale=0))
+    assert where.abs().max() <= 2.01
+    assert (where.amax(0) > 1.8).all()
+    assert (where.amin(0) < -1.8).all()
+
+
+def test_scales_stay_within_a_tenth_and_use_it():
+    torch.manual_seed(0)
+    _, mass = centre(random_affine(blobs(500), degrees=0, shift=0))
+    scale = (mass / centre(blobs(1))[1]).sqrt()
+    assert 0.895 < scale.min() < 0.91
+    assert 1.09 < scale.max() < 1.105
+
+
+def test_rotations_stay_within_ten_degrees_and_use_them():
+    torch.manual_seed(0)
+    where, _ = centre(random_affine(blobs(500, x=10.0), scale=0, shift=0))
+    angle = torch.rad2deg(torch.atan2(where[:, 1], where[:, 0]))
+    assert where.norm(dim=1).sub(10).abs().max() < 0.1
+    assert 9 < angle.max() < 10.1
+    assert -10.1 < angle.min() < -9
+
+
+def test_motion_repeats_the_border():
+    images = torch.full((16, 3, 8, 8), 7.0)
+    torch.testing.assert_close(random_affine(images), images)
+
+
+class Probe(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+        self.seen = []
+
+    def step(self, batch, part):
+        self.seen.append((part, tuple(batch[0].shape)))
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch):
+        return self.step(batch, "train")
+
+    def validation_step(self, batch):
+        self.step(batch, "val")
+
+    def test_step(self, batch):
+        self.step(batch, "test")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_digits_in_a_trainer():
+    model, data = Probe(), DigitsDataModule(batch_size=16, size=8)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        limit_test_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, data)
+    trainer.test(model, data, verbose=False)
+    assert model.seen == [(part, (16, 3, 8, 8)) for part in ("train", "val", "test")]
+
+
+COUNT = 12  # images per file
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A small tree in CIFAR-10's format; the pixels of image i are all i, or 200 + i in the test file."""
+    cifar10 = torchvision.datasets.CIFAR10
+    folder = tmp_path / cifar10.base_folder
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name, values):
+        rows = np.repeat(np.array(values, dtype=np.uint8)[:, None], 3072, axis=1)
+        return write(name, {"data": rows, "labels": [value % 10 for value in values]})
+
+    train = [batch(f"data_batch_{k + 1}", range(k * COUNT, (k + 1) * COUNT)) for k in range(5)]
+    test = [batch("test_batch", range(200, 200 + COUNT))]
+    names = write("batches.meta", {"label_names": list(CIFAR10DataModule.class_names)})
+    monkeypatch.setattr(cifar10, "train_list", train)
+    monkeypatch.setattr(cifar10, "test_list", test)
+    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "filename": names[0], "md5": names[1]})
+    return tmp_path
+
+
+def ready(root, **options):
+    module = CIFAR10DataModule(str(root), **{"batch_size": 5, "val_size": 20, "num_workers": 0, **options})
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def values(part):
+    """The grey value that tells an image of the tree apart, from its middle pixel, which no crop by 4 loses."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    return [round(((image[:, 16, 16] * std + mean) * 255).mean().item()) for image, _ in part]
+
+
+def test_cifar10_holds_out_validation_images_by_seed(cifar):
+    first, again, other = ready(cifar), ready(cifar), ready(cifar, seed=1)
+    train, val, test = (values(first.parts[name]) for name in ("train", "val", "test"))
+    assert len(val) == 20
+    assert sorted(train + val) == list(range(60))
+    assert test == list(range(200, 212))
+    assert values(again.parts["val"]) == val
+    assert values(other.parts["val"]) != val
+    assert [label for _, label in first.parts["val"]] == [value % 10 for value in val]
+
+
+def test_cifar10_without_held_out_part_validates_on_the_test_images(cifar):
+    module = ready(cifar, val_size=0)
+    assert sorted(values(module.parts["train"])) == list(range(60))
+    assert values(module.parts["val"]) == list(range(200, 212))
+
+
+@pytest.mark.parametrize("size", [-1, 60])
+def test_cifar10_refuses_impossible_parts(cifar, size):
+    with pytest.raises(DataError, match=r"val_size must be in \[0, 60\)"):
+        ready(cifar, val_size=size)
+
+
+def test_cifar10_is_normalised_and_evaluated_without_augmentation(cifar):
+    assert MEAN == (0.4914, 0.4822, 0.4465)
+    assert STD == (0.2471, 0.2435, 0.2616)
+    module = ready(cifar)
+    for part in ("val", "test"):
+        for value, (image, _) in zip(values(module.parts[part]), module.parts[part], strict=True):
+            assert image.shape == (3, 32, 32)
+            expected = (value / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+            torch.testing.assert_close(image, expected[:, None, None].expand(3, 32, 32))
+
+
+def test_cifar10_training_images_are_cropped_and_flipped(cifar):
+    """An image with one marked column: where the column goes tells crop and flip; black comes in from outside."""
+    module = ready(cifar)
+    data = module.parts["train"].dataset
+    data.data = np.zeros_like(data.data)
+    data.data[:, :, 10] = 255
+    torch.manual_seed(0)
+    black = (0 - torch.tensor(MEAN)) / torch.tensor(STD)
+    columns = set()
+    for _ in range(4):
+        for image, _ in module.parts["train"]:
+            assert image.shape == (3, 32, 32)
+            assert torch.isclose(image, black[:, None, None]).all(0).any()
+            columns.add(int(image[0].amax(0).argmax()))
+    assert columns == {*range(6, 15), *range(17, 26)}  # 10 +- 4, and 21 +- 4 after a flip
+
+
+def test_cifar10_loaders(cifar):
+    module = ready(cifar, batch_size=7)
+    assert isinstance(module.train_dataloader().sampler, RandomSampler)
+    assert isinstance(module.val_dataloader().sampler, SequentialSampler)
+    assert [len(labels) for _, labels in module.train_dataloader()] == [7] * 5
+    assert [len(labels) for _, labels in module.val_dataloader()] == [7, 7, 6]
+    assert [len(labels) for _, labels in module.test_dataloader()] == [7, 5]
+    module.drop_last = False
+    assert len(module.train_dataloader()) == 6
+
+
+def test_missing_cifar10_is_named_with_the_way_out(tmp_path):
+    with pytest.raises(DataError, match=r"cifar-10-batches-py does not exist.*download: true.*unpack") as caught:
+        ready(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_truncated_cifar10_is_named_with_the_way_out(cifar, monkeypatch, checked):
+    path = cifar / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:1000])
+    if not checked:
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    with pytest.raises(DataError, match=r"cifar-10-batches-py is damaged or incomplete.*download: true") as caught:
+        ready(cifar)
+    assert str(cifar) in str(caught.value)
+
+
+def test_cifar10_downloads_only_when_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def download(self):
+        asked.append(self.root)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    CIFAR10DataModule(str(tmp_path)).prepare_data()
+    assert not asked
+    with pytest.raises(DataError, match="no route to host"):
+        CIFAR10DataModule(str(tmp_path), download=True).prepare_data()
+    assert asked == [str(tmp_path)]
+
+
+def test_example_inputs_become_arguments():
+    x = torch.zeros(1)
+    assert as_args(x) == ((x,), {})
+    assert as_args((x, 2)) == ((x, 2), {})
+    assert as_args([x, x]) == (([x, x],), {})
+    assert as_args({"x": x}) == ((), {"x": x})
+    assert as_args({0: x}) == (({0: x},), {})
+    assert call_model(nn.Identity(), {"input": x}) is x
