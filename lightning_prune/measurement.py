@@ -368,8 +368,10 @@ class _Counter(_Observer):
 
 
 def _is_global_pool(args: tuple[Any, ...]) -> bool:
-    """AdaptiveAvgPool(1) arrives as just this mean; ``x.mean((2, 3))`` is none, as for ptflops."""
-    return len(args) > 2 and args[2] and list(args[1]) in ([-1, -2], [-1, -2, -3])
+    """AdaptiveAvgPool(1) arrives as a mean over the trailing positions."""
+    rank = args[0].dim()
+    dims = sorted(d % rank for d in args[1]) if len(args) > 1 and args[1] else []
+    return rank > 3 and dims == list(range(2, rank))  # rank 3: the mean of a hand-written layer norm, for one
 
 
 class _PeakMemory(_Observer):

@@ -178,7 +178,6 @@ class Scorer:
                 "the batch, "
                 "without torch.no_grad, inference_mode or detach"
             )
-        self._recorder.pause()
         torch.autograd.grad(loss.sum(), self._recorder.edges, allow_unused=True)
 
     def end_batch(self, *, discard: bool = False) -> None:

@@ -122,10 +122,10 @@ def centre(images):
     return torch.stack([x, y], 1), mass
 
 
-def blobs(count, x=0.0, y=0.0, side=41):
+def blobs(count, x=0.0, y=0.0, side=61):
     """Smooth spots at an offset from the middle."""
     line = torch.arange(side) - (side - 1) / 2
-    spot = torch.exp(-((line[None] - x) ** 2 + (line[:, None] - y) ** 2) / 8)
+    spot = torch.exp(-((line[None] - x) ** 2 + (line[:, None] - y) ** 2) / 32)
     return spot.expand(count, 1, side, side).contiguous()
 
 

@@ -100,7 +100,11 @@ def test_files_without_batch_counters_are_taken():
     [
         ("resnet34", "resnet18", "unexpected.*layer1.2"),
         ("resnet18", "resnet34", "missing.*layer1.2"),
-        ("wide_resnet50_2", "resnet50", r"'layer1.0.conv1.weight' is \[128, 64, 1, 1\] there and \[64, 64, 1, 1\] here"),
+        (
+            "wide_resnet50_2",
+            "resnet50",
+            r"'layer1.0.conv1.weight' is \[128, 64, 1, 1\] there and \[64, 64, 1, 1\] here",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused_and_nothing_is_loaded(source, target, words):

@@ -95,10 +95,7 @@ def fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dic
 
 @contextmanager
 def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the model compute with other parameters and buffers; masks do not act on them meanwhile.
-
-    Buffers are lent as copies, because batch norm in train mode writes to them.
-    """
+    """Let the model compute with other parameters and buffers; masks do not act on them meanwhile."""
     originals: list[tuple[dict[str, Any], str, Any]] = []
     holds: list[tuple[dict[int, Any], dict[int, Any]]] = []
     try:
@@ -109,7 +106,7 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
                     if value is None or lent is None:
                         continue
                     originals.append((owner, name, value))
-                    owner[name] = nn.Parameter(lent, requires_grad=False) if parameters else lent.clone()
+                    owner[name] = nn.Parameter(lent, requires_grad=False) if parameters else lent
             hooks = module._forward_pre_hooks
             kept = {key: hook for key, hook in hooks.items() if not isinstance(hook, HoldZero)}
             if len(kept) < len(hooks):

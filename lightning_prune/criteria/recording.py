@@ -94,7 +94,6 @@ class Recorder:
         self._sums: dict[tuple[_Port, Tap], _Sum] = {}
         self._checked: set[_Port] = set()
         self._reference = False
-        self._paused = False
         self.edges: list[GradientEdge] = []
         self.differentiated: set[str] = set()
         self.without_grad: set[str] = set()
@@ -122,11 +121,6 @@ class Recorder:
             self._handles.pop().remove()
         self._sums.clear()
         self.edges.clear()
-        self._paused = False
-
-    def pause(self) -> None:
-        """See no further forward calls: activation checkpointing repeats them during the backward pass."""
-        self._paused = True
 
     def totals(self) -> Iterator[tuple[str, Tensor, int]]:
         """(key, sum (channels,), count) of every layer that ran in this batch.
@@ -174,8 +168,8 @@ class Recorder:
         return self._observe(port, output)
 
     def _observe(self, port: _Port, tensor: Any) -> Tensor | None:
-        if self._paused:
-            return None
+        if torch._C._current_graph_task_id() != -1:
+            return None  # activation checkpointing repeats the forward pass inside the backward pass
         if port not in self._checked:
             port.check(tensor)
             self._checked.add(port)
@@ -213,7 +207,7 @@ class Recorder:
             value = tensor.detach().clone()
         else:
             # All upstream is frozen. The leaf stays as it is; what goes on may be overwritten in place.
-            tensor = tensor.detach().clone().requires_grad_()
+            tensor = tensor.detach().requires_grad_()
             value = tensor.detach()
             replacement = tensor.clone()
         hook = partial(self._differentiate, port, waiting, [value])
