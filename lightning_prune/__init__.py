@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_prune.pipeline import PruneResult, prune
     from lightning_prune.plan import GroupPlan, Plan
     from lightning_prune.reconstruction import reconstruct, reconstruct_
+    from lightning_prune.schedule import Rounds
     from lightning_prune.scoring import Scorer, Scores, score
     from lightning_prune.selection import GlobalRatio, LayerRatio, Selection
 
@@ -47,6 +48,7 @@ _HOMES = {
     "pipeline": "PruneResult prune",
     "plan": "GroupPlan Plan",
     "reconstruction": "reconstruct reconstruct_",
+    "schedule": "Rounds",
     "scoring": "Scorer Scores score",
     "selection": "GlobalRatio LayerRatio Selection",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "PruningError",
     "Random",
     "ReconstructionCallback",
+    "Rounds",
     "Scorer",
     "Scores",
     "ScoringCallback",

@@ -71,7 +71,12 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
         CheckpointError: not such a file, or another model; both shapes are named.
     """
     content = read(path)
-    state, plan = content["state_dict"], Plan.from_dict(content["plan"])
+    try:
+        state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a pruned checkpoint: {error!r}") from error
+    if any(parameter._backward_hooks for parameter in dense_model.parameters()):
+        raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
     # Shared tensors are in a state dict under every name they have.
     tensors: dict[str, Tensor] = {
         **dict(dense_model.named_parameters(remove_duplicate=False)),

@@ -332,6 +332,7 @@ class _Counter(_Observer):
         super().__init__()
         self.macs = 0
         self.others = 0
+        self._products = WeakIdKeyDictionary()
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
@@ -339,6 +340,11 @@ class _Counter(_Observer):
             self._convolution(output, *args)
         elif name in ("mm", "bmm", "mv", "dot"):
             self.macs += output.numel() * args[0].shape[-1]
+            self._products[output] = True
+        elif name in ("view", "_unsafe_view") and args[0] in self._products:
+            self._products[output] = True
+        elif name == "add" and args[0] in self._products and isinstance(args[1], Tensor) and args[1].dim() == 1:
+            self.others += output.numel()  # the bias of a linear layer on a permuted input
         elif name in ("mkldnn_rnn_layer", "_cudnn_rnn"):
             self._recurrent(*args)
         elif name in ("addmm", "baddbmm", "addmv"):

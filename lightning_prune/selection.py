@@ -100,9 +100,9 @@ class Selection(ABC):
         masks = [mask for mask in own.values() if mask is not None]
         together = torch.stack(masks)
         keep = together.all(0) if coupling == "intersection" else together.any(0)
-        target = min(group.size, math.ceil(int(keep.sum()) / self.round_to) * self.round_to)
-        if coupling == "intersection":
-            target = max(target, self._least(group.size))
+        # Layers that each keep enough may have too few in common.
+        least = max(int(keep.sum()), self._least(group.size))
+        target = min(group.size, math.ceil(least / self.round_to) * self.round_to)
         missing = target - int(keep.sum())
         if missing:
             condemned = torch.where(keep, torch.inf, -scores)
@@ -257,6 +257,14 @@ class GlobalRatio(Selection):
             removed += cost[key]
             kept[group.name][name][channel] = False
         return kept
+
+    def total(self, graph: ChannelGraph) -> int:
+        """How many channels the ratio is a share of.
+
+        Raises:
+            PlanError: nothing to prune.
+        """
+        return sum(group.size * self._cost(group, "") for group in self._candidates(graph))
 
     def _cost(self, group: Group, layer: str) -> int:
         """How many channels one channel counts for."""

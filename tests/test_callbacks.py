@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from lightning_prune.callbacks import (
 from lightning_prune.criteria import JRE, L1, LRE
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import CallbackError, PlanError, ScoreError, TraceError
-from lightning_prune.reconstruction import cuts, reconstruct
+from lightning_prune.reconstruction import reconstruct
+from lightning_prune.schedule import Rounds
 from lightning_prune.scoring import score
 from lightning_prune.selection import GlobalRatio, LayerRatio
 from tests.zoo import build, images
@@ -312,7 +314,9 @@ def test_several_processes_and_resuming_are_refused_for_now(tmp_path) -> None:
     runner.fit(task, loader(), loader(8, shuffle=False))
     runner.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(CallbackError, match="resuming with ckpt_path"):
-        trainer(PruneCallback(L1()), epochs=3).fit(Task(), loader(), loader(8, shuffle=False), ckpt_path=tmp_path / "a.ckpt")
+        trainer(PruneCallback(L1()), epochs=3).fit(
+            Task(), loader(), loader(8, shuffle=False), ckpt_path=tmp_path / "a.ckpt"
+        )
     several = type("T", (), {"world_size": 2, "ckpt_path": None, "callbacks": []})()
     with pytest.raises(CallbackError, match="2 processes"):
         ScoringCallback(L1()).setup(several, task, "fit")
@@ -320,3 +324,38 @@ def test_several_processes_and_resuming_are_refused_for_now(tmp_path) -> None:
 
 def test_a_selection_of_another_ratio_wins() -> None:
     assert PruneCallback(L1(), ratio=0.1, selection=GlobalRatio(0.3)).masking.selection.ratio == 0.3
+
+
+def test_rounds_remove_a_fixed_number_and_score_again() -> None:
+    task = Task()
+    callback = PruneCallback(JRE(), ratio=0.5, rounds=Rounds(8, epochs=2), reconstruct="before")
+    seen = []
+
+    class Watch(EpochTimer):
+        def on_train_epoch_start(self, trainer, pl_module):
+            plan = callback.masking.plan
+            groups = callback.scoring.graph
+            gone = {(name, channel) for name, group in plan.groups.items() for channel in group.removed}
+            filters = sum(len(g.removed) * len(groups.group(name).layers) for name, g in plan.groups.items())
+            seen.append((callback.masking.round, filters, gone, params(pl_module)))
+
+    fit(task, callback, Watch(), epochs=7)
+    rounds = [entry[0] for entry in seen]
+    assert rounds == [1, 1, 2, 2, 3, 3, 4]  # 56 filters, half of them in rounds of 8
+    counts = [entry[1] for entry in seen[::2]]
+    assert all(8 * (k + 1) - 1 <= min(count, 28) <= 8 * (k + 1) for k, count in enumerate(counts[:3]))
+    assert all(earlier[2] <= later[2] for earlier, later in itertools.pairwise(seen))
+    assert [entry[3] for entry in seen][:6] == [seen[0][3]] * 6
+    assert seen[6][3] < seen[0][3]
+    assert callback.reconstruction.lossless.passed
+
+
+def test_rounds_that_do_not_fit_into_the_epochs_are_refused() -> None:
+    rounds = Rounds(8, epochs=2)
+    refused(
+        Task(), PruneCallback(L1(), rounds=rounds), error=CallbackError, match="need max_epochs of at least 7, got 2"
+    )
+    callback = PruneCallback(L1(), selection=LayerRatio(0.5), rounds=rounds)
+    refused(Task(), callback, error=PlanError, match="need GlobalRatio")
+    with pytest.raises(PlanError, match="at least 1, got 0"):
+        Rounds(0)

@@ -244,3 +244,17 @@ def test_scores_survive_a_round_trip():
     assert torch.equal(again["stem"], scores["stem"])
     with pytest.raises(ScoreError, match="not scores"):
         Scores.from_dict({"conv1": 1})
+
+
+def test_the_dense_model_sees_the_same_randomness():
+    case = conv_case()
+    dense = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(torch.rand(3).tolist())
+        return case.loss(model, batch)
+
+    score(case.model, case.graph, JRE(reference="baseline"), case.split(4), loss, baseline=dense)
+    assert len(drawn) == 4
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]

@@ -12,6 +12,7 @@ from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import CallbackError
 from lightning_prune.plan import Coupling
+from lightning_prune.schedule import Rounds
 from lightning_prune.selection import GlobalRatio, Selection
 
 Reconstruct = Literal["before", "after", "never"]
@@ -29,7 +30,9 @@ class PruneCallback(Callback):
         selection: for example ``LayerRatio(0.3, round_to=8)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
-        reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper), ``after`` it (order A), or ``never``.
+        rounds: remove some channels, fine-tune, score again (``Rounds(128, epochs=20)``); None: all at once.
+        reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper; after the last round), ``after`` it
+            (order A), or ``never``.
         score_batches: see `ScoringCallback`.
         score_epochs: see `ScoringCallback`.
         update_weights: see `ScoringCallback`.
@@ -55,6 +58,7 @@ class PruneCallback(Callback):
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
+        rounds: Rounds | None = None,
         reconstruct: Reconstruct = "before",
         score_batches: int | None = None,
         score_epochs: int = 1,
@@ -77,6 +81,7 @@ class PruneCallback(Callback):
             selection if selection is not None else GlobalRatio(ratio),
             coupling=coupling,
             batch_norm=batch_norm,
+            rounds=rounds,
         )
         self.reconstruction = (
             None

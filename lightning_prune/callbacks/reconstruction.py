@@ -78,6 +78,8 @@ class ReconstructionCallback(EpochTimer):
         graph = predecessor(trainer, self, ScoringCallback).graph
         if self.lossless is not None or masking.plan is None or masking.handle is None or graph is None:
             return
+        if self.when == "before" and not masking.done:
+            return
         inputs = example_inputs(pl_module, self.example_inputs)
         started = time.perf_counter()
         masking.handle.remove()

@@ -98,16 +98,23 @@ class ScoringCallback(Callback):
         if not self.graph.prunable_groups:
             reasons = "; ".join(f"{group.name} {group.reason}" for group in self.graph.groups) or "no layer was found"
             raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
-        while_training = self.update_weights and self.criterion.needs_forward
-        bn_mode = "keep" if while_training else self.bn_mode
-        baseline = None
-        if self.criterion.needs_reference:
-            baseline = self.baseline or {name: t.detach().clone() for name, t in pl_module.state_dict().items()}
-        scorer = Scorer(pl_module, self.graph, self.criterion, baseline=baseline, bn_mode=bn_mode)
-        if while_training:
-            self._scorer = scorer
+        if self.criterion.needs_reference and self.baseline is None:
+            self.baseline = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
+        if self.update_weights and self.criterion.needs_forward:
+            self._scorer = self._new_scorer(pl_module, "keep")
         else:
-            self.scores = self._score_frozen(trainer, pl_module, scorer)
+            self.rescore(trainer, pl_module)
+            trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
+
+    def rescore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score again on frozen weights, now; random state and everything else of the run stay as they are."""
+        scorer = self._new_scorer(pl_module, self.bn_mode)
+        if self.criterion.needs_forward:
+            with isolate_rng(), _silent_log(pl_module), scorer, torch.enable_grad():
+                for batch_idx, batch in self._batches(trainer, pl_module):
+                    with trainer.precision_plugin.train_step_context():
+                        scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
+        self.scores = scorer.compute()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._scorer is not None and (self.score_batches is None or batch_idx < self.score_batches):
@@ -129,15 +136,10 @@ class ScoringCallback(Callback):
             self._scorer.end_batch(discard=True)
             self._scorer = None
 
-    def _score_frozen(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> Scores:
-        if not self.criterion.needs_forward:
-            return scorer.compute()
-        with isolate_rng(), _silent_log(pl_module), scorer, torch.enable_grad():
-            for batch_idx, batch in self._batches(trainer, pl_module):
-                with trainer.precision_plugin.train_step_context():
-                    scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
-        trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
-        return scorer.compute()
+    def _new_scorer(self, pl_module: LightningModule, bn_mode: Literal["eval", "train", "keep"]) -> Scorer:
+        assert self.graph is not None
+        baseline = self.baseline if self.criterion.needs_reference else None
+        return Scorer(pl_module, self.graph, self.criterion, baseline=baseline, bn_mode=bn_mode)
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[int, Any]]:
         trainer.fit_loop.setup_data()
