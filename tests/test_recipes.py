@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.cli.recipes import describe, recipe_paths
 from lightning_prune.cli.training import run_lightning
+from lightning_prune.errors import CallbackError
 
 RECIPES = recipe_paths()
 TASKS = [name for name in RECIPES if name.startswith("task/")]
@@ -96,7 +97,14 @@ def test_the_data_of_a_cifar_recipe_are_accepted(name):
     assert isinstance(getattr(data, kind)(**content["init_args"]), LightningDataModule)
 
 
-@pytest.mark.parametrize("name", PRUNES)
+def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/jre_paper.yaml", *TINY]
+    with pytest.raises(CallbackError, match=r"19 rounds of 128 channels .* need max_epochs of at least 361, got 1"):
+        run_lightning("fit", argv)
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNES if name != "prune/jre_paper.yaml"])
 def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense = 11_173_962  # ResNet-18 with ten classes
