@@ -9,7 +9,7 @@ class TraceError(PruningError):
     """The model could not be run or understood on the example inputs."""
 
 
-class ScoreError(PruningError):
+class ScoreError(PruningError, ValueError):
     """Scores could not be computed, or are not usable (NaN, infinite, wrong length)."""
 
 
@@ -21,7 +21,7 @@ class ReconstructionError(PruningError):
     """The smaller model could not be built, or is not equal to the masked one."""
 
 
-class CallbackError(PruningError):
+class CallbackError(PruningError, ValueError):
     """Callbacks in an order or a Trainer in which they cannot work."""
 
 

@@ -211,7 +211,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
             figure,
             palette,
             f"{metric.capitalize()} against time (%)",
-            "a marker per epoch; " + "; ".join(what[order] for order in sorted(curves)),
+            "validation, a marker per epoch; " + "; ".join(what[order] for order in sorted(curves)),
         )
     return figure
 

@@ -190,3 +190,28 @@ def test_describe_names_groups_layers_and_reasons() -> None:
     text = trace(build("Residual"), images()).describe()
     assert "stem.0, a2.0" in text
     assert "no: reaches the model's output" in text
+
+
+def test_tracing_works_inside_inference_mode() -> None:
+    model = build("Residual")
+    with torch.inference_mode():
+        graph = trace(model, images())
+    assert len(graph.prunable_groups) == 4
+
+
+def test_a_buffer_that_forward_replaces_is_put_back() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+            self.register_buffer("calls", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return self.out(self.conv(x))
+
+    model = Counts()
+    before = model.calls
+    trace(model, torch.zeros(1, 3, 4, 4))
+    assert model.calls is before
+    assert not model.calls.any()

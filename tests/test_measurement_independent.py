@@ -110,7 +110,7 @@ class Replacing(nn.Module):
 @pytest.mark.parametrize("fail", [False, True])
 def test_replaced_buffers_come_back(function, fail):
     model = Replacing(fail)
-    buffer, random, fused = model.calls, torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+    buffer, random = model.calls, torch.get_rng_state()
     if fail:
         with pytest.raises(TraceError, match="ValueError: no wonder"):
             function(model, torch.zeros(1, 2))
@@ -121,7 +121,6 @@ def test_replaced_buffers_come_back(function, fail):
     assert model.absent is None
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch.backends.mha.get_fastpath_enabled() == fused
 
 
 def test_a_model_without_values_cannot_be_timed():
@@ -137,6 +136,24 @@ def test_timing_needs_a_thread(threads):
     with pytest.raises(PruningError, match="threads must be at least 1"):
         measure_latency(nn.Identity(), torch.zeros(1), threads=threads)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_attention_is_counted_and_stays_as_it_was_set(fused):
+    """In eval mode torch may run a whole encoder layer as one operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        width, hidden, length = 4, 8, 5
+        layer = nn.TransformerEncoderLayer(width, 2, dim_feedforward=hidden, batch_first=True)
+        projections = length * (3 * width * width + width * width + 2 * width * hidden)
+        assert count_flops(layer, torch.randn(3, length, width)) == projections + 2 * length * length * width
+        assert torch.backends.mha.get_fastpath_enabled() is fused
+        with pytest.raises(TraceError):
+            count_flops(layer, torch.randn(3, length, width + 1))
+        assert torch.backends.mha.get_fastpath_enabled() is fused
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6), (2, 3, 4, 6)])

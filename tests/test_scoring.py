@@ -29,6 +29,7 @@ def incremental(case: Case, criterion, run):
     with scorer:
         for batch in case.split(4):
             run(scorer, batch)
+            assert not scorer._recorder.edges  # they would keep the graph and its activations alive
     return scorer.compute()
 
 

@@ -124,7 +124,7 @@ class ScoringCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._scorer is not None:
-            self._scorer.end_batch()
+            self._scorer.end_batch(discard=outputs is None)  # training_step skipped the batch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._scorer is not None and trainer.current_epoch + 1 >= self.score_epochs:

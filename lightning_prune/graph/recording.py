@@ -90,10 +90,11 @@ def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leave a model as it was: modes, buffers, random state; no autograd, no fused attention."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
+    # Inference mode would hide the decomposition of linear layers and convolutions.
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -101,8 +102,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
             for module, training in modes:
                 module.training = training
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
+            for module, key, buffer, before in buffers:
+                module._buffers[key] = buffer
+                if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
