@@ -135,6 +135,8 @@ def check_model(model: nn.Module, graph: ChannelGraph) -> None:
 class HoldZero:
     """Module pre-hook that clears masked entries. Finds parameters through the module, so copies keep working."""
 
+    holds_masks = True
+
     def __init__(self, zeros: dict[str, list[Zeros]]) -> None:
         self.zeros = zeros
 

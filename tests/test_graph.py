@@ -215,3 +215,8 @@ def test_a_buffer_that_forward_replaces_is_put_back() -> None:
     trace(model, torch.zeros(1, 3, 4, 4))
     assert model.calls is before
     assert not model.calls.any()
+
+
+def test_a_norm_over_a_concatenation_is_no_layers_own() -> None:
+    graph = trace(build("Dense"), images())
+    assert [group.layers[0].norm for group in graph.prunable_groups] == ["norms.0", None, None, None]

@@ -183,7 +183,8 @@ def test_a_smaller_model_that_differs_is_refused_and_changes_nothing() -> None:
             return self.b(torch.relu(self.a(x))) * self.a.weight.shape[0]
 
     model = Counts()
+    x = torch.randn(2, 3)
     watch = Watch(model)
     with pytest.raises(ReconstructionError, match="differs from the masked one"):
-        prune(model, torch.randn(2, 3))
+        prune(model, x)
     watch.assert_untouched()

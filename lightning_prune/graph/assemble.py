@@ -147,8 +147,13 @@ def _layer(
     norms: list[tuple[str, Tensor]],
     module_of: dict[str, str],
 ) -> Layer:
+    # One over a concatenation (DenseNet) normalises several layers: it is none's own.
     norm = next(
-        (module for module, made in norms if bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())),
+        (
+            module
+            for module, made in norms
+            if len(made) == span.size and bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())
+        ),
         None,
     )
     reader, reader_index = None, None

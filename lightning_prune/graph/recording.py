@@ -87,6 +87,22 @@ def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_masks(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks that hold masked entries at zero: what they do is not the model's own computation."""
+    hooks = [(module._forward_pre_hooks, dict(module._forward_pre_hooks)) for module in model.modules()]
+    for registered, before in hooks:
+        for key, hook in before.items():
+            if getattr(hook, "holds_masks", False):
+                del registered[key]
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.clear()
+            registered.update(before)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leave a model as it was: modes, buffers, random state; no autograd, no fused attention."""
     modes = [(module, module.training) for module in model.modules()]

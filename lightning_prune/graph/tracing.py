@@ -18,7 +18,7 @@ from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.labels import Info, LabelSpace
-from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched
+from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched, without_masks
 
 OUTPUT = "reaches the model's output"
 
@@ -44,7 +44,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         [('0', 8, True), ('3', 4, False)]
     """
     tracer = _Tracer(model)
-    with untouched(model):
+    with untouched(model), without_masks(model):
         _normalise_mode(model, training=False)
         tracer.run(example_inputs)
         if any(True for _ in model.children()) and model_differs_in_training(model):
