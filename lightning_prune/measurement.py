@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph import call_model
+from lightning_prune.preservation import preserved
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
 
@@ -169,7 +170,7 @@ def compare_latency(
     try:
         with ExitStack() as stack:
             for model, _ in models.values():
-                stack.enter_context(_restored(model))
+                stack.enter_context(_evaluating(model))
             for round_ in range(warmup + repeats):
                 for name, (model, inputs) in models.items():
                     seconds = _time_once(model, inputs)
@@ -225,34 +226,9 @@ def _summary(samples: list[float]) -> Latency:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with preserved(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards modes, buffers and random state are as they were."""
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), _evaluating(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for owner, name, buffer, before in buffers:
-                    owner[name] = buffer
-                    if not buffer.is_meta and buffer.shape == before.shape and not torch.equal(buffer, before):
-                        buffer.copy_(before)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> None:
@@ -266,7 +242,7 @@ def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one operator would hide the products inside
     try:
-        with torch.no_grad(), _restored(model), mode:
+        with torch.no_grad(), _evaluating(model), mode:
             _call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

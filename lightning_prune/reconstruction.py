@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.equivalence import LosslessReport, check_lossless
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import HoldZero, check_model, check_plan, masked_entries
+from lightning_prune.masking import check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
 
@@ -202,7 +202,7 @@ def _copy(model: M) -> M:
     small = copy.deepcopy(model)
     for module in small.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, HoldZero):
+            if getattr(hook, "holds_masks", False):
                 del module._forward_pre_hooks[key]
     return small
 

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
-from lightning_prune.criteria.preservation import (
-    fit_baseline,
-    preserved,
-    random_state,
-    set_random_state,
-    swapped,
-)
+from lightning_prune.criteria.baseline import fit_baseline, swapped
 from lightning_prune.criteria.recording import Recorder
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
@@ -26,6 +20,7 @@ from lightning_prune.graph import ChannelGraph, Layer, call_model
 from lightning_prune.masking import check_model
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
+from lightning_prune.preservation import preserved, random_state, set_random_state
 
 BatchNormMode = Literal["eval", "train", "keep"]
 

@@ -69,9 +69,20 @@ def test_twenty_sgd_steps_on_the_masked_and_the_reconstructed_resnet18_are_the_s
     assert not torch.allclose(after["layer4.1.conv2.weight"], before["layer4.1.conv2.weight"], rtol=1e-3)  # it trained
 
 
+def calibrated_(model: nn.Module, x: Tensor) -> nn.Module:
+    """Running statistics of these inputs: with arbitrary ones the signal dies out in 50 layers and hides errors."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
 def check(make: Callable[[], nn.Module], coupling: str, size: int = 32) -> None:
     torch.manual_seed(0)
-    model = randomise_(make()).eval()
+    model = calibrated_(randomise_(make()), inputs(4, size, seed=2))
     graph = trace(model, inputs(2, size))
     plan = random_plan(graph, 0.5, coupling)
     small = reconstruct(model, graph, plan)

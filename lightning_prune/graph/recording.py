@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.labels import Info
+from lightning_prune.preservation import preserved
 
 Observe = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -87,41 +88,16 @@ def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_masks(model: nn.Module) -> Iterator[None]:
-    """Take away the hooks that hold masked entries at zero: what they do is not the model's own computation."""
-    hooks = [(module._forward_pre_hooks, dict(module._forward_pre_hooks)) for module in model.modules()]
-    for registered, before in hooks:
-        for key, hook in before.items():
-            if getattr(hook, "holds_masks", False):
-                del registered[key]
-    try:
-        yield
-    finally:
-        for registered, before in hooks:
-            registered.clear()
-            registered.update(before)
-
-
-@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave a model as it was: modes, buffers, random state; no autograd, no fused attention."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+    """Run a model for its operators only: it is left as it was; no autograd, no fused attention."""
     fused = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     # Inference mode would hide the decomposition of linear layers and convolutions.
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+    with preserved(model), torch.inference_mode(False), torch.no_grad():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, training in modes:
-                module.training = training
-            for module, key, buffer, before in buffers:
-                module._buffers[key] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -18,7 +18,8 @@ from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.labels import Info, LabelSpace
-from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched, without_masks
+from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched
+from lightning_prune.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
 

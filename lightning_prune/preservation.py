@@ -1,0 +1,76 @@
+"""Leaving a model as it was found, also on failure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put back train and eval modes, buffers, gradients, ``requires_grad`` flags and random states on leaving.
+
+    Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    before = random_state(model)
+    for parameter, *_ in flags:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
+        set_random_state(before)
+
+
+def random_state(model: nn.Module) -> tuple[Any, ...]:
+    """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Put back what `random_state` returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    for device, device_state in cuda:
+        torch.cuda.set_rng_state(device_state, device)
+
+
+@contextmanager
+def without_masks(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks that hold masked entries at zero (`lightning_prune.masking.HoldZero`) for a while."""
+    hooks = [(module._forward_pre_hooks, dict(module._forward_pre_hooks)) for module in model.modules()]
+    for registered, before in hooks:
+        for key, hook in before.items():
+            if getattr(hook, "holds_masks", False):
+                del registered[key]
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.clear()
+            registered.update(before)
