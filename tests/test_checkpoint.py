@@ -149,7 +149,7 @@ def test_an_extra_that_cannot_be_read_back_leaves_the_old_file_whole(saved: Path
     small, plan = pruned("Residual", "union")
     with pytest.raises(CheckpointError, match="only tensors and plain data can be kept") as caught:
         save(saved, small, plan, bad=bad)
-    assert "weights_only=False" not in str(caught.value)  # torch's advice, which would run code from the file
+    assert "can still be loaded" not in str(caught.value)  # torch's advice, which would run code from the file
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["small.pt"]
 
@@ -179,7 +179,7 @@ def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"evil.pt is not a pruned checkpoint") as caught:
         load(path, build("Residual"))
     assert not trap.exists()
-    assert "weights_only=False" not in str(caught.value)
+    assert "can still be loaded" not in str(caught.value)
 
 
 def foreign(kind: str, path: Path) -> None:

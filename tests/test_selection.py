@@ -264,7 +264,7 @@ def test_ties_go_in_order(residual, selection, coupling) -> None:
 # Refused
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 2, True, float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 2, True, False, float("nan"), float("inf"), "0.5", None])
 @pytest.mark.parametrize("kind", [LayerRatio, GlobalRatio])
 def test_a_ratio_outside_0_to_1_is_refused(kind, ratio) -> None:
     with pytest.raises(PlanError, match=r"must be in \[0, 1\), got"):
