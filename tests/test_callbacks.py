@@ -359,3 +359,12 @@ def test_rounds_that_do_not_fit_into_the_epochs_are_refused() -> None:
     refused(Task(), callback, error=PlanError, match="need GlobalRatio")
     with pytest.raises(PlanError, match="at least 1, got 0"):
         Rounds(0)
+
+
+def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    task = Task()
+    dense = params(task)
+    with caplog.at_level("INFO", logger="pytorch_lightning"):
+        fit(task, PruneCallback(L1(), ratio=0.5), epochs=1)
+    assert "Masked 28 of 56 channels of all prunable layers" in caplog.text
+    assert f"{dense:,} to {params(task):,} parameters; lossless, relative error" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.common import check_trainer, predecessor
 from lightning_prune.callbacks.scoring import ScoringCallback
@@ -87,6 +88,10 @@ class MaskingCallback(Callback):
         self.plan = plan
         self.round += 1
         self._epochs_since = 0
+        total = sum(group.size * len(group.layers) for group in plan.groups.values())
+        gone = total - sum(len(kept) for group in plan.groups.values() for kept in group.layers.values())
+        number = f" (round {self.round} of {len(self._steps)})" if self.rounds is not None else ""
+        rank_zero_info(f"Masked {gone:,} of {total:,} channels of all prunable layers{number}")
 
     def _plan_rounds(self, trainer: Trainer, graph: ChannelGraph) -> list[Selection]:
         if self.rounds is None:

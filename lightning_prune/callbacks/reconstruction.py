@@ -6,6 +6,7 @@ import time
 from typing import Any, Literal, get_args
 
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
 from lightning_prune.callbacks.masking import MaskingCallback
@@ -13,6 +14,7 @@ from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 from lightning_prune.equivalence import LosslessReport
 from lightning_prune.errors import CallbackError
+from lightning_prune.measurement import count_params
 from lightning_prune.reconstruction import reconstruct_
 
 When = Literal["before", "after"]
@@ -81,9 +83,16 @@ class ReconstructionCallback(EpochTimer):
         if self.when == "before" and not masking.done:
             return
         inputs = example_inputs(pl_module, self.example_inputs)
+        dense = count_params(pl_module)
         started = time.perf_counter()
         masking.handle.remove()
         self.lossless = reconstruct_(
             pl_module, graph, masking.plan, optimizers=trainer.optimizers, example_inputs=inputs
         )
         self.seconds = time.perf_counter() - started
+        assert self.lossless is not None
+        rank_zero_info(
+            f"Reconstructed in {self.seconds:.2f} s: {dense:,} to {count_params(pl_module):,} parameters; "
+            f"{'lossless' if self.lossless.passed else 'NOT lossless'}, relative error "
+            f"{self.lossless.max_rel_error:.1e} against the masked model in {self.lossless.dtype}"
+        )
