@@ -341,9 +341,9 @@ def test_rounds_remove_a_fixed_number_and_score_again() -> None:
 
     fit(task, callback, Watch(), epochs=7)
     rounds = [entry[0] for entry in seen]
-    assert rounds == [1, 1, 2, 2, 3, 3, 4]  # 56 filters, half of them in rounds of 8
+    assert rounds == [1, 1, 2, 2, 3, 3, 4]  # 60 filters, half of them in rounds of 8
     counts = [entry[1] for entry in seen[::2]]
-    assert all(8 * (k + 1) - 1 <= min(count, 28) <= 8 * (k + 1) for k, count in enumerate(counts[:3]))
+    assert all(8 * (k + 1) - 1 <= min(count, 30) <= 8 * (k + 1) for k, count in enumerate(counts[:3]))
     assert all(earlier[2] <= later[2] for earlier, later in itertools.pairwise(seen))
     assert [entry[3] for entry in seen][:6] == [seen[0][3]] * 6
     assert seen[6][3] < seen[0][3]
@@ -366,5 +366,5 @@ def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:
     dense = params(task)
     with caplog.at_level("INFO", logger="pytorch_lightning"):
         fit(task, PruneCallback(L1(), ratio=0.5), epochs=1)
-    assert "Masked 28 of 56 channels of all prunable layers" in caplog.text
+    assert "Masked 30 of 60 channels of all prunable layers" in caplog.text
     assert f"{dense:,} to {params(task):,} parameters; lossless, relative error" in caplog.text
