@@ -28,6 +28,13 @@ def net() -> nn.Module:
     return model
 
 
+def random_net() -> nn.Module:
+    """The same with weights that depend on the seed."""
+    model = Residual()
+    model.head.fc = nn.Linear(12, 10)
+    return model
+
+
 def task() -> ClassificationTask:
     return ClassificationTask(
         net(), 10, optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), input_size=(3, 16, 16)
@@ -127,6 +134,18 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
     written = {path.name for path in Path("out").iterdir()}
     assert {"report.html", "report.json", "pruned.pt", "channels.png", "accuracy_time.png"} <= written
     assert "GlobalRatio(ratio=0.3" in json.loads(Path("out/report.json").read_text())["settings"]["selection"]
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG.replace("tests.test_experiment.net", "tests.test_experiment.random_net"))
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(states))  # whatever ran before
+        assert main(["experiment", "--config", "tiny.yaml", "--seed", str(seed)]) == 0
+        states.append(torch.load("out/pruned.pt", weights_only=True)["state_dict"]["model.stem.0.weight"])
+    assert torch.equal(states[0], states[1])
+    assert states[0].shape != states[2].shape or not torch.equal(states[0], states[2])
 
 
 def test_a_wrong_key_names_its_path_and_the_valid_ones(tmp_path: Path, monkeypatch, capsys) -> None:

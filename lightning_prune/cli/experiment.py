@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
+from pytorch_lightning import seed_everything
 from rich.console import Console
 
 from lightning_prune.cli.recipes import resolve
@@ -30,7 +31,9 @@ def run(argv: Sequence[str]) -> int:
     parser = _Parser(prog="lightning-prune experiment", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
     parser.add_function_arguments(compare_orders, fail_untyped=False)
-    config = parser.instantiate_classes(parser.parse_args(resolved))
+    parsed = parser.parse_args(resolved)
+    seed_everything(parsed.seed, verbose=False)  # the model draws its first weights when it is built
+    config = parser.instantiate_classes(parsed)
     arguments = {name: value for name, value in vars(config).items() if name != "config"}
     report = compare_orders(**arguments)
     files = write_report(report, config.output)
