@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.errors import PruningError
+from lightning_prune.files import atomic
 from lightning_prune.plan import Plan
+from lightning_prune.preservation import knows_shapes
 from lightning_prune.reconstruction import update_attributes_
 
 FORMAT = "lightning-prune/1"
@@ -36,23 +37,17 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         OSError: the file cannot be written.
     """
     content = {"format": FORMAT, "plan": plan.to_dict(), "state_dict": small.state_dict(), "extra": extra}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner alone, also under the final name.
-    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
-    try:
+    with atomic(Path(path)) as stream:
         try:
-            torch.save(content, part)
-            torch.load(part, map_location="cpu", weights_only=True)
+            torch.save(content, stream)
+            stream.flush()
+            torch.load(stream.name, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"cannot save to {target}: only tensors and plain data can be kept ({_first_line(error)})"
+                f"cannot save to {path}: only tensors and plain data can be kept ({_first_line(error)})"
             ) from error
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
@@ -75,7 +70,7 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a pruned checkpoint: {error!r}") from error
-    if any(parameter._backward_hooks for parameter in dense_model.parameters()):
+    if knows_shapes(dense_model):
         raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
     # Shared tensors are in a state dict under every name they have.
     tensors: dict[str, Tensor] = {

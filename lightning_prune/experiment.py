@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def compare_orders(
         models |= {FINE_TUNED[order]: tuned[order].task for order in tuned}
         measured = {
             DENSE: (dense_accuracy, OrderTiming("A", tuple(dense_timer.records)).epoch_seconds, dense_eval),
-            MASKED: (*run.test(masked)[:1], None, None),
-            RECONSTRUCTED: (*run.test(small)[:1], None, None),
+            MASKED: (run.test(masked)[0], None, None),
+            RECONSTRUCTED: (run.test(small)[0], None, None),
             **{FINE_TUNED[o]: (t.accuracy, t.timing.epoch_seconds, t.eval_seconds) for o, t in tuned.items()},
         }
         stages = _stages(models, measured, latency_repeats, metric)
@@ -277,18 +278,15 @@ def _stages(
 
 
 def _layers(graph: ChannelGraph, plan: Plan) -> tuple[LayerChannels, ...]:
+    place = {tensor: number for number, tensor in enumerate(graph.shapes)}
     found = []
     for group in graph.groups:
         kept = plan.groups.get(group.name)
         for layer in group.layers:
-            share = layer.index.shape[1]
-            count = layer.filters if kept is None else len(kept.keep) * share
-            found.append(LayerChannels(layer.name.removeprefix("model."), layer.filters, count, group.name))
-    places = list(graph.shapes)
-    weights = {
-        layer.name.removeprefix("model."): places.index(layer.weight) for g in graph.groups for layer in g.layers
-    }
-    return tuple(sorted(found, key=lambda item: weights[item.layer]))
+            count = layer.filters if kept is None else len(kept.keep) * layer.index.shape[1]
+            name = layer.name.removeprefix("model.")
+            found.append((place[layer.weight], LayerChannels(name, layer.filters, count, group.name)))
+    return tuple(channels for _, channels in sorted(found, key=itemgetter(0)))
 
 
 def _settings(

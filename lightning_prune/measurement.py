@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph import call_model
+from lightning_prune.graph.recording import untouched
 from lightning_prune.preservation import preserved
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
@@ -239,13 +240,10 @@ def _call(model: nn.Module, example_inputs: Any) -> None:
 
 
 def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one operator would hide the products inside
-    try:
-        with torch.no_grad(), _evaluating(model), mode:
+    with untouched(model):
+        model.eval()
+        with mode:
             _call(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _samples(example_inputs: Any) -> int:

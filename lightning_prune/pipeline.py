@@ -16,7 +16,8 @@ from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.masking import mask_
 from lightning_prune.measurement import Measurement, measure
 from lightning_prune.plan import Coupling, Plan
-from lightning_prune.reconstruction import reconstruct, reconstruct_
+from lightning_prune.preservation import copy_without_masks
+from lightning_prune.reconstruction import reconstruct_
 from lightning_prune.scoring import Scores, score
 from lightning_prune.selection import GlobalRatio, Selection
 
@@ -88,7 +89,7 @@ def prune(
     graph = trace(model, example_inputs)
     scores = score(model, graph, criterion, batches=batches, loss=loss)
     plan = chosen.select(graph, scores, coupling=coupling, batch_norm=batch_norm)
-    small = reconstruct(model, graph, Plan({}))  # a copy that holds no masks, should the model hold any
+    small = copy_without_masks(model)
     lossless = reconstruct_(small, graph, plan, example_inputs=example_inputs)
     assert lossless is not None
     masked = copy.deepcopy(model)

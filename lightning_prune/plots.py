@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from lightning_prune.errors import PruningError
+from lightning_prune.files import atomic
 from lightning_prune.report import DENSE, LayerChannels, PruneReport
-from lightning_prune.report.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

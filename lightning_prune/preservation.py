@@ -1,15 +1,18 @@
-"""Leaving a model as it was found, also on failure."""
+"""Leaving a model as it was found, also on failure; taking away for a while, or for a copy, what holds masks."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -74,3 +77,16 @@ def without_masks(model: nn.Module) -> Iterator[None]:
         for registered, before in hooks:
             registered.clear()
             registered.update(before)
+
+
+def copy_without_masks(model: M) -> M:
+    """A deep copy whose masked entries may change again."""
+    with without_masks(model):
+        return copy.deepcopy(model)
+
+
+def knows_shapes(model: nn.Module) -> bool:
+    """Whether masks or other gradient hooks are registered that would break if parameters changed their shape."""
+    return any(parameter._backward_hooks for parameter in model.parameters()) or any(
+        getattr(hook, "holds_masks", False) for module in model.modules() for hook in module._forward_pre_hooks.values()
+    )

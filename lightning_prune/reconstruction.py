@@ -19,6 +19,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
+from lightning_prune.preservation import copy_without_masks, knows_shapes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,9 +63,7 @@ def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: An
         >>> reconstruct(model, graph, plan)[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    check_plan(graph, plan)
-    check_model(model, graph)
-    small = _copy(model)
+    small = copy_without_masks(model)
     reconstruct_(small, graph, plan, example_inputs=example_inputs)
     return small
 
@@ -96,9 +95,10 @@ def reconstruct_(
     """
     check_plan(graph, plan)
     check_model(model, graph)
-    if any(parameter._backward_hooks for parameter in model.parameters()):
+    if knows_shapes(model):
         raise ReconstructionError(
-            "gradient hooks are registered on the parameters; they know the old shapes. Call MaskHandle.remove() first"
+            "masks or gradient hooks are registered on the model; they know the old shapes. Call "
+            "MaskHandle.remove() first"
         )
     plain = unwrap(optimizers)
     undo = _Undo(model, plain)
@@ -108,7 +108,7 @@ def reconstruct_(
             parameter = named[zeros.parameter]
             parameter.data = zeros.cleared(parameter.data)
             change_state_(plain, parameter, parameter.shape, zeros.cleared)
-        masked = None if example_inputs is None else _copy(model)
+        masked = None if example_inputs is None else copy.deepcopy(model)
         for cut in cuts(graph, plan):
             _cut_(model, cut, plain)
         update_attributes_(model)
@@ -195,16 +195,6 @@ def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any
             "ignore=[...] and please report the model"
         )
     return report
-
-
-def _copy(model: M) -> M:
-    """A deep copy without hooks that hold masks."""
-    small = copy.deepcopy(model)
-    for module in small.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "holds_masks", False):
-                del module._forward_pre_hooks[key]
-    return small
 
 
 class _Undo:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_prune.errors import PruningError
+from lightning_prune.files import atomic
 from lightning_prune.plots import Theme, accuracy_time_figure, channels_figure, save_figure
 from lightning_prune.report import DENSE, FINE_TUNED, PruneReport, StageResult, markdown_table, print_report
-from lightning_prune.report.files import atomic
 from lightning_prune.report.table import (
     MISSING,
     TIMES,

@@ -18,9 +18,9 @@ from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer, call_model
 from lightning_prune.masking import check_model
+from lightning_prune.preservation import preserved, random_state, set_random_state
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
-from lightning_prune.preservation import preserved, random_state, set_random_state
 
 BatchNormMode = Literal["eval", "train", "keep"]
 
@@ -122,26 +122,17 @@ class Scorer:
         if all(tap.reference for tap in self._taps):
             return
         self._recorder.start(reference=False)
-        try:
-            with torch.set_grad_enabled(self.criterion.needs_backward):
-                loss = step()
-                if self.criterion.needs_backward:
-                    self.backward(loss)
-        except BaseException:
-            self.end_batch(discard=True)
-            raise
-        self.end_batch()
+        with self._closing(), torch.set_grad_enabled(self.criterion.needs_backward):
+            loss = step()
+            if self.criterion.needs_backward:
+                self.backward(loss)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Watch one batch: run the model, then `backward`. An exception discards the batch."""
         self.begin_batch()
-        try:
+        with self._closing():
             yield
-        except BaseException:
-            self.end_batch(discard=True)
-            raise
-        self.end_batch()
 
     def begin_batch(self) -> None:
         """Start watching.
@@ -170,8 +161,7 @@ class Scorer:
         if not loss.requires_grad or not self._recorder.edges:
             raise ScoreError(
                 "the loss does not depend on any layer that is scored through autograd: run the model inside "
-                "the batch, "
-                "without torch.no_grad, inference_mode or detach"
+                "the batch, without torch.no_grad, inference_mode or detach"
             )
         torch.autograd.grad(loss.sum(), self._recorder.edges, allow_unused=True)
 
@@ -215,6 +205,16 @@ class Scorer:
         return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)
 
     @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """End the open batch; an exception discards it."""
+        try:
+            yield
+        except BaseException:
+            self.end_batch(discard=True)
+            raise
+        self.end_batch()
+
+    @contextmanager
     def _reference(self) -> Iterator[None]:
         assert self._baseline is not None
         self._recorder.start(reference=True)
@@ -236,21 +236,18 @@ class Scorer:
             if tap.gradient and key in self._recorder.without_grad and key not in self._recorder.differentiated:
                 raise ScoreError(
                     f"{layer}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
-                    "it by; let "
-                    "gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
+                    "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
                 )
             if not self.state[f"{key}/count"]:
                 raise ScoreError(
                     f"{layer}: never called while scoring ({self.criterion!r} needs data); score on batches "
-                    "that reach "
-                    "it, or trace the model without it"
+                    "that reach it, or trace the model without it"
                 )
             # Another process may have seen it: the sum tells.
             if tap.gradient and key not in self._recorder.differentiated and not self.state[f"{key}/sum"].any():
                 raise ScoreError(
                     f"{layer}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
-                    "criterion "
-                    "that needs none, such as L1, FPGM or LRE"
+                    "criterion that needs none, such as L1, FPGM or LRE"
                 )
 
 

@@ -121,6 +121,15 @@ def test_reconstructing_in_place_asks_for_the_masks_to_be_released() -> None:
     reconstruct_(model, graph, plan, example_inputs=images())
 
 
+def test_masks_on_frozen_parameters_have_to_be_released_too() -> None:
+    model = build("Residual").requires_grad_(False)
+    graph = trace(model, images())
+    plan = random_plan(graph)
+    mask_(model, graph, plan)
+    with pytest.raises(ReconstructionError, match=r"MaskHandle.remove"):
+        reconstruct_(model, graph, plan)
+
+
 def test_as_a_context_manager_masks_are_undone() -> None:
     model, x = build("Residual"), images()
     graph = trace(model, x)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from pytorch_lightning.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -110,7 +109,7 @@ class ScoringCallback(Callback):
         """Score again on frozen weights, now; random state and everything else of the run stay as they are."""
         scorer = self._new_scorer(pl_module, self.bn_mode)
         if self.criterion.needs_forward:
-            with isolate_rng(), _silent_log(pl_module), scorer, torch.enable_grad():
+            with _silent_log(pl_module), scorer, torch.enable_grad():
                 for batch_idx, batch in self._batches(trainer, pl_module):
                     with trainer.precision_plugin.train_step_context():
                         scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023

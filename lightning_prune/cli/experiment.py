@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
-from jsonargparse import ArgumentParser
 from pytorch_lightning import seed_everything
 from rich.console import Console
 
 from lightning_prune.cli.recipes import resolve
-from lightning_prune.cli.wrong_key import explain
+from lightning_prune.cli.training import ExplainingParser
 from lightning_prune.experiment import compare_orders
 from lightning_prune.report import print_report
 from lightning_prune.report_html import write_report
@@ -18,17 +16,10 @@ from lightning_prune.report_html import write_report
 DEMO = "experiment/resnet18_digits_jre.yaml"
 
 
-class _Parser(ArgumentParser):
-    """A parser whose errors name the path and the valid choices."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
-        self.exit(2, f"error: {explain(message, self)}\n")
-
-
 def run(argv: Sequence[str]) -> int:
     """`lightning-prune experiment --config experiment/NAME.yaml`."""
     resolved, _ = resolve(argv)
-    parser = _Parser(prog="lightning-prune experiment", allow_abbrev=False)
+    parser = ExplainingParser(prog="lightning-prune experiment", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
     parser.add_function_arguments(compare_orders, fail_untyped=False)
     parsed = parser.parse_args(resolved)

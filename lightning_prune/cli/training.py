@@ -19,10 +19,11 @@ class ConfigurationError(PruningError, ValueError):
     """A configuration that parses, but holds a value that a class refuses."""
 
 
-class _Parser(LightningArgumentParser):
+class ExplainingParser(LightningArgumentParser):
     """A parser whose errors name the path and the valid choices instead of printing the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the cause in one or two lines and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         self.exit(2, f"error: {explain(message, self)}\n")
@@ -72,7 +73,7 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
     return _CLI(
         args=[command, *resolved],
-        parser_class=_Parser,
+        parser_class=ExplainingParser,
         parser_kwargs=_parser_kwargs(),
         trainer_defaults=_trainer_defaults("-".join(stems) or "unnamed", command),
         seed_everything_default=0,

@@ -70,8 +70,7 @@ class _Port:
         if found != (self.filters or found) or found < needed:
             raise ScoreError(
                 f"{self.path}: its {end} has shape {list(tensor.shape)}, but the graph expects "
-                f"{self.filters or needed} "
-                "channels; trace the model again"
+                f"{self.filters or needed} channels; trace the model again"
             )
 
 
@@ -192,8 +191,7 @@ class Recorder:
         if seen.samples != samples:
             raise ScoreError(
                 f"{port.path}: called with {seen.samples} and with {samples} samples in one batch, which "
-                "cannot be matched; "
-                "score on one batch per step"
+                "cannot be matched; score on one batch per step"
             )
         return seen
 

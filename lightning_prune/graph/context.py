@@ -65,4 +65,5 @@ class Context:
 
 def tensors_out(output: Any) -> list[Tensor]:
     """The tensors an operator returned."""
-    return [o for o in output if isinstance(o, Tensor)] if isinstance(output, (list, tuple)) else [output]
+    values = output if isinstance(output, (list, tuple)) else [output]
+    return [value for value in values if isinstance(value, Tensor)]

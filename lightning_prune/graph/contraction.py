@@ -41,11 +41,7 @@ def contract(space: LabelSpace, data: Tensor, weight: Tensor, *, reads_weight: b
     A masked channel that is not zero here (a sigmoid's 0.5, say) adds nothing only if the weight that reads it
     is masked too.
     """
-    both = (data != NO_LABEL) & (weight != NO_LABEL)
-    space.freeze(data[~both], f"is read by weights of fixed size in {where}")
-    space.freeze(weight[~both], f"reads an input of fixed size in {where}")
-    data, weight = data[both], weight[both]
-    space.tie(data >> 1, weight >> 1)
+    data, weight = _tie_or_freeze(space, data, weight, where)
     if reads_weight:
         space.mark("reader", weight)
     live = (data & 1).bool()
@@ -95,11 +91,17 @@ def convolution(
 def _depthwise(space: LabelSpace, reads: Tensor, w_out: Tensor, where: str) -> None:
     """Each input channel has filters of its own: they go with it, and being masked they read only zeros."""
     filters = w_out.view(len(reads), -1)
-    reads = reads.view(-1, 1).expand_as(filters)
-    both = (reads != NO_LABEL) & (filters != NO_LABEL)
-    space.freeze(reads[~both], f"is read by weights of fixed size in {where}")
-    space.freeze(filters[~both], f"reads an input of fixed size in {where}")
-    space.tie(reads[both] >> 1, filters[both] >> 1)
+    _tie_or_freeze(space, reads.view(-1, 1).expand_as(filters), filters, where)
+
+
+def _tie_or_freeze(space: LabelSpace, data: Tensor, weight: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Tie channels to the weights that read them, return both; where one side has no labels the other must stay."""
+    both = (data != NO_LABEL) & (weight != NO_LABEL)
+    space.freeze(data[~both], f"is read by weights of fixed size in {where}")
+    space.freeze(weight[~both], f"reads an input of fixed size in {where}")
+    data, weight = data[both], weight[both]
+    space.tie(data >> 1, weight >> 1)
+    return data, weight
 
 
 def matmul(

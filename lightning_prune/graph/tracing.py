@@ -48,13 +48,13 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     with untouched(model), without_masks(model):
         _normalise_mode(model, training=False)
         tracer.run(example_inputs)
-        if any(True for _ in model.children()) and model_differs_in_training(model):
+        if _may_differ_in_training(model):
             _normalise_mode(model, training=True)
             tracer.run(example_inputs, optional=True)
     return tracer.graph()
 
 
-def model_differs_in_training(model: nn.Module) -> bool:
+def _may_differ_in_training(model: nn.Module) -> bool:
     """Whether a second run in train mode can take another path: some module has code of its own that may ask."""
     return any(not type(module).__module__.startswith("torch.nn.modules") for module in model.modules())
 
@@ -127,7 +127,7 @@ class _Tracer:
             name = self.names.get(id(tensor))
             if name is not None:
                 self.used.add(name)
-        outputs = [tensor for tensor in tensors_out(output) if isinstance(tensor, Tensor)]
+        outputs = tensors_out(output)
         if not outputs:
             return
         rule = rules.rule_for(func)
