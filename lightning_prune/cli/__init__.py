@@ -28,6 +28,7 @@ COMMANDS = {
     "fit": Command("Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"),
     "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
     "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
+    "graph": Command("Show which channels of a model go together; table and picture.", "lightning_prune.cli.graph:run"),
     "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
     "experiment": Command(
         "Train, prune and fine-tune in both orders; write a report.", "lightning_prune.cli.experiment:run"

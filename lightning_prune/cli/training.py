@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_prune.cli.recipes import resolve
@@ -55,6 +56,13 @@ class _CLI(LightningCLI):
             raise
 
 
+class _TaskCLI(_CLI):
+    """Builds everything but the Trainer."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        """None is needed: nothing is run, and building one would look for devices and announce them."""
+
+
 def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
     """Run a Trainer method as the configuration says.
 
@@ -80,6 +88,26 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
     )
+
+
+def build_task(argv: Sequence[str]) -> tuple[LightningModule, str]:
+    """The task of a configuration, as `fit` would build it, and a name made of the configurations' names.
+
+    Raises:
+        ConfigurationError: If a class refuses one of the values.
+        UnknownRecipeError: If a configuration is neither a file nor a recipe.
+        SystemExit: With status 2 for a wrong key or value.
+    """
+    resolved, stems = resolve(argv)
+    cli = _TaskCLI(
+        args=resolved,
+        run=False,
+        parser_class=ExplainingParser,
+        parser_kwargs={"prog": "lightning-prune graph", "allow_abbrev": False},
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+    )
+    return cli.model, "-".join(stems)
 
 
 def fit(argv: Sequence[str]) -> None:
