@@ -14,7 +14,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import knows_shapes
-from lightning_prune.reconstruction import update_attributes_
+from lightning_prune.surgery import changed_sizes, set_size_, update_attributes_
 
 FORMAT = "lightning-prune/1"
 

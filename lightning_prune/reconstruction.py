@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from lightning_prune.equivalence import LosslessReport, check_lossless
@@ -20,21 +17,9 @@ from lightning_prune.masking import check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import copy_without_masks, knows_shapes
+from lightning_prune.surgery import Cut, Undo, cut_, resize_
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The entries of one dimension of one tensor that survive."""
-
-    tensor: str
-    dim: int
-    keep: Tensor
-
-    def apply(self, tensor: Tensor) -> Tensor:
-        """A smaller copy."""
-        return tensor.index_select(self.dim, self.keep.to(tensor.device))
 
 
 def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> M:
@@ -101,7 +86,7 @@ def reconstruct_(
             "MaskHandle.remove() first"
         )
     plain = unwrap(optimizers)
-    undo = _Undo(model, plain)
+    undo = Undo(model, plain)
     try:
         named = dict(model.named_parameters())
         for zeros in masked_entries(graph, plan):
@@ -110,8 +95,8 @@ def reconstruct_(
             change_state_(plain, parameter, parameter.shape, zeros.cleared)
         masked = None if example_inputs is None else copy.deepcopy(model)
         for cut in cuts(graph, plan):
-            _cut_(model, cut, plain)
-        update_attributes_(model)
+            cut_(model, cut, plain)
+        resize_(model, graph.new_sizes(_removed(plan)))
         return None if masked is None else _verify(masked, model, plan, example_inputs)
     except BaseException:
         undo()
@@ -120,62 +105,12 @@ def reconstruct_(
 
 def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
     """What survives of every tensor dimension that loses entries."""
-    gone: dict[tuple[str, int], list[Tensor]] = {}
-    for name, group_plan in plan.groups.items():
-        removed = torch.tensor(group_plan.removed, dtype=torch.int64)
-        if len(removed):
-            for part in graph.group(name).slices:
-                gone.setdefault((part.tensor, part.dim), []).append(part.index[removed].flatten())
-    found = []
-    for (tensor, dim), entries in gone.items():
-        keep = torch.ones(graph.shapes[tensor][dim], dtype=torch.bool)
-        keep[torch.cat(entries)] = False
-        found.append(Cut(tensor, dim, keep.nonzero().flatten()))
-    return found
+    return graph.cuts(_removed(plan))
 
 
-def _cut_(model: nn.Module, cut: Cut, optimizers: list[Optimizer]) -> None:
-    path, _, name = cut.tensor.rpartition(".")
-    module = model.get_submodule(path)
-    if name in module._buffers:
-        old = module._buffers[name]
-        assert old is not None
-        smaller = cut.apply(old)
-        for other in model.modules():  # a buffer may be registered in several places
-            for key, buffer in other._buffers.items():
-                if buffer is old:
-                    other._buffers[key] = smaller
-        return
-    parameter = module.get_parameter(name)
-    shape = parameter.shape
-    # The gradient goes first: torch refuses a .data whose shape differs from .grad.
-    gradient, parameter.grad = parameter.grad, None
-    parameter.data = cut.apply(parameter.data)
-    if gradient is not None:
-        parameter.grad = cut.apply(gradient)
-    change_state_(optimizers, parameter, shape, cut.apply)
-
-
-def update_attributes_(model: nn.Module) -> None:
-    """Make the size attributes of torch's own layers say what their weights are."""
-    for module in model.modules():
-        if isinstance(module, _ConvTransposeNd):
-            module.in_channels = module.weight.shape[0]
-            module.out_channels = module.weight.shape[1] * module.groups
-        elif isinstance(module, _ConvNd):
-            out, per_group = module.weight.shape[:2]
-            if module.groups > 1 and module.in_channels == module.groups:  # depthwise: groups go with channels
-                module.groups = out // (module.out_channels // module.groups)
-            module.out_channels = out
-            module.in_channels = per_group * module.groups
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, _NormBase):
-            sized = module.weight if module.weight is not None else module.running_mean
-            if sized is not None:
-                module.num_features = len(sized)
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = module.weight.numel()
+def _removed(plan: Plan) -> dict[str, Tensor]:
+    """{group: channels that the reconstructed model no longer has}."""
+    return {name: torch.tensor(group.removed, dtype=torch.int64) for name, group in plan.groups.items()}
 
 
 def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any) -> LosslessReport:
@@ -195,42 +130,3 @@ def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any
             "ignore=[...] and please report the model"
         )
     return report
-
-
-class _Undo:
-    """Everything that `reconstruct_` changes, to be put back on failure."""
-
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        self.parameters = [(p, p.data, p.grad) for p in model.parameters()]
-        self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
-        self.attributes = [
-            (module, name, getattr(module, name))
-            for module in model.modules()
-            for name in (
-                "in_channels",
-                "out_channels",
-                "groups",
-                "in_features",
-                "out_features",
-                "num_features",
-                "num_parameters",
-            )
-            if isinstance(getattr(module, name, None), int)
-        ]
-        self.states = [
-            (optimizer.state[parameter], dict(optimizer.state[parameter]))
-            for optimizer in optimizers
-            for parameter in optimizer.state
-        ]
-
-    def __call__(self) -> None:
-        for parameter, data, gradient in self.parameters:
-            parameter.grad = None
-            parameter.data = data
-            parameter.grad = gradient
-        for module, buffers in self.buffers:
-            module._buffers.update(buffers)
-        for module, name, value in self.attributes:
-            setattr(module, name, value)
-        for state, before in self.states:
-            state.update(before)

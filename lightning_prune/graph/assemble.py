@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import Group, Layer, Slice
-from lightning_prune.graph.labels import LabelSpace, Span
+from lightning_prune.graph.labels import Freeze, LabelSpace, Span, components_of
 
 
 @dataclass
@@ -20,33 +20,55 @@ class Classes:
     joint: Tensor
     own: Tensor
     reason: Tensor
+    reasons: list[tuple[str, bool]]
     filters: Tensor
     masked: Tensor
 
     @classmethod
-    def of(cls, space: LabelSpace) -> Classes:
-        """Resolve what the rules collected."""
-        joint = space.classes()
+    def of(cls, space: LabelSpace, joint: Tensor, frozen: list[Freeze]) -> Classes:
+        """Put what the rules and the constraints said into tensors over all ids.
+
+        Args:
+            space: what the rules said.
+            joint: (ids,) class of every id, constraints included.
+            frozen: what else has to stay.
+        """
         filters, readers = space.marked("filter"), space.marked("reader")
         masked = ~readers | filters | space.marked("must_mask")
         for span in space.spans:
             if span.buffer:
                 masked[span.ids] = False
-        return cls(space, joint, space.classes(own=True), space.frozen_reason(joint), filters, masked)
+        reason, reasons = _reasons(joint, [*frozen, *space.frozen])
+        return cls(space, joint, components_of(space.count, space.own_pairs), reason, reasons, filters, masked)
+
+
+def _reasons(joint: Tensor, frozen: list[Freeze]) -> tuple[Tensor, list[tuple[str, bool]]]:
+    """Per id the number of the first reason that holds its class, or -1; a statistic only if there is no other."""
+    texts = list(dict.fromkeys((item.reason, item.statistics) for item in frozen))
+    texts.sort(key=lambda text: text[1])
+    number = {text: position for position, text in enumerate(texts)}
+    first = torch.full((len(joint),), len(texts), dtype=torch.int64)
+    for item in frozen:
+        roots = joint[item.ids]
+        first[roots] = first[roots].clamp(max=number[item.reason, item.statistics])
+    first = first[joint]
+    first[first == len(texts)] = -1
+    return first, texts
 
 
 def build_groups(
-    space: LabelSpace, calls: list[Call], norms: list[tuple[str, Tensor]], module_of: dict[str, str]
-) -> tuple[Group, ...]:
+    classes: Classes, calls: list[Call], norms: list[tuple[str, Tensor]], module_of: dict[str, str]
+) -> tuple[list[Group], dict[str, Tensor]]:
     """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes.
 
+    Returns the groups and, per group name, the class of each of its channels.
+
     Args:
-        space: what the rules collected.
+        classes: what the rules and constraints said.
         calls: every convolution and matrix product, in order.
         norms: every batch norm in order: module path and its output's label values.
         module_of: module path that owns each parameter.
     """
-    classes = Classes.of(space)
     order = _filter_order(classes, calls)
     members: dict[int, list[tuple[Span, Tensor]]] = {}
     for key, span, roots in _spans_by_group(classes):
@@ -57,7 +79,8 @@ def build_groups(
         if any(classes.filters[span.ids][torch.isin(classes.joint[span.ids], roots)].any() for span, roots in spans)
     ]
     groups.sort(key=lambda item: item[0])
-    return _unique_names([group for _, group in groups])
+    named = _unique_names([group for _, group, _ in groups])
+    return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
 
 
 def _spans_by_group(classes: Classes) -> list[tuple[int, Span, Tensor]]:
@@ -93,7 +116,7 @@ def _build_group(
     norms: list[tuple[str, Tensor]],
     module_of: dict[str, str],
     order: dict[int, int],
-) -> tuple[int, Group]:
+) -> tuple[int, Group, Tensor]:
     located = []
     for span, roots in spans:
         entries = torch.isin(classes.joint[span.ids], roots).nonzero().flatten()
@@ -125,15 +148,12 @@ def _build_group(
         masked = bool(classes.masked[index + span.start].any())
         norm = module_of.get(span.tensor) in norm_modules
         slices.append(Slice(span.tensor, span.dim, index, masked, owner, norm))
-    reason = int(classes.reason[channels[0]])
-    group = Group(
-        layers[0].name,
-        len(channels),
-        layers,
-        tuple(slices),
-        classes.space.reasons[reason] if reason >= 0 else None,
-    )
-    return filters[0][0], group
+    number = int(classes.reason[channels[0]])
+    reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
+    if reason is None and len(channels) == 1:
+        reason = "has channels that all go together, so that none can"
+    group = Group(layers[0].name, len(channels), layers, tuple(slices), reason, statistics)
+    return filters[0][0], group, channels
 
 
 def _layer(
@@ -173,7 +193,7 @@ def _layer(
     return Layer(name, span.tensor, span.dim, span.size, index, norm, reader, reader_index)
 
 
-def _unique_names(groups: list[Group]) -> tuple[Group, ...]:
+def _unique_names(groups: list[Group]) -> list[Group]:
     """Groups that share their first layer are told apart by the filters they hold."""
     seen: dict[str, int] = {}
     for group in groups:
@@ -184,5 +204,5 @@ def _unique_names(groups: list[Group]) -> tuple[Group, ...]:
         if seen[name] > 1:
             index = group.layers[0].index
             name = f"{name}[{int(index.min())}:{int(index.max()) + 1}]"
-        named.append(Group(name, group.size, group.layers, group.slices, group.reason))
-    return tuple(named)
+        named.append(replace(group, name=name))
+    return named

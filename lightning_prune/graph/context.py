@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from lightning_prune.graph.constraints import Place
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.labels import Info, LabelSpace
 from lightning_prune.graph.recording import Recorder
@@ -27,10 +29,20 @@ class Context:
     norms: list[tuple[str, Tensor]]
 
     @property
+    def name(self) -> str:
+        """The operator without namespace; in-place variants under the name of their plain twin."""
+        return self.func.overloadpacket._qualified_op_name.split("::")[1].removesuffix("_")
+
+    @property
     def where(self) -> str:
         """Operator and module path, for messages."""
         name = self.func.overloadpacket._qualified_op_name.replace("::", ".")
         return f"{name} at {self.recorder.module!r}" if self.recorder.module else name
+
+    @property
+    def place(self) -> Place:
+        """Where it ran, for constraints."""
+        return Place(tuple(reversed(self.recorder.module_stack)), self.recorder.kind, self.where)
 
     def info(self, value: Any) -> Info:
         """What is known of an argument."""
@@ -38,12 +50,10 @@ class Context:
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
-        for position, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                if position < len(self.args):
-                    return self.args[position]
-                return self.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
-        return default
+        position, fallback = _arguments(self.func).get(name, (len(self.args), None))
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default if fallback is None else fallback)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor argument, lists opened."""
@@ -61,6 +71,15 @@ class Context:
             for layer in info.layers:
                 self.space.freeze(layer, reason)
         return Info(data=data)
+
+
+@cache
+def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
+    """Position and default value of an operator's arguments."""
+    return {
+        argument.name: (position, argument.default_value if argument.has_default_value() else None)
+        for position, argument in enumerate(func._schema.arguments)
+    }
 
 
 def tensors_out(output: Any) -> list[Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.constraints import Grid, Grouped, Place, Size
+from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import NO_LABEL, Info, LabelSpace, region, signature, spread
 
 
@@ -20,18 +22,39 @@ class Call:
     makes: Tensor
 
 
-def along(space: LabelSpace, info: Info, size: int, dim: int, where: str) -> Tensor:
-    """(size,) label values along one dimension, -1 without labels; layers that also vary elsewhere are frozen."""
+def fold(space: LabelSpace, layer: Tensor, keep: tuple[int, ...], where: str) -> Tensor | None:
+    """The layer along the dimensions ``keep`` only; what varies along the others is tied to go together."""
+    dims = signature(layer)
+    if set(dims) <= set(keep):
+        return layer
+    kept = [d for d in dims if d in keep]
+    if not kept:
+        return None
+    core = region(layer, dims)
+    rows = core.permute(*kept, *(d for d in range(layer.dim()) if d not in kept))
+    shape = rows.shape[: len(kept)]
+    rows = rows.reshape(shape.numel(), -1)
+    gaps = (rows == NO_LABEL).any(1)
+    if gaps.any():
+        space.freeze(rows[gaps], f"goes together with channels that stay in {where}")
+    whole = rows[~gaps]
+    space.tie(whole[:, :1].expand_as(whole) >> 1, whole >> 1)
+    values = torch.where(gaps, NO_LABEL, rows[:, 0] | (rows & 1).amax(1))
+    view = [layer.shape[d] if d in kept else 1 for d in range(layer.dim())]
+    return values.view(shape).view(view).expand(layer.shape)
+
+
+def merge_along(space: LabelSpace, layers: list[Tensor], size: int, dim: int) -> Tensor:
+    """(size,) label values of layers that vary along ``dim`` only, tied with each other; -1 without any."""
     found: Tensor | None = None
-    for layer in info.layers:
-        dims = signature(layer)
-        if dims == (dim,):
-            values = region(layer, dims).flatten()
-            if found is not None:
-                space.tie(found >> 1, values >> 1)
-            found = values if found is None else found
-        elif dim in dims:
-            space.freeze(layer, f"varies over more than the channels read by {where}")
+    for layer in layers:
+        values = region(layer, (dim,)).flatten()
+        if found is None:
+            found = values
+        else:
+            both = (found != NO_LABEL) & (values != NO_LABEL)
+            space.tie(found[both] >> 1, values[both] >> 1)
+            found = torch.where(found == NO_LABEL, values, found)
     return torch.full((size,), NO_LABEL) if found is None else found
 
 
@@ -57,41 +80,66 @@ def convolution(
     *,
     groups: int,
     transposed: bool,
-    where: str,
+    place: Place,
 ) -> tuple[Info, Tensor, Tensor]:
     """Labels of a convolution without its bias; also (what it reads, what it makes) as label values."""
     (x_shape, x_info), (w_shape, w_info) = x, weight
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    _freeze_others(space, x_info, 1, f"varies over the positions that {where} slides over")
-    _freeze_others(space, w_info, (out_dim, in_dim), f"varies over the kernel of {where}")
-    reads = along(space, x_info, x_shape[1], 1, where)
-    w_out = along(space, w_info, w_shape[out_dim], out_dim, where)
-    w_in = along(space, w_info, w_shape[in_dim], in_dim, where)
+    reads = merge_along(space, _channel_layers(space, x_info, place.where), x_shape[1], 1)
+    w_layers = _weight_layers(space, w_info, place.where)
+    w_out = merge_along(space, w_layers[out_dim], w_shape[out_dim], out_dim)
+    w_in = merge_along(space, w_layers[in_dim], w_shape[in_dim], in_dim)
     reads_weight = not w_info.data
+    makes = filters = w_out
     if groups == 1:
-        contract(space, reads, w_in, reads_weight=reads_weight, where=where)
+        contract(space, reads, w_in, reads_weight=reads_weight, where=place.where)
+    elif groups == x_shape[1]:
+        # Depthwise: each input channel has filters of its own, which go with it and being masked read only zeros.
+        filters = w_in if transposed else w_out
+        makes = w_in.repeat_interleave(w_shape[1]) if transposed else w_out
+        own = filters.view(groups, -1)
+        _tie_or_freeze(space, reads.view(-1, 1).expand_as(own), own, place.where)
+        space.sizes.append(Size(reads, place, attribute="groups"))
     elif transposed:
-        for values in (reads, w_in, w_out):
-            space.freeze(values, f"passes a grouped transposed convolution in {where}")
-    elif w_shape[1] == 1:
-        _depthwise(space, reads, w_out, where)
+        contract(space, reads, w_in, reads_weight=reads_weight, where=place.where)
+        space.constraints.append(Grid(reads.view(groups, -1), (1,), place, exact=True))
+        makes = w_out.repeat(groups)
     else:
-        for part in reads.view(groups, -1):
-            contract(space, part, w_in, reads_weight=reads_weight, where=where)
-        # Groups must stay equal in size, so the same position goes in each of them.
-        positions = w_out.view(groups, -1)
-        if (w_out != NO_LABEL).all():
-            space.tie(positions[:1].expand_as(positions) >> 1, positions >> 1, own=True)
+        inner = w_in.expand(groups, -1).flatten()
+        space.freeze(inner[reads == NO_LABEL], f"reads an input of fixed size in {place.where}")
+        live = (reads != NO_LABEL) & (reads & 1 == 1)
+        space.mark("must_mask", inner[live & (inner & 1 == 0)])
+        space.freeze(inner[live & (inner & 1 == 1)], f"is a constant that nothing can mask in {place.where}")
+        if reads_weight:
+            space.mark("reader", w_in)
+        space.constraints.append(Grouped(reads.view(groups, -1), w_in, w_out.view(groups, -1), place))
     if reads_weight:
-        space.mark("filter", w_out)
-    layers = (spread(w_out, output, 1),) if output[1] > 1 and (w_out != NO_LABEL).any() else ()
-    return Info(layers, data=True), reads, w_out
+        space.mark("filter", filters)
+    layers = (spread(makes, output, 1),) if output[1] > 1 and (makes != NO_LABEL).any() else ()
+    return Info(layers, data=True), reads, makes
 
 
-def _depthwise(space: LabelSpace, reads: Tensor, w_out: Tensor, where: str) -> None:
-    """Each input channel has filters of its own: they go with it, and being masked they read only zeros."""
-    filters = w_out.view(len(reads), -1)
-    _tie_or_freeze(space, reads.view(-1, 1).expand_as(filters), filters, where)
+def _channel_layers(space: LabelSpace, info: Info, where: str) -> list[Tensor]:
+    """Layers of a convolution's input along its channels; positions that vary too go together."""
+    layers = []
+    for layer in info.layers:
+        if 1 in signature(layer):
+            layers.append(fold(space, layer, (1,), where))
+        else:
+            space.freeze(layer, f"varies over the positions that {where} slides over")
+    return [layer for layer in layers if layer is not None]
+
+
+def _weight_layers(space: LabelSpace, info: Info, where: str) -> dict[int, list[Tensor]]:
+    """Layers of a convolution's weight, by the dimension along which they vary."""
+    found: dict[int, list[Tensor]] = {0: [], 1: []}
+    for layer in info.layers:
+        dims = signature(layer)
+        if dims in ((0,), (1,)):
+            found[dims[0]].append(layer)
+        else:
+            space.freeze(layer, f"varies over the kernel of {where}")
+    return found
 
 
 def _tie_or_freeze(space: LabelSpace, data: Tensor, weight: Tensor, where: str) -> tuple[Tensor, Tensor]:
@@ -111,34 +159,51 @@ def matmul(
     output: torch.Size,
     where: str,
 ) -> tuple[Info, Tensor, Tensor]:
-    """Labels of ``left @ right``, (n, k) @ (k, m); also (what it reads, what it makes) as label values."""
+    """Labels of ``left @ right``, (n, k) @ (k, m) or (b, n, k) @ (b, k, m); also (what it reads, what it makes)."""
     (l_shape, l_info), (r_shape, r_info) = left, right
-    for info in (l_info, r_info):
-        for layer in info.layers:
-            if len(signature(layer)) > 1:
-                space.freeze(layer, f"varies over both dimensions of a matrix product in {where}")
-    inner_left = along(space, l_info, l_shape[1], 1, where)
-    inner_right = along(space, r_info, r_shape[0], 0, where)
-    rows = along(space, l_info, l_shape[0], 0, where)
-    columns = along(space, r_info, r_shape[1], 1, where)
+    rank = len(output)
+    row, column = rank - 2, rank - 1
+    pure = any(signature(layer) == (dim,) for info, dim in ((l_info, column), (r_info, row)) for layer in info.layers)
+    l_inner, l_free = _inner_and_free(space, l_info, l_shape, column, pure, where)
+    r_inner, r_free = _inner_and_free(space, r_info, r_shape, row, pure, where)
+    rows = merge_along(space, [layer for layer in l_free if signature(layer) == (row,)], l_shape[row], row)
+    columns = merge_along(space, [layer for layer in r_free if signature(layer) == (column,)], r_shape[column], column)
     if l_info.data or not r_info.data:
-        reads, weight, makes = inner_left, inner_right, columns
+        reads, weight, makes = l_inner, r_inner, columns
     else:
-        reads, weight, makes = inner_right, inner_left, rows
+        reads, weight, makes = r_inner, l_inner, rows
     one_weight = l_info.data != r_info.data
     contract(space, reads, weight, reads_weight=one_weight, where=where)
     if one_weight:
         space.mark("filter", makes)
-    layers = [
-        spread(values, output, dim)
-        for dim, values in ((0, rows), (1, columns))
-        if output[dim] > 1 and (values != NO_LABEL).any()
-    ]
-    return Info(tuple(layers), data=l_info.data or r_info.data), reads, makes
+    operands = []
+    for shape, info, free, inner in ((l_shape, l_info, l_free, column), (r_shape, r_info, r_free, row)):
+        flat = torch.Size([1 if d == inner else size for d, size in enumerate(shape)])
+        layers = tuple(region(layer, signature(layer)).expand(flat) for layer in free)
+        operands.append(Operand(flat, Info(layers, data=info.data)))
+    info = combine(space, operands, output, any, where)
+    return Info(info.layers, data=l_info.data or r_info.data), reads, makes
 
 
-def _freeze_others(space: LabelSpace, info: Info, keep: int | tuple[int, ...], reason: str) -> None:
-    allowed = {keep} if isinstance(keep, int) else set(keep)
+def _inner_and_free(
+    space: LabelSpace, info: Info, shape: torch.Size, inner: int, pure: bool, where: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Label values along the dimension that is summed over, and the layers that do not vary along it.
+
+    A layer that varies along it and others (heads and their width) is tied along one: along the others if any
+    operand has channels there alone, else along the sum, so that whole rows go.
+    """
+    along: list[Tensor] = []
+    free: list[Tensor] = []
     for layer in info.layers:
-        if not set(signature(layer)) <= allowed:
-            space.freeze(layer, reason)
+        dims = signature(layer)
+        if inner not in dims:
+            free.append(layer)
+        elif dims == (inner,):
+            along.append(layer)
+        else:
+            keep = (inner,) if pure else tuple(d for d in dims if d != inner)
+            folded = fold(space, layer, keep, where)
+            if folded is not None:
+                (along if pure else free).append(folded)
+    return merge_along(space, along, shape[inner], inner), free

@@ -78,12 +78,12 @@ def _merge(
     _freeze_gaps(space, [value for _, value in values], where)
 
     ids = [value >> 1 for _, value in values]
-    labelled = values[0][1] != NO_LABEL
+    labelled = torch.stack([value != NO_LABEL for _, value in values]).all(0)  # the rest is frozen
     data_layers = [k for k, (index, _) in enumerate(values) if operands[index].info.data]
     own = len(data_layers) <= 1
     lead = data_layers[0] if data_layers else 0
     for k, other in enumerate(ids):
-        if k != lead and labelled.any():
+        if k != lead:
             space.tie(ids[lead][labelled], other[labelled], own=own)
     out = ids[lead]
     if not own and any(not torch.equal(out, ids[k]) for k in data_layers):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lightning_prune.errors import PlanError
+from lightning_prune.surgery import Cut, NewSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,8 @@ class Group:
         slices: every tensor entry that goes when a channel goes.
         prunable: whether channels can be removed without loss.
         reason: if not, why.
+        statistics: the only reason is a statistic over channels (layer norm, softmax): they can be removed by
+            choice, not without loss.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Group:
     layers: tuple[Layer, ...]
     slices: tuple[Slice, ...]
     reason: str | None = None
+    statistics: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -86,6 +91,33 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class SizeAttribute:
+    """An integer attribute of a module that says how many of certain channels there are.
+
+    Attributes:
+        module: module path.
+        attribute: its name.
+        position: the item, if the attribute is a list or tuple.
+        sources: per group, channel indices that count 1 each (a channel may count several times).
+        fixed: what never goes.
+    """
+
+    module: str
+    attribute: str
+    position: int | None
+    sources: dict[str, Tensor]
+    fixed: int
+
+    def value(self, removed: dict[str, Tensor]) -> int:
+        """The number once these channels ({group: indices}) are gone."""
+        kept = 0
+        for group, channels in self.sources.items():
+            gone = removed.get(group)
+            kept += len(channels) if gone is None else int((~torch.isin(channels, gone)).sum())
+        return self.fixed + kept
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """All channel groups of a model, from `lightning_prune.trace`.
 
@@ -93,11 +125,13 @@ class ChannelGraph:
         groups: in the order the model runs; those that cannot be pruned carry the reason.
         shapes: shape of every parameter and buffer, so that a graph is never used on another model.
         notes: what the trace could not see or follow (operators without a rule, unused parameters).
+        sizes: integer attributes of modules that change with the channels.
     """
 
     groups: tuple[Group, ...]
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
+    sizes: tuple[SizeAttribute, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +156,26 @@ class ChannelGraph:
         if name not in self._by_name:
             raise PlanError(f"the model has no channel group {name!r}; its groups are {', '.join(self._by_name)}")
         return self._by_name[name]
+
+    def cuts(self, removed: dict[str, Tensor]) -> list[Cut]:
+        """What survives of every tensor dimension when these channels ({group: indices}) go."""
+        gone: dict[tuple[str, int], list[Tensor]] = {}
+        for name, channels in removed.items():
+            if len(channels):
+                for part in self.group(name).slices:
+                    gone.setdefault((part.tensor, part.dim), []).append(part.index[channels].flatten())
+        found = []
+        for (tensor, dim), entries in gone.items():
+            keep = torch.ones(self.shapes[tensor][dim], dtype=torch.bool)
+            keep[torch.cat(entries)] = False
+            if not keep.any():
+                raise PlanError(f"the plan leaves nothing of {tensor!r} along dimension {dim}; keep more channels")
+            found.append(Cut(tensor, dim, keep.nonzero().flatten()))
+        return found
+
+    def new_sizes(self, removed: dict[str, Tensor]) -> list[NewSize]:
+        """Integer attributes that change when these channels go."""
+        return [NewSize(s.module, s.attribute, s.position, s.value(removed)) for s in self.sizes]
 
     def describe(self) -> str:
         """A table of the groups for people: name, channels, layers, prunable or why not."""

@@ -11,9 +11,13 @@ signatures.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_prune.graph.constraints import Constraint, Size
 
 NO_LABEL = -1
 
@@ -49,16 +53,29 @@ class Span:
         return slice(self.start, self.start + self.size)
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Ids that must stay, and why. ``statistics``: their removal is possible, but changes a statistic."""
+
+    ids: Tensor
+    reason: str
+    statistics: bool = False
+
+
 @dataclass
 class LabelSpace:
     """Hands out ids and collects what the rules say about them."""
 
     count: int = 0
     spans: list[Span] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    _pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _own_pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _frozen: list[tuple[Tensor, int]] = field(default_factory=list)
+    pairs: Pairs = field(default_factory=list)
+    own_pairs: Pairs = field(default_factory=list)
+    frozen: list[Freeze] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool) -> Info:
@@ -82,15 +99,13 @@ class LabelSpace:
 
     def tie(self, first: Tensor, second: Tensor, *, own: bool = False) -> None:
         """Channels that go together. ``own``: they also belong to the same layer (a filter and its batch norm)."""
-        (self._own_pairs if own else self._pairs).append((first.flatten(), second.flatten()))
+        (self.own_pairs if own else self.pairs).append((first.flatten(), second.flatten()))
 
-    def freeze(self, values: Tensor, reason: str) -> None:
+    def freeze(self, values: Tensor, reason: str, *, statistics: bool = False) -> None:
         """Channels that must stay, and why. ``values`` are label values, -1 ignored."""
         ids = ids_of(values)
         if len(ids):
-            if not self.reasons or self.reasons[-1] != reason:
-                self.reasons.append(reason)
-            self._frozen.append((ids, len(self.reasons) - 1))
+            self.frozen.append(Freeze(ids, reason, statistics))
 
     def mark(self, role: str, values: Tensor) -> None:
         """Remember a role of slices: ``filter``, ``reader`` or ``must_mask``."""
@@ -102,26 +117,6 @@ class LabelSpace:
         for ids in self._marks.get(role, []):
             mask[ids] = True
         return mask
-
-    def classes(self, *, own: bool = False) -> Tensor:
-        """(count,) the smallest id of the class each id belongs to."""
-        pairs = self._own_pairs if own else self._own_pairs + self._pairs
-        if not pairs:
-            return torch.arange(self.count)
-        return connected_components(
-            self.count, torch.cat([first for first, _ in pairs]), torch.cat([second for _, second in pairs])
-        )
-
-    def frozen_reason(self, classes: Tensor) -> Tensor:
-        """(count,) per id the index of the first reason that froze its class, or -1."""
-        none = len(self.reasons)
-        first = torch.full((self.count,), none, dtype=torch.int64)
-        for ids, reason in self._frozen:
-            roots = classes[ids]
-            first[roots] = torch.minimum(first[roots], torch.tensor(reason))
-        first = first[classes]
-        first[first == none] = -1
-        return first
 
 
 def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
@@ -144,6 +139,14 @@ def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
             if torch.equal(grand, parent):
                 break
             parent = grand
+
+
+def components_of(count: int, *lists: Pairs) -> Tensor:
+    """(count,) the smallest id of the class each id belongs to."""
+    pairs = [pair for pairs in lists for pair in pairs]
+    if not pairs:
+        return torch.arange(count)
+    return connected_components(count, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 
 def ids_of(values: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -30,12 +33,19 @@ class Recorder(TorchDispatchMode):
         self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._observe = observe
         self.module_stack: list[str] = []
+        self.kinds: list[str] = []
+        self.before: Tensor | None = None
         self.order = 0
 
     @property
     def module(self) -> str:
         """Path of the innermost module that is running."""
         return self.module_stack[-1] if self.module_stack else ""
+
+    @property
+    def kind(self) -> str:
+        """Type of the innermost module that is running."""
+        return self.kinds[-1] if self.kinds else ""
 
     def info(self, tensor: Tensor) -> Info:
         """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
@@ -59,6 +69,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Restrides in place: only the old strides tell whether the elements stay where they were.
+        self.before = args[0].detach() if func is torch.ops.aten.as_strided_.default else None
         output = func(*args, **kwargs)
         self.order += 1
         self._observe(self, func, args, kwargs, output)
@@ -72,10 +84,36 @@ def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
     def enter(module: nn.Module, _: Any) -> None:
         recorder.module_stack.append(names.get(id(module), type(module).__name__))
+        recorder.kinds.append(f"{type(module).__module__}.{type(module).__qualname__}")
 
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         recorder.module_stack.pop()
+        recorder.kinds.pop()
 
+    with _module_hooks(enter, leave):
+        yield
+
+
+@contextlib.contextmanager
+def module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """Paths of the modules that are running, outermost first; on an exception those that were."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            stack.append(names[id(module)])
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if id(module) in names:
+            stack.pop()
+
+    with _module_hooks(enter, leave):
+        yield stack
+
+
+@contextlib.contextmanager
+def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),
         nn.modules.module.register_module_forward_hook(leave),
@@ -87,12 +125,21 @@ def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             hook.remove()
 
 
+def normalise_mode(model: nn.Module, *, training: bool) -> None:
+    """Train or eval mode with batch norm and dropout always in eval."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, (_BatchNorm, _DropoutNd)):
+            module.eval()
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model for its operators only: it is left as it was; no autograd, no fused attention."""
     fused = torch.backends.mha.get_fastpath_enabled()
     # Inference mode would hide the decomposition of linear layers and convolutions.
-    with preserved(model), torch.inference_mode(False), torch.no_grad():
+    # Fused attention would hide which channels meet in it.
+    with preserved(model), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph import rules
-from lightning_prune.graph.assemble import build_groups
+from lightning_prune.graph import rules, sizes
+from lightning_prune.graph.assemble import Classes, build_groups
+from lightning_prune.graph.constraints import Cut, resolve
 from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.labels import Info, LabelSpace
-from lightning_prune.graph.recording import Recorder, module_names, tensors_in, untouched
+from lightning_prune.graph.labels import Freeze, Info, LabelSpace
+from lightning_prune.graph.recording import Recorder, module_names, normalise_mode, tensors_in, untouched
+from lightning_prune.graph.trial import Decisions, Draft, places_of, settle
 from lightning_prune.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
@@ -45,25 +45,20 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         [('0', 8, True), ('3', 4, False)]
     """
     tracer = _Tracer(model)
+    modes = [False]
     with untouched(model), without_masks(model):
-        _normalise_mode(model, training=False)
+        normalise_mode(model, training=False)
         tracer.run(example_inputs)
         if _may_differ_in_training(model):
-            _normalise_mode(model, training=True)
-            tracer.run(example_inputs, optional=True)
-    return tracer.graph()
+            normalise_mode(model, training=True)
+            if tracer.run(example_inputs, optional=True):
+                modes.append(True)
+    return settle(model, example_inputs, modes, tracer.draft).graph
 
 
 def _may_differ_in_training(model: nn.Module) -> bool:
     """Whether a second run in train mode can take another path: some module has code of its own that may ask."""
     return any(not type(module).__module__.startswith("torch.nn.modules") for module in model.modules())
-
-
-def _normalise_mode(model: nn.Module, *, training: bool) -> None:
-    model.train(training)
-    for module in model.modules():
-        if isinstance(module, (_BatchNorm, _DropoutNd)):
-            module.eval()
 
 
 class _Tracer:
@@ -86,7 +81,7 @@ class _Tracer:
             self.names[id(tensor)] = name
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer)
 
-    def run(self, example_inputs: Any, *, optional: bool = False) -> None:
+    def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
         """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
         recorder = Recorder(self.known, self._observe)
         for tensor in tensors_in(example_inputs):
@@ -98,7 +93,7 @@ class _Tracer:
             place = f" in module {recorder.module!r}" if recorder.module else ""
             if optional:
                 self.notes[f"not traced in train mode: {type(error).__name__}: {error}"] = None
-                return
+                return False
             raise TraceError(
                 f"the model does not run on the example inputs{place}: {type(error).__name__}: {error}. "
                 "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
@@ -106,20 +101,45 @@ class _Tracer:
         for tensor in tensors_in(output):
             for layer in recorder.info(tensor).layers:
                 self.space.freeze(layer, OUTPUT)
+        return True
 
-    def graph(self) -> ChannelGraph:
-        shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
+    def draft(self, decisions: Decisions) -> Draft:
+        """The graph under given decisions."""
+        modules = dict(self.model.named_modules())
         module_of = {
             f"{path}.{key}" if path else key: path
-            for path, module in self.model.named_modules()
+            for path, module in modules.items()
             for key, _ in module.named_parameters(recurse=False)
         }
-        groups = build_groups(self.space, self.calls, self.norms, module_of)
+        resolved = resolve(self.space, self.space.constraints, decisions.choices)
+        found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
+        cuts = [c for c in resolved.active if isinstance(c, Cut)]
+        frozen = [*self._held(decisions.held), *resolved.frozen, *sizes.unmatched(cuts, found)]
+        classes = Classes.of(self.space, resolved.joint, frozen)
+        groups, channels = build_groups(classes, self.calls, self.norms, module_of)
+        free = {group.name: channels[group.name] for group in groups if group.prunable or group.statistics}
+        shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
+        graph = ChannelGraph(
+            tuple(groups), shapes, self._notes(), tuple(sizes.attributes(found, resolved.joint, free))
+        )
+        places, guessed = places_of(self.space.constraints, decisions.choices, classes)
+        return Draft(graph, places, guessed)
+
+    def _held(self, held: dict[str, str]) -> list[Freeze]:
+        """Channels that a module reads or makes, where the trials came to leave them."""
+        return [
+            Freeze(torch.arange(span.start, span.start + span.size), reason)
+            for path, reason in held.items()
+            for span in self.space.spans
+            if not path or span.tensor.startswith(f"{path}.")
+        ]
+
+    def _notes(self) -> tuple[str, ...]:
         unused = [name for name, _ in self.model.named_parameters() if name not in self.used]
         notes = list(self.notes)
         if unused:
             notes.append(f"never used in the trace, left as they are: {', '.join(unused)}")
-        return ChannelGraph(groups, shapes, tuple(notes))
+        return tuple(notes)
 
     def _observe(self, recorder: Recorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         context = Context(self.space, recorder, func, args, kwargs, output, self.calls, self.norms)
@@ -129,6 +149,9 @@ class _Tracer:
                 self.used.add(name)
         outputs = tensors_out(output)
         if not outputs:
+            return
+        if not outputs[0].numel():
+            context.freeze_inputs(f"meets an empty tensor in {context.where}: trace with other example inputs")
             return
         rule = rules.rule_for(func)
         before = context.info(outputs[0])

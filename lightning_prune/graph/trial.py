@@ -1,0 +1,281 @@
+"""Try smaller channels out before anyone relies on them: sizes in Python code show only when the code runs.
+
+After the constraints are resolved the model is run once more with about half of the channels of every group gone,
+on the meta device, where that costs neither memory nor arithmetic. A failure names the module; the sizes fixed in
+modules of its type are then met in another way, or their channels are left as they are. Where the layout of
+channels was read off one run (views, chunks), results are compared too, since a wrong guess need not fail.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_prune.graph.assemble import Classes
+from lightning_prune.graph.constraints import Choice, Constraint, Grid, Grouped, Merge
+from lightning_prune.graph.groups import ChannelGraph, Group
+from lightning_prune.graph.inputs import call_model
+from lightning_prune.graph.labels import ids_of
+from lightning_prune.graph.recording import module_stack, normalise_mode, tensors_in, untouched
+from lightning_prune.preservation import copy_without_masks
+from lightning_prune.surgery import Undo, cut_, resize_
+
+M = TypeVar("M")
+LIMIT = 1e-3  # relative; what differs by rounding alone stays below 1e-4 in float32, a wrong layout far above
+
+
+@dataclass
+class Decisions:
+    """What the trials came to.
+
+    Attributes:
+        choices: per module type, how the sizes in its code are met.
+        held: per module path, why channels that it reads or makes stay.
+    """
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+
+    def copy(self) -> Decisions:
+        """An independent copy."""
+        return Decisions(dict(self.choices), dict(self.held))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph under certain decisions, and what is still only a guess in it.
+
+    Attributes:
+        graph: the groups.
+        places: module paths whose code holds sizes of prunable channels, with the module's type.
+        guessed: types whose layout was read off one run, so that results have to be compared.
+    """
+
+    graph: ChannelGraph
+    places: dict[str, str]
+    guessed: set[str]
+
+
+def places_of(
+    constraints: Sequence[Constraint], choices: dict[str, Choice], classes: Classes
+) -> tuple[dict[str, str], set[str]]:
+    """Where sizes of channels that may go were met, and the module types whose layouts are guesses."""
+    places: dict[str, str] = {}
+    guessed: set[str] = set()
+    for constraint in constraints:
+        exact = isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact)
+        if exact or not constraint.place.stack or not _free(constraint, classes):
+            continue
+        places[constraint.place.stack[0]] = constraint.place.kind
+        repaired = choices.get(constraint.place.kind, Choice.AS_IS).repairs
+        if repaired or not isinstance(constraint, Merge):
+            guessed.add(constraint.place.kind)
+    return places, guessed
+
+
+def _free(constraint: Constraint, classes: Classes) -> bool:
+    values = constraint.sizes if isinstance(constraint, Merge) else (constraint.values,)
+    return any(bool((classes.reason[ids_of(part)] < 0).any()) for part in values)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a smaller model did not run or was not equal: the running modules, innermost first."""
+
+    stack: tuple[str, ...]
+    message: str
+
+
+def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Callable[[Decisions], Draft]) -> Draft:
+    """The graph whose channels can be removed without the model's code breaking.
+
+    Args:
+        model: the traced model.
+        example_inputs: what it was traced on.
+        modes: train flags of the runs that succeeded.
+        draft: builds the graph under given decisions.
+    """
+    decisions = Decisions()
+    bench = _Bench(model, example_inputs, modes)
+    current = draft(decisions)
+    steps: list[Decisions] = []
+    while current.graph.prunable_groups:
+        failure = bench.runs(current.graph, current.graph.prunable_groups)
+        if failure is None and current.guessed:
+            failure = _differing(bench, current)
+        if failure is None:
+            break
+        steps.append(decisions.copy())
+        _decide(decisions, current, failure, model)
+        current = draft(decisions)
+    return current
+
+
+def _differing(bench: _Bench, draft: Draft) -> Failure | None:
+    """A module type whose channels, removed alone, change the results; None if all together do not."""
+    if bench.equal(draft.graph, draft.graph.prunable_groups):
+        return None
+    for kind in sorted(draft.guessed):
+        paths = [path for path, of in draft.places.items() if of == kind]
+        message = "its results change"
+        groups = tuple(g for g in draft.graph.prunable_groups if any(_touches(g, path) for path in paths))
+        if groups and not bench.equal(draft.graph, groups):
+            return Failure((paths[0],), message)
+    paths = [path for path, of in draft.places.items() if of in draft.guessed]
+    return Failure(tuple(paths), "its results change")
+
+
+def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:
+    """Meet the sizes of the failing module's type in the next way; without any, hold the channels it touches."""
+    own = failure.stack[0] if failure.stack else ""
+    candidates = [own] if not _is_torch(model, own) else list(failure.stack)
+    for path in candidates:
+        kind = draft.places.get(path)
+        if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
+            decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
+            return
+    for path in failure.stack:
+        if path not in decisions.held and any(_touches(g, path) for g in draft.graph.prunable_groups):
+            decisions.held[path] = f"has a size that is fixed in the Python code around {path!r} ({failure.message})"
+            return
+    decisions.held[""] = f"cannot be removed: the smaller model fails ({failure.message})"
+
+
+def _is_torch(model: nn.Module, path: str) -> bool:
+    return type(model.get_submodule(path)).__module__.startswith("torch.nn.")
+
+
+def _touches(group: Group, path: str) -> bool:
+    """Whether a module, or one inside it, holds a slice of the group."""
+    return any(not path or part.tensor.startswith(f"{path}.") for part in group.slices)
+
+
+class _Bench:
+    """Runs smaller copies of one model."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, modes: list[bool]) -> None:
+        self.model = model
+        self.modes = modes
+        self.inputs = example_inputs
+        self.runner, self.runner_inputs = meta_copy(model), to_meta(example_inputs)
+        self.checked = False
+
+    def runs(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> Failure | None:
+        """Why the model does not run without half of these groups' channels, None if it does."""
+        failure = self._run(graph, groups)
+        if failure is not None and not self.checked:
+            self.checked = True
+            if self._run(graph, ()) is not None:  # the meta device cannot run this model at all
+                self.runner, self.runner_inputs = copy_without_masks(self.model), self.inputs
+                failure = self._run(graph, groups)
+        return failure
+
+    def _run(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> Failure | None:
+        with untouched(self.runner), removed(self.runner, graph, groups):
+            for training in self.modes:
+                normalise_mode(self.runner, training=training)
+                with module_stack(self.runner) as stack:
+                    try:
+                        call_model(self.runner, self.runner_inputs)
+                    except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
+                        first = str(error).strip().split("\n")[0]
+                        return Failure(tuple(reversed(stack)), f"{type(error).__name__}: {first}")
+        return None
+
+    def equal(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> bool:
+        """Whether removing half of these groups' channels equals masking them."""
+        copied = copy_without_masks(self.model)
+        roughen_(copied)
+        with untouched(copied):
+            for training in self.modes:
+                normalise_mode(copied, training=training)
+                with masked(copied, graph, groups):
+                    torch.manual_seed(0)
+                    before = tensors_in(call_model(copied, self.inputs))
+                    with removed(copied, graph, groups):
+                        torch.manual_seed(0)
+                        after = tensors_in(call_model(copied, self.inputs))
+                if not _close(before, after):
+                    return False
+        return True
+
+
+def _close(before: list[Tensor], after: list[Tensor]) -> bool:
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return False
+    for first, second in zip(before, after, strict=True):
+        if first.is_floating_point() and first.numel():
+            finite = first.isfinite() & second.isfinite()
+            scale = float(first[finite].abs().max()) if finite.any() else 0.0
+            if float((first - second)[finite].abs().sum()) and float((first - second)[finite].abs().max()) > LIMIT * scale:
+                return False
+    return True
+
+
+def half(group: Group) -> Tensor:
+    """About half of a group's channels, the same at every call."""
+    generator = torch.Generator().manual_seed(group.size)
+    return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
+
+
+@contextmanager
+def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) -> Iterator[None]:
+    """The model without half of these groups' channels."""
+    gone = {group.name: half(group) for group in groups}
+    undo = Undo(model)
+    try:
+        for cut in graph.cuts(gone):
+            cut_(model, cut)
+        resize_(model, graph.new_sizes(gone))
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
+def masked(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) -> Iterator[None]:
+    """The model with half of these groups' channels at zero."""
+    undo = Undo(model)
+    named = dict(model.named_parameters())
+    try:
+        for group in groups:
+            gone = half(group)
+            for part in group.slices:
+                if part.masked:
+                    tensor = named[part.tensor]
+                    tensor.data = tensor.data.index_fill(part.dim, part.index[gone].flatten().to(tensor.device), 0)
+        yield
+    finally:
+        undo()
+
+
+def roughen_(model: nn.Module) -> None:
+    """Random numbers where a fresh model has constants (biases, scales): zeros and ones would hide differences."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.dim() <= 1 and tensor.numel() > 1 and bool((tensor == tensor[0]).all()):
+            noise = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.8
+            base = tensor.data if bool(tensor[0].abs() > 1e-3) else torch.ones_like(tensor.data)
+            tensor.data = base * noise.to(device=tensor.device, dtype=tensor.dtype)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes but no values."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def to_meta(value: M) -> M:
+    """The same nested containers with meta tensors."""
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
