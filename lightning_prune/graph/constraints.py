@@ -113,9 +113,13 @@ class Grouped:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """A reshape or expansion to sizes that may be written in the code: the labelled dimensions' values."""
+    """A reshape or expansion to a size that may be written in the code.
 
-    sizes: tuple[Tensor, ...]
+    Attributes:
+        values: (n,) label values of the labelled dimension.
+    """
+
+    values: Tensor
     place: Place
 
 
@@ -173,14 +177,15 @@ def resolve(space: LabelSpace, constraints: Sequence[Constraint], choices: dict[
     grids: list[tuple[Grid | Grouped, Choice]] = []
     for constraint in constraints:
         choice = choices.get(constraint.place.kind, Choice.AS_IS)
-        exact = isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact)
-        if choice is Choice.FROZEN and not exact:
+        if isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact):
+            grids.append((constraint, choice))
+        elif choice is Choice.FROZEN:
             _freeze_all(state, constraint)
-        elif isinstance(constraint, (Grid, Grouped)):
+        elif isinstance(constraint, Grid):
             grids.append((constraint, choice))
         elif isinstance(constraint, Merge):
             if choice.repairs:
-                state.sizes += [Size(values, constraint.place) for values in constraint.sizes]
+                state.sizes.append(Size(constraint.values, constraint.place))
         elif parts := constraint.equal_parts():
             grids.append((Grid(constraint.values.view(parts, -1), (1,), constraint.place), choice))
         else:
@@ -297,7 +302,6 @@ def _cut_sizes(cut: Cut) -> list[Size]:
     return listed + [Size(cut.values[start:end], cut.place) for start, end in sorted(ranges)]
 
 
-def _freeze_all(state: Resolved, constraint: Constraint) -> None:
+def _freeze_all(state: Resolved, constraint: Grid | Merge | Cut) -> None:
     reason = f"has a size that is fixed in the Python code around {constraint.place.where}"
-    parts = constraint.sizes if isinstance(constraint, Merge) else (constraint.values,)  # type: ignore[union-attr]
-    state.frozen += [Freeze(ids_of(values), reason) for values in parts]
+    state.frozen.append(Freeze(ids_of(constraint.values), reason))

@@ -70,19 +70,15 @@ def places_of(
     places: dict[str, str] = {}
     guessed: set[str] = set()
     for constraint in constraints:
-        exact = isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact)
-        if exact or not constraint.place.stack or not _free(constraint, classes):
+        if isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact):
+            continue
+        if not constraint.place.stack or not bool((classes.reason[ids_of(constraint.values)] < 0).any()):
             continue
         places[constraint.place.stack[0]] = constraint.place.kind
         repaired = choices.get(constraint.place.kind, Choice.AS_IS).repairs
         if repaired or not isinstance(constraint, Merge):
             guessed.add(constraint.place.kind)
     return places, guessed
-
-
-def _free(constraint: Constraint, classes: Classes) -> bool:
-    values = constraint.sizes if isinstance(constraint, Merge) else (constraint.values,)
-    return any(bool((classes.reason[ids_of(part)] < 0).any()) for part in values)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ _GROUPS: dict[Rule, str] = {
     pointwise.factory: (
         "empty zeros ones full arange linspace eye tril triu_indices tril_indices rand randn randint randperm "
         "scalar_tensor empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
-        "new_full fill zero bernoulli uniform normal empty_strided new_empty_strided"
+        "new_full fill bernoulli uniform normal empty_strided new_empty_strided"
     ),
+    pointwise.clear: "zero",
     pointwise.copy_into: "copy",
     pointwise.write: "index_put",
     pointwise.same_elements: "clone detach alias _to_copy lift_fresh contiguous native_dropout",

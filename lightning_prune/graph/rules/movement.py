@@ -28,7 +28,7 @@ def expansion(c: Context) -> Info:
     """``expand``: sizes of labelled dimensions may be written in the code."""
     info = movement(c)
     for layer in info.layers:
-        c.space.constraints.append(_merge(layer, c))
+        _sizes(c, layer)
     return info
 
 
@@ -42,15 +42,18 @@ def view(c: Context) -> Info:
         if not dims:
             continue
         layers.append(viewed)
-        if len(dims) > len(signature(layer)):
-            c.space.constraints.append(Grid(region(viewed, dims).squeeze(), tuple(range(len(dims))), c.place))
-        else:
-            c.space.constraints.append(_merge(viewed, c))
+        _sizes(c, viewed)
     return Info(tuple(layers), data=info.data, uniform=info.uniform)
 
 
-def _merge(layer: Tensor, c: Context) -> Merge:
-    return Merge(tuple(region(layer, (dim,)).flatten() for dim in signature(layer)), c.place)
+def _sizes(c: Context, layer: Tensor) -> None:
+    """Remember sizes that the code may have passed."""
+    dims = signature(layer)
+    if len(dims) > 1:
+        grid = region(layer, dims).reshape([layer.shape[d] for d in dims])
+        c.space.constraints.append(Grid(grid, tuple(range(len(dims))), c.place))
+    else:
+        c.space.constraints.append(Merge(region(layer, dims).flatten(), c.place))
 
 
 def selection(c: Context) -> Info | list[Info]:

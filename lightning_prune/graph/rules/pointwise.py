@@ -84,6 +84,12 @@ def factory(_: Context) -> Info:
     return Info(uniform=True)
 
 
+def clear(c: Context) -> Info:
+    """``zero_``: what is zero anyway may keep its labels."""
+    info = c.info(c.args[0])
+    return info if info.layers else Info(uniform=True)
+
+
 def copy_into(c: Context) -> Info:
     """``copy_``: the destination takes the source's labels."""
     destination, source = c.argument("self"), c.argument("src")

@@ -14,27 +14,24 @@ from lightning_prune.graph.labels import Info, region, signature
 def batch_norm(c: Context) -> list[Info]:
     """Per channel; a masked scale and shift make the result zero whatever comes in."""
     x = c.args[0]
-    vectors = [c.argument(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    vectors = {name: c.argument(name) for name in ("weight", "bias", "running_mean", "running_var")}
     shape = torch.Size([x.shape[1] if d == 1 else 1 for d in range(x.dim())])
     operands = [Operand(x.shape, c.info(x))]
-    affine = []
-    for position, vector in enumerate(vectors):
-        if vector is None:
-            continue
-        info = c.info(vector)
-        if position < 2:
-            affine.append(len(operands))
-        operands.append(Operand(shape, Info(tuple(layer.view(shape) for layer in info.layers), data=info.data)))
-    batch_statistics = bool(c.argument("training")) or vectors[2] is None
-    if batch_statistics:
+    position = {}
+    for name, vector in vectors.items():
+        if vector is not None:
+            info = c.info(vector)
+            position[name] = len(operands)
+            operands.append(Operand(shape, Info(tuple(layer.view(shape) for layer in info.layers), data=info.data)))
+    own_statistics = bool(c.argument("training")) or vectors["running_mean"] is None
+    if own_statistics:
         for layer in operands[0].info.layers:
             if signature(layer) != (1,):
                 c.space.freeze(layer, f"enters the batch statistics of {c.where}", statistics=True)
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
-        if not affine and batch_statistics:
-            return zeros[0]  # zeros, normalised by their own mean and variance
-        return len(affine) == 2 and all(zeros[position] for position in affine)
+        scaled = ("weight" in position and zeros[position["weight"]]) or (own_statistics and zeros[0])
+        return scaled and ("bias" not in position or zeros[position["bias"]])
 
     out = combine(c.space, operands, x.shape, is_zero, c.where)
     for layer in out.layers:
