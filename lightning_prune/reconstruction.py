@@ -94,8 +94,7 @@ def reconstruct_(
             parameter.data = zeros.cleared(parameter.data)
             change_state_(plain, parameter, parameter.shape, zeros.cleared)
         masked = None if example_inputs is None else copy.deepcopy(model)
-        for cut in cuts(graph, plan):
-            cut_(model, cut, plain)
+        cut_(model, cuts(graph, plan), plain)
         resize_(model, graph.new_sizes(_removed(plan)))
         return None if masked is None else _verify(masked, model, plan, example_inputs)
     except BaseException:

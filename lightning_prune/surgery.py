@@ -40,27 +40,30 @@ class NewSize:
     value: int
 
 
-def cut_(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Cut one tensor; parameters stay the same objects, gradients and optimizer state are cut along."""
-    path, _, name = cut.tensor.rpartition(".")
-    module = model.get_submodule(path)
-    if name in module._buffers:
-        old = module._buffers[name]
-        assert old is not None
-        smaller = cut.apply(old)
-        for other in model.modules():  # a buffer may be registered in several places
-            for key, buffer in other._buffers.items():
-                if buffer is old:
-                    other._buffers[key] = smaller
-        return
-    parameter = module.get_parameter(name)
-    shape = parameter.shape
-    # The gradient goes first: torch refuses a .data whose shape differs from .grad.
-    gradient, parameter.grad = parameter.grad, None
-    parameter.data = cut.apply(parameter.data)
-    if gradient is not None:
-        parameter.grad = cut.apply(gradient)
-    change_state_(optimizers, parameter, shape, cut.apply)
+def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Cut tensors; parameters stay the same objects, their gradients and optimizer state are cut along."""
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            homes.setdefault(id(buffer), []).append((module, name))  # one buffer may be registered in several places
+    for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
+        parameter = parameters.get(cut.tensor)
+        if parameter is None:
+            old = buffers[cut.tensor]
+            smaller = buffers[cut.tensor] = cut.apply(old)
+            homes[id(smaller)] = homes.pop(id(old))
+            for module, name in homes[id(smaller)]:
+                module._buffers[name] = smaller
+            continue
+        shape = parameter.shape
+        # The gradient goes first: torch refuses a .data whose shape differs from .grad.
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = cut.apply(parameter.data)
+        if gradient is not None:
+            parameter.grad = cut.apply(gradient)
+        change_state_(optimizers, parameter, shape, cut.apply)
 
 
 def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:

@@ -56,6 +56,19 @@ def _reasons(joint: Tensor, frozen: list[Freeze]) -> tuple[Tensor, list[tuple[st
     return first, texts
 
 
+@dataclass(frozen=True)
+class Member:
+    """Where the classes of one group lie in one tensor dimension: index (channels, k), in the order of the classes."""
+
+    span: Span
+    index: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        """(channels, k) label ids."""
+        return self.index + self.span.start
+
+
 def build_groups(
     classes: Classes, calls: list[Call], norms: list[tuple[str, Tensor]], module_of: dict[str, str]
 ) -> tuple[list[Group], dict[str, Tensor]]:
@@ -69,128 +82,129 @@ def build_groups(
         norms: every batch norm in order: module path and its output's label values.
         module_of: module path that owns each parameter.
     """
-    order = _filter_order(classes, calls)
-    members: dict[int, list[tuple[Span, Tensor]]] = {}
-    for key, span, roots in _spans_by_group(classes):
-        members.setdefault(key, []).append((span, roots))
-    groups = [
-        _build_group(classes, spans, calls, norms, module_of, order)
-        for spans in members.values()
-        if any(classes.filters[span.ids][torch.isin(classes.joint[span.ids], roots)].any() for span, roots in spans)
-    ]
+    members = _members(classes)
+    layers = LayerFinder(classes, calls, norms, module_of, torch.stack([roots[0] for roots, _ in members.values()]))
+    groups = [(*_build_group(classes, layers, roots, parts), roots) for roots, parts in members.values()]
     groups.sort(key=lambda item: item[0])
     named = _unique_names([group for _, group, _ in groups])
     return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
 
 
-def _spans_by_group(classes: Classes) -> list[tuple[int, Span, Tensor]]:
-    """(group key, span, classes of that group in the span): the key is the make-up of a class and its reason."""
+def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
+    """Per group key (the make-up of a class and its reason) the classes and where they lie; groups with filters only."""
+    spans = classes.space.spans
+    ids = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
+    sizes = torch.tensor([span.size for span in spans])
+    span_of = torch.repeat_interleave(torch.arange(len(spans)), sizes)
+    roots = classes.joint[ids]
     generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (len(spans),), generator=generator)
     make_up = torch.zeros(classes.space.count, dtype=torch.int64)
-    weights = torch.randint(-(2**62), 2**62, (len(classes.space.spans),), generator=generator)
-    for span, weight in zip(classes.space.spans, weights, strict=True):
-        roots = classes.joint[span.ids]
-        make_up.index_add_(0, roots, weight.expand(len(roots)))  # a sum modulo 2**64 over (span, count)
-    make_up += classes.reason[classes.joint] * 0x9E3779B97F4A7C1
-    found = []
-    for span in classes.space.spans:
-        roots = classes.joint[span.ids]
-        keys = make_up[roots]
-        found += [(key, span, roots[keys == key].unique()) for key in keys.unique().tolist()]
+    make_up.index_add_(0, roots, weights[span_of])  # a sum modulo 2**64 over (span, count)
+    make_up += classes.reason * 0x9E3779B97F4A7C1
+    keys = make_up[roots]
+    wanted = torch.isin(keys, keys[classes.filters[ids]].unique())
+    ids, span_of, roots, keys = ids[wanted], span_of[wanted], roots[wanted], keys[wanted]
+    for by in (lambda: roots, lambda: span_of, lambda: keys):  # sorted by key, span, class, entry
+        order = torch.argsort(by(), stable=True)
+        ids, span_of, roots, keys = ids[order], span_of[order], roots[order], keys[order]
+    changes = (keys[1:] != keys[:-1]) | (span_of[1:] != span_of[:-1])
+    bounds = [0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]
+    found: dict[int, tuple[Tensor, list[Member]]] = {}
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        span = spans[int(span_of[start])]
+        channels, parts = found.setdefault(int(keys[start]), (roots[start:end].unique(), []))
+        parts.append(Member(span, (ids[start:end] - span.start).view(len(channels), -1)))
     return found
 
 
-def _filter_order(classes: Classes, calls: list[Call]) -> dict[int, int]:
-    """When the filters of each own class first ran."""
-    order: dict[int, int] = {}
-    for call in calls:
-        for root in classes.own[call.makes[call.makes >= 0] >> 1].unique().tolist():
-            order.setdefault(root, call.order)
-    return order
-
-
 def _build_group(
-    classes: Classes,
-    spans: list[tuple[Span, Tensor]],
-    calls: list[Call],
-    norms: list[tuple[str, Tensor]],
-    module_of: dict[str, str],
-    order: dict[int, int],
-) -> tuple[int, Group, Tensor]:
-    located = []
-    for span, roots in spans:
-        entries = torch.isin(classes.joint[span.ids], roots).nonzero().flatten()
-        located.append((span, entries, classes.joint[span.ids][entries]))
-    channels = torch.cat([roots for _, roots in spans]).unique()  # class ids ascend with their first tensor's entries
-    indexed = [
-        (span, entries[torch.argsort(roots, stable=True)].view(len(channels), -1)) for span, entries, roots in located
-    ]
-
-    filters = []
-    for span, index in indexed:
-        ids = index + span.start
-        if not span.buffer and bool(classes.filters[ids].all()):
-            own = classes.own[ids[:, 0]]
-            filters.append((order.get(int(own[0]), span.start), span, index, own))
-    filters.sort(key=lambda item: item[0])
-    layers = tuple(
-        _layer(classes, first, span, index, own, channels, calls, norms, module_of)
-        for first, span, index, own in filters
-    )
-    norm_modules = {module for module, _ in norms}
-    slices = []
-    for span, index in indexed:
-        own = classes.own[index[:, 0] + span.start]
-        owner = next(
-            (layer.name for layer, item in zip(layers, filters, strict=True) if torch.equal(item[3], own)),
-            None,
+    classes: Classes, finder: LayerFinder, channels: Tensor, members: list[Member]
+) -> tuple[int, Group]:
+    filters = [m for m in members if not m.span.buffer and bool(classes.filters[m.ids].all())]
+    found = sorted(((finder.order(m), m) for m in filters), key=lambda item: item[0])
+    layers = tuple(finder.layer(order, m, channels) for order, m in found)
+    owners = {int(classes.own[m.ids[0, 0]]): layer.name for layer, (_, m) in zip(layers, found, strict=True)}
+    slices = tuple(
+        Slice(
+            m.span.tensor,
+            m.span.dim,
+            m.index,
+            bool(classes.masked[m.ids].any()),
+            owners.get(int(classes.own[m.ids[0, 0]])),
+            finder.module_of.get(m.span.tensor) in finder.norm_modules,
         )
-        masked = bool(classes.masked[index + span.start].any())
-        norm = module_of.get(span.tensor) in norm_modules
-        slices.append(Slice(span.tensor, span.dim, index, masked, owner, norm))
+        for m in members
+    )
     number = int(classes.reason[channels[0]])
     reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
     if reason is None and len(channels) == 1:
         reason = "has channels that all go together, so that none can"
-    group = Group(layers[0].name, len(channels), layers, tuple(slices), reason, statistics)
-    return filters[0][0], group, channels
+    return found[0][0], Group(layers[0].name, len(channels), layers, slices, reason, statistics)
 
 
-def _layer(
-    classes: Classes,
-    first: int,
-    span: Span,
-    index: Tensor,
-    own: Tensor,
-    channels: Tensor,
-    calls: list[Call],
-    norms: list[tuple[str, Tensor]],
-    module_of: dict[str, str],
-) -> Layer:
-    # One over a concatenation (DenseNet) normalises several layers: it is none's own.
-    norm = next(
-        (
-            module
-            for module, made in norms
-            if len(made) == span.size and bool(torch.isin(own, classes.own[made[made >= 0] >> 1]).all())
-        ),
-        None,
-    )
-    reader, reader_index = None, None
-    for call in calls:
-        if call.order <= first:
-            continue
+class LayerFinder:
+    """Says of filters which layer they are, which batch norm is theirs and who reads them first.
+
+    Args:
+        classes: what the rules said.
+        calls: every convolution and matrix product, in order.
+        norms: every batch norm in order: module path and its output's label values.
+        module_of: module path that owns each parameter.
+        firsts: (groups,) the class of each group's first channel.
+    """
+
+    def __init__(
+        self,
+        classes: Classes,
+        calls: list[Call],
+        norms: list[tuple[str, Tensor]],
+        module_of: dict[str, str],
+        firsts: Tensor,
+    ) -> None:
+        self.classes = classes
+        self.module_of = module_of
+        self.norm_modules = {module for module, _ in norms}
+        self._made: dict[int, int] = {}
+        self._readers: dict[int, list[Call]] = {}
+        wanted = torch.zeros(classes.space.count, dtype=torch.bool)
+        wanted[firsts] = True
+        for call in calls:
+            for root in classes.own[call.makes[call.makes >= 0] >> 1].unique().tolist():
+                self._made.setdefault(root, call.order)
+            roots = classes.joint[call.reads[call.reads >= 0] >> 1]
+            for root in roots[wanted[roots]].unique().tolist():
+                self._readers.setdefault(root, []).append(call)
+        # One over a concatenation (DenseNet) normalises several layers: it is none's own, hence by size.
+        self._norms: dict[tuple[int, int], str] = {}
+        for module, made in norms:
+            own = classes.own[made[made >= 0] >> 1]
+            if len(own):
+                self._norms.setdefault((int(own[0]), len(made)), module)
+
+    def order(self, member: Member) -> int:
+        """When these filters first ran."""
+        return self._made.get(int(self.classes.own[member.ids[0, 0]]), member.span.start)
+
+    def layer(self, order: int, member: Member, channels: Tensor) -> Layer:
+        """The layer of these filters, which first ran at ``order``."""
+        span = member.span
+        first = int(self.classes.own[span.start])
+        reader = next((call for call in self._readers.get(int(channels[0]), []) if call.order > order), None)
+        name = self.module_of.get(span.tensor) or span.tensor
+        norm = self._norms.get((first, span.size))
+        index = None if reader is None else self._reader_index(reader, channels)
+        path = None if reader is None or index is None else reader.module
+        return Layer(name, span.tensor, span.dim, span.size, member.index, norm, path, index)
+
+    def _reader_index(self, call: Call, channels: Tensor) -> Tensor | None:
         labelled = (call.reads >= 0).nonzero().flatten()
-        roots = classes.joint[call.reads[labelled] >> 1]
+        roots = self.classes.joint[call.reads[labelled] >> 1]
         mine = torch.isin(roots, channels)
-        if mine.any():
-            entries, roots = labelled[mine], roots[mine]
-            if len(entries) % len(channels) == 0 and len(roots.unique()) == len(channels):
-                reader = call.module
-                reader_index = entries[torch.argsort(roots, stable=True)].view(len(channels), -1)
-            break
-    name = module_of.get(span.tensor) or span.tensor
-    return Layer(name, span.tensor, span.dim, span.size, index, norm, reader, reader_index)
+        entries, roots = labelled[mine], roots[mine]
+        if len(entries) % len(channels) or len(roots.unique()) != len(channels):
+            return None
+        return entries[torch.argsort(roots, stable=True)].view(len(channels), -1)
 
 
 def _unique_names(groups: list[Group]) -> list[Group]:

@@ -133,6 +133,35 @@ def normalise_mode(model: nn.Module, *, training: bool) -> None:
             module.eval()
 
 
+class _TrainingFlag:
+    """Stands in for ``nn.Module.training`` and notes whether a module with code of its own asks for it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        self.asked = self.asked or not owner.__module__.startswith("torch.nn.modules.")
+        if "training" in vars(module):
+            return vars(module)["training"]
+        return nn.Module.__getattr__(module, "training")  # ScriptModules keep it elsewhere
+
+    def __set__(self, module: nn.Module, value: bool) -> None:
+        vars(module)["training"] = value
+
+
+@contextlib.contextmanager
+def watch_training_flag() -> Iterator[_TrainingFlag]:
+    """See whether a run depends on train or eval mode; torch's own modules (batch norm, dropout) do not count."""
+    flag = _TrainingFlag()
+    nn.Module.training = flag  # type: ignore[assignment]
+    try:
+        yield flag
+    finally:
+        del nn.Module.training
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model for its operators only: it is left as it was; no autograd, no fused attention."""

@@ -17,7 +17,7 @@ from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.labels import Freeze, Info, LabelSpace
-from lightning_prune.graph.recording import Recorder, module_names, normalise_mode, tensors_in, untouched
+from lightning_prune.graph.recording import Recorder, module_names, normalise_mode, tensors_in, untouched, watch_training_flag
 from lightning_prune.graph.trial import Decisions, Draft, places_of, settle
 from lightning_prune.preservation import without_masks
 
@@ -27,9 +27,10 @@ OUTPUT = "reaches the model's output"
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Find which channels of a model go together, and which cannot go at all.
 
-    The model runs once in eval and once in train mode (auxiliary heads exist only there; batch norm and dropout
-    stay in eval) under a dispatch mode that sees every operator. Modes, buffers, gradients and random state are
-    left as they were.
+    The model runs once in eval mode under a dispatch mode that sees every operator, and once more in train mode if
+    its code asks which one it is in (auxiliary heads exist only there; batch norm and dropout stay in eval). Then it
+    is tried out with fewer channels, see `lightning_prune.graph.trial`. Modes, buffers, gradients and random state
+    are left as they were.
 
     Args:
         model: any eager module.
@@ -48,17 +49,13 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     modes = [False]
     with untouched(model), without_masks(model):
         normalise_mode(model, training=False)
-        tracer.run(example_inputs)
-        if _may_differ_in_training(model):
+        with watch_training_flag() as flag:
+            tracer.run(example_inputs)
+        if flag.asked:
             normalise_mode(model, training=True)
             if tracer.run(example_inputs, optional=True):
                 modes.append(True)
     return settle(model, example_inputs, modes, tracer.draft).graph
-
-
-def _may_differ_in_training(model: nn.Module) -> bool:
-    """Whether a second run in train mode can take another path: some module has code of its own that may ask."""
-    return any(not type(module).__module__.startswith("torch.nn.modules") for module in model.modules())
 
 
 class _Tracer:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.assemble import Classes
@@ -177,7 +179,7 @@ class _Bench:
         with untouched(self.runner), removed(self.runner, graph, groups):
             for training in self.modes:
                 normalise_mode(self.runner, training=training)
-                with module_stack(self.runner) as stack:
+                with module_stack(self.runner) as stack, QuickShapes():
                     try:
                         call_model(self.runner, self.runner_inputs)
                     except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
@@ -227,8 +229,7 @@ def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) ->
     gone = {group.name: half(group) for group in groups}
     undo = Undo(model)
     try:
-        for cut in graph.cuts(gone):
-            cut_(model, cut)
+        cut_(model, graph.cuts(gone))
         resize_(model, graph.new_sizes(gone))
         yield
     finally:
@@ -260,6 +261,19 @@ def roughen_(model: nn.Module) -> None:
             noise = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.8
             base = tensor.data if bool(tensor[0].abs() > 1e-3) else torch.ones_like(tensor.data)
             tensor.data = base * noise.to(device=tensor.device, dtype=tensor.dtype)
+
+
+class QuickShapes(TorchFunctionMode):
+    """Batch norm on the meta device by hand: torch decomposes it into a dozen operators there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and args[0].is_meta:
+            x, *vectors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if any(len(vector) != x.shape[1] for vector in vectors):
+                raise RuntimeError(f"batch norm over {x.shape[1]} channels has other parameters")
+            return torch.empty_like(x)
+        return func(*args, **kwargs)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
