@@ -36,7 +36,13 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         CheckpointError: an extra that `torch.load(weights_only=True)` could not read back.
         OSError: the file cannot be written.
     """
-    content = {"format": FORMAT, "plan": plan.to_dict(), "state_dict": small.state_dict(), "extra": extra}
+    content = {
+        "format": FORMAT,
+        "plan": plan.to_dict(),
+        "state_dict": small.state_dict(),
+        "sizes": changed_sizes(small),
+        "extra": extra,
+    }
     with atomic(Path(path)) as stream:
         try:
             torch.save(content, stream)
@@ -68,7 +74,8 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
     content = read(path)
     try:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
-    except (KeyError, TypeError, ValueError) as error:
+        sizes = {module: dict(values) for module, values in content["sizes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a pruned checkpoint: {error!r}") from error
     if knows_shapes(dense_model):
         raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
@@ -88,11 +95,21 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
                 f"{path} belongs to another model: {name!r} is {_shape(saved)} in the file and "
                 f"{_shape(own[name])} in the dense model"
             )
+    modules = dict(dense_model.named_modules())
+    for module, values in sizes.items():
+        for name, value in values.items():
+            if not isinstance(getattr(modules.get(module), name, None), type(value)):
+                raise CheckpointError(
+                    f"{path} belongs to another model: {module!r} has no size {name!r} in the dense one"
+                )
     for name, saved in smaller.items():
         tensor = tensors[name]
         tensor.grad = None
         tensor.data = saved.to(device=tensor.device, dtype=tensor.dtype, copy=True)
     dense_model.load_state_dict(state)
+    for module, values in sizes.items():
+        for name, value in values.items():
+            set_size_(modules[module], name, value)
     update_attributes_(dense_model)
     return plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class LosslessReport:
         dtype: what was computed in.
         tolerance: largest relative error that passes.
         outputs: number of output tensors compared.
+        left: {group: why} of those that reconstruction could not make smaller.
     """
 
     max_abs_error: float
@@ -34,6 +35,7 @@ class LosslessReport:
     dtype: str
     tolerance: float
     outputs: int
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

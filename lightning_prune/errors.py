@@ -25,5 +25,9 @@ class CallbackError(PruningError, ValueError):
     """Callbacks in an order or a Trainer in which they cannot work."""
 
 
+class NotReconstructedWarning(UserWarning):
+    """A group of channels kept its width although a plan removes some: the model's code needs them all."""
+
+
 class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""

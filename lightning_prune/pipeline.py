@@ -56,6 +56,7 @@ def prune(
     selection: Selection | None = None,
     coupling: Coupling = "joint",
     batch_norm: bool = True,
+    statistics: bool = False,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> PruneResult:
@@ -69,6 +70,7 @@ def prune(
         selection: for example ``LayerRatio(0.3, round_to=8)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters.
+        statistics: prune channels under layer norms and the like too, which is not lossless, see `trace`.
         batches: data for criteria that look at activations or gradients.
         loss: ``loss(model, batch)`` for criteria that look at gradients.
 
@@ -86,7 +88,7 @@ def prune(
     chosen = selection if selection is not None else GlobalRatio(ratio)
     if selection is not None and not isinstance(selection, Selection):
         raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, statistics=statistics)
     scores = score(model, graph, criterion, batches=batches, loss=loss)
     plan = chosen.select(graph, scores, coupling=coupling, batch_norm=batch_norm)
     small = copy_without_masks(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.equivalence import LosslessReport, check_lossless
-from lightning_prune.errors import ReconstructionError
+from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import check_model, check_plan, masked_entries
+from lightning_prune.masking import Zeros, check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import copy_without_masks, knows_shapes
@@ -63,7 +65,9 @@ def reconstruct_(
 ) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
 
-    Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were.
+    Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were. If the model's code
+    cannot run with fewer channels of some group, which tracing did not find out, only that group keeps its width,
+    with its masked channels at zero; a warning and the report name it.
 
     Args:
         model: the traced model, masked or not.
@@ -71,7 +75,8 @@ def reconstruct_(
         plan: which channels to keep.
         optimizers: their state is cut along.
         example_inputs: if given, the result is compared with the masked model on them in float64 and the
-            comparison returned. A plan that is lossy by choice (`Plan.lossless`) is compared, not refused.
+            comparison returned. What is lossy by choice (`Plan.lossless`, `Group.statistics`) is compared, not
+            refused.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model.
@@ -86,20 +91,89 @@ def reconstruct_(
             "MaskHandle.remove() first"
         )
     plain = unwrap(optimizers)
-    undo = Undo(model, plain)
     try:
+        return _attempt(model, graph, plan, plain, example_inputs)
+    except ReconstructionError:
+        left = _at_fault(model, graph, plan, example_inputs)
+        if not left:
+            raise
+        report = _attempt(model, graph, plan, plain, example_inputs, left)
+    for name, reason in left.items():
+        warnings.warn(
+            f"group {name!r} keeps its {graph.group(name).size} channels, the masked ones at zero: {reason}",
+            NotReconstructedWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _attempt(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    optimizers: list[Optimizer],
+    example_inputs: Any,
+    left: Mapping[str, str] | None = None,
+) -> LosslessReport | None:
+    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
+    undo = Undo(model, optimizers)
+    removed = {name: gone for name, gone in _removed(plan).items() if name not in (left or {})}
+    try:
+        found = graph.cuts(removed)
+        zeros = masked_entries(graph, plan)
+        if example_inputs is None:
+            zeros = _surviving(zeros, found)
         named = dict(model.named_parameters())
-        for zeros in masked_entries(graph, plan):
-            parameter = named[zeros.parameter]
-            parameter.data = zeros.cleared(parameter.data)
-            change_state_(plain, parameter, parameter.shape, zeros.cleared)
+        for item in zeros:
+            parameter = named[item.parameter]
+            parameter.data = item.cleared(parameter.data)
+            change_state_(optimizers, parameter, parameter.shape, item.cleared)
         masked = None if example_inputs is None else copy.deepcopy(model)
-        cut_(model, cuts(graph, plan), plain)
-        resize_(model, graph.new_sizes(_removed(plan)))
-        return None if masked is None else _verify(masked, model, plan, example_inputs)
+        cut_(model, found, optimizers)
+        resize_(model, graph.new_sizes(removed))
+        if masked is None:
+            return None
+        report = _verify(masked, model, example_inputs, lossless=plan.lossless and not _lossy(graph, plan))
+        return replace(report, left=dict(left or {}))
     except BaseException:
         undo()
         raise
+
+
+def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> dict[str, str]:
+    """{group: why} of those that cannot be cut although the plan asks for it, by halving."""
+
+    def failure(names: list[str]) -> str | None:
+        try:
+            others = {name: "" for name in plan.groups if name not in names}
+            _attempt(copy_without_masks(model), graph, plan, [], example_inputs, others)
+        except ReconstructionError as error:
+            return str(error)
+        return None
+
+    def search(names: list[str]) -> dict[str, str]:
+        reason = failure(names)
+        if reason is None:
+            return {}
+        if len(names) == 1:
+            return {names[0]: reason}
+        middle = len(names) // 2
+        return search(names[:middle]) | search(names[middle:]) or dict.fromkeys(names, reason)
+
+    names = [name for name, group in plan.groups.items() if group.removed]
+    return {} if failure([]) else search(names)
+
+
+def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
+    """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
+    keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
+    left = []
+    for item in zeros:
+        keep = keeps.get((item.parameter, item.dim))
+        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
+        if len(entries):
+            left.append(Zeros(item.parameter, item.dim, entries))
+    return left
 
 
 def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
@@ -112,7 +186,12 @@ def _removed(plan: Plan) -> dict[str, Tensor]:
     return {name: torch.tensor(group.removed, dtype=torch.int64) for name, group in plan.groups.items()}
 
 
-def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any) -> LosslessReport:
+def _lossy(graph: ChannelGraph, plan: Plan) -> bool:
+    """Whether channels go that a statistic still counts, which `lightning_prune.trace` was told to allow."""
+    return any(graph.group(name).statistics and group.removed for name, group in plan.groups.items())
+
+
+def _verify(masked: nn.Module, small: nn.Module, example_inputs: Any, *, lossless: bool) -> LosslessReport:
     try:
         report = check_lossless(masked, small, example_inputs)
     except ReconstructionError:
@@ -122,7 +201,7 @@ def _verify(masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any
             f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the model's "
             "Python code (a view, a split); leave the layers before it out with ignore=[...]"
         ) from error
-    if plan.lossless and not report.passed:
+    if lossless and not report.passed:
         raise ReconstructionError(
             f"the reconstructed model differs from the masked one: relative error {report.max_rel_error:.1e} in "
             f"{report.dtype}, allowed {report.tolerance:.0e}. Nothing was changed. Find the layers at fault with "

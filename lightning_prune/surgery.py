@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -97,7 +96,7 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 def update_attributes_(model: nn.Module) -> None:
     """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if isinstance(module, _ConvTransposeNd):
             module.in_channels = weight.shape[0]
             module.out_channels = weight.shape[1] * module.groups

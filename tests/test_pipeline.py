@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import JRE, L2
 from lightning_prune.equivalence import check_lossless
-from lightning_prune.errors import PlanError, PruningError, ReconstructionError, ScoreError, TraceError
+from lightning_prune.errors import NotReconstructedWarning, PlanError, PruningError, ScoreError, TraceError
 from lightning_prune.graph import trace
 from lightning_prune.masking import mask_
 from lightning_prune.measurement import count_params
@@ -171,7 +171,7 @@ def test_an_error_inside_the_loss_reaches_the_user_and_changes_nothing() -> None
     watch.assert_untouched()
 
 
-def test_a_smaller_model_that_differs_is_refused_and_changes_nothing() -> None:
+def test_channels_whose_number_the_model_uses_keep_their_width() -> None:
     class Counts(nn.Module):
         """Its output depends on the number of channels, which no trace can see."""
 
@@ -185,6 +185,9 @@ def test_a_smaller_model_that_differs_is_refused_and_changes_nothing() -> None:
     model = Counts()
     x = torch.randn(2, 3)
     watch = Watch(model)
-    with pytest.raises(ReconstructionError, match="differs from the masked one"):
-        prune(model, x)
+    with pytest.warns(NotReconstructedWarning, match="differs from the masked one"):
+        result = prune(model, x)
+    assert result.model.a.out_features == 8
+    assert result.lossless.passed
+    assert list(result.lossless.left) == ["a"]
     watch.assert_untouched()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_prune.equivalence import check_lossless
-from lightning_prune.errors import PlanError, ReconstructionError
+from lightning_prune.errors import NotReconstructedWarning, PlanError, ReconstructionError
 from lightning_prune.graph import trace
 from lightning_prune.masking import mask_
 from lightning_prune.plan import GroupPlan, Plan
@@ -164,26 +164,44 @@ def test_result_can_be_copied_pickled_and_trained() -> None:
         _step(twin.train(), torch.optim.SGD(twin.parameters(), 0.1), x)
 
 
-class Baked(nn.Module):
-    """Reads its channel count from a number written in Python: no tracer can see it."""
+class Picky(nn.Module):
+    """Does not run with fewer than three channels, which tracing does not try."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6 * 16, 2)
+        self.a, self.b, self.fc = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.a(x).view(-1, 96))
+        x = self.a(x)
+        if x.shape[1] < 3:
+            raise ValueError("three channels at least")
+        return self.fc(self.b(x).mean((2, 3)))
 
 
-def test_a_size_fixed_in_python_is_caught_and_undone() -> None:
-    model, x = randomise_(Baked()).eval(), images(2, 4)
+def test_a_group_that_the_code_needs_whole_keeps_its_width_and_is_reported() -> None:
+    model, x = randomise_(Picky()).eval(), images(2, 4)
     graph = trace(model, x)
+    plan = random_plan(graph, 0.67)
+    masked = copy.deepcopy(model)
+    mask_(masked, graph, plan)
+    with pytest.warns(NotReconstructedWarning, match="group 'a' keeps its 6 channels.*three channels at least"):
+        report = reconstruct_(model, graph, plan, example_inputs=x)
+    assert (model.a.out_channels, model.b.out_channels) == (6, 2)
+    assert report.passed
+    assert list(report.left) == ["a"]
+    assert check_lossless(masked, model, x).passed
+
+
+def test_a_failure_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = randomise_(Picky()).eval(), images(2, 4)
+    graph = trace(model, x)
+    monkeypatch.setattr("lightning_prune.reconstruction._at_fault", lambda *_: {})
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     _step(model, optimizer, x)
     before, state = model(x), copy.deepcopy(optimizer.state_dict())
     gradient = model.a.weight.grad.clone()
     with pytest.raises(ReconstructionError, match=r"does not run.*ignore"):
-        reconstruct_(model, graph, random_plan(graph, 0.34), optimizers=[optimizer], example_inputs=x)
+        reconstruct_(model, graph, random_plan(graph, 0.67), optimizers=[optimizer], example_inputs=x)
     assert torch.equal(model(x), before)
     assert torch.equal(model.a.weight.grad, gradient)
     assert model.a.out_channels == 6
@@ -197,7 +215,7 @@ def test_a_lossy_result_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPa
     model, x = build("Residual"), images()
     graph = trace(model, x)
     plan = random_plan(graph)
-    monkeypatch.setattr("lightning_prune.reconstruction.update_attributes_", lambda m: m.stem[1].bias.data.add_(1))
+    monkeypatch.setattr("lightning_prune.surgery.update_attributes_", lambda m: m.stem[1].bias.data.add_(1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ReconstructionError, match="differs from the masked one"):
         reconstruct_(model, graph, plan, example_inputs=x)

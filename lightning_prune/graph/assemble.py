@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import Group, Layer, Slice
-from lightning_prune.graph.labels import Freeze, LabelSpace, Span, components_of
+from lightning_prune.graph.labels import Freeze, LabelSpace, Span, components_of, ids_of
 
 
 @dataclass
@@ -23,15 +23,17 @@ class Classes:
     reasons: list[tuple[str, bool]]
     filters: Tensor
     masked: Tensor
+    allow_statistics: bool
 
     @classmethod
-    def of(cls, space: LabelSpace, joint: Tensor, frozen: list[Freeze]) -> Classes:
+    def of(cls, space: LabelSpace, joint: Tensor, frozen: list[Freeze], *, allow_statistics: bool = False) -> Classes:
         """Put what the rules and the constraints said into tensors over all ids.
 
         Args:
             space: what the rules said.
             joint: (ids,) class of every id, constraints included.
             frozen: what else has to stay.
+            allow_statistics: channels that only a statistic holds may go.
         """
         filters, readers = space.marked("filter"), space.marked("reader")
         masked = ~readers | filters | space.marked("must_mask")
@@ -39,7 +41,15 @@ class Classes:
             if span.buffer:
                 masked[span.ids] = False
         reason, reasons = _reasons(joint, [*frozen, *space.frozen])
-        return cls(space, joint, components_of(space.count, space.own_pairs), reason, reasons, filters, masked)
+        own = components_of(space.count, space.own_pairs)
+        return cls(space, joint, own, reason, reasons, filters, masked, allow_statistics)
+
+    def may_go(self, values: Tensor) -> bool:
+        """Whether any of these label values belongs to channels that can be removed."""
+        numbers = self.reason[ids_of(values)]
+        return any(
+            number < 0 or (self.allow_statistics and self.reasons[number][1]) for number in numbers.unique().tolist()
+        )
 
 
 def _reasons(joint: Tensor, frozen: list[Freeze]) -> tuple[Tensor, list[tuple[str, bool]]]:
@@ -120,7 +130,7 @@ def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
 
 def _build_group(
     classes: Classes, finder: LayerFinder, channels: Tensor, members: list[Member]
-) -> tuple[int, Group]:
+) -> tuple[tuple[int, int], Group]:
     filters = [m for m in members if not m.span.buffer and bool(classes.filters[m.ids].all())]
     found = sorted(((finder.order(m), m) for m in filters), key=lambda item: item[0])
     layers = tuple(finder.layer(order, m, channels) for order, m in found)
@@ -138,9 +148,11 @@ def _build_group(
     )
     number = int(classes.reason[channels[0]])
     reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
-    if reason is None and len(channels) == 1:
-        reason = "has channels that all go together, so that none can"
-    return found[0][0], Group(layers[0].name, len(channels), layers, slices, reason, statistics)
+    if len(channels) == 1 and (reason is None or statistics):
+        reason, statistics = "has channels that all go together, so that none can", False
+    changed = reason if statistics else None
+    held = None if statistics and classes.allow_statistics else reason
+    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, changed)
 
 
 class LayerFinder:
@@ -165,13 +177,13 @@ class LayerFinder:
         self.classes = classes
         self.module_of = module_of
         self.norm_modules = {module for module, _ in norms}
-        self._made: dict[int, int] = {}
+        self._made: dict[int, tuple[int, int]] = {}
         self._readers: dict[int, list[Call]] = {}
         wanted = torch.zeros(classes.space.count, dtype=torch.bool)
         wanted[firsts] = True
         for call in calls:
             for root in classes.own[call.makes[call.makes >= 0] >> 1].unique().tolist():
-                self._made.setdefault(root, call.order)
+                self._made.setdefault(root, call.when)
             roots = classes.joint[call.reads[call.reads >= 0] >> 1]
             for root in roots[wanted[roots]].unique().tolist():
                 self._readers.setdefault(root, []).append(call)
@@ -182,15 +194,16 @@ class LayerFinder:
             if len(own):
                 self._norms.setdefault((int(own[0]), len(made)), module)
 
-    def order(self, member: Member) -> int:
-        """When these filters first ran."""
-        return self._made.get(int(self.classes.own[member.ids[0, 0]]), member.span.start)
+    def order(self, member: Member) -> tuple[int, int]:
+        """When these filters first ran: run, position in it."""
+        return self._made.get(int(self.classes.own[member.ids[0, 0]]), (0, member.span.start))
 
-    def layer(self, order: int, member: Member, channels: Tensor) -> Layer:
+    def layer(self, order: tuple[int, int], member: Member, channels: Tensor) -> Layer:
         """The layer of these filters, which first ran at ``order``."""
         span = member.span
         first = int(self.classes.own[span.start])
-        reader = next((call for call in self._readers.get(int(channels[0]), []) if call.order > order), None)
+        calls = self._readers.get(int(channels[0]), [])
+        reader = next((call for call in calls if call.when > order and call.when[0] == order[0]), None)
         name = self.module_of.get(span.tensor) or span.tensor
         norm = self._norms.get((first, span.size))
         index = None if reader is None else self._reader_index(reader, channels)

@@ -225,7 +225,9 @@ def _settle(state: Resolved, grids: list[tuple[Grid | Grouped, Choice]]) -> list
 def _consistent_axis(joint: Tensor, grid: Grid | Grouped) -> int | None:
     """The axis along which classes already are whole slices."""
     if isinstance(grid, Grouped):
-        return next((axis for axis in (0, 1) if all(_is_whole(joint, rows) for rows in _grouped_rows(grid, axis))), None)
+        return next(
+            (axis for axis in (0, 1) if all(_is_whole(joint, rows) for rows in _grouped_rows(grid, axis))), None
+        )
     return next((axis for axis in grid.order() if _is_whole(joint, _rows(grid.values, axis))), None)
 
 
@@ -271,7 +273,9 @@ def _finish(state: Resolved, grid: Grid | Grouped, choice: Choice, axis: int) ->
     for rows in parts:
         gaps = (rows == NO_LABEL).any(1)
         if gaps.any():
-            state.frozen.append(Freeze(ids_of(rows[gaps]), f"goes together with channels that stay in {grid.place.where}"))
+            state.frozen.append(
+                Freeze(ids_of(rows[gaps]), f"goes together with channels that stay in {grid.place.where}")
+            )
     if isinstance(grid, Grouped):
         if axis == 0:
             state.sizes.append(Size(grid.reads[:, 0], grid.place, attribute="groups"))

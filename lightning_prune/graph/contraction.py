@@ -14,10 +14,10 @@ from lightning_prune.graph.labels import NO_LABEL, Info, LabelSpace, region, sig
 
 @dataclass(frozen=True)
 class Call:
-    """One contraction of data with a weight: who ran it, what it read and what it made (label values)."""
+    """One contraction of data with a weight: who ran it, when, what it read and what it made (label values)."""
 
     module: str
-    order: int
+    when: tuple[int, int]  # run, position in it
     reads: Tensor
     makes: Tensor
 

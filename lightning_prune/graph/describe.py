@@ -130,10 +130,10 @@ def shortened(names: Sequence[str], limit: int = LIST) -> str:
 
 def _row(graph: ChannelGraph, group: Group) -> tuple[str, ...]:
     whole, one = parameters(graph, group)
-    verdict = "yes" if group.prunable else f"no: {group.reason}"
+    verdict = group.verdict
     others = [layer.name for layer in group.layers[1:]]  # the first one is the group's name
     if others:
-        verdict += f"{',' if group.prunable else ';'} together with {shortened(others)}"
+        verdict += f"{',' if verdict == 'yes' else ';'} together with {shortened(others)}"
     return group.name, str(len(group.layers)), f"{group.size:,}", f"{whole:,}", f"{one:,}", verdict
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import PlanError
+from lightning_prune.graph.describe import describe
 from lightning_prune.surgery import Cut, NewSize
 
 
@@ -67,10 +68,10 @@ class Group:
         size: number of channels.
         layers: the member layers, in the order they run.
         slices: every tensor entry that goes when a channel goes.
-        prunable: whether channels can be removed without loss.
+        prunable: whether channels can be removed.
         reason: if not, why.
-        statistics: the only reason is a statistic over channels (layer norm, softmax): they can be removed by
-            choice, not without loss.
+        statistics: the statistic over channels (layer norm, softmax) that changes when some go. It is the reason
+            unless `lightning_prune.trace` was told to allow it; then the group is prunable, but not without loss.
     """
 
     name: str
@@ -78,12 +79,19 @@ class Group:
     layers: tuple[Layer, ...]
     slices: tuple[Slice, ...]
     reason: str | None = None
-    statistics: bool = False
+    statistics: str | None = None
 
     @property
     def prunable(self) -> bool:
-        """Whether channels can be removed without loss."""
+        """Whether channels can be removed: without loss, unless `statistics` says otherwise."""
         return self.reason is None
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is prunable, and why not: ``yes``, ``yes, but with loss: ...`` or ``no: ...``."""
+        if self.reason is not None:
+            return f"no: {self.reason}"
+        return "yes" if self.statistics is None else f"yes, but with loss: {self.statistics}"
 
     def layer(self, name: str) -> Layer:
         """A member by its module path."""
@@ -178,11 +186,5 @@ class ChannelGraph:
         return [NewSize(s.module, s.attribute, s.position, s.value(removed)) for s in self.sizes]
 
     def describe(self) -> str:
-        """A table of the groups for people: name, channels, layers, prunable or why not."""
-        rows = [("group", "channels", "layers", "prunable")]
-        for group in self.groups:
-            names = ", ".join(layer.name for layer in group.layers)
-            rows.append((group.name, str(group.size), names, "yes" if group.prunable else f"no: {group.reason}"))
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[3]}\n    {row[2]}" for row in rows[1:]]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        """A table of the groups for people: layers, channels, parameters, prunable or why not."""
+        return describe(self)

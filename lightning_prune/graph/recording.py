@@ -27,8 +27,9 @@ class Recorder(TorchDispatchMode):
     Information is held per tensor object, weakly: an activation's labels go when the activation goes.
     """
 
-    def __init__(self, known: dict[Tensor, Info], observe: Observe) -> None:
+    def __init__(self, known: dict[Tensor, Info], observe: Observe, run: int = 0) -> None:
         super().__init__()
+        self.run = run
         self._info = WeakIdKeyDictionary(dict(known))
         self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._observe = observe

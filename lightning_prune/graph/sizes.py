@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.constraints import Cut, Freeze, Size
+from lightning_prune.graph.constraints import Cut, Size
 from lightning_prune.graph.groups import SizeAttribute
-from lightning_prune.graph.labels import NO_LABEL, ids_of
+from lightning_prune.graph.labels import NO_LABEL, Freeze, ids_of
 from lightning_prune.surgery import sizes_of
 
 Key = tuple[str, str, int | None]  # module path, attribute, position
@@ -35,7 +35,7 @@ def _attributes(modules: Mapping[str, nn.Module], size: Size) -> list[Key]:
     for path in own_code[:2]:  # the module whose code ran, or the one that called it
         public = {name: value for name, value in sizes_of(modules[path]).items() if not name.startswith("_")}
         if size.position is None:
-            keys = [(path, name, None) for name, value in public.items() if value == len(size.values)]
+            keys: list[Key] = [(path, name, None) for name, value in public.items() if value == len(size.values)]
         else:
             keys = [(path, name, size.position) for name, value in public.items() if _is_list(value, size.whole)]
         if keys:

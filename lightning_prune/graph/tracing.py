@@ -17,14 +17,21 @@ from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.labels import Freeze, Info, LabelSpace
-from lightning_prune.graph.recording import Recorder, module_names, normalise_mode, tensors_in, untouched, watch_training_flag
+from lightning_prune.graph.recording import (
+    Recorder,
+    module_names,
+    normalise_mode,
+    tensors_in,
+    untouched,
+    watch_training_flag,
+)
 from lightning_prune.graph.trial import Decisions, Draft, places_of, settle
 from lightning_prune.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
 
 
-def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) -> ChannelGraph:
     """Find which channels of a model go together, and which cannot go at all.
 
     The model runs once in eval mode under a dispatch mode that sees every operator, and once more in train mode if
@@ -35,6 +42,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: any eager module.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        statistics: let channels go although a statistic over them (layer norm, softmax over channels) changes:
+            those groups are prunable then, but not without loss (`Group.statistics` says why).
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -45,7 +54,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
-    tracer = _Tracer(model)
+    tracer = _Tracer(model, statistics)
     modes = [False]
     with untouched(model), without_masks(model):
         normalise_mode(model, training=False)
@@ -55,19 +64,22 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             normalise_mode(model, training=True)
             if tracer.run(example_inputs, optional=True):
                 modes.append(True)
-    return settle(model, example_inputs, modes, tracer.draft).graph
+    with torch.inference_mode(False):
+        return settle(model, example_inputs, modes, tracer.draft).graph
 
 
 class _Tracer:
     """One label space filled by one or several runs of the same model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, statistics: bool) -> None:
         self.model = model
+        self.statistics = statistics
         self.space = LabelSpace()
         self.calls: list[Call] = []
         self.norms: list[tuple[str, Tensor]] = []
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
+        self.runs = 0
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, Info] = {}
         tensors: list[tuple[str, Tensor, bool]] = [(name, tensor, False) for name, tensor in model.named_parameters()]
@@ -80,7 +92,8 @@ class _Tracer:
 
     def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
         """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
-        recorder = Recorder(self.known, self._observe)
+        recorder = Recorder(self.known, self._observe, self.runs)
+        self.runs += 1
         for tensor in tensors_in(example_inputs):
             recorder.set_info(tensor, Info(data=True))
         try:
@@ -112,13 +125,11 @@ class _Tracer:
         found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
         cuts = [c for c in resolved.active if isinstance(c, Cut)]
         frozen = [*self._held(decisions.held), *resolved.frozen, *sizes.unmatched(cuts, found)]
-        classes = Classes.of(self.space, resolved.joint, frozen)
+        classes = Classes.of(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
         groups, channels = build_groups(classes, self.calls, self.norms, module_of)
-        free = {group.name: channels[group.name] for group in groups if group.prunable or group.statistics}
+        free = {group.name: channels[group.name] for group in groups if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
-        graph = ChannelGraph(
-            tuple(groups), shapes, self._notes(), tuple(sizes.attributes(found, resolved.joint, free))
-        )
+        graph = ChannelGraph(tuple(groups), shapes, self._notes(), tuple(sizes.attributes(found, resolved.joint, free)))
         places, guessed = places_of(self.space.constraints, decisions.choices, classes)
         return Draft(graph, places, guessed)
 

@@ -24,7 +24,6 @@ from lightning_prune.graph.assemble import Classes
 from lightning_prune.graph.constraints import Choice, Constraint, Grid, Grouped, Merge
 from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.labels import ids_of
 from lightning_prune.graph.recording import module_stack, normalise_mode, tensors_in, untouched
 from lightning_prune.preservation import copy_without_masks
 from lightning_prune.surgery import Undo, cut_, resize_
@@ -74,7 +73,7 @@ def places_of(
     for constraint in constraints:
         if isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact):
             continue
-        if not constraint.place.stack or not bool((classes.reason[ids_of(constraint.values)] < 0).any()):
+        if not constraint.place.stack or not classes.may_go(constraint.values):
             continue
         places[constraint.place.stack[0]] = constraint.place.kind
         repaired = choices.get(constraint.place.kind, Choice.AS_IS).repairs
@@ -118,12 +117,13 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
 
 def _differing(bench: _Bench, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
-    if bench.equal(draft.graph, draft.graph.prunable_groups):
+    exact = tuple(group for group in draft.graph.prunable_groups if group.statistics is None)
+    if bench.equal(draft.graph, exact):
         return None
     for kind in sorted(draft.guessed):
         paths = [path for path, of in draft.places.items() if of == kind]
         message = "its results change"
-        groups = tuple(g for g in draft.graph.prunable_groups if any(_touches(g, path) for path in paths))
+        groups = tuple(group for group in exact if any(_touches(group, path) for path in paths))
         if groups and not bench.equal(draft.graph, groups):
             return Failure((paths[0],), message)
     paths = [path for path, of in draft.places.items() if of in draft.guessed]
@@ -194,7 +194,7 @@ class _Bench:
         with untouched(copied):
             for training in self.modes:
                 normalise_mode(copied, training=training)
-                with masked(copied, graph, groups):
+                with masked(copied, groups):
                     torch.manual_seed(0)
                     before = tensors_in(call_model(copied, self.inputs))
                     with removed(copied, graph, groups):
@@ -212,7 +212,10 @@ def _close(before: list[Tensor], after: list[Tensor]) -> bool:
         if first.is_floating_point() and first.numel():
             finite = first.isfinite() & second.isfinite()
             scale = float(first[finite].abs().max()) if finite.any() else 0.0
-            if float((first - second)[finite].abs().sum()) and float((first - second)[finite].abs().max()) > LIMIT * scale:
+            if (
+                float((first - second)[finite].abs().sum())
+                and float((first - second)[finite].abs().max()) > LIMIT * scale
+            ):
                 return False
     return True
 
@@ -237,7 +240,7 @@ def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) ->
 
 
 @contextmanager
-def masked(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) -> Iterator[None]:
+def masked(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[None]:
     """The model with half of these groups' channels at zero."""
     undo = Undo(model)
     named = dict(model.named_parameters())
@@ -257,7 +260,12 @@ def roughen_(model: nn.Module) -> None:
     """Random numbers where a fresh model has constants (biases, scales): zeros and ones would hide differences."""
     generator = torch.Generator().manual_seed(0)
     for tensor in model.parameters():
-        if tensor.is_floating_point() and tensor.dim() <= 1 and tensor.numel() > 1 and bool((tensor == tensor[0]).all()):
+        if (
+            tensor.is_floating_point()
+            and tensor.dim() <= 1
+            and tensor.numel() > 1
+            and bool((tensor == tensor[0]).all())
+        ):
             noise = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.8
             base = tensor.data if bool(tensor[0].abs() > 1e-3) else torch.ones_like(tensor.data)
             tensor.data = base * noise.to(device=tensor.device, dtype=tensor.dtype)

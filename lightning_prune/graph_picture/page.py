@@ -83,11 +83,10 @@ def _table(graph: ChannelGraph) -> str:
 
 def _row(graph: ChannelGraph, group: Group) -> str:
     whole, one = parameters(graph, group)
-    verdict = "yes" if group.prunable else f"no: {group.reason}"
     numbers = "".join(f"<td>{number:,}</td>" for number in (group.size, whole, one))
     return (
         f"<tr{'' if group.prunable else ' class=no'}><th scope=row>{escape(group.name)}</th>{numbers}"
-        f'<td class="words">{_path(verdict)}</td><td class="words">{_others(group)}</td></tr>'
+        f'<td class="words">{_path(group.verdict)}</td><td class="words">{_others(group)}</td></tr>'
     )
 
 

@@ -198,7 +198,7 @@ def _lane(sheet: _Sheet, number: int, lane: Lane) -> str:
 def _tooltip(lane: Lane) -> str:
     group = lane.group
     lines = [
-        f"{group.name}: {group.size} channels, {'prunable' if group.prunable else f'not prunable, {group.reason}'}",
+        f"{group.name}: {group.size} channels, prunable: {group.verdict}",
         f"made by {', '.join(layer.name for layer in group.layers)}",
     ]
     if lane.readers:

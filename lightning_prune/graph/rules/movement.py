@@ -225,7 +225,7 @@ def stack(c: Context) -> Info:
 
 
 def _join(c: Context, parts: list[Tensor], infos: list[Info], dim: int) -> Info:
-    layers = list(_join_varied(c, parts, infos, dim))
+    layers = list(_join_varied(infos, dim))
     along: list[Tensor] = []
     across: list[Operand] = []
     for part, info in zip(parts, infos, strict=True):
@@ -252,7 +252,7 @@ def _join(c: Context, parts: list[Tensor], infos: list[Info], dim: int) -> Info:
     return Info(tuple(layers), data=any(info.data for info in infos))
 
 
-def _join_varied(c: Context, parts: list[Tensor], infos: list[Info], dim: int) -> list[Tensor]:
+def _join_varied(infos: list[Info], dim: int) -> list[Tensor]:
     """Parts of one layer each, some of which vary along ``dim`` and another dimension: joined as they are."""
     if not all(len(info.layers) == 1 for info in infos):
         return []

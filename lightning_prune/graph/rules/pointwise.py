@@ -141,5 +141,3 @@ def write(c: Context) -> Info:
         operands = operands[1:]
     info = combine(c.space, operands, flat, all, c.where)
     return Info(tuple(layer.expand(target.shape) for layer in info.layers), data=True)
-
-

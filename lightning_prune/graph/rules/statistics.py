@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lightning_prune.graph.constraints import Grid
 from lightning_prune.graph.context import Context, tensors_out
@@ -27,7 +28,7 @@ def batch_norm(c: Context) -> list[Info]:
     if own_statistics:
         for layer in operands[0].info.layers:
             if signature(layer) != (1,):
-                c.space.freeze(layer, f"enters the batch statistics of {c.where}", statistics=True)
+                c.space.freeze(layer, f"enters a statistic over channels in {c.where}", statistics=True)
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         scaled = ("weight" in position and zeros[position["weight"]]) or (own_statistics and zeros[0])
@@ -49,7 +50,7 @@ def layer_norm(c: Context) -> list[Info]:
     for layer in c.info(x).layers:
         dims = set(signature(layer))
         if dims <= normalised:
-            c.space.freeze(layer, f"enters the statistics of {c.where}", statistics=True)
+            c.space.freeze(layer, f"enters a statistic over channels in {c.where}", statistics=True)
             over_channels = True
         elif dims & normalised:
             folded = fold(c.space, layer, tuple(dims - normalised), c.where)
@@ -81,16 +82,14 @@ def group_norm(c: Context) -> list[Info]:
     for layer in c.info(x).layers:
         flat = fold(c.space, layer, (1,), c.where) if 1 in signature(layer) else None
         if flat is None:
-            c.space.freeze(layer, f"enters the statistics of {c.where}", statistics=True)
+            c.space.freeze(layer, f"enters a statistic over channels in {c.where}", statistics=True)
             continue
         layers.append(flat)
         values = region(flat, (1,)).flatten()
         if groups == 1:
-            c.space.freeze(values, f"enters the statistics of {c.where}", statistics=True)
+            c.space.freeze(values, f"enters a statistic over channels in {c.where}", statistics=True)
         else:
-            c.space.constraints.append(
-                Grid(values.view(groups, -1), (0,), c.place, exact=True, attribute="num_groups")
-            )
+            c.space.constraints.append(Grid(values.view(groups, -1), (0,), c.place, exact=True, attribute="num_groups"))
     operands = [Operand(x.shape, Info(tuple(layers), data=c.info(x).data))]
     affine = [vector for vector in (c.argument("weight"), c.argument("bias")) if vector is not None]
     for vector in affine:

@@ -40,7 +40,7 @@ def _convolve(c: Context, *, groups: int, transposed: bool) -> Info:
         transposed=transposed,
         place=c.place,
     )
-    c.calls.append(contraction.Call(c.recorder.module, c.recorder.order, reads, makes))
+    c.calls.append(contraction.Call(c.recorder.module, (c.recorder.run, c.recorder.order), reads, makes))
     return _add_bias(c, info, c.argument("bias"), channel_dim=1)
 
 
@@ -51,7 +51,7 @@ def matrix_product(c: Context) -> Info:
     info, reads, makes = contraction.matmul(
         c.space, (left.shape, c.info(left)), (right.shape, c.info(right)), c.output.shape, c.where
     )
-    c.calls.append(contraction.Call(c.recorder.module, c.recorder.order, reads, makes))
+    c.calls.append(contraction.Call(c.recorder.module, (c.recorder.run, c.recorder.order), reads, makes))
     return _add_bias(c, info, c.args[0] if adds else None, channel_dim=c.output.dim() - 1)
 
 
