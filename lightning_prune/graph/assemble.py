@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,7 +102,7 @@ def build_groups(
 
 
 def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
-    """Per group key (the make-up of a class and its reason) the classes and where they lie; groups with filters only."""
+    """Per group (classes of one make-up, held for one reason) its classes and where they lie; those with filters."""
     spans = classes.space.spans
     ids = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
     sizes = torch.tensor([span.size for span in spans])
@@ -115,13 +116,14 @@ def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
     keys = make_up[roots]
     wanted = torch.isin(keys, keys[classes.filters[ids]].unique())
     ids, span_of, roots, keys = ids[wanted], span_of[wanted], roots[wanted], keys[wanted]
-    for by in (lambda: roots, lambda: span_of, lambda: keys):  # sorted by key, span, class, entry
-        order = torch.argsort(by(), stable=True)
-        ids, span_of, roots, keys = ids[order], span_of[order], roots[order], keys[order]
+    order = torch.arange(len(ids))
+    for by in (roots, span_of, keys):  # in the end by key, span, class, entry
+        order = order[torch.argsort(by[order], stable=True)]
+    ids, span_of, roots, keys = ids[order], span_of[order], roots[order], keys[order]
     changes = (keys[1:] != keys[:-1]) | (span_of[1:] != span_of[:-1])
     bounds = [0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]
     found: dict[int, tuple[Tensor, list[Member]]] = {}
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         span = spans[int(span_of[start])]
         channels, parts = found.setdefault(int(keys[start]), (roots[start:end].unique(), []))
         parts.append(Member(span, (ids[start:end] - span.start).view(len(channels), -1)))

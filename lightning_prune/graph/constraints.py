@@ -8,6 +8,7 @@ and whether an integer attribute of the module has to follow, is chosen per modu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -141,7 +142,7 @@ class Cut:
     def equal_parts(self) -> int:
         """Number of pieces if the cuts divide the dimension evenly, else 0."""
         bounds = sorted({0, len(self.values), *(bound for interval in self.intervals for bound in interval)})
-        lengths = {end - start for start, end in zip(bounds, bounds[1:], strict=False)}
+        lengths = {end - start for start, end in itertools.pairwise(bounds)}
         return len(bounds) - 1 if len(lengths) == 1 else 0
 
 

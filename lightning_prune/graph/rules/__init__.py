@@ -61,7 +61,8 @@ _GROUPS: dict[Rule, str] = {
     statistics.layer_norm: "native_layer_norm _fused_rms_norm",
     statistics.group_norm: "native_group_norm",
     statistics.reduction: (
-        "mean sum amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp argmax argmin all any"
+        "mean sum amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp "
+        "argmax argmin all any"
     ),
     statistics.along: "_softmax _log_softmax _safe_softmax cumsum cumprod sort topk",
     spatial.pooling: (

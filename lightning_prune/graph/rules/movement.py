@@ -6,6 +6,8 @@ are recorded as constraints, see `lightning_prune.graph.constraints`.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def _pieces(c: Context, dim: int) -> list[tuple[int, int]] | None:
         bounds = [0]
         for piece in c.output:
             bounds.append(bounds[-1] + piece.shape[dim])
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(itertools.pairwise(bounds))
     if name in ("slice", "narrow"):
         if c.argument("step", 1) != 1:
             return None
