@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import Grid
+from lightning_prune.graph.constraints import Grid, Size
 from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import fold
 from lightning_prune.graph.elementwise import Operand, combine
@@ -29,6 +29,13 @@ def batch_norm(c: Context) -> list[Info]:
         for layer in operands[0].info.layers:
             if signature(layer) != (1,):
                 c.space.freeze(layer, f"enters a statistic over channels in {c.where}", statistics=True)
+
+    if not position:
+        # Instance norm without parameters: no tensor says how many channels it has, only its attribute.
+        for layer in operands[0].info.layers:
+            values = region(layer, signature(layer)).flatten()
+            count = len(values.unique())  # over a batch, the channels follow each other again and again
+            c.space.sizes.append(Size(values[:count], c.place, attribute="num_features"))
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         scaled = ("weight" in position and zeros[position["weight"]]) or (own_statistics and zeros[0])
