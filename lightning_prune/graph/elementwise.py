@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_prune.graph.labels import NO_LABEL, Info, LabelSpace, region, signature
 
 # Says which label patterns give exactly zero: takes one bool per operand (True: the operand's element is zero).
-IsZero = Callable[[tuple[bool, ...]], bool]
+# None: infinite, so that not even a masked weight behind it helps.
+IsZero = Callable[[tuple[bool, ...]], "bool | None"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def _merge(
         # An addition's result is no layer's own: what normalises it belongs to the whole group.
         out = space.fresh(out.numel()).view(out.shape)
         space.tie(out[labelled], ids[lead][labelled])
-    live = _live(values, len(operands), is_zero)
+    live, infinite = _live(values, len(operands), is_zero)
+    if infinite.any():
+        space.freeze(values[0][1][infinite], f"is infinite when masked in {where}")
     merged = torch.where(labelled, out * 2 + live, NO_LABEL)
     return merged.expand(shape)
 
@@ -110,16 +113,18 @@ def _freeze_gaps(space: LabelSpace, values: list[Tensor], where: str) -> None:
             space.freeze(value[gaps], f"meets channels of fixed number in {where}")
 
 
-def _live(values: list[tuple[int, Tensor]], operands: int, is_zero: IsZero) -> Tensor:
-    """(region) 1 where the result may differ from zero once the channel is masked."""
+def _live(values: list[tuple[int, Tensor]], operands: int, is_zero: IsZero) -> tuple[Tensor, Tensor]:
+    """(region) 1 where the result may differ from zero once the channel is masked; where it is infinite then."""
     code = torch.zeros_like(values[0][1])
     for k, (_, value) in enumerate(values):
         code |= (value & 1) << k
-    live = torch.zeros_like(code)
+    live, infinite = torch.zeros_like(code), torch.zeros_like(code, dtype=torch.bool)
     for pattern in code.unique().tolist():
         zeros = [False] * operands
         for k, (index, _) in enumerate(values):
             # Two layers of one operand on the same channels: zero if either is.
             zeros[index] = zeros[index] or not (pattern >> k) & 1
-        live[code == pattern] = int(not is_zero(tuple(zeros)))
-    return live
+        result = is_zero(tuple(zeros))
+        live[code == pattern] = int(not result)
+        infinite |= (code == pattern) & (result is None)
+    return live, infinite

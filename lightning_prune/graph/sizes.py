@@ -19,18 +19,20 @@ def match(modules: Mapping[str, nn.Module], sizes: Sequence[Size]) -> dict[Key, 
     """The attributes that have these values: (size,) label values that each counts, more than one if ambiguous."""
     found: dict[Key, list[Tensor]] = {}
     for size in sizes:
-        for key in _attributes(modules, size):
+        for key, values in _attributes(modules, size):
             known = found.setdefault(key, [])
-            if not any(torch.equal(size.values, other) for other in known):
-                known.append(size.values)
+            if not any(torch.equal(values, other) for other in known):
+                known.append(values)
     return found
 
 
-def _attributes(modules: Mapping[str, nn.Module], size: Size) -> list[Key]:
+def _attributes(modules: Mapping[str, nn.Module], size: Size) -> list[tuple[Key, Tensor]]:
     if size.attribute is not None:
         path = size.place.stack[0] if size.place.stack else ""
-        if getattr(modules.get(path), size.attribute, None) == len(size.values):
-            return [(path, size.attribute, None)]
+        value = getattr(modules.get(path), size.attribute, None)
+        # Instance norm sees the channels of every image one after the other.
+        if isinstance(value, int) and value and len(size.values) % value == 0:
+            return [((path, size.attribute, None), size.values[:value])]
     own_code = [path for path in size.place.stack if not _is_torch(modules.get(path))]
     for path in own_code[:2]:  # the module whose code ran, or the one that called it
         public = {name: value for name, value in sizes_of(modules[path]).items() if not name.startswith("_")}
@@ -39,7 +41,7 @@ def _attributes(modules: Mapping[str, nn.Module], size: Size) -> list[Key]:
         else:
             keys = [(path, name, size.position) for name, value in public.items() if _is_list(value, size.whole)]
         if keys:
-            return [*keys]
+            return [(key, size.values) for key in keys]
     return []
 
 

@@ -16,7 +16,7 @@ from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.labels import Freeze, Info, LabelSpace
+from lightning_prune.graph.labels import Freeze, Info, LabelSpace, region, signature
 from lightning_prune.graph.recording import (
     Recorder,
     module_names,
@@ -178,12 +178,38 @@ class _Tracer:
                 recorder.set_info(tensor, info)
 
     def _check_aliases(self, recorder: Recorder, context: Context, tensor: Tensor, before: Info, after: Info) -> None:
-        """A write through one view changes the others: unless the labels stayed, those cannot be followed."""
-        same = len(before.layers) == len(after.layers) and all(
-            torch.equal(a, b) for a, b in zip(before.layers, after.layers, strict=True)
-        )
-        if same:
+        """A write through one view changes the others: they get the labels, or those cannot be followed."""
+        if _same(before.layers, after.layers):
             return
         for alias in recorder.aliases(tensor):
-            for layer in (*recorder.info(alias).layers, *after.layers):
-                self.space.freeze(layer, f"is written through a view by {context.where}")
+            info = recorder.info(alias)
+            if all(_spans(alias, tensor, layer) for layer in after.layers) and (info.layers or info.uniform):
+                recorder.set_info(alias, self._written(alias, info, after))
+            else:
+                for layer in (*info.layers, *after.layers):
+                    self.space.freeze(layer, f"is written through a view by {context.where}")
+
+    def _written(self, alias: Tensor, info: Info, after: Info) -> Info:
+        """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
+        layers = []
+        for layer in after.layers:
+            dims = signature(layer)
+            values = region(layer, dims)
+            for old in info.layers:
+                if signature(old) == dims:
+                    self.space.tie(region(old, dims) >> 1, values >> 1)
+                    values = values | (region(old, dims) & 1)
+            layers.append(values.expand(alias.shape))
+        kept = [old for old in info.layers if signature(old) not in {signature(layer) for layer in layers}]
+        return Info((*layers, *kept), data=True)
+
+
+def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _spans(alias: Tensor, view: Tensor, layer: Tensor) -> bool:
+    """Whether two views of one storage have the same channels: they differ in positions only."""
+    return alias.dim() == view.dim() and all(
+        alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in signature(layer)
+    )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.assemble import Classes
@@ -25,11 +26,14 @@ from lightning_prune.graph.constraints import Choice, Constraint, Grid, Grouped,
 from lightning_prune.graph.groups import ChannelGraph, Group
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.recording import module_stack, normalise_mode, tensors_in, untouched
+from lightning_prune.graph.rules import rule_for
+from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.preservation import copy_without_masks
 from lightning_prune.surgery import Undo, cut_, resize_
 
 M = TypeVar("M")
-LIMIT = 1e-3  # relative; what differs by rounding alone stays below 1e-4 in float32, a wrong layout far above
+Share = Callable[[Group], Tensor]
+LIMIT = 1e-8  # relative, in float64
 
 
 @dataclass
@@ -43,10 +47,6 @@ class Decisions:
 
     choices: dict[str, Choice] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
-
-    def copy(self) -> Decisions:
-        """An independent copy."""
-        return Decisions(dict(self.choices), dict(self.held))
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,12 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
     decisions = Decisions()
     bench = _Bench(model, example_inputs, modes)
     current = draft(decisions)
-    steps: list[Decisions] = []
     while current.graph.prunable_groups:
-        failure = bench.runs(current.graph, current.graph.prunable_groups)
+        failure = bench.runs(current.graph, current.graph.prunable_groups, half)
         if failure is None and current.guessed:
-            failure = _differing(bench, current)
+            failure = bench.runs(current.graph, current.graph.prunable_groups, one) or _differing(bench, current)
         if failure is None:
             break
-        steps.append(decisions.copy())
         _decide(decisions, current, failure, model)
         current = draft(decisions)
     return current
@@ -118,13 +116,13 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
 def _differing(bench: _Bench, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
     exact = tuple(group for group in draft.graph.prunable_groups if group.statistics is None)
-    if bench.equal(draft.graph, exact):
+    if all(bench.equal(draft.graph, exact, share) for share in (half, one)):
         return None
     for kind in sorted(draft.guessed):
         paths = [path for path, of in draft.places.items() if of == kind]
         message = "its results change"
         groups = tuple(group for group in exact if any(_touches(group, path) for path in paths))
-        if groups and not bench.equal(draft.graph, groups):
+        if groups and not all(bench.equal(draft.graph, groups, share) for share in (half, one)):
             return Failure((paths[0],), message)
     paths = [path for path, of in draft.places.items() if of in draft.guessed]
     return Failure(tuple(paths), "its results change")
@@ -163,43 +161,50 @@ class _Bench:
         self.modes = modes
         self.inputs = example_inputs
         self.runner, self.runner_inputs = meta_copy(model), to_meta(example_inputs)
-        self.checked = False
+        dense = self._run()
+        if isinstance(dense, Failure):  # the meta device cannot run this model
+            self.runner, self.runner_inputs = copy_without_masks(model), example_inputs
+            dense = self._run()
+        self.numbers = [] if isinstance(dense, Failure) else dense
 
-    def runs(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> Failure | None:
-        """Why the model does not run without half of these groups' channels, None if it does."""
-        failure = self._run(graph, groups)
-        if failure is not None and not self.checked:
-            self.checked = True
-            if self._run(graph, ()) is not None:  # the meta device cannot run this model at all
-                self.runner, self.runner_inputs = copy_without_masks(self.model), self.inputs
-                failure = self._run(graph, groups)
-        return failure
+    def runs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
+        """Why the model does not run without some of these groups' channels, None if it does."""
+        with removed(self.runner, graph, groups, share):
+            found = self._run()
+        if isinstance(found, Failure):
+            return found
+        for before, after in zip(self.numbers, found, strict=False):
+            if before.operator == after.operator and before.values != after.values:
+                return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
+        return None
 
-    def _run(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> Failure | None:
-        with untouched(self.runner), removed(self.runner, graph, groups):
+    def _run(self) -> list[Number] | Failure:
+        numbers: list[Number] = []
+        with untouched(self.runner):
             for training in self.modes:
                 normalise_mode(self.runner, training=training)
-                with module_stack(self.runner) as stack, QuickShapes():
+                with module_stack(self.runner) as stack, QuickShapes(), Numbers(stack, numbers):
                     try:
                         call_model(self.runner, self.runner_inputs)
                     except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                         first = str(error).strip().split("\n")[0]
                         return Failure(tuple(reversed(stack)), f"{type(error).__name__}: {first}")
-        return None
+        return numbers
 
-    def equal(self, graph: ChannelGraph, groups: tuple[Group, ...]) -> bool:
-        """Whether removing half of these groups' channels equals masking them."""
-        copied = copy_without_masks(self.model)
+    def equal(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> bool:
+        """Whether removing some of these groups' channels equals masking them."""
+        copied = copy_without_masks(self.model).double()
+        inputs = to_double(self.inputs)
         roughen_(copied)
         with untouched(copied):
             for training in self.modes:
                 normalise_mode(copied, training=training)
-                with masked(copied, groups):
+                with masked(copied, groups, share):
                     torch.manual_seed(0)
-                    before = tensors_in(call_model(copied, self.inputs))
-                    with removed(copied, graph, groups):
+                    before = tensors_in(call_model(copied, inputs))
+                    with removed(copied, graph, groups, share):
                         torch.manual_seed(0)
-                        after = tensors_in(call_model(copied, self.inputs))
+                        after = tensors_in(call_model(copied, inputs))
                 if not _close(before, after):
                     return False
         return True
@@ -226,10 +231,15 @@ def half(group: Group) -> Tensor:
     return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
 
 
+def one(group: Group) -> Tensor:
+    """A single channel: what is left rarely divides as it did."""
+    return half(group)[:1]
+
+
 @contextmanager
-def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) -> Iterator[None]:
-    """The model without half of these groups' channels."""
-    gone = {group.name: half(group) for group in groups}
+def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Iterator[None]:
+    """The model without a share of these groups' channels."""
+    gone = {group.name: share(group) for group in groups}
     undo = Undo(model)
     try:
         cut_(model, graph.cuts(gone))
@@ -240,13 +250,13 @@ def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...]) ->
 
 
 @contextmanager
-def masked(model: nn.Module, groups: tuple[Group, ...]) -> Iterator[None]:
-    """The model with half of these groups' channels at zero."""
+def masked(model: nn.Module, groups: tuple[Group, ...], share: Share) -> Iterator[None]:
+    """The model with a share of these groups' channels at zero."""
     undo = Undo(model)
     named = dict(model.named_parameters())
     try:
         for group in groups:
-            gone = half(group)
+            gone = share(group)
             for part in group.slices:
                 if part.masked:
                     tensor = named[part.tensor]
@@ -269,6 +279,32 @@ def roughen_(model: nn.Module) -> None:
             noise = torch.rand(tensor.shape, generator=generator) * 0.4 + 0.8
             base = tensor.data if bool(tensor[0].abs() > 1e-3) else torch.ones_like(tensor.data)
             tensor.data = base * noise.to(device=tensor.device, dtype=tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Number:
+    """The plain numbers that one operator got."""
+
+    operator: str
+    values: tuple[Any, ...]
+    stack: tuple[str, ...]
+
+
+class Numbers(TorchDispatchMode):
+    """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count."""
+
+    def __init__(self, stack: list[str], found: list[Number]) -> None:
+        super().__init__()
+        self.stack = stack
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if rule_for(func) is elementwise:
+            values = tuple(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, (int, float)))
+            if values:
+                name = func.overloadpacket._qualified_op_name.replace("::", ".")
+                self.found.append(Number(name, values, tuple(reversed(self.stack))))
+        return func(*args, **(kwargs or {}))
 
 
 class QuickShapes(TorchFunctionMode):
@@ -297,3 +333,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def to_meta(value: M) -> M:
     """The same nested containers with meta tensors."""
     return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
+
+
+def to_double(value: M) -> M:
+    """The same nested containers with floating tensors in float64."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(cast, value)

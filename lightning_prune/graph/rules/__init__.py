@@ -26,6 +26,7 @@ _GROUPS: dict[Rule, str] = {
         "_prelu_kernel eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or "
         "bitwise_xor bitwise_not remainder fmod floor_divide isnan isinf isfinite nan_to_num xlogy"
     ),
+    pointwise.gate: "glu",
     pointwise.factory: (
         "empty zeros ones full arange linspace eye tril triu_indices tril_indices rand randn randint randperm "
         "scalar_tensor empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
@@ -36,13 +37,14 @@ _GROUPS: dict[Rule, str] = {
     pointwise.write: "index_put",
     pointwise.same_elements: "clone detach alias _to_copy lift_fresh contiguous native_dropout",
     pointwise.restride: "as_strided_",
-    movement.movement: "t transpose permute unsqueeze squeeze repeat flip pixel_shuffle pixel_unshuffle",
+    movement.movement: "t transpose permute unsqueeze squeeze repeat flip pixel_unshuffle",
     movement.expansion: "expand",
     movement.view: "view _unsafe_view reshape _reshape_alias",
     movement.selection: "slice select split split_with_sizes unbind narrow",
     movement.index: "index",
     movement.pick: "index_select roll embedding unfold",
     movement.shuffle: "channel_shuffle native_channel_shuffle",
+    movement.unfold_depth: "pixel_shuffle",
     movement.patches: "im2col",
     movement.unpatches: "col2im",
     movement.concatenation: "cat",

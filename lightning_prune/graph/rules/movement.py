@@ -180,6 +180,16 @@ def shuffle(c: Context) -> Info:
     return movement(c)
 
 
+def unfold_depth(c: Context) -> Info:
+    """``pixel_shuffle``: the channels that become one channel's positions go together."""
+    tensor, area = c.args[0], c.argument("upscale_factor") ** 2
+    for layer in c.info(tensor).layers:
+        if signature(layer) != (1,):
+            return c.freeze_inputs(f"varies over more than the channels in {c.where}")
+        c.space.constraints.append(Grid(region(layer, (1,)).reshape(-1, area), (0,), c.place, exact=True))
+    return movement(c)
+
+
 def patches(c: Context) -> Info:
     """``im2col``: every channel becomes its kernel positions, which follow each other."""
     info = c.info(c.args[0])

@@ -10,20 +10,36 @@ from torch import Tensor
 
 from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.elementwise import Operand, combine
-from lightning_prune.graph.labels import Info, region, signature
+from lightning_prune.graph.labels import Info, collapse, region, signature
 
 
 def elementwise(c: Context) -> Info | list[Info]:
     """Any function of the elements at one place; whether it keeps zeros is asked of the operator itself."""
     tensors = [value for value in (*c.args, *c.kwargs.values()) if isinstance(value, Tensor)]
-    operands = [Operand(tensor.shape, c.info(tensor)) for tensor in tensors]
+    operands = [Operand(_real_extents(tensor), c.info(tensor)) for tensor in tensors]
     if not any(operand.info.layers for operand in operands):
         return Info(data=any(o.info.data for o in operands), uniform=all(o.info.uniform for o in operands))
     shape = tensors_out(c.output)[0].shape
     return combine(c.space, operands, shape, lambda zeros: _keeps_zero(c, tensors, zeros), c.where)
 
 
-def _keeps_zero(c: Context, tensors: list[Tensor], zeros: tuple[bool, ...]) -> bool:
+def _real_extents(tensor: Tensor) -> torch.Size:
+    """Its shape; a dimension that was expanded holds no data of its own and shrinks with what it meets."""
+    return torch.Size(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def gate(c: Context) -> Info:
+    """``glu``: the first half of the channels times the sigmoid of the second."""
+    tensor, dim = c.args[0], c.argument("dim", -1) % c.args[0].dim()
+    info, half = c.info(tensor), c.output.shape[dim]
+    operands = []
+    for start in (0, half):
+        layers = tuple(collapse(layer.narrow(dim, start, half)) for layer in info.layers)
+        operands.append(Operand(c.output.shape, Info(tuple(layer for layer in layers if signature(layer)), info.data)))
+    return combine(c.space, operands, c.output.shape, lambda zeros: zeros[0], c.where)
+
+
+def _keeps_zero(c: Context, tensors: list[Tensor], zeros: tuple[bool, ...]) -> bool | None:
     scalars = tuple(_hashable(value) for value in (*c.args, *c.kwargs.items()))
     dtypes = tuple(tensor.dtype for tensor in tensors)
     return _probe(c.func, scalars, tuple(c.kwargs), dtypes, zeros)
@@ -47,8 +63,8 @@ def _probe(
     names: tuple[str, ...],
     dtypes: tuple[torch.dtype, ...],
     zeros: tuple[bool, ...],
-) -> bool:
-    """Run the operator on a few numbers: is the result exactly zero when the given operands are?"""
+) -> bool | None:
+    """Run the operator on a few numbers: is the result exactly zero when the given operands are? None: infinite."""
     positional = len(scalars) - len(names)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -63,6 +79,8 @@ def _probe(
         }
         result = func(*values, **named)
         result = result[0] if isinstance(result, tuple) else result
+        if any(zeros) and result.is_floating_point() and not bool(result.isfinite().all()):
+            return None
         if not bool((result == 0).all()):
             return False
     return True

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor
 
 from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import fold
-from lightning_prune.graph.labels import Info, region, signature
+from lightning_prune.graph.labels import Info, region, signature, spread
 
 
 def pooling(c: Context) -> list[Info]:
@@ -26,16 +25,16 @@ def pooling(c: Context) -> list[Info]:
     return [Info(tuple(layers), data=info.data), *[Info(data=info.data)] * (len(outputs) - 1)]
 
 
-def sampling(c: Context) -> Info:
+def sampling(c: Context) -> list[Info]:
     """``roi_align``, ``grid_sample``: the channels of the first tensor; what says where is frozen."""
     tensor = c.args[0]
     for other in c.args[1:]:
         for layer in c.info(other).layers if isinstance(other, Tensor) else ():
             c.space.freeze(layer, f"says where {c.where} samples")
     layers = _by_channel(c, tensor, (1,), f"varies over the positions that {c.where} samples")
-    shape = c.output.shape
-    view = [region(layer, (1,)).expand(torch.Size([1, *shape[1:2], *[1] * (len(shape) - 2)])) for layer in layers]
-    return Info(tuple(layer.expand(shape) for layer in view), data=True)
+    outputs = tensors_out(c.output)
+    layers = [spread(region(layer, (1,)).flatten(), outputs[0].shape, 1) for layer in layers]
+    return [Info(tuple(layers), data=True), *[Info(data=True)] * (len(outputs) - 1)]
 
 
 def _by_channel(c: Context, tensor: Tensor, channels: tuple[int, ...], reason: str) -> list[Tensor]:

@@ -33,9 +33,7 @@ def batch_norm(c: Context) -> list[Info]:
     if not position:
         # Instance norm without parameters: no tensor says how many channels it has, only its attribute.
         for layer in operands[0].info.layers:
-            values = region(layer, signature(layer)).flatten()
-            count = len(values.unique())  # over a batch, the channels follow each other again and again
-            c.space.sizes.append(Size(values[:count], c.place, attribute="num_features"))
+            c.space.sizes.append(Size(region(layer, signature(layer)).flatten(), c.place, attribute="num_features"))
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         scaled = ("weight" in position and zeros[position["weight"]]) or (own_statistics and zeros[0])
