@@ -76,6 +76,15 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
         if new != old:
             set_size_(module, size.attribute, new)
     update_attributes_(model)
+    drop_caches_(model)
+
+
+def drop_caches_(model: nn.Module) -> None:
+    """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:

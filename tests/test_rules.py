@@ -71,12 +71,16 @@ ACTIVATIONS = (
 ).split()
 
 
+def unary(function: Operator) -> Operator:
+    return lambda x: function(x.abs()).double()
+
+
 def activation(name: str) -> Operator:
     return {"threshold": lambda x: F.threshold(x, 0.1, 0.2)}.get(name, getattr(F, name, None))
 
 
 ELEMENTWISE: dict[str, Operator] = {
-    **{f"unary {name}": (lambda x, f=getattr(torch, name): f(x.abs() + 0.0).double()) for name in UNARY},
+    **{f"unary {name}": unary(getattr(torch, name)) for name in UNARY},
     **{f"activation {name}": activation(name) for name in ACTIVATIONS},
     "not at zero": lambda x: (x.abs() + 1).log() + (x.exp() + 1).log2() + x.cosh().rsqrt() + x.cosh().reciprocal(),
     "in place": lambda x: x.clone().relu_().mul_(2).add_(1).sigmoid_(),
@@ -94,10 +98,21 @@ ELEMENTWISE: dict[str, Operator] = {
     "prelu": nn.PReLU(),
     "prelu per channel": nn.PReLU(8),
     "rrelu": lambda x: F.rrelu(x, training=False),
+    "random factories": lambda x: (
+        x
+        + 0 * (torch.rand_like(x) + torch.randn_like(x) + torch.rand(x.shape) + x.new_empty(x.shape).normal_())
+        + 0 * (torch.full(x.shape, 2.0) + torch.randint(3, x.shape) + torch.empty_like(x).bernoulli_(0.5))
+        + 0 * (torch.randperm(8)[: x.shape[3]] + torch.linspace(0, 1, 8) + torch.tril(torch.ones(8, 8)))
+    ),
     "factories": lambda x: (
-        x * torch.ones_like(x) + torch.zeros(x.shape, dtype=x.dtype) + x.new_full(x.shape, 0.5) * torch.full_like(x, 2)
-        + torch.empty_like(x).fill_(1.0) + x.new_ones(x.shape) + x.new_zeros(x.shape) + torch.arange(8.0)[: x.shape[3]]
-    ),  # fmt: skip
+        x * torch.ones_like(x)
+        + torch.zeros(x.shape, dtype=x.dtype)
+        + x.new_full(x.shape, 0.5) * torch.full_like(x, 2)
+        + torch.empty_like(x).fill_(1.0)
+        + x.new_ones(x.shape)
+        + x.new_zeros(x.shape)
+        + torch.arange(8.0)[: x.shape[3]]
+    ),
     "copies": lambda x: x.clone().contiguous().float().double().detach() + torch.zeros_like(x).copy_(x),
     "cleared": lambda x: x + x.clone().zero_(),
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
@@ -140,7 +155,9 @@ MOVEMENT: dict[str, Operator] = {
 STATISTICS: dict[str, Operator] = {
     "spatial statistics": lambda x: x.mean((2, 3), True) + x.amax((2, 3), True) + x.amin((2, 3), True) + x.sum(2, True),
     "max and min": lambda x: (x.max(3, True)[0] + x.min(3, True).values) * x.prod(3, True),
-    "deviations": lambda x: x.var((2, 3), keepdim=True) + x.std((2, 3), keepdim=True) + torch.var_mean(x, 2, keepdim=True)[1],
+    "deviations": lambda x: (
+        x.var((2, 3), keepdim=True) + x.std((2, 3), keepdim=True) + torch.var_mean(x, 2, keepdim=True)[1]
+    ),
     "norms": lambda x: x.norm(dim=2, keepdim=True) + torch.std_mean(x, 2, keepdim=True)[0] + x.logsumexp(2, True),
     "indices": lambda x: x.argmax(3, True).double() + x.argmin(3, True) + (x > 0).any(3, True) + (x > 0).all(3, True),
     "normalize": lambda x: F.normalize(x, dim=1),
@@ -156,33 +173,49 @@ STATISTICS: dict[str, Operator] = {
     "group norm of each channel": nn.GroupNorm(8, 8),
     "layer norm over space": lambda x: F.layer_norm(x, x.shape[2:]),
     "rms norm over space": lambda x: F.rms_norm(x, x.shape[2:]),
-}  # fmt: skip
+}
 SPATIAL: dict[str, Operator] = {
     "max_pool": lambda x: F.max_pool2d(x, 3, 2, 1) + F.avg_pool2d(x, 3, 2, 1),
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, 3) + F.adaptive_max_pool2d(x, 3),
     "1d": lambda x: (
-        F.max_pool1d(x[..., 0], 2) + F.avg_pool1d(x[..., 0], 2) + F.adaptive_avg_pool1d(x[..., 0], 4)
-        + F.adaptive_max_pool1d(x[..., 0], 4) + F.interpolate(x[..., :2, 0], scale_factor=2, mode="linear")
-        + F.interpolate(x[..., :2, 0], scale_factor=2) + F.interpolate(x[..., :2, 0], 4, mode="nearest-exact")
+        F.max_pool1d(x[..., 0], 2)
+        + F.avg_pool1d(x[..., 0], 2)
+        + F.adaptive_avg_pool1d(x[..., 0], 4)
+        + F.adaptive_max_pool1d(x[..., 0], 4)
+        + F.interpolate(x[..., :2, 0], scale_factor=2, mode="linear")
+        + F.interpolate(x[..., :2, 0], scale_factor=2)
+        + F.interpolate(x[..., :2, 0], 4, mode="nearest-exact")
     ),
     "3d": lambda x: (
-        F.max_pool3d(x[:, :, None], (1, 2, 2)) + F.avg_pool3d(x[:, :, None], (1, 2, 2))
-        + F.adaptive_avg_pool3d(x[:, :, None], (1, 4, 4)) + F.adaptive_max_pool3d(x[:, :, None], (1, 4, 4))
-        + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4)) + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4), mode="trilinear")
+        F.max_pool3d(x[:, :, None], (1, 2, 2))
+        + F.avg_pool3d(x[:, :, None], (1, 2, 2))
+        + F.adaptive_avg_pool3d(x[:, :, None], (1, 4, 4))
+        + F.adaptive_max_pool3d(x[:, :, None], (1, 4, 4))
+        + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4))
+        + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4), mode="trilinear")
         + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4), mode="nearest-exact")
     )[:, :, 0],
     "upsample": lambda x: sum(
         F.interpolate(x, 12, mode=mode) for mode in ("nearest", "nearest-exact", "bilinear", "bicubic")
     ),
-    "antialiased": lambda x: F.interpolate(x, 5, mode="bilinear", antialias=True) + F.interpolate(x, 5, mode="bicubic", antialias=True),
+    "antialiased": lambda x: (
+        F.interpolate(x, 5, mode="bilinear", antialias=True) + F.interpolate(x, 5, mode="bicubic", antialias=True)
+    ),
     "padding": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect") + F.pad(x, (1, 1, 1, 1), mode="replicate"),
     "padding 1d": lambda x: F.pad(x[..., 0], (1, 1), mode="reflect") + F.pad(x[..., 0], (1, 1), mode="replicate"),
-    "padding 3d": lambda x: (F.pad(x[:, :, None], (1, 1, 1, 1, 0, 0), mode="replicate") + F.pad(x[:, :, None], (1,) * 4 + (0, 0), mode="reflect"))[:, :, 0],
+    "padding 3d": lambda x: (
+        F.pad(x[:, :, None], (1, 1, 1, 1, 0, 0), mode="replicate")
+        + F.pad(x[:, :, None], (1,) * 4 + (0, 0), mode="reflect")
+    )[:, :, 0],
     "circular": lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "roi_align": lambda x: roi_align(x, BOXES, 3) + roi_pool(x, BOXES, 3),
-    "grid_sample": lambda x: F.grid_sample(x, F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(2, -1, -1), [2, 1, 5, 5], False), align_corners=False),
-    "grid_sample 3d": lambda x: F.grid_sample(x[:, :, None], torch.zeros(2, 1, 3, 3, 3, dtype=x.dtype), align_corners=False)[:, :, 0],
-}  # fmt: skip
+    "grid_sample": lambda x: F.grid_sample(
+        x, F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(2, -1, -1), [2, 1, 5, 5], False), align_corners=False
+    ),
+    "grid_sample 3d": lambda x: F.grid_sample(
+        x[:, :, None], torch.zeros(2, 1, 3, 3, 3, dtype=x.dtype), align_corners=False
+    )[:, :, 0],
+}
 
 
 FIXED = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -209,10 +242,37 @@ CONTRACTION: dict[str, Operator] = {
     "attention": lambda x: attention(x, scale=0.5),
     "gram": lambda x: torch.einsum("bchw,bdhw->bcd", x, x).sum(-1)[..., None, None],
     "baddbmm": lambda x: torch.baddbmm(x[..., 0], x[..., 1], torch.ones(2, 8, 8, dtype=x.dtype)),
-    "deformable": lambda x: deform_conv2d(x, torch.zeros(2, 18, 8, 8, dtype=x.dtype), x.new_ones(5, x.shape[1], 3, 3), padding=1)
-    if False
-    else x,
-}  # fmt: skip
+}
+
+
+class Deformable(nn.Module):
+    """A deformable convolution with weights, and offsets from the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 8, 3, 3)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = x.new_zeros(x.shape[0], 18, 8, 8)
+        return deform_conv2d(x, offset, self.weight, self.bias, padding=1, mask=x.new_ones(x.shape[0], 9, 8, 8))
+
+
+class Embedded(nn.Module):
+    """Channels shifted by an embedding of their position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(64)).view(8, 8, -1).permute(2, 0, 1)
+
+
+CONTRACTION |= {
+    "deformable convolution": Deformable(),
+    "embedding": Embedded(),
+    "matrix": lambda x: (x.mean((2, 3)).t() @ x.mean((2, 3))).sum(1)[None, :, None, None].expand(2, -1, -1, -1),
+}
 EXACT = {**ELEMENTWISE, **MOVEMENT, **STATISTICS, **SPATIAL, **CONTRACTION}
 REFUSED: dict[str, tuple[Operator, str]] = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), "statistic over channels in aten.native_layer_norm"),
@@ -235,10 +295,13 @@ REFUSED: dict[str, tuple[Operator, str]] = {
     "counted": (lambda x: x * x.shape[1], "fixed in the Python code"),
     "infinite": (lambda x: x.abs().log(), "is infinite when masked in aten.log"),
     "attention over channels": (attention, "fixed in the Python code"),
-    "channels as positions": (lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1).transpose(1, 2)[..., None], "pools"),
+    "channels as positions": (
+        lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1).transpose(1, 2)[..., None],
+        "pools",
+    ),
     "written through a view": (lambda x: _written(x), "written through a view"),
     "unknown": (lambda x: x.renorm(2, 1, 1.0), "without a rule, aten.renorm"),
-}  # fmt: skip
+}
 
 
 def _written(x: Tensor) -> Tensor:
@@ -261,3 +324,40 @@ def test_exact(name: str) -> None:
 def test_refused(name: str) -> None:
     operator, reason = REFUSED[name]
     assert reason in (pruned(Between(operator)) or "")
+
+
+class Names(TorchDispatchMode):
+    """Collects the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func.overloadpacket._qualified_op_name.split("::")
+        self.seen.add(name if namespace == "aten" else f"{namespace}.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_rule_is_exercised_here() -> None:
+    with Names() as names:
+        for operator in (*EXACT.values(), *(operator for operator, _ in REFUSED.values())):
+            if isinstance(operator, nn.Module):
+                operator = copy.deepcopy(operator).double().eval()
+            with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                Between(operator)
+    seen = names.seen | {name.removesuffix("_") for name in names.seen}
+    assert set(RULES) - seen <= OTHER_DEVICES | OTHER_VERSIONS
+
+
+# Reached on other devices only, or where another torch version decomposes differently.
+OTHER_DEVICES = set(
+    "cudnn_convolution cudnn_batch_norm miopen_convolution miopen_depthwise_convolution miopen_batch_norm "
+    "mkldnn_convolution mkldnn_max_pool2d convolution_overrideable".split()
+)
+OTHER_VERSIONS = set(
+    "_convolution _batch_norm_no_update _batch_norm_with_update _native_batch_norm_legit batch_norm relu6 selu square "
+    "_native_batch_norm_legit_no_training _fused_rms_norm adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d "
+    "max_pool2d max_pool3d alias contiguous narrow norm reshape _reshape_alias isfinite scalar_tensor empty_strided "
+    "new_empty_strided native_channel_shuffle native_dropout tril_indices triu_indices upsample_nearest1d".split()
+)

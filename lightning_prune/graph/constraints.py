@@ -158,12 +158,14 @@ class Resolved:
         frozen: what has to stay on top of what the rules froze.
         sizes: numbers that may have to follow.
         active: constraints whose sizes are read off one run, so that only running tells.
+        axes: which axis every grid loses slices along, -1 where it is left as it is.
     """
 
     joint: Tensor
     frozen: list[Freeze]
     sizes: list[Size]
     active: list[Constraint]
+    axes: tuple[int, ...] = ()
 
 
 def resolve(space: LabelSpace, constraints: Sequence[Constraint], choices: dict[str, Choice]) -> Resolved:
@@ -196,6 +198,8 @@ def resolve(space: LabelSpace, constraints: Sequence[Constraint], choices: dict[
     axes = _settle(state, grids)
     for (grid, choice), axis in zip(grids, axes, strict=True):
         _finish(state, grid, choice, axis)
+    frozen = tuple(c for c in constraints if choices.get(c.place.kind, Choice.AS_IS) is Choice.FROZEN)
+    state.axes = (*axes, *(-1 for _ in frozen))
     return state
 
 

@@ -127,7 +127,8 @@ def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Ite
 
 
 def normalise_mode(model: nn.Module, *, training: bool) -> None:
-    """Train or eval mode with batch norm and dropout always in eval."""
+    """Train or eval mode with batch norm and dropout always in eval; caches of eval mode are dropped."""
+    model.train()
     model.train(training)
     for module in model.modules():
         if isinstance(module, (_BatchNorm, _DropoutNd)):

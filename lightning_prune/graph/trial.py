@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ from lightning_prune.preservation import copy_without_masks
 from lightning_prune.surgery import Undo, cut_, resize_
 
 M = TypeVar("M")
-Share = Callable[[Group], Tensor]
+Share = Callable[[int, Group], Tensor]  # of the group at a position, which channels go
 LIMIT = 1e-8  # relative, in float64
 
 
@@ -97,35 +97,45 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
         model: the traced model.
         example_inputs: what it was traced on.
         modes: train flags of the runs that succeeded.
-        draft: builds the graph under given decisions.
+        draft: builds the graph under given decisions; returns the same object if they come to the same.
     """
     decisions = Decisions()
     bench = _Bench(model, example_inputs, modes)
     current = draft(decisions)
     while current.graph.prunable_groups:
-        failure = bench.runs(current.graph, current.graph.prunable_groups, half)
-        if failure is None and current.guessed:
-            failure = bench.runs(current.graph, current.graph.prunable_groups, one) or _differing(bench, current)
+        failure = _failing(bench, current)
         if failure is None:
             break
-        _decide(decisions, current, failure, model)
-        current = draft(decisions)
+        before = current
+        while current is before:  # some choices come to the same
+            _decide(decisions, current, failure, model)
+            current = draft(decisions)
     return current
+
+
+def _failing(bench: _Bench, draft: Draft) -> Failure | None:
+    """The first thing that goes wrong with fewer channels."""
+    groups = draft.graph.prunable_groups
+    failure = bench.runs(draft.graph, groups, half)
+    if failure is None and draft.guessed:
+        for share in (one, even, odd):
+            failure = failure or bench.runs(draft.graph, groups, share)
+        failure = failure or _differing(bench, draft)
+    return failure
 
 
 def _differing(bench: _Bench, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
     exact = tuple(group for group in draft.graph.prunable_groups if group.statistics is None)
-    if all(bench.equal(draft.graph, exact, share) for share in (half, one)):
-        return None
+    failure = bench.differs(draft.graph, exact, half) or bench.differs(draft.graph, exact, even)
+    if failure is None or failure.stack:
+        return failure
     for kind in sorted(draft.guessed):
         paths = [path for path, of in draft.places.items() if of == kind]
-        message = "its results change"
         groups = tuple(group for group in exact if any(_touches(group, path) for path in paths))
-        if groups and not all(bench.equal(draft.graph, groups, share) for share in (half, one)):
-            return Failure((paths[0],), message)
-    paths = [path for path, of in draft.places.items() if of in draft.guessed]
-    return Failure(tuple(paths), "its results change")
+        if groups and (found := bench.differs(draft.graph, groups, half) or bench.differs(draft.graph, groups, even)):
+            return replace(found, stack=found.stack or (paths[0],))
+    return replace(failure, stack=tuple(path for path, of in draft.places.items() if of in draft.guessed))
 
 
 def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:
@@ -187,27 +197,33 @@ class _Bench:
                     try:
                         call_model(self.runner, self.runner_inputs)
                     except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
-                        first = str(error).strip().split("\n")[0]
-                        return Failure(tuple(reversed(stack)), f"{type(error).__name__}: {first}")
+                        return Failure(tuple(reversed(stack)), _first_line(error))
         return numbers
 
-    def equal(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> bool:
-        """Whether removing some of these groups' channels equals masking them."""
+    def differs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
+        """Why removing some of these groups' channels does not equal masking them, None if it does."""
         copied = copy_without_masks(self.model).double()
         inputs = to_double(self.inputs)
         roughen_(copied)
         with untouched(copied):
             for training in self.modes:
                 normalise_mode(copied, training=training)
-                with masked(copied, groups, share):
+                with masked(copied, groups, share), module_stack(copied) as stack:
                     torch.manual_seed(0)
                     before = tensors_in(call_model(copied, inputs))
                     with removed(copied, graph, groups, share):
                         torch.manual_seed(0)
-                        after = tensors_in(call_model(copied, inputs))
+                        try:
+                            after = tensors_in(call_model(copied, inputs))
+                        except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
+                            return Failure(tuple(reversed(stack)), _first_line(error))
                 if not _close(before, after):
-                    return False
-        return True
+                    return Failure((), "its results change")
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _close(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -225,21 +241,31 @@ def _close(before: list[Tensor], after: list[Tensor]) -> bool:
     return True
 
 
-def half(group: Group) -> Tensor:
+def half(_: int, group: Group) -> Tensor:
     """About half of a group's channels, the same at every call."""
     generator = torch.Generator().manual_seed(group.size)
     return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
 
 
-def one(group: Group) -> Tensor:
+def one(position: int, group: Group) -> Tensor:
     """A single channel: what is left rarely divides as it did."""
-    return half(group)[:1]
+    return half(position, group)[:1]
+
+
+def even(position: int, group: Group) -> Tensor:
+    """Half of every other group: neighbours no longer shrink alike."""
+    return half(position, group) if position % 2 == 0 else torch.arange(0)
+
+
+def odd(position: int, group: Group) -> Tensor:
+    """Half of the others."""
+    return even(position + 1, group)
 
 
 @contextmanager
 def removed(model: nn.Module, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Iterator[None]:
     """The model without a share of these groups' channels."""
-    gone = {group.name: share(group) for group in groups}
+    gone = {group.name: share(position, group) for position, group in enumerate(groups)}
     undo = Undo(model)
     try:
         cut_(model, graph.cuts(gone))
@@ -255,8 +281,8 @@ def masked(model: nn.Module, groups: tuple[Group, ...], share: Share) -> Iterato
     undo = Undo(model)
     named = dict(model.named_parameters())
     try:
-        for group in groups:
-            gone = share(group)
+        for position, group in enumerate(groups):
+            gone = share(position, group)
             for part in group.slices:
                 if part.masked:
                     tensor = named[part.tensor]
