@@ -357,6 +357,6 @@ OTHER_DEVICES = set(
 OTHER_VERSIONS = set(
     "_convolution _batch_norm_no_update _batch_norm_with_update _native_batch_norm_legit batch_norm relu6 selu square "
     "_native_batch_norm_legit_no_training _fused_rms_norm adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d "
-    "max_pool1d max_pool2d max_pool3d alias contiguous narrow norm reshape _reshape_alias isfinite scalar_tensor empty_strided "
-    "new_empty_strided native_channel_shuffle native_dropout tril_indices triu_indices upsample_nearest1d".split()
+    "max_pool1d max_pool2d max_pool3d alias contiguous narrow norm reshape _reshape_alias isfinite scalar_tensor "
+    "empty_strided new_empty_strided native_channel_shuffle native_dropout tril_indices triu_indices".split()
 )

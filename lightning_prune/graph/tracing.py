@@ -125,10 +125,10 @@ class _Tracer:
         resolved = resolve(self.space, self.space.constraints, decisions.choices)
         found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
         cuts = [c for c in resolved.active if isinstance(c, Cut)]
-        outcome = (resolved.axes, tuple(found), tuple(decisions.held))
+        outcome = (resolved.axes, tuple(found), tuple(decisions.held), tuple(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
-        frozen = [*self._held(decisions.held), *resolved.frozen, *sizes.unmatched(cuts, found)]
+        frozen = [*self._held(decisions), *resolved.frozen, *sizes.unmatched(cuts, found)]
         classes = Classes.of(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
         groups, channels = build_groups(classes, self.calls, self.norms, module_of)
         free = {group.name: channels[group.name] for group in groups if group.prunable}
@@ -138,14 +138,16 @@ class _Tracer:
         self._last = outcome, Draft(graph, places, guessed)
         return self._last[1]
 
-    def _held(self, held: dict[str, str]) -> list[Freeze]:
-        """Channels that a module reads or makes, where the trials came to leave them."""
-        return [
-            Freeze(torch.arange(span.start, span.start + span.size), reason)
-            for path, reason in held.items()
-            for span in self.space.spans
-            if not path or span.tensor.startswith(f"{path}.")
-        ]
+    def _held(self, decisions: Decisions) -> list[Freeze]:
+        """Channels that a module reads, or also makes, where the trials came to leave them."""
+        readers = self.space.marked("reader")
+        frozen = []
+        for path, reason in decisions.held.items():
+            for span in self.space.spans:
+                if not path or span.tensor.startswith(f"{path}."):
+                    ids = torch.arange(span.start, span.start + span.size)
+                    frozen.append(Freeze(ids if path in decisions.held_whole else ids[readers[ids]], reason))
+        return [item for item in frozen if len(item.ids)]
 
     def _notes(self) -> tuple[str, ...]:
         unused = [name for name, _ in self.model.named_parameters() if name not in self.used]

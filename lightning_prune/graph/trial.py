@@ -42,11 +42,13 @@ class Decisions:
 
     Attributes:
         choices: per module type, how the sizes in its code are met.
-        held: per module path, why channels that it reads or makes stay.
+        held: per module path, why channels that it reads stay.
+        held_whole: those of which the channels that they make stay too.
     """
 
     choices: dict[str, Choice] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
+    held_whole: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,17 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
             return
     for path in failure.stack:
-        if path not in decisions.held and any(_touches(g, path) for g in draft.graph.prunable_groups):
+        touched = any(_touches(group, path) for group in draft.graph.prunable_groups)
+        if touched and path not in decisions.held:
             decisions.held[path] = f"has a size that is fixed in the Python code around {path!r} ({failure.message})"
+            # What its own sizes allow may be different once its inputs stay.
+            decisions.choices.pop(draft.places.get(path, ""), None)
+            return
+        if touched and path not in decisions.held_whole:
+            decisions.held_whole.add(path)
             return
     decisions.held[""] = f"cannot be removed: the smaller model fails ({failure.message})"
+    decisions.held_whole.add("")
 
 
 def _is_torch(model: nn.Module, path: str) -> bool:
