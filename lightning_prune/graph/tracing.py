@@ -135,7 +135,7 @@ class _Tracer:
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         graph = ChannelGraph(tuple(groups), shapes, self._notes(), tuple(sizes.attributes(found, resolved.joint, free)))
         places, guessed = places_of(self.space.constraints, decisions.choices, classes)
-        self._last = outcome, Draft(graph, places, guessed)
+        self._last = outcome, Draft(graph, places, guessed, uneven=bool(cuts))
         return self._last[1]
 
     def _held(self, decisions: Decisions) -> list[Freeze]:

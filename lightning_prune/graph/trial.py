@@ -59,11 +59,13 @@ class Draft:
         graph: the groups.
         places: module paths whose code holds sizes of prunable channels, with the module's type.
         guessed: types whose layout was read off one run, so that results have to be compared.
+        uneven: some channels are cut into pieces of different sizes.
     """
 
     graph: ChannelGraph
     places: dict[str, str]
     guessed: set[str]
+    uneven: bool = False
 
 
 def places_of(
@@ -120,7 +122,7 @@ def _failing(bench: _Bench, draft: Draft) -> Failure | None:
     groups = draft.graph.prunable_groups
     failure = bench.runs(draft.graph, groups, half)
     if failure is None and draft.guessed:
-        for share in (one, even, odd):
+        for share in (first, last, most, even, odd):
             failure = failure or bench.runs(draft.graph, groups, share)
         failure = failure or _differing(bench, draft)
     return failure
@@ -129,13 +131,14 @@ def _failing(bench: _Bench, draft: Draft) -> Failure | None:
 def _differing(bench: _Bench, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
     exact = tuple(group for group in draft.graph.prunable_groups if group.statistics is None)
-    failure = bench.differs(draft.graph, exact, half) or bench.differs(draft.graph, exact, even)
+    shares = (half, even, first, last, most) if draft.uneven else (half, even)
+    failure = bench.differs(draft.graph, exact, shares)
     if failure is None or failure.stack:
         return failure
     for kind in sorted(draft.guessed):
         paths = [path for path, of in draft.places.items() if of == kind]
         groups = tuple(group for group in exact if any(_touches(group, path) for path in paths))
-        if groups and (found := bench.differs(draft.graph, groups, half) or bench.differs(draft.graph, groups, even)):
+        if groups and (found := bench.differs(draft.graph, groups, shares)):
             return replace(found, stack=found.stack or (paths[0],))
     return replace(failure, stack=tuple(path for path, of in draft.places.items() if of in draft.guessed))
 
@@ -209,8 +212,11 @@ class _Bench:
                         return Failure(tuple(reversed(stack)), _first_line(error))
         return numbers
 
-    def differs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
+    def differs(self, graph: ChannelGraph, groups: tuple[Group, ...], shares: Sequence[Share]) -> Failure | None:
         """Why removing some of these groups' channels does not equal masking them, None if it does."""
+        return next((found for share in shares if (found := self._differs(graph, groups, share)) is not None), None)
+
+    def _differs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
         copied = copy_without_masks(self.model).double()
         inputs = to_double(self.inputs)
         roughen_(copied)
@@ -256,9 +262,19 @@ def half(_: int, group: Group) -> Tensor:
     return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
 
 
-def one(position: int, group: Group) -> Tensor:
+def first(_: int, group: Group) -> Tensor:
     """A single channel: what is left rarely divides as it did."""
-    return half(position, group)[:1]
+    return torch.arange(min(1, group.size))
+
+
+def last(_: int, group: Group) -> Tensor:
+    """The other end: of uneven pieces another one shrinks."""
+    return torch.tensor([group.size - 1])
+
+
+def most(_: int, group: Group) -> Tensor:
+    """All but one channel."""
+    return torch.arange(group.size - 1)
 
 
 def even(position: int, group: Group) -> Tensor:
