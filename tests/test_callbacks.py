@@ -212,6 +212,25 @@ def test_a_lossy_ablation_runs_and_says_so() -> None:
     assert off.reconstruction.lossless.max_rel_error > 1e-3
 
 
+class Normalised(Task):
+    """A layer norm over the channels that are read."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Plain")
+        self.net.b = torch.nn.Sequential(self.net.b, torch.nn.GroupNorm(1, 6, dtype=torch.float64))
+
+
+def test_channels_under_a_statistic_go_by_choice_and_with_loss() -> None:
+    prune = PruneCallback("l1", statistics=True, selection=LayerRatio(0.5))
+    task = Normalised()
+    fit(task, prune)
+    assert task.net.b[0].out_channels == 3
+    assert not prune.reconstruction.lossless.passed
+    strict = PruneCallback("l1", selection=LayerRatio(0.5))
+    fit(task := Normalised(), strict)
+    assert task.net.b[0].out_channels == 6
+
+
 def test_epoch_timer_keeps_evaluation_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 101.0, 104.0, 106.0, 110.0])  # setup, epoch start, validation start and end, epoch end
     monkeypatch.setattr("lightning_prune.callbacks.timing.time.perf_counter", lambda: next(clock))

@@ -38,6 +38,7 @@ class PruneCallback(Callback):
         update_weights: see `ScoringCallback`.
         bn_mode: see `ScoringCallback`.
         example_inputs: what to trace with; None: the module's ``example_input_array``.
+        statistics: see `ScoringCallback`.
         monitor: metric recorded with every epoch's wall time.
 
     Attributes:
@@ -65,6 +66,7 @@ class PruneCallback(Callback):
         update_weights: bool = False,
         bn_mode: Literal["eval", "train"] = "eval",
         example_inputs: Any = None,
+        statistics: bool = False,
         monitor: str | None = None,
     ) -> None:
         if reconstruct not in get_args(Reconstruct):
@@ -76,6 +78,7 @@ class PruneCallback(Callback):
             update_weights=update_weights,
             bn_mode=bn_mode,
             example_inputs=example_inputs,
+            statistics=statistics,
         )
         self.masking = MaskingCallback(
             selection if selection is not None else GlobalRatio(ratio),

@@ -32,6 +32,7 @@ class ScoringCallback(Callback):
         update_weights: score while training (the first ``score_epochs`` epochs) instead of on frozen weights.
         bn_mode: ``eval`` (frozen statistics) or ``train`` while scoring on frozen weights.
         example_inputs: what to trace with; None: the module's ``example_input_array``.
+        statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``; None: the module's
             weights when fitting starts.
 
@@ -54,6 +55,7 @@ class ScoringCallback(Callback):
         update_weights: bool = False,
         bn_mode: Literal["eval", "train"] = "eval",
         example_inputs: Any = None,
+        statistics: bool = False,
         baseline: dict[str, Tensor] | None = None,
     ) -> None:
         if score_epochs < 1 or (score_batches is not None and score_batches < 1):
@@ -64,6 +66,7 @@ class ScoringCallback(Callback):
         self.update_weights = update_weights
         self.bn_mode = bn_mode
         self.example_inputs = example_inputs
+        self.statistics = statistics
         self.baseline = baseline
         if update_weights and self.criterion.needs_reference:
             raise CallbackError(
@@ -93,7 +96,7 @@ class ScoringCallback(Callback):
         if self.ready:
             return
         check_not_resumed(trainer, self)
-        self.graph = trace(pl_module, example_inputs(pl_module, self.example_inputs))
+        self.graph = trace(pl_module, example_inputs(pl_module, self.example_inputs), statistics=self.statistics)
         if not self.graph.prunable_groups:
             reasons = "; ".join(f"{group.name} {group.reason}" for group in self.graph.groups) or "no layer was found"
             raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
