@@ -217,3 +217,21 @@ def test_a_buffer_that_forward_replaces_is_put_back() -> None:
 def test_a_norm_over_a_concatenation_is_no_layers_own() -> None:
     graph = trace(build("Dense"), images())
     assert [group.layers[0].norm for group in graph.prunable_groups] == ["norms.0", None, None, None]
+
+
+def test_a_weight_of_which_half_is_used_is_cut_in_both_halves() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.read = nn.Parameter(torch.randn(8, 3, 1, 1)), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read(F.conv2d(x, self.weight[: len(self.weight) // 2]))
+
+    group = trace(Half(), torch.zeros(1, 3, 4, 4)).group("weight")
+    assert group.prunable
+    assert group.layers[0].index.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_a_model_without_layers_has_no_groups() -> None:
+    assert trace(nn.ReLU(), torch.zeros(1, 3)).groups == ()

@@ -93,8 +93,8 @@ def build_groups(
         norms: every batch norm in order: module path and its output's label values.
         module_of: module path that owns each parameter.
     """
-    members = _members(classes)
-    layers = LayerFinder(classes, calls, norms, module_of, torch.stack([roots[0] for roots, _ in members.values()]))
+    members = {key: found for key, found in _members(classes).items() if any(_is_layer(classes, m) for m in found[1])}
+    layers = LayerFinder(classes, calls, norms, module_of, torch.tensor([int(roots[0]) for roots, _ in members.values()]))
     groups = [(*_build_group(classes, layers, roots, parts), roots) for roots, parts in members.values()]
     groups.sort(key=lambda item: item[0])
     named = _unique_names([group for _, group, _ in groups])
@@ -130,10 +130,15 @@ def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
     return found
 
 
+def _is_layer(classes: Classes, member: Member) -> bool:
+    """Whether every channel has a filter there."""
+    return not member.span.buffer and bool(classes.filters[member.ids].any(1).all())
+
+
 def _build_group(
     classes: Classes, finder: LayerFinder, channels: Tensor, members: list[Member]
 ) -> tuple[tuple[int, int], Group]:
-    filters = [m for m in members if not m.span.buffer and bool(classes.filters[m.ids].all())]
+    filters = [m for m in members if _is_layer(classes, m)]
     found = sorted(((finder.order(m), m) for m in filters), key=lambda item: item[0])
     layers = tuple(finder.layer(order, m, channels) for order, m in found)
     owners = {int(classes.own[m.ids[0, 0]]): layer.name for layer, (_, m) in zip(layers, found, strict=True)}
