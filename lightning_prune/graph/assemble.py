@@ -104,6 +104,8 @@ def build_groups(
 def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
     """Per group (classes of one make-up, held for one reason) its classes and where they lie; those with filters."""
     spans = classes.space.spans
+    if not spans:
+        return {}
     ids = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
     sizes = torch.tensor([span.size for span in spans])
     span_of = torch.repeat_interleave(torch.arange(len(spans)), sizes)
