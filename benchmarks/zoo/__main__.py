@@ -1,0 +1,73 @@
+"""Command line of the sweep, described in the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import benchmarks.zoo
+from benchmarks.zoo import runner
+from benchmarks.zoo.families import SUITES, entries
+from benchmarks.zoo.report import report
+
+RESULTS = runner.ROOT / "benchmarks" / "results" / "zoo.jsonl"
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        "python -m benchmarks.zoo",
+        description=benchmarks.zoo.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = options.add_argument
+    add("command", nargs="?", default="run", choices=("run", "report", "list", "worker"))
+    add("--report", action="store_true", help="the same as the command report")
+    add("--suite", default="all", choices=(*SUITES, "all"))
+    add("--only", metavar="TEXT", help="models whose key (suite/name) contains this text")
+    add("--part", metavar="I/N", help="the i-th of n interleaved parts")
+    add("--peer", action="store_true", help="Torch-Pruning 1.6.1 beside it")
+    add("--export", action="store_true", help="torch.export of the dense and the reconstructed model")
+    add("--memory", action="store_true", help="peak memory of a forward and a trace")
+    add("--repeats", type=int, default=1, help="rounds of the timing against the peer")
+    add("--ratio", type=float, default=0.5, help="share of every layer that is removed")
+    add("--redo", action="store_true", help="also models that have a row")
+    add("--results", type=Path, default=RESULTS)
+    add("--seconds-per-model", type=float, default=300.0)
+    add("--seconds-for-peer", type=float, default=120.0, help="for the peer, in addition")
+    add("--limit-seconds", type=float, help="start no new model after this time")
+    add("--memory-gib", type=float, default=12.0, help="memory limit of the worker")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = parser().parse_args(argv)
+    if given.command == "worker":
+        runner.work(given.memory_gib)
+        return
+    if given.report or given.command == "report":
+        rows = runner.read_rows(given.results).values()
+        chosen = [row for row in rows if given.suite in ("all", row["suite"]) and (given.only or "") in row["key"]]
+        print(report(chosen))
+        return
+    found = entries(given.suite, given.only, given.part)
+    if given.command == "list":
+        print("\n".join(f"{entry.key}  {entry.family}  {entry.kind}" for entry in found))
+        return
+    from benchmarks.zoo.measure import Options
+
+    options = Options(given.peer, given.export, given.memory, given.repeats, given.ratio)
+    runner.sweep(
+        found,
+        options,
+        given.results,
+        redo=given.redo,
+        seconds_per_model=given.seconds_per_model,
+        seconds_for_peer=given.seconds_for_peer,
+        limit_seconds=given.limit_seconds,
+        memory_gib=given.memory_gib,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Torch-Pruning beside the library: does it handle the model, and how long does each take, in turns.
+
+"Handles" is lenient: after pruning half of every layer, some parameter is gone and the model's forward runs on the
+example inputs. What it computes is not compared with anything, since Torch-Pruning promises nothing about it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import lightning_prune as lp
+from benchmarks.zoo.families import Entry
+from benchmarks.zoo.models import CLASSES, Case, outputs, train_step
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.measure import Options
+
+#: Output layers of detectors, and what Torch-Pruning's own benchmark over torchvision leaves out for Faster R-CNN.
+OUTPUTS = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres")
+
+
+def compare(case: Case, entry: Entry, options: Options) -> dict[str, Any]:
+    """Outcome and seconds of Torch-Pruning; seconds of this library for the same work, on copies of one model."""
+    model, inputs = case.model, case.inputs
+    mine, theirs, result = [], [], {}
+    for _ in range(options.repeats):
+        mine.append(_ours(copy.deepcopy(model), inputs, options.ratio))
+        pruned = copy.deepcopy(model)
+        start = time.perf_counter()
+        try:
+            _theirs(pruned, entry, inputs, options.ratio)
+        except Exception as error:  # noqa: BLE001 - any failure is a result
+            result["outcome"] = f"error: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
+            break
+        theirs.append(time.perf_counter() - start)
+    result["ours_seconds"] = median(mine) if all(mine) else None
+    if "outcome" not in result:
+        result |= {"seconds": median(theirs), "params_after": lp.count_params(pruned, trainable=False)}
+        result |= _outcome(model, pruned, case)
+    return result
+
+
+def _ours(model: nn.Module, inputs: Any, ratio: float) -> float | None:
+    """Trace, score, select, reconstruct; None where the library refuses."""
+    start = time.perf_counter()
+    try:
+        graph = lp.trace(model, inputs)
+        plan = lp.LayerRatio(ratio).select(graph, lp.score(model, graph, lp.L1()))
+        lp.reconstruct(model, graph, plan)
+    except Exception:  # noqa: BLE001 - the row says why
+        return None
+    return time.perf_counter() - start
+
+
+def _theirs(model: nn.Module, entry: Entry, inputs: Any, ratio: float) -> None:
+    import torch_pruning as tp
+
+    model.eval()
+    pruner = tp.pruner.BasePruner(
+        model,
+        example_inputs=inputs,
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=ratio,
+        ignored_layers=ignored_layers(model, entry),
+        # The mutable defaults of the signature are shared between pruners.
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+        round_to=_heads(model),
+    )
+    pruner.step()
+    if _heads(model) and hasattr(model, "conv_proj"):  # torchvision's ViT: as in the peer's own benchmark
+        model.hidden_dim = model.conv_proj.out_channels
+
+
+def ignored_layers(model: nn.Module, entry: Entry) -> list[nn.Module]:
+    """Output layers, and what the peer's own benchmark leaves out."""
+    if entry.suite == "detection":
+        found = [m for name, m in model.named_modules() if name.rpartition(".")[2] in OUTPUTS]
+        if "rcnn" in entry.name:
+            return [*found, model.backbone.fpn, model.roi_heads]
+        return [model.head] if entry.name.startswith("ssd") else found
+    classes = CLASSES[entry.suite]
+    attention = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "out_features", None) == classes
+        or getattr(module, "out_channels", None) == classes
+        or isinstance(module, attention)
+    ]
+
+
+def _heads(model: nn.Module) -> int | None:
+    """Number of attention heads of torchvision's ViT."""
+    attention = next((m for m in model.modules() if isinstance(m, nn.MultiheadAttention)), None)
+    return attention.num_heads if attention is not None else None
+
+
+def _outcome(model: nn.Module, pruned: nn.Module, case: Case) -> dict[str, Any]:
+    if lp.count_params(pruned, trainable=False) >= lp.count_params(model, trainable=False):
+        return {"outcome": "removes nothing"}
+    try:
+        outputs(pruned, case.inputs)
+    except Exception as error:  # noqa: BLE001
+        return {"outcome": f"forward fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"}
+    if not case.trains:
+        return {"outcome": "handles", "train_step": None}
+    try:
+        train_step(pruned, case.inputs)
+    except Exception as error:  # noqa: BLE001
+        return {"outcome": "handles", "train_step": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    return {"outcome": "handles", "train_step": True}
+
+
+@functools.cache
+def warm_up(*, peer: bool) -> None:
+    """One run of each on a tiny model: imports and caches are nobody's work."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+    model.append(nn.Conv2d(6, CLASSES["segmentation"], 1))
+    images = torch.randn(1, 3, 16, 16)
+    _ours(copy.deepcopy(model), images, 0.5)
+    if peer:
+        _theirs(copy.deepcopy(model), Entry("segmentation", "tiny", "tiny", "cnn"), images, 0.5)
