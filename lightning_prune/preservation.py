@@ -85,6 +85,41 @@ def copy_without_masks(model: M) -> M:
         return copy.deepcopy(model)
 
 
+def copy_sharing_tensors(model: M) -> M:
+    """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            twin.grad = parameter.grad
+            memo[id(parameter)] = twin
+    for buffer in model.buffers():
+        if type(buffer) is torch.Tensor:
+            memo[id(buffer)] = buffer.detach()
+    with without_masks(model):
+        return copy.deepcopy(model, memo)
+
+
+def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
+    """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
+    shared = {t.untyped_storage()._cdata for t in _with_gradients(model)}
+    for parameter in copied.parameters():
+        if parameter.untyped_storage()._cdata in shared:
+            parameter.data = parameter.data.clone()
+        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata in shared:
+            parameter.grad = parameter.grad.clone()
+    for buffer in copied.buffers():
+        if buffer.untyped_storage()._cdata in shared:
+            buffer.data = buffer.data.clone()
+
+
+def _with_gradients(model: nn.Module) -> Iterator[torch.Tensor]:
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor
+        if tensor.grad is not None:
+            yield tensor.grad
+
+
 def knows_shapes(model: nn.Module) -> bool:
     """Whether masks or other gradient hooks are registered that would break if parameters changed their shape."""
     return any(parameter._backward_hooks for parameter in model.parameters()) or any(

@@ -18,7 +18,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import Zeros, check_model, check_plan, masked_entries
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
-from lightning_prune.preservation import copy_without_masks, knows_shapes
+from lightning_prune.preservation import copy_sharing_tensors, copy_without_masks, knows_shapes, own_tensors_
 from lightning_prune.surgery import Cut, Undo, cut_, resize_
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,8 +50,9 @@ def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: An
         >>> reconstruct(model, graph, plan)[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    small = copy_without_masks(model)
+    small = copy_sharing_tensors(model)  # most are cut, and copied by that
     reconstruct_(small, graph, plan, example_inputs=example_inputs)
+    own_tensors_(small, model)
     return small
 
 

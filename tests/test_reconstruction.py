@@ -248,3 +248,19 @@ def test_a_graph_of_another_model_is_refused() -> None:
     small = reconstruct(model, graph, random_plan(graph))
     with pytest.raises(PlanError, match=r"is \[4, 3, 3, 3\] here and was \[8, 3, 3, 3\]"):
         mask_(small, graph, random_plan(graph))
+
+
+def test_the_copy_shares_no_memory_with_the_model() -> None:
+    model, x = build("InvertedResidual"), images()
+    model(x).sum().backward()
+    graph = trace(model, x)
+    small = reconstruct(model, graph, random_plan(graph))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    for parameter in small.parameters():
+        parameter.data.fill_(7)
+        parameter.grad.fill_(7)
+    for buffer in small.buffers():
+        buffer.fill_(7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))

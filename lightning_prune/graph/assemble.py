@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import Group, Layer, Slice
-from lightning_prune.graph.labels import Freeze, LabelSpace, Span, components_of, ids_of
+from lightning_prune.graph.labels import Freeze, LabelSpace, Span, ids_of
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Classes:
             if span.buffer:
                 masked[span.ids] = False
         reason, reasons = _reasons(joint, [*frozen, *space.frozen])
-        own = components_of(space.count, space.own_pairs)
+        own = space.classes(own=True)
         return cls(space, joint, own, reason, reasons, filters, masked, allow_statistics)
 
     def may_go(self, values: Tensor) -> bool:
@@ -94,7 +94,8 @@ def build_groups(
         module_of: module path that owns each parameter.
     """
     members = {key: found for key, found in _members(classes).items() if any(_is_layer(classes, m) for m in found[1])}
-    layers = LayerFinder(classes, calls, norms, module_of, torch.tensor([int(roots[0]) for roots, _ in members.values()]))
+    firsts = torch.tensor([int(roots[0]) for roots, _ in members.values()], dtype=torch.int64)
+    layers = LayerFinder(classes, calls, norms, module_of, firsts)
     groups = [(*_build_group(classes, layers, roots, parts), roots) for roots, parts in members.values()]
     groups.sort(key=lambda item: item[0])
     named = _unique_names([group for _, group, _ in groups])
@@ -118,9 +119,9 @@ def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
     keys = make_up[roots]
     wanted = torch.isin(keys, keys[classes.filters[ids]].unique())
     ids, span_of, roots, keys = ids[wanted], span_of[wanted], roots[wanted], keys[wanted]
-    order = torch.arange(len(ids))
-    for by in (roots, span_of, keys):  # in the end by key, span, class, entry
-        order = order[torch.argsort(by[order], stable=True)]
+    # By key, span, class, entry; entries already ascend.
+    groups = keys.unique(return_inverse=True)[1]
+    order = torch.argsort((groups * len(spans) + span_of) * classes.space.count + roots, stable=True)
     ids, span_of, roots, keys = ids[order], span_of[order], roots[order], keys[order]
     changes = (keys[1:] != keys[:-1]) | (span_of[1:] != span_of[:-1])
     bounds = [0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]
@@ -186,16 +187,16 @@ class LayerFinder:
         self.classes = classes
         self.module_of = module_of
         self.norm_modules = {module for module, _ in norms}
-        self._made: dict[int, tuple[int, int]] = {}
+        self._calls = calls
+        self._made = torch.full((classes.space.count,), -1)
         self._readers: dict[int, list[Call]] = {}
         wanted = torch.zeros(classes.space.count, dtype=torch.bool)
         wanted[firsts] = True
-        for call in calls:
-            for root in classes.own[call.makes[call.makes >= 0] >> 1].unique().tolist():
-                self._made.setdefault(root, call.when)
+        for number, call in reversed(list(enumerate(calls))):
+            self._made[classes.own[call.makes[call.makes >= 0] >> 1]] = number
             roots = classes.joint[call.reads[call.reads >= 0] >> 1]
             for root in roots[wanted[roots]].unique().tolist():
-                self._readers.setdefault(root, []).append(call)
+                self._readers.setdefault(root, []).insert(0, call)
         # One over a concatenation (DenseNet) normalises several layers: it is none's own, hence by size.
         self._norms: dict[tuple[int, int], str] = {}
         for module, made in norms:
@@ -205,7 +206,8 @@ class LayerFinder:
 
     def order(self, member: Member) -> tuple[int, int]:
         """When these filters first ran: run, position in it."""
-        return self._made.get(int(self.classes.own[member.ids[0, 0]]), (0, member.span.start))
+        number = int(self._made[self.classes.own[member.ids[0, 0]]])
+        return self._calls[number].when if number >= 0 else (0, member.span.start)
 
     def layer(self, order: tuple[int, int], member: Member, channels: Tensor) -> Layer:
         """The layer of these filters, which first ran at ``order``."""

@@ -21,7 +21,6 @@ from lightning_prune.graph.labels import (
     Freeze,
     LabelSpace,
     Pairs,
-    components_of,
     connected_components,
     ids_of,
 )
@@ -176,7 +175,7 @@ def resolve(space: LabelSpace, constraints: Sequence[Constraint], choices: dict[
         constraints: in the order they were met.
         choices: by module type; `Choice.AS_IS` if not named.
     """
-    state = Resolved(components_of(space.count, space.own_pairs, space.pairs), [], [], [])
+    state = Resolved(space.classes(), [], [], [])
     grids: list[tuple[Grid | Grouped, Choice]] = []
     for constraint in constraints:
         choice = choices.get(constraint.place.kind, Choice.AS_IS)

@@ -66,36 +66,33 @@ def _merge(
     where: str,
 ) -> Tensor | None:
     dims = tuple(sorted({d for _, layer in part for d in signature(layer)}))
-    values = [
-        (index, region(layer, dims).expand([shape[d] if d in dims else 1 for d in range(len(shape))]))
-        for index, layer in part
-    ]
-    present = {index for index, _ in values}
+    present = [index for index, _ in part]
+    size = [shape[d] if d in dims else 1 for d in range(len(shape))]
+    values = torch.stack([region(layer, dims).expand(size) for _, layer in part])
     for index, operand in enumerate(operands):
         if index not in present and not operand.info.uniform and _extends(operand.shape, shape, dims):
-            for _, value in values:
-                space.freeze(value, f"meets a tensor of fixed size in {where}")
+            space.freeze(values, f"meets a tensor of fixed size in {where}")
             return None
-    _freeze_gaps(space, [value for _, value in values], where)
+    labelled = None if int(values.min()) >= 0 else _without_gaps(space, values, where)
+    live = _live(space, values, present, len(operands), is_zero, where)
+    if len(part) == 1 and live is None:
+        return part[0][1]  # as it came in
 
-    ids = [value >> 1 for _, value in values]
-    labelled = torch.stack([value != NO_LABEL for _, value in values]).all(0)  # the rest is frozen
-    data_layers = [k for k, (index, _) in enumerate(values) if operands[index].info.data]
+    ids = values >> 1
+    data_layers = [k for k, index in enumerate(present) if operands[index].info.data]
     own = len(data_layers) <= 1
     lead = data_layers[0] if data_layers else 0
     for k, other in enumerate(ids):
         if k != lead:
-            space.tie(ids[lead][labelled], other[labelled], own=own)
+            first, second = (ids[lead], other) if labelled is None else (ids[lead][labelled], other[labelled])
+            space.tie(first, second, own=own)
     out = ids[lead]
     if not own and any(not torch.equal(out, ids[k]) for k in data_layers):
         # An addition's result is no layer's own: what normalises it belongs to the whole group.
         out = space.fresh(out.numel()).view(out.shape)
-        space.tie(out[labelled], ids[lead][labelled])
-    live, infinite = _live(values, len(operands), is_zero)
-    if infinite.any():
-        space.freeze(values[0][1][infinite], f"is infinite when masked in {where}")
-    merged = torch.where(labelled, out * 2 + live, NO_LABEL)
-    return merged.expand(shape)
+        space.tie(out if labelled is None else out[labelled], ids[lead] if labelled is None else ids[lead][labelled])
+    merged = out * 2 if live is None else out * 2 + live
+    return (merged if labelled is None else torch.where(labelled, merged, NO_LABEL)).expand(shape)
 
 
 def _extends(own: torch.Size, shape: torch.Size, dims: tuple[int, ...]) -> bool:
@@ -104,27 +101,33 @@ def _extends(own: torch.Size, shape: torch.Size, dims: tuple[int, ...]) -> bool:
     return any(d >= offset and own[d - offset] > 1 for d in dims)
 
 
-def _freeze_gaps(space: LabelSpace, values: list[Tensor], where: str) -> None:
-    """Where some operands are labelled and others not (after a concatenation or padding), nothing can go."""
-    labelled = torch.stack([value != NO_LABEL for value in values])
+def _without_gaps(space: LabelSpace, values: Tensor, where: str) -> Tensor:
+    """(region) where all operands are labelled; where only some are (padding, concatenation), nothing can go."""
+    labelled = values != NO_LABEL
     gaps = labelled.any(0) & ~labelled.all(0)
     if gaps.any():
-        for value in values:
-            space.freeze(value[gaps], f"meets channels of fixed number in {where}")
+        space.freeze(values[:, gaps], f"meets channels of fixed number in {where}")
+    return labelled.all(0)
 
 
-def _live(values: list[tuple[int, Tensor]], operands: int, is_zero: IsZero) -> tuple[Tensor, Tensor]:
-    """(region) 1 where the result may differ from zero once the channel is masked; where it is infinite then."""
-    code = torch.zeros_like(values[0][1])
-    for k, (_, value) in enumerate(values):
-        code |= (value & 1) << k
-    live, infinite = torch.zeros_like(code), torch.zeros_like(code, dtype=torch.bool)
-    for pattern in code.unique().tolist():
+def _live(
+    space: LabelSpace, values: Tensor, present: list[int], operands: int, is_zero: IsZero, where: str
+) -> Tensor | None:
+    """(region) 1 where the result may differ from zero once the channel is masked; None: nowhere."""
+    weights = (1 << torch.arange(len(values))).view(-1, *[1] * (values.dim() - 1))
+    code = ((values & 1) * weights).sum(0)
+    low, high = int(code.min()), int(code.max())
+    live = None
+    for pattern in [low] if low == high else code.unique().tolist():
         zeros = [False] * operands
-        for k, (index, _) in enumerate(values):
+        for k, index in enumerate(present):
             # Two layers of one operand on the same channels: zero if either is.
             zeros[index] = zeros[index] or not (pattern >> k) & 1
         result = is_zero(tuple(zeros))
-        live[code == pattern] = int(not result)
-        infinite |= (code == pattern) & (result is None)
-    return live, infinite
+        if result:
+            continue
+        live = torch.zeros_like(code) if live is None else live
+        live[code == pattern] = 1
+        if result is None:
+            space.freeze(values[:, code == pattern], f"is infinite when masked in {where}")
+    return live

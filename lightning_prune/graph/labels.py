@@ -77,6 +77,7 @@ class LabelSpace:
     constraints: list[Constraint] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
+    _classes: dict[bool, Tensor] = field(default_factory=dict)
 
     def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool) -> Info:
         """One layer for every dimension of more than one slice. Buffers are not masked, hence live."""
@@ -111,6 +112,14 @@ class LabelSpace:
         """Remember a role of slices: ``filter``, ``reader`` or ``must_mask``."""
         self._marks.setdefault(role, []).append(ids_of(values))
 
+    def classes(self, *, own: bool = False) -> Tensor:
+        """(count,) the smallest id of the class each id belongs to, once everything is recorded."""
+        if own not in self._classes:
+            pairs = self.own_pairs if own else self.own_pairs + self.pairs
+            first, second = (torch.cat([pair[side] for pair in pairs]) if pairs else torch.arange(0) for side in (0, 1))
+            self._classes[own] = connected_components(self.count, first, second)
+        return self._classes[own]
+
     def marked(self, role: str) -> Tensor:
         """Boolean mask over all ids."""
         mask = torch.zeros(self.count, dtype=torch.bool)
@@ -139,14 +148,6 @@ def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
             if torch.equal(grand, parent):
                 break
             parent = grand
-
-
-def components_of(count: int, *lists: Pairs) -> Tensor:
-    """(count,) the smallest id of the class each id belongs to."""
-    pairs = [pair for pairs in lists for pair in pairs]
-    if not pairs:
-        return torch.arange(count)
-    return connected_components(count, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 
 def ids_of(values: Tensor) -> Tensor:

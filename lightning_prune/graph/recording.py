@@ -131,8 +131,13 @@ def normalise_mode(model: nn.Module, *, training: bool) -> None:
     model.train()
     model.train(training)
     for module in model.modules():
-        if isinstance(module, (_BatchNorm, _DropoutNd)):
+        if isinstance(module, _BatchNorm) or is_dropout(module):
             module.eval()
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module does nothing but drop elements, samples or paths at random while training."""
+    return isinstance(module, _DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d")
 
 
 class _TrainingFlag:
@@ -144,7 +149,7 @@ class _TrainingFlag:
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None:
             return self
-        self.asked = self.asked or not owner.__module__.startswith("torch.nn.modules.")
+        self.asked = self.asked or not (owner.__module__.startswith("torch.nn.modules.") or is_dropout(module))
         if "training" in vars(module):
             return vars(module)["training"]
         return nn.Module.__getattr__(module, "training")  # ScriptModules keep it elsewhere

@@ -75,27 +75,28 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
         joint: (ids,) class of every id.
         channels: the classes of every group's channels.
     """
+    names = list(channels)
+    group_of = torch.full((len(joint),), -1)
+    place_of = torch.zeros(len(joint), dtype=torch.int64)
+    for number, name in enumerate(names):
+        group_of[channels[name]] = number
+        place_of[channels[name]] = torch.arange(len(channels[name]))
+
+    def sources(values: Tensor) -> tuple[dict[str, Tensor], int]:
+        roots = joint[values[values != NO_LABEL] >> 1]
+        groups = group_of[roots]
+        counted = {names[k]: place_of[roots[groups == k]] for k in groups.unique().tolist() if k >= 0}
+        return counted, len(values) - sum(len(places) for places in counted.values())
+
     result = []
     for (module, attribute, position), several in found.items():
-        counts = [_sources(values, joint, channels) for values in several]
+        counts = [sources(values) for values in several]
         if any(not _same(counts[0], other) for other in counts[1:]):
             continue
-        sources, fixed = counts[0]
-        if sources:
-            result.append(SizeAttribute(module, attribute, position, sources, fixed))
+        counted, fixed = counts[0]
+        if counted:
+            result.append(SizeAttribute(module, attribute, position, counted, fixed))
     return result
-
-
-def _sources(values: Tensor, joint: Tensor, channels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    labelled = values[values != NO_LABEL]
-    roots = joint[labelled >> 1]
-    fixed = len(values) - len(labelled)
-    sources = {}
-    for name, classes in channels.items():
-        mine = torch.isin(roots, classes)
-        if mine.any():
-            sources[name] = torch.searchsorted(classes, roots[mine])
-    return sources, fixed + int(len(roots) - sum(len(s) for s in sources.values()))
 
 
 def _same(first: tuple[dict[str, Tensor], int], second: tuple[dict[str, Tensor], int]) -> bool:

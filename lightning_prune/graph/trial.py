@@ -15,9 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -28,6 +26,7 @@ from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.recording import module_stack, normalise_mode, tensors_in, untouched
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
+from lightning_prune.graph.rules.statistics import batch_norm
 from lightning_prune.preservation import copy_without_masks
 from lightning_prune.surgery import Undo, cut_, resize_
 
@@ -184,10 +183,11 @@ class _Bench:
         self.inputs = example_inputs
         self.runner, self.runner_inputs = meta_copy(model), to_meta(example_inputs)
         dense = self._run()
-        if isinstance(dense, Failure):  # the meta device cannot run this model
+        if isinstance(dense, Failure):
+            # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
             self.runner, self.runner_inputs = copy_without_masks(model), example_inputs
-            dense = self._run()
-        self.numbers = [] if isinstance(dense, Failure) else dense
+            dense = []
+        self.numbers = dense
 
     def runs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
         """Why the model does not run without some of these groups' channels, None if it does."""
@@ -205,7 +205,7 @@ class _Bench:
         with untouched(self.runner):
             for training in self.modes:
                 normalise_mode(self.runner, training=training)
-                with module_stack(self.runner) as stack, QuickShapes(), Numbers(stack, numbers):
+                with module_stack(self.runner) as stack, Numbers(stack, numbers):
                     try:
                         call_model(self.runner, self.runner_inputs)
                     except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
@@ -225,7 +225,10 @@ class _Bench:
                 normalise_mode(copied, training=training)
                 with masked(copied, groups, share), module_stack(copied) as stack:
                     torch.manual_seed(0)
-                    before = tensors_in(call_model(copied, inputs))
+                    try:
+                        before = tensors_in(call_model(copied, inputs))
+                    except Exception:  # noqa: BLE001 - does not run in float64 at all: nothing to compare with
+                        return None
                     with removed(copied, graph, groups, share):
                         torch.manual_seed(0)
                         try:
@@ -342,7 +345,10 @@ class Number:
 
 
 class Numbers(TorchDispatchMode):
-    """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count."""
+    """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count.
+
+    On the meta device it also answers for the commonest operators, which torch decomposes into many there.
+    """
 
     def __init__(self, stack: list[str], found: list[Number]) -> None:
         super().__init__()
@@ -350,25 +356,36 @@ class Numbers(TorchDispatchMode):
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if rule_for(func) is elementwise:
-            values = tuple(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, (int, float)))
+            values = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, (int, float)))
             if values:
                 name = func.overloadpacket._qualified_op_name.replace("::", ".")
                 self.found.append(Number(name, values, tuple(reversed(self.stack))))
-        return func(*args, **(kwargs or {}))
-
-
-class QuickShapes(TorchFunctionMode):
-    """Batch norm on the meta device by hand: torch decomposes it into a dozen operators there."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm and args[0].is_meta:
-            x, *vectors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            if any(len(vector) != x.shape[1] for vector in vectors):
-                raise RuntimeError(f"batch norm over {x.shape[1]} channels has other parameters")
-            return torch.empty_like(x)
+            if _is_simple(func, args, kwargs):
+                return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
+        elif rule_for(func) is batch_norm and args[0].is_meta:
+            return _normalised(args[0], [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)])
         return func(*args, **kwargs)
+
+
+_ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
+
+
+def _is_simple(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the result is like the first argument: floating meta tensors of one shape, or one and numbers."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return (
+        args[0] is tensors[0]
+        and all(t.is_meta and t.is_floating_point() and t.shape == args[0].shape for t in tensors)
+        and not func._schema.name.removeprefix("aten::").startswith(_ANSWERS_TRUE)
+    )
+
+
+def _normalised(x: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if any(len(vector) != x.shape[1] for vector in vectors):
+        raise RuntimeError(f"batch norm over {x.shape[1]} channels has parameters for {[len(v) for v in vectors]}")
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
