@@ -129,6 +129,29 @@ def test_an_attribute_with_a_second_meaning_is_not_changed() -> None:
     assert small.middle.num_heads == 4
 
 
+class Tokens(nn.Module):
+    """Attention and MLP over tokens with linear layers; the attention's sizes cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).reshape(n, h * w, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(n, h * w, c))
+        return (tokens + self.down(F.gelu(self.up(tokens)))).transpose(1, 2).reshape(n, c, h, w)
+
+
+def test_a_failing_linear_layer_is_not_to_blame_for_the_sizes_of_its_module() -> None:
+    graph, _ = smaller(net(Tokens()))
+    assert "fixed in the Python code" in graph.group("middle.qkv").reason
+    assert graph.group("middle.up").prunable
+
+
 class Counted(nn.Module):
     """Its result depends on how many channels there are."""
 

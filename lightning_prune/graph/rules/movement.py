@@ -48,8 +48,16 @@ def view(c: Context) -> Info:
     return Info(tuple(layers), data=info.data, uniform=info.uniform)
 
 
+_SIZES_FROM_INPUT = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("linear.", "flatten.Flatten", "conv.", "batchnorm.", "instancenorm.", "pooling.")
+)
+
+
 def _sizes(c: Context, layer: Tensor) -> None:
-    """Remember sizes that the code may have passed."""
+    """Remember sizes that the code may have passed; most of torch's own layers take theirs from the input."""
+    if c.place.kind.startswith(_SIZES_FROM_INPUT):
+        return
     dims = signature(layer)
     if len(dims) > 1:
         grid = region(layer, dims).reshape([layer.shape[d] for d in dims])
