@@ -76,6 +76,7 @@ class LabelSpace:
     frozen: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
+    seen: set[tuple[object, ...]] = field(default_factory=set)
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
     _classes: dict[bool, Tensor] = field(default_factory=dict)
 

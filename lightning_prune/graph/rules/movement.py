@@ -59,11 +59,12 @@ def _sizes(c: Context, layer: Tensor) -> None:
     if c.place.kind.startswith(_SIZES_FROM_INPUT):
         return
     dims = signature(layer)
-    if len(dims) > 1:
-        grid = region(layer, dims).reshape([layer.shape[d] for d in dims])
-        c.space.constraints.append(Grid(grid, tuple(range(len(dims))), c.place))
-    else:
-        c.space.constraints.append(Merge(region(layer, dims).flatten(), c.place))
+    values = region(layer, dims).reshape([layer.shape[d] for d in dims])
+    key = (*c.place.stack[:1], values.shape, values.numpy().tobytes())
+    if key not in c.space.seen:  # one line of code, or several that pass the same sizes
+        c.space.seen.add(key)
+        whole = len(dims) > 1
+        c.space.constraints.append(Grid(values, tuple(range(len(dims))), c.place) if whole else Merge(values, c.place))
 
 
 def selection(c: Context) -> Info | list[Info]:
