@@ -68,6 +68,8 @@ def contract(space: LabelSpace, data: Tensor, weight: Tensor, *, reads_weight: b
     if reads_weight:
         space.mark("reader", weight)
     live = (data & 1).bool()
+    if not live.any():
+        return
     space.mark("must_mask", weight[live & (weight & 1 == 0)])
     space.freeze(weight[live & (weight & 1 == 1)], f"is a constant that nothing can mask in {where}")
 
@@ -144,6 +146,9 @@ def _weight_layers(space: LabelSpace, info: Info, where: str) -> dict[int, list[
 
 def _tie_or_freeze(space: LabelSpace, data: Tensor, weight: Tensor, where: str) -> tuple[Tensor, Tensor]:
     """Tie channels to the weights that read them, return both; where one side has no labels the other must stay."""
+    if min(int(data.min()), int(weight.min())) >= 0:
+        space.tie(data >> 1, weight >> 1)
+        return data, weight
     both = (data != NO_LABEL) & (weight != NO_LABEL)
     space.freeze(data[~both], f"is read by weights of fixed size in {where}")
     space.freeze(weight[~both], f"reads an input of fixed size in {where}")

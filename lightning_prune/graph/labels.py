@@ -80,10 +80,17 @@ class LabelSpace:
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
     _classes: dict[bool, Tensor] = field(default_factory=dict)
 
-    def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool) -> Info:
-        """One layer for every dimension of more than one slice. Buffers are not masked, hence live."""
+    def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None) -> Info:
+        """One layer for every dimension of more than one slice. Buffers are not masked, hence live.
+
+        Args:
+            name: qualified name.
+            tensor: a parameter or buffer.
+            buffer: which of the two.
+            dims: only the first so many dimensions (a convolution's kernel positions never go).
+        """
         layers = []
-        for dim, size in enumerate(tensor.shape):
+        for dim, size in enumerate(tensor.shape[:dims]):
             if size < 2:
                 continue  # a single slice can never be removed
             self.spans.append(Span(name, dim, self.count, size, buffer))

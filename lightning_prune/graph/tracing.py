@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
@@ -83,13 +84,15 @@ class _Tracer:
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, Info] = {}
+        kernels = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, _ConvNd)}
         tensors: list[tuple[str, Tensor, bool]] = [(name, tensor, False) for name, tensor in model.named_parameters()]
         tensors += [(name, tensor, True) for name, tensor in model.named_buffers()]
         for name, tensor, buffer in tensors:
             if is_lazy(tensor):
                 raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
             self.names[id(tensor)] = name
-            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer)
+            dims = 2 if id(tensor) in kernels else None
+            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer, dims=dims)
 
     def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
         """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
