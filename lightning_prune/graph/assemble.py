@@ -129,7 +129,9 @@ def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
     for start, end in itertools.pairwise(bounds):
         span = spans[int(span_of[start])]
         channels, parts = found.setdefault(int(keys[start]), (roots[start:end].unique(), []))
-        parts.append(Member(span, (ids[start:end] - span.start).view(len(channels), -1)))
+        index = (ids[start:end] - span.start).view(len(channels), -1)
+        same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
+        parts.append(Member(span, same))
     return found
 
 

@@ -167,18 +167,24 @@ class ChannelGraph:
 
     def cuts(self, removed: dict[str, Tensor]) -> list[Cut]:
         """What survives of every tensor dimension when these channels ({group: indices}) go."""
-        gone: dict[tuple[str, int], list[Tensor]] = {}
+        gone: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
         for name, channels in removed.items():
             if len(channels):
                 for part in self.group(name).slices:
-                    gone.setdefault((part.tensor, part.dim), []).append(part.index[channels].flatten())
+                    gone.setdefault((part.tensor, part.dim), []).append((part.index, channels))
+        kept: dict[tuple[int, ...], Tensor] = {}  # most slices of a group share one index
         found = []
         for (tensor, dim), entries in gone.items():
-            keep = torch.ones(self.shapes[tensor][dim], dtype=torch.bool)
-            keep[torch.cat(entries)] = False
-            if not keep.any():
+            size = self.shapes[tensor][dim]
+            key = (size, *(id(part) for pair in entries for part in pair))
+            if key not in kept:
+                keep = torch.ones(size, dtype=torch.bool)
+                for index, channels in entries:
+                    keep[index[channels].flatten()] = False
+                kept[key] = keep.nonzero().flatten()
+            if not len(kept[key]):
                 raise PlanError(f"the plan leaves nothing of {tensor!r} along dimension {dim}; keep more channels")
-            found.append(Cut(tensor, dim, keep.nonzero().flatten()))
+            found.append(Cut(tensor, dim, kept[key]))
         return found
 
     def new_sizes(self, removed: dict[str, Tensor]) -> list[NewSize]:
