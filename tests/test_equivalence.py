@@ -173,3 +173,25 @@ def test_dict_and_tuple_inputs_are_cast() -> None:
     assert check_lossless(model, copy.deepcopy(model), (x, index)).passed
     assert check_lossless(model, copy.deepcopy(model), {"index": index, "x": x}).passed
     assert (x.dtype, model.fc.weight.dtype) == (torch.float32, torch.float32)
+
+
+class Insists(nn.Module):
+    """Refuses any type but float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 expected")
+        return self.fc(x)
+
+
+def test_a_model_that_insists_on_its_type_is_compared_in_it() -> None:
+    model = Insists()
+    report = check_lossless(model, copy.deepcopy(model), torch.randn(2, 3))
+    assert report.passed
+    assert (report.dtype, report.tolerance) == ("float32", 1e-5)
+    with pytest.raises(TypeError, match="float32 expected"):
+        check_lossless(model, model, torch.randn(2, 3).half(), dtype=None)
