@@ -84,7 +84,8 @@ def batch_norm_scales(model: nn.Module, group: Group, layer: Layer) -> tuple[Ten
         return (_entries(weight, layer.index),) if isinstance(weight, Tensor) else ()
     norms = [part for part in group.slices if part.norm and part.tensor.endswith(".weight")]
     own = [part for part in norms if part.layer == layer.name] or [part for part in norms if part.layer is None]
-    return tuple(_entries(model.get_parameter(part.tensor), part.index) for part in own)
+    tensors = [(getattr(model.get_submodule(part.tensor.removesuffix(".weight")), "weight"), part) for part in own]  # noqa: B009
+    return tuple(_entries(tensor, part.index) for tensor, part in tensors)
 
 
 def add_bn_sparsity_(model: nn.Module, strength: float = 1e-4, parameters: Collection[Tensor] | None = None) -> None:

@@ -41,7 +41,15 @@ class _Source:
     channel_dim: int
 
 
-_Trail = dict[_Source, int]  # at which channel of the tensor the layer's filters start
+@dataclass(eq=False)
+class _Mark:
+    """One call of the layer; ``found`` once its first rectifier ran (a skip connection may lead to others)."""
+
+    source: _Source
+    found: bool = False
+
+
+_Trail = dict[_Mark, int]  # at which channel of the tensor the layer's filters start
 
 
 class RectifierWatcher(Watcher):
@@ -55,9 +63,9 @@ class RectifierWatcher(Watcher):
 
     def listen(self, key: str, tap: Tap, layer: Layer) -> None:
         """Let a tap see what becomes of a layer's output."""
-        module = self._model.get_submodule(layer.norm or layer.name)
-        weight = getattr(self._model.get_submodule(layer.name), "weight", None)
-        last = isinstance(weight, Tensor) and weight.ndim == 2 and layer.norm is None
+        module = self._model.get_submodule(layer.name)
+        weight = getattr(module, "weight", None)
+        last = isinstance(weight, Tensor) and weight.ndim == 2
         self._sources.append((module, _Source(key, tap, layer, -1 if last else 1)))
 
     @override
@@ -82,7 +90,10 @@ class RectifierWatcher(Watcher):
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing repeats the forward pass inside the backward pass
         value = output.detach()
-        for source, start in trail.items():
+        for mark, start in trail.items():
+            if mark.found:
+                continue
+            mark.found, source = True, mark.source
             own = value.narrow(source.channel_dim, start, source.layer.filters)
             maps = functional.by_position(own, source.channel_dim)
             found = functional.gather_channels(source.tap.partial(maps, None), source.layer.index)
@@ -109,7 +120,7 @@ class _Follow(TorchDispatchMode):
 
     def mark(self, tensor: Tensor, source: _Source) -> None:
         """Start to follow a layer's output."""
-        self._trails[tensor] = {**self._trails.get(tensor, {}), source: 0}
+        self._trails[tensor] = {**self._trails.get(tensor, {}), _Mark(source): 0}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,8 +141,7 @@ class _Follow(TorchDispatchMode):
             self._rectified(output, before[0][1])
         elif name in _FOLLOWED:
             for tensor, found in before:
-                kept = {source: start for source, start in found.items() if _same_channels(tensor, output, source)}
-                trail.update(kept)
+                trail.update({m: start for m, start in found.items() if _same_channels(tensor, output, m.source)})
         self._trails[output] = trail
 
     def _concatenated(self, args: tuple[Any, ...]) -> _Trail:
@@ -139,9 +149,9 @@ class _Follow(TorchDispatchMode):
         trail: _Trail = {}
         along = 0
         for tensor in tensors:
-            for source, start in self._trails.get(tensor, {}).items():
-                if dim % tensor.ndim == source.channel_dim % tensor.ndim:
-                    trail.setdefault(source, start + along)
+            for mark, start in self._trails.get(tensor, {}).items():
+                if dim % tensor.ndim == mark.source.channel_dim % tensor.ndim:
+                    trail.setdefault(mark, start + along)
             along += tensor.shape[dim]
         return trail
 

@@ -94,6 +94,7 @@ def weight_squares(model, name: str, dim: int, images, labels, index) -> list[fl
     """Sum over a filter's weights of (g w)^2."""
     weight = model.get_parameter(name)
     (gradient,) = torch.autograd.grad(loss_of(model, images, labels), [weight])
+    weight = weight.detach()
     return [
         sum(
             float(g * w) ** 2
@@ -136,6 +137,7 @@ def next_output(model, reader: str, images, labels, index, magnitude: str) -> li
 def next_weight(model, name: str, dim: int, images, labels, index, magnitude: str) -> list[float]:
     weight = model.get_parameter(name)
     (gradient,) = torch.autograd.grad(loss_of(model, images, labels), [weight])
+    weight = weight.detach()
     size = {"abs": abs, "square": lambda v: v * v, "signed": lambda v: v}[magnitude]
     return [
         sum(
