@@ -166,10 +166,11 @@ def test_channel_effects_are_the_change_without_the_channel(layer, fan):
         close(found[:, row], (output - layer(without)).flatten(1).detach(), atol=1e-12)
 
 
-def test_channels_of_one_transposed_group_only_are_refused():
+@pytest.mark.parametrize("index", [[[0], [1]], [[0, 1]]])
+def test_channels_of_one_transposed_group_only_are_refused(index):
     layer = nn.ConvTranspose2d(4, 4, 2, groups=2)
     with pytest.raises(ScoreError, match="only some groups of a transposed"):
-        channel_effects(layer, torch.zeros(1, 4, 2, 2), torch.tensor([[0], [1]]), torch.Size([1, 4, 3, 3]))
+        channel_effects(layer, torch.zeros(1, 4, 2, 2), torch.tensor(index), torch.Size([1, 4, 3, 3]))
 
 
 class Doubled(nn.Conv2d):
