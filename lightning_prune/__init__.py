@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks import (
+        BNSparsity,
         EpochTimer,
         MaskingCallback,
         PruneCallback,
@@ -21,7 +22,22 @@ if TYPE_CHECKING:
         ScoringCallback,
     )
     from lightning_prune.checkpoint import load, save
-    from lightning_prune.criteria import FPGM, GRE, JRE, L1, L2, LRE, Criterion, Random
+    from lightning_prune.criteria import (
+        FPGM,
+        GRE,
+        JRE,
+        L1,
+        L2,
+        LRE,
+        APoZ,
+        BNScale,
+        Criterion,
+        NextLayerTaylor,
+        Random,
+        Taylor,
+        TaylorFO,
+        add_bn_sparsity_,
+    )
     from lightning_prune.equivalence import LosslessReport, check_lossless
     from lightning_prune.errors import PruningError
     from lightning_prune.graph import ChannelGraph, Group, Layer, trace
@@ -37,9 +53,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": "EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
+    "callbacks": "BNSparsity EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
     "checkpoint": "load save",
-    "criteria": "FPGM GRE JRE L1 L2 LRE Criterion Random",
+    "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
     "graph": "ChannelGraph Group Layer trace",
@@ -61,6 +77,9 @@ __all__ = [
     "L1",
     "L2",
     "LRE",
+    "APoZ",
+    "BNScale",
+    "BNSparsity",
     "ChannelGraph",
     "Criterion",
     "EpochTimer",
@@ -72,6 +91,7 @@ __all__ = [
     "LosslessReport",
     "MaskHandle",
     "MaskingCallback",
+    "NextLayerTaylor",
     "Plan",
     "PruneCallback",
     "PruneResult",
@@ -83,6 +103,9 @@ __all__ = [
     "Scores",
     "ScoringCallback",
     "Selection",
+    "Taylor",
+    "TaylorFO",
+    "add_bn_sparsity_",
     "check_lossless",
     "compare_latency",
     "count_flops",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
 from lightning_prune.criteria.baseline import fit_baseline, swapped
+from lightning_prune.criteria.bn_scale import batch_norm_scales
 from lightning_prune.criteria.recording import Recorder
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
@@ -195,8 +196,13 @@ class Scorer:
         for group, layer in _layers(self.graph):
             keys = {tap.name: f"{group}/{layer.name}/{tap.name}" for tap in self._taps}
             self._check_seen(layer.name, keys)
-            means = {name: self.state[f"{key}/sum"] / self.state[f"{key}/count"] for name, key in keys.items()}
-            members.append(Member(group, layer, _parameter(self.model, layer.weight), means))
+            means = {
+                name: self.state[f"{key}/sum"] / self.state[f"{key}/count"]
+                for name, key in keys.items()
+                if self.state[f"{key}/count"]
+            }
+            scales = batch_norm_scales(self.model, self.graph.group(group), layer)
+            members.append(Member(group, layer, _parameter(self.model, layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
@@ -233,6 +239,8 @@ class Scorer:
     def _check_seen(self, layer: str, keys: Mapping[str, str]) -> None:
         for tap in self._taps:
             key = keys[tap.name]
+            if tap.optional:
+                continue
             if tap.gradient and key in self._recorder.without_grad and key not in self._recorder.differentiated:
                 raise ScoreError(
                     f"{layer}: ran under torch.no_grad or inference_mode, so there is no gradient to score "

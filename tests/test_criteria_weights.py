@@ -15,9 +15,14 @@ from lightning_prune.criteria import (
     L1,
     L2,
     LRE,
+    APoZ,
+    BNScale,
     Criterion,
     Member,
+    NextLayerTaylor,
     Random,
+    Taylor,
+    TaylorFO,
     criterion_from,
     functional,
 )
@@ -27,7 +32,10 @@ from lightning_prune.scoring import score
 from tests.helpers_graph import CASES, conv_case, graph_of, grouped_case, identity, residual_case
 from tests.reference import criteria as reference
 
-ALL = [L1(), L2(), FPGM(), Random(seed=7), GRE(), LRE(), JRE()]
+ALL = [
+    *(L1(), L2(), FPGM(norm_share=0.1), Random(seed=7), GRE(), LRE(), JRE(), BNScale(missing="keep"), APoZ(eps=0.5)),
+    *(Taylor(definition="nvlabs"), TaylorFO(form="weight"), NextLayerTaylor(form="weight", chunk=3)),
+]
 
 
 def layers(graph):

@@ -1,9 +1,10 @@
 """Callbacks that decide when to score, mask and reconstruct; the work is done by plain functions."""
 
+from lightning_prune.callbacks.bn_sparsity import BNSparsity
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.prune import PruneCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 
-__all__ = ["EpochTimer", "MaskingCallback", "PruneCallback", "ReconstructionCallback", "ScoringCallback"]
+__all__ = ["BNSparsity", "EpochTimer", "MaskingCallback", "PruneCallback", "ReconstructionCallback", "ScoringCallback"]

@@ -1,8 +1,12 @@
 """Criteria: how much each channel matters. Adding one takes one class and no registration."""
 
+from lightning_prune.criteria.apoz import APoZ
 from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from
+from lightning_prune.criteria.bn_scale import BNScale, add_bn_sparsity_
+from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
+from lightning_prune.criteria.taylor import Taylor, TaylorFO
 from lightning_prune.criteria.weights import FPGM, L1, L2
 
 __all__ = [
@@ -12,10 +16,16 @@ __all__ = [
     "L1",
     "L2",
     "LRE",
+    "APoZ",
+    "BNScale",
     "Criterion",
     "Member",
+    "NextLayerTaylor",
     "Random",
     "Tap",
+    "Taylor",
+    "TaylorFO",
     "WeightCriterion",
+    "add_bn_sparsity_",
     "criterion_from",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
 
 Site = Literal["conv", "bn", "activation"]
+TapSite = Literal["conv", "bn", "activation", "rectifier", "weight", "reader", "reader_weight"]
+Missing = Literal["refuse", "keep"]
 
 
 class Tap(ABC):
@@ -31,16 +34,25 @@ class Tap(ABC):
         name: key of the sums; distinct within a criterion.
         site: ``conv``: output of the layer. ``bn``: output of its batch norm, else of the layer.
             ``activation``: the tensor that enters the first layer that reads the channels.
+            ``rectifier``: output of the first rectifier (ReLU and its kin) behind the layer.
+            ``weight``: the layer's weight; filters are F, one sample, the entries of a filter are M.
+            ``reader``: by how much the output of a layer that reads the channels changes without each of them
+            (F are channels, M all outputs of a sample), with the gradient at that output; readers add up.
+            ``reader_weight``: as ``weight``, with the inputs of a layer that reads the channels as F.
         gradient: wants the gradient of the loss with respect to the tensor too.
         reference: looks at the frozen dense model instead of the current one.
         degree: power of the gradient in `partial`, so that it can be rescaled.
+        optional: a layer may lack the site; its `Member` then has no mean of that name.
+        chunk: at site ``reader``, how many channels are held at once.
     """
 
     name: str
-    site: Site
+    site: TapSite
     gradient: bool = False
     reference: bool = False
     degree: int = 1
+    optional: bool = False
+    chunk: int = 8
 
     @abstractmethod
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
@@ -73,12 +85,14 @@ class Member:
         layer: the layer.
         weight: its weight, in the model's layout.
         means: per tap, mean over samples or batches, (channels,) float64.
+        scales: gamma of every batch norm that normalises the channels, (channels, k); see `batch_norm_scales`.
     """
 
     group: str
     layer: Layer
     weight: Tensor
     means: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: tuple[Tensor, ...] = ()
 
     def rows(self) -> Tensor:
         """Weights of each channel as one vector, (channels, fan) float64."""
@@ -150,9 +164,16 @@ class WeightCriterion(Criterion, ABC):
     Channels whose weights are all zero are already pruned: they score `dead_score`, below every live channel,
     and neither enter `channel_scores` nor the normalisation. A masked model and its reconstruction then
     agree.
+
+    Attributes:
+        dead_score: what they score.
+        norm_share: share of a layer's channels that go by L2 norm before anything else, pruned ones included.
+            They score above `dead_score` and below the rest, in the order of their norms.
+        normalize: how scores of different layers are made comparable.
     """
 
     dead_score: ClassVar[float] = 0.0
+    norm_share: float = 0.0
     normalize: functional.LayerNormalize
 
     @abstractmethod
@@ -167,6 +188,12 @@ class WeightCriterion(Criterion, ABC):
     def _layer_scores(self, rows: Tensor) -> Tensor:
         live = (rows != 0).any(1)
         scores = torch.full((len(rows),), self.dead_score, dtype=torch.float64, device=rows.device)
+        if self.norm_share:
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            small = torch.argsort(norms, stable=True)[: int(self.norm_share * len(rows))]
+            small = small[live[small]]
+            scores[small] = self.dead_score * (1 - norms[small] / (2 * norms.max()))
+            live[small] = False
         kept = rows if bool(live.all()) else rows[live]
         scores[live] = functional.divide_by_layer(self.channel_scores(kept), self.normalize)
         return scores
@@ -181,6 +208,37 @@ def normalize_scores(
     device = raw[0].device
     together = functional.normalize(torch.cat([scores.to(device) for scores in raw]), normalizer)
     return list(torch.split(together, [len(scores) for scores in raw]))
+
+
+def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing: Missing, lacking: str) -> list[Tensor]:
+    """Scores for the members that lack what the others were scored by.
+
+    Where other layers of the group have it, the mean of their scores: the channels are the same.
+
+    Args:
+        members: the layers.
+        found: their scores, None where there is nothing to score by.
+        missing: for groups without any: ``refuse``, or ``keep``: score above all others.
+        lacking: completes the sentence that refuses, "... there is no batch norm behind <layers>".
+
+    Raises:
+        ScoreError: a group has nothing to score by; names its layers.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for member, scores in zip(members, found, strict=True):
+        groups.setdefault(member.group, []).extend([] if scores is None else [scores])
+    without = [member.layer.name for member in members if not groups[member.group]]
+    if without and (missing == "refuse" or len(without) == len(members)):
+        raise ScoreError(f"{lacking} {', '.join(without)}")
+    top = 1 + 2 * max((scores.max().item() for of in groups.values() for scores in of), default=0.0)
+    completed = []
+    for member, scores in zip(members, found, strict=True):
+        of = groups[member.group]
+        if scores is None:
+            size = len(member.layer.index)
+            scores = functional.combine(of, "mean") if of else torch.full((size,), top, dtype=torch.float64)
+        completed.append(scores)
+    return completed
 
 
 def check_choice(argument: str, value: object, literal: Any) -> None:
@@ -206,7 +264,7 @@ def check_weight(argument: str, value: float) -> None:
 
 
 def criterion_from(criterion: Criterion | str) -> Criterion:
-    """The criterion itself, or the one of that class name in any case, with its defaults.
+    """The criterion itself, or the one of that class name in any case (``"bn_scale"``), with its defaults.
 
     Raises:
         ScoreError: no criterion has that name, or it cannot be built without arguments.
@@ -219,9 +277,16 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
     if isinstance(criterion, Criterion):
         return criterion
     known = {cls.__name__.lower(): cls for cls in _leaves(Criterion)}  # type: ignore[type-abstract]
-    if not isinstance(criterion, str) or criterion.lower() not in known:
-        raise ScoreError(f"criterion must be a Criterion or one of {', '.join(sorted(known))}, got {criterion!r}")
-    return known[criterion.lower()]()
+    name = criterion.lower().replace("_", "") if isinstance(criterion, str) else None
+    if name not in known:
+        names = ", ".join(sorted(_snake(cls.__name__) for cls in known.values()))
+        raise ScoreError(f"criterion must be a Criterion or one of {names}, got {criterion!r}")
+    return known[name]()
+
+
+def _snake(name: str) -> str:
+    """``BNScale`` as ``bn_scale``, ``TaylorFO`` as ``taylor_fo``; ``APoZ`` stays one word."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][A-Za-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})", "_", name).lower()
 
 
 def _leaves(cls: type[Criterion]) -> list[type[Criterion]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 Distance = Literal["l2", "l1", "cosine"]
 Magnitude = Literal["abs", "square", "signed"]
-LayerNormalize = Literal["none", "mean", "max"]
+LayerNormalize = Literal["none", "mean", "max", "l2", "lamp"]
 Normalizer = Literal["minmax", "rank", "percentile"]
 Combine = Literal["mean", "sum", "max"]
 
@@ -70,7 +70,11 @@ def by_position(tensor: Tensor, channel_dim: int) -> Tensor:
         (torch.Size([2, 3, 20]), torch.Size([2, 3, 7]))
     """
     tensor = tensor.movedim(channel_dim, 1)
-    tensor = tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor.flatten(2)
+    return widened(tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor.flatten(2))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32."""
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
@@ -117,14 +121,27 @@ def gather_channels(partial: Tensor, index: Tensor) -> Tensor:
 
 
 def divide_by_layer(scores: Tensor, how: LayerNormalize) -> Tensor:
-    """Divide by the mean or the largest score of the layer; a layer of zeros stays zero.
+    """Make scores of different layers comparable, order kept; a layer of zeros stays zero.
+
+    ``mean``, ``max``: divide by the layer's mean or largest score. ``l2``: by the Euclidean norm of its scores
+    (Molchanov et al. 2016). ``lamp``: s_c^2 / sum of s_j^2 over all s_j >= s_c (Lee et al. 2021, there for single
+    weights): the best channel of every layer scores 1, so no layer dies before the others.
 
     Example:
         >>> divide_by_layer(torch.tensor([1.0, 3.0]), "mean").tolist()
         [0.5, 1.5]
+        >>> divide_by_layer(torch.tensor([1.0, 3.0]), "lamp").tolist()
+        [0.10000000149011612, 1.0]
     """
-    if how == "none" or not len(scores):
+    if how == "none" or not len(scores) or not scores.any():
         return scores
+    if how == "lamp":
+        squares, order = scores.square().sort()
+        at_least = squares.flip(0).cumsum(0).flip(0)
+        first = torch.searchsorted(squares, squares)  # ties have the same sum
+        return torch.zeros_like(scores).index_put_((order,), squares / at_least[first])
+    if how == "l2":
+        return scores / torch.linalg.vector_norm(scores)
     scale = scores.mean() if how == "mean" else scores.max()
     return scores if scale == 0 else scores / scale
 

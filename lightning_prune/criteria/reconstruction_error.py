@@ -20,45 +20,11 @@ from lightning_prune.criteria.base import (
     normalize_scores,
 )
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer
+from lightning_prune.criteria.terms import Reduce, Spatial, TaylorTerm
 from lightning_prune.errors import ScoreError
 
-Reduce = Literal["sample", "batch", "dataset", "element"]
-Spatial = Literal["sum", "mean"]
 Reference = Literal["self", "baseline"]
 Scope = Literal["layer", "network"]
-
-
-@dataclass(frozen=True)
-class _GlobalTerm(Tap):
-    """L_os(c), the first-order change of the loss when channel c is zeroed: gradient times value."""
-
-    magnitude: Magnitude
-    reduction: Reduce
-    site: Site
-    name: ClassVar[str] = "global"  # type: ignore[misc]
-    gradient: ClassVar[bool] = True  # type: ignore[misc]
-
-    @property
-    def degree(self) -> int:  # type: ignore[override]
-        return 2 if self.reduction == "element" and self.magnitude == "square" else 1
-
-    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
-        if gradient is None:
-            raise ScoreError("the global reconstruction error needs a gradient")
-        return functional.taylor(value, gradient, self.magnitude if self.reduction == "element" else "signed")
-
-    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
-        samples = len(partial)
-        if self.reduction == "sample":
-            return functional.apply_magnitude(partial, self.magnitude).sum(0), samples
-        if self.reduction == "batch":
-            return functional.apply_magnitude(partial.mean(0), self.magnitude), 1
-        if self.reduction == "element":
-            return partial.sum(0) / positions, samples
-        return partial.sum(0), samples
-
-    def score(self, mean: Tensor) -> Tensor:
-        return functional.apply_magnitude(mean, self.magnitude) if self.reduction == "dataset" else mean
 
 
 @dataclass(frozen=True)
@@ -134,8 +100,8 @@ class GRE(Criterion):
         return (self._term,)
 
     @property
-    def _term(self) -> _GlobalTerm:
-        return _GlobalTerm(self.magnitude, self.reduce, self.site)
+    def _term(self) -> TaylorTerm:
+        return TaylorTerm(self.magnitude, self.reduce, self.site)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
@@ -267,8 +233,8 @@ class JRE(Criterion):
         return ((self._term,) if self.alpha else ()) + ((local,) if self.beta else ())
 
     @property
-    def _term(self) -> _GlobalTerm:
-        return _GlobalTerm(self.magnitude, self.reduce, self.site)
+    def _term(self) -> TaylorTerm:
+        return TaylorTerm(self.magnitude, self.reduce, self.site)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:

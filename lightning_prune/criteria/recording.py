@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
+from lightning_prune.criteria.readers import ReaderWatcher, readers_of
+from lightning_prune.criteria.rectifiers import RectifierWatcher
+from lightning_prune.criteria.watching import Ledger, Place, Watcher, WeightWatcher
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import ChannelGraph, Layer
+from lightning_prune.graph.groups import ChannelGraph, Group, Layer
 
 
 @dataclass
@@ -85,22 +88,24 @@ class Recorder:
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, taps: Sequence[Tap]) -> None:
         self._ports: dict[tuple[str, bool], _Port] = {}
+        ledger = Ledger()
+        self.edges, self.differentiated, self.without_grad = ledger.edges, ledger.differentiated, ledger.without_grad
+        self._weights = WeightWatcher(ledger, model)
+        self._readers = ReaderWatcher(ledger, model)
+        self._rectifiers = RectifierWatcher(ledger, model)
+        self._watchers: tuple[Watcher, ...] = (self._weights, self._readers, self._rectifiers)
         for group in graph.prunable_groups:
-            for layer in group.layers:
-                for tap in taps:
-                    self._listen(model, f"{group.name}/{layer.name}/{tap.name}", layer, tap)
+            for tap in taps:
+                self._listen_to_group(model, group, tap)
         self._handles: list[RemovableHandle] = []
         self._sums: dict[tuple[_Port, Tap], _Sum] = {}
         self._checked: set[_Port] = set()
         self._reference = False
-        self.edges: list[GradientEdge] = []
-        self.differentiated: set[str] = set()
-        self.without_grad: set[str] = set()
 
     @property
     def on(self) -> bool:
         """Whether hooks are in place."""
-        return bool(self._handles)
+        return bool(self._handles) or any(watcher.on for watcher in self._watchers)
 
     def start(self, *, reference: bool) -> None:
         """Install hooks for the taps on the current model, or on the reference."""
@@ -113,11 +118,16 @@ class Recorder:
             else:
                 hook = port.module.register_forward_hook(partial(self._leave, port))
             self._handles.append(hook)
+        if not reference:
+            for watcher in self._watchers:
+                watcher.start()
 
     def stop(self) -> None:
         """Remove hooks and forget the batch."""
         while self._handles:
             self._handles.pop().remove()
+        for watcher in self._watchers:
+            watcher.stop()
         self._sums.clear()
         self.edges.clear()
 
@@ -131,14 +141,35 @@ class Recorder:
             for key, _, index in port.audience[tap]:
                 if total is None:
                     total = torch.zeros(seen.samples, seen.filters, dtype=torch.float64, device=index.device)
-                channels = functional.gather_channels(total, index)
-                if tap.gradient:
-                    channels = channels * float(seen.samples) ** tap.degree
-                yield (key, *tap.reduce(channels, max(seen.positions, 1)))
+                yield (key, *_reduced(tap, functional.gather_channels(total, index), seen.positions))
+        for watcher in self._watchers:
+            for key, found in watcher.totals():
+                yield (key, *_reduced(found.tap, found.partial, found.positions))
 
     def got_gradient(self) -> bool:
         """Whether any gradient arrived in this batch."""
-        return any(tap.gradient and seen.partial is not None for (_, tap), seen in self._sums.items())
+        watched = (seen for watcher in self._watchers for seen in watcher.seen.values())
+        return any(tap.gradient and seen.partial is not None for (_, tap), seen in self._sums.items()) or any(
+            seen.arrived for seen in watched
+        )
+
+    def _listen_to_group(self, model: nn.Module, group: Group, tap: Tap) -> None:
+        keys = {layer.name: f"{group.name}/{layer.name}/{tap.name}" for layer in group.layers}
+        if tap.site in ("reader", "reader_weight"):
+            for path, place in readers_of(model, group).items():
+                if tap.site == "reader":
+                    self._readers.listen(list(keys.values()), tap, path, place)
+                    continue
+                for key in keys.values():
+                    self._weights.listen(key, tap, place)
+            return
+        for layer in group.layers:
+            if tap.site == "weight":
+                self._weights.listen(keys[layer.name], tap, Place(layer.weight, layer.dim, layer.index))
+            elif tap.site == "rectifier":
+                self._rectifiers.listen(keys[layer.name], tap, layer)
+            else:
+                self._listen(model, keys[layer.name], layer, tap)
 
     def _listen(self, model: nn.Module, key: str, layer: Layer, tap: Tap) -> None:
         path, index, incoming = layer.name, layer.index, False
@@ -235,3 +266,10 @@ class Recorder:
             if gradient is not None:
                 gradient = functional.by_position(gradient, port.channel_dim)
             seen.add(tap.partial(value, gradient), value.shape[-1])
+
+
+def _reduced(tap: Tap, channels: Tensor, positions: int) -> tuple[Tensor, int]:
+    """Sum and count of a batch from (N, channels)."""
+    if tap.gradient:
+        channels = channels * float(len(channels)) ** tap.degree
+    return tap.reduce(channels, max(positions, 1))

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import WeightCriterion, check_choice
+from lightning_prune.criteria.base import WeightCriterion, check_choice, check_weight
 from lightning_prune.criteria.functional import Combine, Distance, LayerNormalize
+from lightning_prune.errors import ScoreError
 
 
 @final
@@ -22,7 +23,8 @@ class L1(WeightCriterion):
     with the fan-in) and changes no order inside a layer.
 
     Args:
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
+            ``lamp``, or ``none``; see `functional.divide_by_layer`.
         combine: see `Criterion`.
 
     Raises:
@@ -51,7 +53,8 @@ class L2(WeightCriterion):
     He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored. ``normalize`` as for `L1`.
 
     Args:
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
+            ``lamp``, or ``none``; see `functional.divide_by_layer`.
         combine: see `Criterion`.
 
     Raises:
@@ -82,17 +85,20 @@ class FPGM(WeightCriterion):
 
     Channels that are already zero do not count as neighbours and score -1, below any live one (the paper
     prunes them again and again because their distance sum is small; this keeps that without letting them
-    attract others).
+    attract others). ``norm_share`` is the paper's "mix": that share of each layer goes by its L2 norm, and the
+    distance decides among the survivors only; "mix 40 %" is ``norm_share=0.1`` under ``LayerRatio(0.4)``.
     Deviations: the paper's released code ignores its distance option and always uses l2; the paper ranks per
     layer, here ``normalize`` divides by the layer's mean so that layers compare under global selection.
 
     Args:
         distance: ``l2``, ``l1`` or ``cosine`` (1 - cosine similarity), on raw weights.
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        norm_share: share of every layer's channels that score below all others, by norm; in [0, 1).
+        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
+            ``lamp``, or ``none``; see `functional.divide_by_layer`.
         combine: see `Criterion`.
 
     Raises:
-        ScoreError: unknown setting.
+        ScoreError: unknown setting, or a share outside [0, 1).
 
     Example:
         >>> FPGM(distance="l1").channel_scores(torch.tensor([[0.0, 1.0], [1.0, 1.0], [5.0, 0.0]])).tolist()
@@ -102,12 +108,21 @@ class FPGM(WeightCriterion):
     dead_score: ClassVar[float] = -1.0
 
     def __init__(
-        self, *, distance: Distance = "l2", normalize: LayerNormalize = "mean", combine: Combine = "mean"
+        self,
+        *,
+        distance: Distance = "l2",
+        norm_share: float = 0.0,
+        normalize: LayerNormalize = "mean",
+        combine: Combine = "mean",
     ) -> None:
         check_choice("distance", distance, Distance)
+        check_weight("norm_share", norm_share)
+        if norm_share >= 1:
+            raise ScoreError(f"norm_share must be in [0, 1), got {norm_share!r}")
         check_choice("normalize", normalize, LayerNormalize)
         check_choice("combine", combine, Combine)
         self.distance = distance
+        self.norm_share = norm_share
         self.normalize = normalize
         self.combine = combine
 

@@ -1,0 +1,183 @@
+"""First-order Taylor criteria of Molchanov et al.: feature maps (2016), filters and gates (2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.criteria import functional
+from lightning_prune.criteria.base import Criterion, Member, Site, Tap, TapSite, check_choice
+from lightning_prune.criteria.functional import Combine, LayerNormalize, Magnitude
+from lightning_prune.criteria.terms import Reduce, TaylorTerm
+from lightning_prune.errors import ScoreError
+
+Definition = Literal["paper", "jacobgil", "nvlabs"]
+FirstOrderForm = Literal["gate", "weight"]
+GateReduce = Literal["batch", "sample"]
+
+_REDUCTIONS: dict[Definition, Reduce] = {"paper": "sample", "jacobgil": "dataset", "nvlabs": "element"}
+
+
+@final
+class Taylor(Criterion):
+    """Feature-map Taylor, | (1/M) sum_m dL/dh_m * h_m | per sample, mean over samples, over the layer's l2 norm.
+
+    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference (2016). M is the
+    number of positions of the map. Needs forward and backward. Per-sample gradients as in `GRE`, which is the
+    same quantity without the spatial mean and under another normalisation.
+
+    ``site``: the paper prunes the map behind the non-linearity. Behind a ReLU that follows at once gradient
+    times value is exactly what it is in front of it (h * 1[h > 0] either way), so the default, the tensor that
+    masking zeroes, is the paper's; where an addition comes between, it is the layer's own part.
+    Deviation: the paper's optional FLOPs penalty is left to a selection by budget.
+
+    Args:
+        definition: ``paper``: absolute value per sample. ``jacobgil`` (a widely copied repository): after the
+            mean over all samples, so that signs cancel between them. ``nvlabs`` ("Taylor_output" in the code of
+            the 2019 paper): of every position.
+        site: as `GRE`.
+        normalize: divide by the layer's ``l2`` norm (published), ``mean`` or ``max``, or ``lamp``, or ``none``.
+        combine: see `Criterion`.
+
+    Raises:
+        ScoreError: unknown setting.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.graph import trace
+        >>> from lightning_prune.scoring import score
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
+        >>> inputs = torch.ones(1, 1)
+        >>> scores = score(model, trace(model, inputs), Taylor(), [inputs], lambda model, x: model(x).mean())
+        >>> [round(score, 3) for score in scores["0"].tolist()]  # 1 and 2, over the root of 5
+        [0.447, 0.894]
+    """
+
+    def __init__(
+        self,
+        *,
+        definition: Definition = "paper",
+        site: Site = "bn",
+        normalize: LayerNormalize = "l2",
+        combine: Combine = "mean",
+    ) -> None:
+        check_choice("definition", definition, Definition)
+        check_choice("site", site, Site)
+        check_choice("normalize", normalize, LayerNormalize)
+        check_choice("combine", combine, Combine)
+        self.definition = definition
+        self.site = site
+        self.normalize = normalize
+        self.combine = combine
+
+    @property
+    @override
+    def taps(self) -> tuple[Tap, ...]:
+        return (self._term,)
+
+    @property
+    def _term(self) -> TaylorTerm:
+        return TaylorTerm("abs", _REDUCTIONS[self.definition], self.site, "mean")
+
+    @override
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        raw = (self._term.score(member.means["global"]) for member in members)
+        return [functional.divide_by_layer(scores, self.normalize) for scores in raw]
+
+
+@dataclass(frozen=True)
+class WeightTerm(Tap):
+    """Sum over weights of gradient times weight, under the gradient of each batch's mean loss; mean over batches.
+
+    Attributes:
+        magnitude: taken of every weight.
+        site: the layer's own weight, or those of the layers that read it.
+    """
+
+    magnitude: Magnitude
+    site: TapSite = "weight"
+    name: ClassVar[str] = "weight"  # type: ignore[misc]
+    gradient: ClassVar[bool] = True  # type: ignore[misc]
+
+    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
+        """Sum over the weights of a filter."""
+        if gradient is None:
+            raise ScoreError("a Taylor term needs a gradient")
+        return functional.taylor(value, gradient, self.magnitude)
+
+    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
+        """One gradient per batch."""
+        return partial.sum(0), len(partial)
+
+
+@final
+class TaylorFO(Criterion):
+    """Squared first-order change of the loss without a channel: (sum g_h h)^2, or sum over its weights (g_w w)^2.
+
+    Molchanov et al., Importance Estimation for Neural Network Pruning (2019). Needs forward and backward. The
+    gradient is that of each batch's mean loss, scores are averaged over batches: they depend on the batch
+    size, as published, but for ``reduce="sample"``. Layers are compared by raw scores.
+
+    ``gate`` (the paper's best): the derivative by a factor of 1 behind the batch norm, summed over samples and
+    positions. For a batch norm this is their form (g_gamma gamma + g_beta beta)^2, to the last digit.
+    ``weight``: method 0 of their code; the bias is left out.
+    Deviations: gates on a residual sum add up in their code, over a constant; here `combine` says what a group
+    of layers scores. Their momentum of 0.9 between pruning steps belongs to a schedule.
+
+    Args:
+        form: ``gate`` or ``weight``.
+        reduce: where the square is taken, for gates: of each ``batch``, or of each ``sample`` ("full gradient").
+        site: as `GRE`; where gates stand.
+        normalize: ``none`` (published), or divide by the layer's ``l2`` norm, ``mean``, ``max``, or ``lamp``.
+        combine: see `Criterion`.
+
+    Raises:
+        ScoreError: unknown setting, or per-sample squares of weights, for which there is no gradient.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune.graph import trace
+        >>> from lightning_prune.scoring import score
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
+        >>> inputs = torch.ones(4, 1)
+        >>> score(model, trace(model, inputs), TaylorFO(), [inputs], lambda model, x: model(x).mean())["0"].tolist()
+        [1.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        *,
+        form: FirstOrderForm = "gate",
+        reduce: GateReduce = "batch",
+        site: Site = "bn",
+        normalize: LayerNormalize = "none",
+        combine: Combine = "mean",
+    ) -> None:
+        check_choice("form", form, FirstOrderForm)
+        check_choice("reduce", reduce, GateReduce)
+        check_choice("site", site, Site)
+        check_choice("normalize", normalize, LayerNormalize)
+        check_choice("combine", combine, Combine)
+        if form == "weight" and reduce == "sample":
+            raise ScoreError("reduce='sample' needs form='gate': weights have one gradient per batch")
+        self.form = form
+        self.reduce = reduce
+        self.site = site
+        self.normalize = normalize
+        self.combine = combine
+
+    @property
+    @override
+    def taps(self) -> tuple[Tap, ...]:
+        return (TaylorTerm("square", self.reduce, self.site) if self.form == "gate" else WeightTerm("square"),)
+
+    @override
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        (tap,) = self.taps
+        return [functional.divide_by_layer(member.means[tap.name], self.normalize) for member in members]
