@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from lightning_prune.pipeline import PruneResult, prune
     from lightning_prune.plan import GroupPlan, Plan
     from lightning_prune.reconstruction import reconstruct, reconstruct_
-    from lightning_prune.schedule import Rounds
+    from lightning_prune.schedule import Rounds, keep_removed
     from lightning_prune.scoring import Scorer, Scores, score
-    from lightning_prune.selection import GlobalRatio, LayerRatio, Selection
+    from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio, Selection
 
 __version__ = "0.1.0"
 
@@ -48,9 +48,9 @@ _HOMES = {
     "pipeline": "PruneResult prune",
     "plan": "GroupPlan Plan",
     "reconstruction": "reconstruct reconstruct_",
-    "schedule": "Rounds",
+    "schedule": "Rounds keep_removed",
     "scoring": "Scorer Scores score",
-    "selection": "GlobalRatio LayerRatio Selection",
+    "selection": "Budget ChannelsPerRound GlobalRatio LayerRatio Selection",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -61,7 +61,9 @@ __all__ = [
     "L1",
     "L2",
     "LRE",
+    "Budget",
     "ChannelGraph",
+    "ChannelsPerRound",
     "Criterion",
     "EpochTimer",
     "GlobalRatio",
@@ -87,6 +89,7 @@ __all__ = [
     "compare_latency",
     "count_flops",
     "count_params",
+    "keep_removed",
     "load",
     "mask_",
     "measure",

@@ -90,7 +90,9 @@ def prune(
         raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
     graph = trace(model, example_inputs, statistics=statistics)
     scores = score(model, graph, criterion, batches=batches, loss=loss)
-    plan = chosen.select(graph, scores, coupling=coupling, batch_norm=batch_norm)
+    plan = chosen.select(
+        graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
+    )
     small = copy_without_masks(model)
     lossless = reconstruct_(small, graph, plan, example_inputs=example_inputs)
     assert lossless is not None

@@ -22,7 +22,8 @@ class L1(WeightCriterion):
     with the fan-in) and changes no order inside a layer.
 
     Args:
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -51,7 +52,8 @@ class L2(WeightCriterion):
     He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored. ``normalize`` as for `L1`.
 
     Args:
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -88,7 +90,8 @@ class FPGM(WeightCriterion):
 
     Args:
         distance: ``l2``, ``l1`` or ``cosine`` (1 - cosine similarity), on raw weights.
-        normalize: divide by the ``mean`` or ``max`` of the layer's live channels, or ``none``.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
