@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_prune.criteria import FPGM, GRE, JRE, L1, L2, LRE, Criterion, Random
     from lightning_prune.equivalence import LosslessReport, check_lossless
     from lightning_prune.errors import PruningError
+    from lightning_prune.explanation import Explanation, explain
     from lightning_prune.graph import ChannelGraph, Group, Layer, trace
     from lightning_prune.masking import MaskHandle, mask_
     from lightning_prune.measurement import compare_latency, count_flops, count_params, measure
@@ -42,6 +43,7 @@ _HOMES = {
     "criteria": "FPGM GRE JRE L1 L2 LRE Criterion Random",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
+    "explanation": "Explanation explain",
     "graph": "ChannelGraph Group Layer trace",
     "masking": "MaskHandle mask_",
     "measurement": "compare_latency count_flops count_params measure",
@@ -66,6 +68,7 @@ __all__ = [
     "ChannelsPerRound",
     "Criterion",
     "EpochTimer",
+    "Explanation",
     "GlobalRatio",
     "Group",
     "GroupPlan",
@@ -89,6 +92,7 @@ __all__ = [
     "compare_latency",
     "count_flops",
     "count_params",
+    "explain",
     "keep_removed",
     "load",
     "mask_",

@@ -50,7 +50,7 @@ class Reach:
         for name, most in self.most.items():
             least = self.least[name] * (1 + TOLERANCE[name] if name == "latency_ms" else 1)
             unit = 1.0 if name == "latency_ms" else self.dense[name]
-            arguments[name] = (most if most >= least else math.ceil(1000 * least / unit) * unit / 1000) / unit
+            arguments[name] = round(most / unit, 9) if most >= least else math.ceil(1000 * least / unit) / 1000
         return arguments
 
     def __str__(self) -> str:
@@ -271,13 +271,17 @@ class _Costs:
             if not self.timed:
                 return self.filled(order, count, self.measured, RECONSTRUCTIONS)
             again = self.measured(plan(order.kept(count)))
-            if self.fit(again, slack=1) and (self.close(again) or not self.close(found(count))):
+            if self.fit(again, slack=1) and (self.close(again) or self._last(order, count)):
                 return order.kept(count)
             guess = count
         raise PlanError(
-            f"{self.budget!r}: times of the same model differ by more than {TOLERANCE['latency_ms']:.0%} again and again; "
+            f"{self.budget!r}: times of the same model keep differing by more than {TOLERANCE['latency_ms']:.0%}; "
             "leave the machine alone while it is measured, or raise repeats"
         )
+
+    def _last(self, order: Order, count: int) -> bool:
+        """Whether one channel more is too slow."""
+        return count == 0 or not self.fit(self.measured(self.question.plan(order.kept(count - 1))))
 
     def filled(self, order: Order, count: int, cost: Callable[[Plan], dict[str, float]], tries: int) -> Kept:
         """The first ``count`` gone, but for the strongest of them that fit into what the budget leaves over."""
