@@ -40,15 +40,16 @@ if TYPE_CHECKING:
     )
     from lightning_prune.equivalence import LosslessReport, check_lossless
     from lightning_prune.errors import PruningError
+    from lightning_prune.explanation import Explanation, explain
     from lightning_prune.graph import ChannelGraph, Group, Layer, trace
     from lightning_prune.masking import MaskHandle, mask_
     from lightning_prune.measurement import compare_latency, count_flops, count_params, measure
     from lightning_prune.pipeline import PruneResult, prune
     from lightning_prune.plan import GroupPlan, Plan
     from lightning_prune.reconstruction import reconstruct, reconstruct_
-    from lightning_prune.schedule import Rounds
+    from lightning_prune.schedule import Rounds, keep_removed
     from lightning_prune.scoring import Scorer, Scores, score
-    from lightning_prune.selection import GlobalRatio, LayerRatio, Selection
+    from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio, Selection
 
 __version__ = "0.1.0"
 
@@ -58,15 +59,16 @@ _HOMES = {
     "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
+    "explanation": "Explanation explain",
     "graph": "ChannelGraph Group Layer trace",
     "masking": "MaskHandle mask_",
     "measurement": "compare_latency count_flops count_params measure",
     "pipeline": "PruneResult prune",
     "plan": "GroupPlan Plan",
     "reconstruction": "reconstruct reconstruct_",
-    "schedule": "Rounds",
+    "schedule": "Rounds keep_removed",
     "scoring": "Scorer Scores score",
-    "selection": "GlobalRatio LayerRatio Selection",
+    "selection": "Budget ChannelsPerRound GlobalRatio LayerRatio Selection",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -80,9 +82,12 @@ __all__ = [
     "APoZ",
     "BNScale",
     "BNSparsity",
+    "Budget",
     "ChannelGraph",
+    "ChannelsPerRound",
     "Criterion",
     "EpochTimer",
+    "Explanation",
     "GlobalRatio",
     "Group",
     "GroupPlan",
@@ -110,6 +115,8 @@ __all__ = [
     "compare_latency",
     "count_flops",
     "count_params",
+    "explain",
+    "keep_removed",
     "load",
     "mask_",
     "measure",

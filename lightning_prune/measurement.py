@@ -195,7 +195,7 @@ def measure_memory(model: nn.Module, example_inputs: Any) -> int:
         24
     """
     mode = _PeakMemory(model)
-    _run(model, example_inputs, mode)
+    run_observed(model, example_inputs, mode)
     return mode.peak
 
 
@@ -239,14 +239,16 @@ def _call(model: nn.Module, example_inputs: Any) -> None:
         raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
 
 
-def _run(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
+def run_observed(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> None:
+    """One forward pass in eval mode under a mode; the model is left as it is."""
     with untouched(model):
         model.eval()
         with mode:
             _call(model, example_inputs)
 
 
-def _samples(example_inputs: Any) -> int:
+def samples_in(example_inputs: Any) -> int:
+    """How many samples a forward pass on these inputs takes; 0 if nothing tells."""
     if isinstance(example_inputs, Tensor):
         return example_inputs.shape[0] if example_inputs.dim() else 0
     if isinstance(example_inputs, list) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_inputs)):
@@ -254,14 +256,14 @@ def _samples(example_inputs: Any) -> int:
     if isinstance(example_inputs, Mapping):
         example_inputs = tuple(example_inputs.values())
     parts = example_inputs if isinstance(example_inputs, tuple) else ()
-    return next((count for count in map(_samples, parts) if count), 0)
+    return next((count for count in map(samples_in, parts) if count), 0)
 
 
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """`count_flops` under every convention, from one forward pass."""
-    mode = _Counter()
-    _run(model, example_inputs, mode)
-    batch = _samples(example_inputs) or 1
+    mode = OperatorCounter()
+    run_observed(model, example_inputs, mode)
+    batch = samples_in(example_inputs) or 1
     macs, others = mode.macs // batch, mode.others // batch
     return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}
 
@@ -299,7 +301,7 @@ class _Observer(TorchDispatchMode):
         raise NotImplementedError(f"{type(self).__name__}.observe")
 
 
-class _Counter(_Observer):
+class OperatorCounter(_Observer):
     """Counts at the level of ATen operators, so that functional calls are not missed."""
 
     def __init__(self) -> None:
@@ -309,6 +311,7 @@ class _Counter(_Observer):
         self._products = WeakIdKeyDictionary()
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        """Add what one operator costs."""
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removesuffix("_")
         if name == "convolution":
             self._convolution(output, *args)

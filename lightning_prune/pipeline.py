@@ -59,6 +59,7 @@ def prune(
     statistics: bool = False,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    scores: Scores | None = None,
 ) -> PruneResult:
     """Prune any eager model; the model itself is left as it is.
 
@@ -67,12 +68,14 @@ def prune(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         criterion: an instance, or a name such as "l1", "fpgm", "jre".
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
-        selection: for example ``LayerRatio(0.3, round_to=8)``.
+        selection: for example ``Budget(flops=0.5, round_to=8)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters.
         statistics: prune channels under layer norms and the like too, which is not lossless, see `trace`.
         batches: data for criteria that look at activations or gradients.
         loss: ``loss(model, batch)`` for criteria that look at gradients.
+        scores: of this model from an earlier call or a file (`Scores.load`); then nothing is scored and
+            ``criterion`` is ignored. One scoring pass serves many budgets.
 
     Raises:
         PruningError: one of its kinds, naming the cause; nothing was changed.
@@ -89,8 +92,13 @@ def prune(
     if selection is not None and not isinstance(selection, Selection):
         raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
     graph = trace(model, example_inputs, statistics=statistics)
-    scores = score(model, graph, criterion, batches=batches, loss=loss)
-    plan = chosen.select(graph, scores, coupling=coupling, batch_norm=batch_norm)
+    if scores is None:
+        scores = score(model, graph, criterion, batches=batches, loss=loss)
+    else:
+        scores.check(graph)
+    plan = chosen.select(
+        graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
+    )
     small = copy_without_masks(model)
     lossless = reconstruct_(small, graph, plan, example_inputs=example_inputs)
     assert lossless is not None

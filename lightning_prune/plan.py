@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_prune.errors import PlanError
+from lightning_prune.files import atomic
 
 Coupling = Literal["joint", "union", "intersection"]
+FORMAT = "lightning-prune-plan/1"
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,40 @@ class Plan:
             return cls(groups, data["coupling"], data["batch_norm"])
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a pruning plan: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Plan({"conv1": GroupPlan(4, (0, 2))}).save(f"{folder}/plan.json")
+            ...     Plan.load(f"{folder}/plan.json").groups["conv1"].keep
+            (0, 2)
+        """
+        text = json.dumps({"format": FORMAT, **self.to_dict()})
+        with atomic(Path(path)) as stream:
+            stream.write(text.encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read what `save` wrote. Whether it fits a model is checked where it is used.
+
+        Raises:
+            PlanError: there is no such file, or it holds no plan.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"there is no file {path}")
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except ValueError as error:  # no JSON, or no text at all
+            raise PlanError(f"{path} is not a pruning plan: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f"{path} is not a pruning plan of format {FORMAT}")
+        return cls.from_dict(data)
 
 
 def _are_counts(values: Iterable[object]) -> bool:

@@ -21,10 +21,11 @@ from lightning_prune.callbacks import (
 from lightning_prune.criteria import JRE, L1, LRE
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import CallbackError, PlanError, ScoreError, TraceError
+from lightning_prune.measurement import count_flops
 from lightning_prune.reconstruction import reconstruct
 from lightning_prune.schedule import Rounds
 from lightning_prune.scoring import score
-from lightning_prune.selection import GlobalRatio, LayerRatio
+from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio
 from tests.zoo import build, images
 
 
@@ -387,3 +388,28 @@ def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:
         fit(task, PruneCallback(L1(), ratio=0.5), epochs=1)
     assert "Masked 30 of 60 channels of all prunable layers" in caplog.text
     assert f"{dense:,} to {params(task):,} parameters; lossless, relative error" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_budget_is_met_inside_fit(when) -> None:
+    task = Task()
+    dense = count_flops(task, images(2))
+    prune = PruneCallback("l1", selection=Budget(flops=0.5), reconstruct=when)
+    trainer(prune, epochs=1).fit(task, loader(), loader(shuffle=False))
+    assert 0.45 < count_flops(task, images(2)) / dense <= 0.5  # a channel of this small model is worth 3%
+    assert prune.reconstruction.lossless.passed
+
+
+def test_a_number_of_channels_goes_inside_fit() -> None:
+    task = Task()
+    prune = PruneCallback("l1", selection=ChannelsPerRound(9, over="groups"))
+    trainer(prune, epochs=1).fit(task, loader(), loader(shuffle=False))
+    assert sum(len(group.removed) for group in prune.masking.plan.groups.values()) == 9
+
+
+def test_a_budget_that_cannot_be_met_stops_fit_before_any_weight_is_touched() -> None:
+    task = Task()
+    before = copy.deepcopy(task.state_dict())
+    with pytest.raises(PlanError, match="The nearest that can be met is"):
+        trainer(PruneCallback("l1", selection=Budget(flops=0.001))).fit(task, loader(), loader(shuffle=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items())

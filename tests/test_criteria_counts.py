@@ -381,7 +381,7 @@ def test_lamp_and_l2_normalisers_match_loops(criterion, p):
     (found,) = criterion(normalize="l2").scores([member(weight)])
     close(found, [v / sum(w * w for w in norms) ** 0.5 for v in norms])
     for how in ("lamp", "l2", "mean", "max"):
-        assert functional.divide_by_layer(torch.zeros(3), how).tolist() == [0, 0, 0]
+        assert functional.normalize(torch.zeros(3), how).tolist() == [0, 0, 0]
 
 
 def test_mixed_fpgm_drops_by_norm_first_and_then_by_distance_among_the_survivors():

@@ -8,10 +8,13 @@ import json
 import pickle
 
 import pytest
+import torch
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import trace
+from lightning_prune.masking import mask_
 from lightning_prune.plan import GroupPlan, Plan
+from lightning_prune.reconstruction import reconstruct
 from tests.helpers import random_plan
 from tests.zoo import build, images
 
@@ -117,3 +120,48 @@ def test_to_dict_does_not_hand_out_the_plan_itself() -> None:
     data["groups"]["a"]["keep"].append(3)
     data["groups"]["a"]["layers"]["b"].append(3)
     assert SMALL.groups["a"] == GroupPlan(4, (0, 2), {"a": (0, 2), "b": (2,)})
+
+
+# Files
+
+
+def test_a_saved_plan_can_be_applied_and_undone(tmp_path) -> None:
+    model, x = build("Residual"), images()
+    graph = trace(model, x)
+    plan = random_plan(graph, coupling="union")
+    plan.save(tmp_path / "new" / "plan.json")
+    again = Plan.load(str(tmp_path / "new" / "plan.json"))
+    assert again == plan
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = mask_(model, graph, again)
+    masked = model(x)
+    small = reconstruct(model, graph, again, example_inputs=x)
+    assert torch.allclose(small(x), masked, rtol=1e-10)
+    handle.undo()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_plan_is_readable_without_this_library(tmp_path) -> None:
+    SMALL.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["format"] == "lightning-prune-plan/1"
+    assert data["groups"]["a"]["keep"] == [0, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no file"),
+        (b"{", "is not a pruning plan"),
+        (b"\xff\xfe\x00", "is not a pruning plan"),
+        (b"[1]", "is not a pruning plan of format lightning-prune-plan/1"),
+        (b'{"format": "lightning-prune/1"}', "is not a pruning plan of format lightning-prune-plan/1"),
+        (b'{"format": "lightning-prune-plan/1"}', "not a pruning plan: KeyError"),
+    ],
+)
+def test_a_file_that_holds_no_plan_is_refused(tmp_path, content, message: str) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_prune.callbacks.common import check_trainer, predecessor
+from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph import ChannelGraph
@@ -81,7 +81,16 @@ class MaskingCallback(Callback):
         if not self._steps:
             self._steps = self._plan_rounds(trainer, scoring.graph)
         scores = scoring.scores if self.plan is None else keep_removed(scoring.scores, self.plan)
-        plan = self._steps[self.round].select(scoring.graph, scores, coupling=self.coupling, batch_norm=self.batch_norm)
+        selection = self._steps[self.round]
+        inputs = example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None
+        plan = selection.select(
+            scoring.graph,
+            scores,
+            coupling=self.coupling,
+            batch_norm=self.batch_norm,
+            model=pl_module,
+            example_inputs=inputs,
+        )
         if self.handle is not None:
             self.handle.remove()
         self.handle = mask_(pl_module, scoring.graph, plan, optimizers=trainer.optimizers)

@@ -27,7 +27,7 @@ class PruneCallback(Callback):
     Args:
         criterion: an instance, or a name such as "jre".
         ratio: share of channels removed over the network, in [0, 1); ignored if ``selection`` is given.
-        selection: for example ``LayerRatio(0.3, round_to=8)``.
+        selection: for example ``Budget(flops=0.5, round_to=8)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
         rounds: remove some channels, fine-tune, score again (``Rounds(128, epochs=20)``); None: all at once.

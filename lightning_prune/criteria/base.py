@@ -12,13 +12,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
+from lightning_prune.criteria.functional import check_choice as check_choice
+from lightning_prune.criteria.functional import normalize_scores as normalize_scores
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
 
@@ -195,19 +197,11 @@ class WeightCriterion(Criterion, ABC):
             scores[small] = self.dead_score * (1 - norms[small] / (2 * norms.max()))
             live[small] = False
         kept = rows if bool(live.all()) else rows[live]
-        scores[live] = functional.divide_by_layer(self.channel_scores(kept), self.normalize)
+        found = functional.normalize(self.channel_scores(kept), self.normalize)
+        if len(found) and found.min() <= self.dead_score:  # as min-max and ranks leave it
+            scores = torch.full_like(scores, float(found.min()) - 1)
+        scores[live] = found
         return scores
-
-
-def normalize_scores(
-    raw: Sequence[Tensor], normalizer: functional.Normalizer, scope: Literal["layer", "network"]
-) -> list[Tensor]:
-    """Normalise scores within each layer, or over all of them together."""
-    if scope == "layer" or not raw:
-        return [functional.normalize(scores, normalizer) for scores in raw]
-    device = raw[0].device
-    together = functional.normalize(torch.cat([scores.to(device) for scores in raw]), normalizer)
-    return list(torch.split(together, [len(scores) for scores in raw]))
 
 
 def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing: Missing, lacking: str) -> list[Tensor]:
@@ -239,17 +233,6 @@ def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing:
             scores = functional.combine(of, "mean") if of else torch.full((size,), top, dtype=torch.float64)
         completed.append(scores)
     return completed
-
-
-def check_choice(argument: str, value: object, literal: Any) -> None:
-    """Refuse a value that a Literal type does not list.
-
-    Raises:
-        ScoreError: names the argument, what it accepts and what it got.
-    """
-    accepted = get_args(literal)
-    if value not in accepted:
-        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
 def check_weight(argument: str, value: float) -> None:

@@ -65,7 +65,7 @@ class BNScale(Criterion):
 
     def _layer_scores(self, member: Member) -> Tensor:
         scales = torch.stack([scale.abs().mean(1) for scale in member.scales]).mean(0)
-        return functional.divide_by_layer(scales, self.normalize)
+        return functional.normalize(scales, self.normalize)
 
 
 def batch_norm_scales(model: nn.Module, group: Group, layer: Layer) -> tuple[Tensor, ...]:

@@ -11,15 +11,18 @@ channel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import ScoreError
+
 Distance = Literal["l2", "l1", "cosine"]
 Magnitude = Literal["abs", "square", "signed"]
-LayerNormalize = Literal["none", "mean", "max", "l2", "lamp"]
-Normalizer = Literal["minmax", "rank", "percentile"]
+Normalizer = Literal["none", "max", "mean", "l2", "minmax", "rank", "percentile", "lamp"]
+LayerNormalize = Normalizer
+Scope = Literal["layer", "network"]
 Combine = Literal["mean", "sum", "max"]
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -120,46 +123,38 @@ def gather_channels(partial: Tensor, index: Tensor) -> Tensor:
     return partial[:, index.to(partial.device)].sum(-1)
 
 
-def divide_by_layer(scores: Tensor, how: LayerNormalize) -> Tensor:
-    """Make scores of different layers comparable, order kept; a layer of zeros stays zero.
-
-    ``mean``, ``max``: divide by the layer's mean or largest score. ``l2``: by the Euclidean norm of its scores
-    (Molchanov et al. 2016). ``lamp``: s_c^2 / sum of s_j^2 over all s_j >= s_c (Lee et al. 2021, there for single
-    weights): the best channel of every layer scores 1, so no layer dies before the others.
-
-    Example:
-        >>> divide_by_layer(torch.tensor([1.0, 3.0]), "mean").tolist()
-        [0.5, 1.5]
-        >>> divide_by_layer(torch.tensor([1.0, 3.0]), "lamp").tolist()
-        [0.10000000149011612, 1.0]
-    """
-    if how == "none" or not len(scores) or not scores.any():
-        return scores
-    if how == "lamp":
-        squares, order = scores.square().sort()
-        at_least = squares.flip(0).cumsum(0).flip(0)
-        first = torch.searchsorted(squares, squares)  # ties have the same sum
-        return torch.zeros_like(scores).index_put_((order,), squares / at_least[first])
-    if how == "l2":
-        return scores / torch.linalg.vector_norm(scores)
-    scale = scores.mean() if how == "mean" else scores.max()
-    return scores if scale == 0 else scores / scale
-
-
 def normalize(scores: Tensor, how: Normalizer) -> Tensor:
-    """Bring scores to a common range, order kept.
+    """Bring scores to a common range, order kept. The one place that knows every normaliser.
 
-    ``minmax`` (published): (s - min) / (max - min). ``rank``: position in the order over n - 1, ties share
-    the mean. ``percentile``: min-max between the 5th and 95th percentile, not clipped (clipping would make
-    ties), so that one energetic channel does not squeeze all others towards 0. A constant vector becomes 0.
+    ``none``: as they are. ``max``, ``mean``, ``l2``: divided by the largest, by the mean, or by the root of the sum of
+    squares (Molchanov et al. 2016), in absolute value; zeros stay zero. ``minmax`` (Li et al. 2022, eqs. 10-11):
+    (s - min) / (max - min). ``rank``: position in the order over n - 1, ties share the mean. ``percentile``: min-max
+    between the 5th and 95th percentile, not clipped (clipping would make ties), so that one energetic channel does
+    not squeeze all others towards 0. These three make a constant vector 0. ``lamp``: s_c^2 / sum of s_j^2 over all
+    s_j >= s_c (Lee et al. 2021, there for single weights): the best channel of every layer scores 1, so no layer dies
+    before the others.
 
     Example:
         >>> scores = torch.tensor([1.0, 9.0, 3.0]).double()
         >>> normalize(scores, "minmax").tolist(), normalize(scores, "rank").tolist()
         ([0.0, 1.0, 0.25], [0.0, 1.0, 0.5])
+        >>> normalize(torch.tensor([3.0, 4.0]), "l2").tolist(), normalize(torch.tensor([1.0, 3.0]), "mean").tolist()
+        ([0.6000000238418579, 0.800000011920929], [0.5, 1.5])
+        >>> normalize(torch.tensor([1.0, 3.0]), "lamp").tolist()
+        [0.10000000149011612, 1.0]
     """
-    if not torch.isfinite(scores).all():
-        return scores  # refused with the layer's name by whoever asked; a rank would hide it
+    if how == "none" or not len(scores) or not torch.isfinite(scores).all():
+        return scores  # not finite: refused with the layer's name by whoever asked; a rank would hide it
+    if how in ("max", "mean", "l2"):
+        scale = scores.max() if how == "max" else scores.mean() if how == "mean" else torch.linalg.vector_norm(scores)
+        scale = scale.abs()  # what is worth less stays below
+        return scores if scale == 0 else scores / scale
+    if how == "lamp":
+        squares, order = scores.square().sort()
+        at_least = squares.flip(0).cumsum(0).flip(0)
+        first = torch.searchsorted(squares, squares)  # ties have the same sum
+        shares = squares / at_least[first] if scores.any() else squares
+        return torch.zeros_like(scores).index_put_((order,), shares)
     if how == "rank":
         _, inverse, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
         last = counts.cumsum(0).to(scores.dtype)
@@ -171,6 +166,35 @@ def normalize(scores: Tensor, how: Normalizer) -> Tensor:
         if ninety_five > five:  # else nearly all are tied: the full range is the only scale left
             low, high = five, ninety_five
     return torch.zeros_like(scores) if high == low else (scores - low) / (high - low)
+
+
+def normalize_scores(raw: Sequence[Tensor], how: Normalizer, scope: Scope = "layer") -> list[Tensor]:
+    """Normalise scores within each layer, or over all layers of the network together.
+
+    Scores of one kind keep their order over the network under ``network``, whichever normaliser: it matters where two
+    kinds are then added (JRE), and where the members of a group are.
+
+    Raises:
+        ScoreError: unknown normaliser or scope.
+    """
+    check_choice("normalizer", how, Normalizer)
+    check_choice("scope", scope, Scope)
+    if scope == "layer" or not raw:
+        return [normalize(scores, how) for scores in raw]
+    device = raw[0].device
+    together = normalize(torch.cat([scores.to(device) for scores in raw]), how)
+    return list(torch.split(together, [len(scores) for scores in raw]))
+
+
+def check_choice(argument: str, value: object, literal: Any) -> None:
+    """Refuse a value that a Literal type does not list.
+
+    Raises:
+        ScoreError: names the argument, what it accepts and what it got.
+    """
+    accepted = get_args(literal)
+    if value not in accepted:
+        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
 def combine(members: Sequence[Tensor], how: Combine | Literal["first"]) -> Tensor:

@@ -126,7 +126,7 @@ class NextLayerTaylor(Criterion):
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        return [functional.divide_by_layer(self._raw(member), self.normalize) for member in members]
+        return [functional.normalize(self._raw(member), self.normalize) for member in members]
 
     def _raw(self, member: Member) -> Tensor:
         if self.form == "weight":

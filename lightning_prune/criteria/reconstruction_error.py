@@ -19,12 +19,11 @@ from lightning_prune.criteria.base import (
     check_weight,
     normalize_scores,
 )
-from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer
+from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope
 from lightning_prune.criteria.terms import Reduce, Spatial, TaylorTerm
 from lightning_prune.errors import ScoreError
 
 Reference = Literal["self", "baseline"]
-Scope = Literal["layer", "network"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class GRE(Criterion):
         site: tensor h. ``bn``: after batch norm, what masking zeroes; ``conv``: before it; ``activation``:
             what enters the first reading layer, with the gradient from everything that reads it.
         scope: normalise within each ``layer`` or over the ``network``.
-        normalizer: ``minmax`` (eq. 10), ``rank`` or ``percentile`` (extensions).
+        normalizer: ``minmax`` (eq. 10) or another one of `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -122,7 +121,7 @@ class LRE(Criterion):
         reference: ``self``: z of the current model. ``baseline``: z of the frozen dense model; equal in round
             one.
         scope: normalise within each ``layer`` or over the ``network``.
-        normalizer: ``minmax`` (eq. 11), ``rank`` or ``percentile`` (extensions).
+        normalizer: ``minmax`` (eq. 11) or another one of `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -178,7 +177,7 @@ class JRE(Criterion):
         spatial: as `LRE`.
         reference: as `LRE`.
         scope: extremes of each ``layer`` or of the ``network``.
-        normalizer: ``minmax``, ``rank`` or ``percentile``.
+        normalizer: ``minmax`` or another one of `functional.normalize`.
         alpha: weight of the global term.
         beta: weight of the local term.
         combine: see `Criterion`.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_prune.criteria import functional
 from lightning_prune.errors import ScoreError
+from lightning_prune.files import atomic
+from lightning_prune.graph import ChannelGraph
+
+FORMAT = "lightning-prune-scores/1"
 
 
 class Scores(dict[str, Tensor]):
@@ -50,3 +58,105 @@ class Scores(dict[str, Tensor]):
             return cls(data["groups"], data["layers"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ScoreError(f"not scores: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scores, so that one pass over the data serves many budgets; the file appears whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with atomic(Path(path)) as stream:
+            torch.save({"format": FORMAT, **self.to_dict()}, stream)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], graph: ChannelGraph) -> Scores:
+        """Read what `save` wrote, onto the CPU and with ``weights_only=True``.
+
+        Args:
+            path: the file.
+            graph: of the model that is to be pruned; scores of another one are refused, see `check`. That the
+                weights are those that were scored, no graph can tell.
+
+        Raises:
+            ScoreError: there is no such file, it holds no scores, or those of another model.
+
+        Example:
+            >>> import tempfile, lightning_prune as lp
+            >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> graph = lp.trace(model, torch.zeros(1, 1))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     lp.score(model, graph, "l1").save(f"{folder}/scores.pt")
+            ...     scores = lp.Scores.load(f"{folder}/scores.pt", graph)
+            >>> [len(lp.LayerRatio(ratio).select(graph, scores).groups["0"].keep) for ratio in (0.0, 0.5)]
+            [2, 1]
+        """
+        if not Path(path).is_file():
+            raise ScoreError(f"there is no file {path}")
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+            raise ScoreError(f"{path} holds no scores: {cause}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ScoreError(f"{path} holds no scores of format {FORMAT}")
+        scores = cls.from_dict(data)
+        scores.check(graph)
+        return scores
+
+    def check(self, graph: ChannelGraph) -> None:
+        """Refuse scores that are not those of exactly this graph's prunable groups and their layers.
+
+        Raises:
+            ScoreError: groups, layers or numbers of channels differ; the first difference is named.
+        """
+        expected = {g.name: {layer.name: g.size for layer in g.layers} for g in graph.prunable_groups}
+        for name in [*expected, *self, *self.layers]:
+            if name not in expected:
+                raise ScoreError(f"these scores belong to another model: it has no prunable group {name!r}")
+            if name not in self or name not in self.layers:
+                raise ScoreError(f"these scores belong to another model: there are none for group {name!r}")
+        for name, layers in expected.items():
+            of, size = self.layers[name], graph.group(name).size
+            if of.keys() != layers.keys():
+                raise ScoreError(
+                    f"these scores belong to another model: group {name!r} consists of {', '.join(layers)} here and of "
+                    f"{', '.join(of)} there"
+                )
+            for values in (self[name], *of.values()):
+                if not isinstance(values, Tensor) or values.shape != (size,):
+                    got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                    raise ScoreError(
+                        f"these scores belong to another model: group {name!r} has {size} channels here and scores of "
+                        f"shape {got}"
+                    )
+
+    def combined(
+        self,
+        how: functional.Combine = "mean",
+        *,
+        normalizer: functional.Normalizer = "none",
+        scope: functional.Scope = "layer",
+    ) -> Scores:
+        """The same scores with the members of each group normalised, then combined, in another way; no new pass.
+
+        Args:
+            how: see `Criterion`.
+            normalizer: see `lightning_prune.criteria.functional.normalize`.
+            scope: over the scores of each ``layer``, or of all layers of the ``network`` together.
+
+        Raises:
+            ScoreError: unknown setting.
+
+        Example:
+            >>> of = {"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([3.0, 0.0])}
+            >>> scores = Scores({"a": torch.tensor([2.0, 2.0])}, {"a": of})
+            >>> scores.combined("max")["a"].tolist(), scores.combined("sum", normalizer="max")["a"].tolist()
+            ([3.0, 4.0], [1.25, 1.0])
+        """
+        functional.check_choice("how", how, functional.Combine)
+        names = [(group, layer) for group, of in self.layers.items() for layer in of]
+        raw = [self.layers[group][layer] for group, layer in names]
+        layers: dict[str, dict[str, Tensor]] = {}
+        for (group, layer), values in zip(names, functional.normalize_scores(raw, normalizer, scope), strict=True):
+            layers.setdefault(group, {})[layer] = values
+        return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)

@@ -87,7 +87,7 @@ class Taylor(Criterion):
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         raw = (self._term.score(member.means["global"]) for member in members)
-        return [functional.divide_by_layer(scores, self.normalize) for scores in raw]
+        return [functional.normalize(scores, self.normalize) for scores in raw]
 
 
 @dataclass(frozen=True)
@@ -180,4 +180,4 @@ class TaylorFO(Criterion):
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         (tap,) = self.taps
-        return [functional.divide_by_layer(member.means[tap.name], self.normalize) for member in members]
+        return [functional.normalize(member.means[tap.name], self.normalize) for member in members]

@@ -23,8 +23,8 @@ class L1(WeightCriterion):
     with the fan-in) and changes no order inside a layer.
 
     Args:
-        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
-            ``lamp``, or ``none``; see `functional.divide_by_layer`.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -53,8 +53,8 @@ class L2(WeightCriterion):
     He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored. ``normalize`` as for `L1`.
 
     Args:
-        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
-            ``lamp``, or ``none``; see `functional.divide_by_layer`.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -93,8 +93,8 @@ class FPGM(WeightCriterion):
     Args:
         distance: ``l2``, ``l1`` or ``cosine`` (1 - cosine similarity), on raw weights.
         norm_share: share of every layer's channels that score below all others, by norm; in [0, 1).
-        normalize: divide by the ``mean``, ``max`` or ``l2`` norm of the scores of the layer's live channels, or
-            ``lamp``, or ``none``; see `functional.divide_by_layer`.
+        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
+            `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
