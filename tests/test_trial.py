@@ -164,6 +164,18 @@ def test_a_number_computed_from_the_channels_is_noticed() -> None:
     assert "aten.div gets" in graph.group("stem.0").reason
 
 
+class Branches(nn.Module):
+    """Takes another path with fewer channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] > 6 else x + torch.full_like(x, 2.0) * 3
+
+
+def test_another_path_is_noticed() -> None:
+    graph = trace(net(Branches()), images())
+    assert "takes another path" in graph.group("stem.0").reason
+
+
 class Picky(nn.Module):
     """Compares its input with a number that nothing in the trace shows."""
 

@@ -182,11 +182,13 @@ class _Bench:
         self.modes = modes
         self.inputs = example_inputs
         self.runner, self.runner_inputs = meta_copy(model), to_meta(example_inputs)
+        self.numbers_count = True
         dense = self._run()
         if isinstance(dense, Failure):
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
             self.runner, self.runner_inputs = copy_without_masks(model), example_inputs
             dense = []
+            self.numbers_count = False
         self.numbers = dense
 
     def runs(self, graph: ChannelGraph, groups: tuple[Group, ...], share: Share) -> Failure | None:
@@ -195,9 +197,15 @@ class _Bench:
             found = self._run()
         if isinstance(found, Failure):
             return found
+        if not self.numbers_count:
+            return None
         for before, after in zip(self.numbers, found, strict=False):
-            if before.operator == after.operator and before.values != after.values:
+            if before.operator != after.operator:
+                return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
+            if before.values != after.values:
                 return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
+        if len(self.numbers) != len(found):
+            return Failure((), "takes another path with fewer channels")
         return None
 
     def _run(self) -> list[Number] | Failure:
@@ -357,11 +365,12 @@ class Numbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if rule_for(func) is elementwise:
+        name = func.overloadpacket._qualified_op_name.replace("::", ".")
+        if rule_for(func) is elementwise or name.startswith(_FILLED):
             values = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, (int, float)))
             if values:
-                name = func.overloadpacket._qualified_op_name.replace("::", ".")
                 self.found.append(Number(name, values, tuple(reversed(self.stack))))
+        if rule_for(func) is elementwise:
             if _is_simple(func, args, kwargs):
                 return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
         elif rule_for(func) is batch_norm and args[0].is_meta:
@@ -369,6 +378,7 @@ class Numbers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+_FILLED = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
 _ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 
 
