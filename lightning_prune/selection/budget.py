@@ -97,8 +97,8 @@ class Budget(Selection):
 
     Example:
         >>> import torch, lightning_prune as lp
-        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 1))
-        >>> images = torch.randn(1, 3, 16, 16)
+        >>> model = nn.Sequential(nn.Conv2d(3, 256, 3), nn.Conv2d(256, 256, 3), nn.ReLU(), nn.Conv2d(256, 4, 1))
+        >>> images = torch.randn(1, 3, 8, 8)
         >>> result = lp.prune(model, images, criterion="l1", selection=lp.Budget(flops=0.5))
         >>> 0.495 < result.after.macs / result.before.macs <= 0.5
         True
