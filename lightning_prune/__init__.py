@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks import (
         BNSparsity,
         EpochTimer,
+        KeepRandomState,
         MaskingCallback,
         PruneCallback,
         ReconstructionCallback,
         ScoringCallback,
     )
-    from lightning_prune.checkpoint import load, save
+    from lightning_prune.checkpoint import PrunedCheckpoints, load, save
     from lightning_prune.criteria import (
         FPGM,
         GRE,
@@ -47,15 +48,16 @@ if TYPE_CHECKING:
     from lightning_prune.pipeline import PruneResult, prune
     from lightning_prune.plan import GroupPlan, Plan
     from lightning_prune.reconstruction import reconstruct, reconstruct_
-    from lightning_prune.schedule import Rounds, keep_removed
+    from lightning_prune.schedule import Gradual, Rounds, Schedule, Soft, keep_removed
     from lightning_prune.scoring import Scorer, Scores, score
     from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio, Selection
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": "BNSparsity EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
-    "checkpoint": "load save",
+    "callbacks": "BNSparsity EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
+    "ScoringCallback",
+    "checkpoint": "PrunedCheckpoints load save",
     "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
@@ -66,7 +68,7 @@ _HOMES = {
     "pipeline": "PruneResult prune",
     "plan": "GroupPlan Plan",
     "reconstruction": "reconstruct reconstruct_",
-    "schedule": "Rounds keep_removed",
+    "schedule": "Gradual Rounds Schedule Soft keep_removed",
     "scoring": "Scorer Scores score",
     "selection": "Budget ChannelsPerRound GlobalRatio LayerRatio Selection",
 }
@@ -89,8 +91,10 @@ __all__ = [
     "EpochTimer",
     "Explanation",
     "GlobalRatio",
+    "Gradual",
     "Group",
     "GroupPlan",
+    "KeepRandomState",
     "Layer",
     "LayerRatio",
     "LosslessReport",
@@ -100,14 +104,17 @@ __all__ = [
     "Plan",
     "PruneCallback",
     "PruneResult",
+    "PrunedCheckpoints",
     "PruningError",
     "Random",
     "ReconstructionCallback",
     "Rounds",
+    "Schedule",
     "Scorer",
     "Scores",
     "ScoringCallback",
     "Selection",
+    "Soft",
     "Taylor",
     "TaylorFO",
     "add_bn_sparsity_",

@@ -1,8 +1,12 @@
-"""Save a reconstructed model and load it into a freshly built dense one: tensors and plain data only."""
+"""Save a reconstructed model and load it into a freshly built dense one: tensors and plain data only.
+
+Lightning checkpoints that were written while a model was pruned are read as well.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from lightning_prune.preservation import knows_shapes
 from lightning_prune.surgery import changed_sizes, set_size_, update_attributes_
 
 FORMAT = "lightning-prune/1"
+KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
 
 
 class CheckpointError(PruningError):
@@ -36,13 +41,7 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         CheckpointError: an extra that `torch.load(weights_only=True)` could not read back.
         OSError: the file cannot be written.
     """
-    content = {
-        "format": FORMAT,
-        "plan": plan.to_dict(),
-        "state_dict": small.state_dict(),
-        "sizes": changed_sizes(small),
-        "extra": extra,
-    }
+    content = {**shapes_of(small, plan), "state_dict": small.state_dict(), "extra": extra}
     with atomic(Path(path)) as stream:
         try:
             torch.save(content, stream)
@@ -56,27 +55,54 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
             ) from error
 
 
+def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
+    """What `reshape_` needs beside the state dict; plain data."""
+    return {"format": FORMAT, "plan": plan.to_dict(), "sizes": changed_sizes(small)}
+
+
 def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
-    """Turn a freshly built dense model, in place, into the reconstructed one that `save` wrote.
+    """Turn a freshly built dense model, in place, into the reconstructed one that was saved.
 
     No trace is needed: the shapes are those of the saved tensors. On failure the model is as it was.
 
     Args:
-        path: file written by `save`.
+        path: file written by `save`, or a Lightning checkpoint written while a `lightning_prune.PruneCallback` ran;
+            then the model is the LightningModule.
         dense_model: the same architecture, unpruned.
 
     Returns:
-        The plan that the saved model was built with.
+        The plan that the saved model was built with; without groups if a Lightning checkpoint is of the dense model.
 
     Raises:
         CheckpointError: not such a file, or another model; both shapes are named.
     """
     content = read(path)
+    plan = reshape_(dense_model, content, str(path))
+    dense_model.load_state_dict(content["state_dict"])
+    return plan
+
+
+def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "the checkpoint") -> Plan:
+    """Give a dense model, in place, the shapes of a pruned checkpoint, so that its state dict can be loaded.
+
+    On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
+
+    Args:
+        dense_model: the unpruned architecture.
+        content: of the file: ``state_dict``, ``plan`` and ``sizes``.
+        source: what errors call it.
+
+    Returns:
+        The plan that the saved model was built with.
+
+    Raises:
+        CheckpointError: another model; both shapes are named.
+    """
     try:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
         sizes = {module: dict(values) for module, values in content["sizes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a pruned checkpoint: {error!r}") from error
+        raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
     if knows_shapes(dense_model):
         raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
     # Shared tensors are in a state dict under every name they have.
@@ -87,12 +113,12 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
     own = dense_model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise CheckpointError(f"{path} belongs to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        raise CheckpointError(f"{source} belongs to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
     smaller = {name: saved for name, saved in state.items() if _shape(saved) != _shape(own[name])}
     for name, saved in smaller.items():
         if name not in tensors or not _fits(saved, tensors[name], _is_kernel(dense_model, name)):
             raise CheckpointError(
-                f"{path} belongs to another model: {name!r} is {_shape(saved)} in the file and "
+                f"{source} belongs to another model: {name!r} is {_shape(saved)} in the file and "
                 f"{_shape(own[name])} in the dense model"
             )
     modules = dict(dense_model.named_modules())
@@ -100,18 +126,34 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
         for name, value in values.items():
             if not isinstance(getattr(modules.get(module), name, None), type(value)):
                 raise CheckpointError(
-                    f"{path} belongs to another model: {module!r} has no size {name!r} in the dense one"
+                    f"{source} belongs to another model: {module!r} has no size {name!r} in the dense one"
                 )
     for name, saved in smaller.items():
         tensor = tensors[name]
         tensor.grad = None
         tensor.data = saved.to(device=tensor.device, dtype=tensor.dtype, copy=True)
-    dense_model.load_state_dict(state)
     for module, values in sizes.items():
         for name, value in values.items():
             set_size_(modules[module], name, value)
     update_attributes_(dense_model)
     return plan
+
+
+class PrunedCheckpoints:
+    """Mixin: ``load_from_checkpoint`` of a LightningModule that also takes checkpoints of pruned runs.
+
+    Example:
+        >>> from pytorch_lightning import LightningModule
+        >>> class Task(PrunedCheckpoints, LightningModule):
+        ...     '''Task.load_from_checkpoint("last.ckpt") builds the dense model, then cuts it to the file's shapes.'''
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning calls it before the state dict is loaded."""
+        if KEY in checkpoint:
+            assert isinstance(self, nn.Module)
+            reshape_(self, {**checkpoint[KEY], "state_dict": checkpoint["state_dict"]})
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -126,6 +168,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} is not a pruned checkpoint: {_first_line(error)}") from error
+    if isinstance(content, dict) and isinstance(content.get(KEY), dict) and "state_dict" in content:
+        return {**content[KEY], "state_dict": content["state_dict"]}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
     return content

@@ -25,6 +25,10 @@ class CallbackError(PruningError, ValueError):
     """Callbacks in an order or a Trainer in which they cannot work."""
 
 
+class OptimizerError(PruningError, TypeError):
+    """An optimizer whose state cannot follow the channels."""
+
+
 class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.errors import OptimizerError
+
 Change = Callable[[Tensor], Tensor]
 
 
@@ -21,6 +23,38 @@ def change_state_(optimizers: Iterable[Optimizer], parameter: nn.Parameter, shap
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
                 state[key] = change(value)
+
+
+def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers whose state cannot be cut channel by channel, before they have any.
+
+    Each is tried for one step on a parameter of its own: state that is neither a scalar nor of the parameter's shape
+    (Adafactor's row and column averages, the history of LBFGS) belongs to no channel.
+
+    Raises:
+        OptimizerError: names the optimizer and its state.
+    """
+    for optimizer in optimizers:
+        probe = nn.Parameter(torch.ones(3, 2))
+        settings = {**optimizer.defaults}
+        for name in ("foreach", "fused", "capturable"):  # of the device that the real parameters are on
+            if name in settings:
+                settings[name] = None if name != "capturable" else False
+        try:
+            trial = type(optimizer)([probe], **settings)
+            probe.grad = torch.ones_like(probe)
+            trial.step(lambda: 0.0)  # LBFGS needs a closure, and takes a number
+        except Exception:  # noqa: BLE001  # an optimizer that wants more than parameters cannot be tried
+            continue
+        for name, value in trial.state[probe].items():
+            plain = isinstance(value, (int, float, bool)) or value is None
+            if not plain and not (isinstance(value, Tensor) and (value.numel() == 1 or value.shape == probe.shape)):
+                what = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"({type(value).__name__})"
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} keeps {name!r} {what} for a parameter of shape {list(probe.shape)}: "
+                    "it cannot be cut along with channels. Use reconstruct='before' without a schedule, or an "
+                    "optimizer whose state has the shape of its parameters, such as SGD, Adam or AdamW"
+                )
 
 
 def unwrap(optimizers: Iterable[object]) -> list[Optimizer]:

@@ -100,6 +100,31 @@ class Plan:
         total = sum(group.size for group in self.groups.values())
         return sum(len(group.removed) for group in self.groups.values()) / total if total else 0.0
 
+    def within(self, done: Plan) -> Plan:
+        """The same plan in the channel numbers of a model that was already reconstructed with an earlier one.
+
+        Args:
+            done: of the same dense model; nothing that it removes may be kept here.
+
+        Raises:
+            PlanError: a channel is asked for that ``done`` has removed.
+
+        Example:
+            >>> first, both = Plan({"conv1": GroupPlan(4, (0, 2, 3))}), Plan({"conv1": GroupPlan(4, (0, 3))})
+            >>> both.within(first).groups["conv1"]
+            GroupPlan(size=3, keep=(0, 2), layers={})
+        """
+        groups = {}
+        for name, group in self.groups.items():
+            left = done.groups[name].keep if name in done.groups else tuple(range(group.size))
+            place = {channel: position for position, channel in enumerate(left)}
+            gone = [channel for channel in group.keep if channel not in place]
+            if gone:
+                raise PlanError(f"channels {gone[:5]} of group {name!r} are kept, but an earlier plan removed them")
+            layers = {k: tuple(place[c] for c in kept if c in place) for k, kept in group.layers.items()}
+            groups[name] = GroupPlan(len(left), tuple(place[channel] for channel in group.keep), layers)
+        return Plan(groups, self.coupling, self.batch_norm)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and integers."""
         groups = {

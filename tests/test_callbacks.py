@@ -1,15 +1,12 @@
-"""Pruning inside Trainer.fit: moments, masks, optimizers, and what is refused before any weight is touched."""
+"""Pruning inside Trainer.fit: moments, masks and optimizers."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callbacks import (
     EpochTimer,
@@ -20,72 +17,13 @@ from lightning_prune.callbacks import (
 )
 from lightning_prune.criteria import JRE, L1, LRE
 from lightning_prune.equivalence import check_lossless
-from lightning_prune.errors import CallbackError, PlanError, ScoreError, TraceError
+from lightning_prune.errors import PlanError
 from lightning_prune.measurement import count_flops
 from lightning_prune.reconstruction import reconstruct
-from lightning_prune.schedule import Rounds
 from lightning_prune.scoring import score
 from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio
-from tests.zoo import build, images
-
-
-class Task(LightningModule):
-    """A user's module: knows nothing of pruning, logs, and calls its network by its own name."""
-
-    def __init__(self, optimizer: str = "sgd", name: str = "Residual") -> None:
-        super().__init__()
-        self.net = build(name).train()
-        self.optimizer = optimizer
-        self.example_input_array = images(2)
-        self.masked_at_forward: list[bool] = []
-        self.handle_of = None
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        if self.training and self.handle_of is not None and self.handle_of.masking.handle is not None:
-            handle = self.handle_of.masking.handle
-            out = self.net(x)
-            self.masked_at_forward.append(handle.is_zero())
-        else:
-            out = self.net(x)
-        loss = F.cross_entropy(out, y)
-        self.log("train_loss", loss, prog_bar=True)
-        self.log_dict({"twice": 2 * loss})
-        return {"loss": loss}
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), 0.02, momentum=0.9, weight_decay=0.01)
-        return torch.optim.AdamW(self.parameters(), 0.005, weight_decay=0.05)
-
-
-def loader(count: int = 16, batch: int = 4, shuffle: bool = True) -> DataLoader:
-    labels = torch.arange(count) % 5
-    return DataLoader(TensorDataset(images(count), labels), batch, shuffle=shuffle)
-
-
-def trainer(*callbacks, epochs: int = 2, **options) -> Trainer:
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options
-    return Trainer(
-        max_epochs=epochs, callbacks=list(callbacks), enable_model_summary=False, accelerator="cpu", **options
-    )
-
-
-def params(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def fit(task: Task, *callbacks, seed: int = 0, **options) -> Trainer:
-    torch.manual_seed(seed)
-    runner = trainer(*callbacks, **options)
-    runner.fit(task, loader(), loader(8, shuffle=False))
-    return runner
+from tests.helpers_fit import Task, fit, loader, params, trainer
+from tests.zoo import images
 
 
 @pytest.mark.parametrize("coupling", ["joint", "union"])
@@ -246,139 +184,8 @@ def test_epoch_timer_keeps_evaluation_apart(monkeypatch: pytest.MonkeyPatch) -> 
     assert (record.train_seconds, record.eval_seconds, record.elapsed_seconds) == (7.0, 2.0, 10.0)
 
 
-def refused(task, *callbacks, error, match: str, **options) -> None:
-    before = {key: value.clone() for key, value in task.state_dict().items()}
-    with pytest.raises(error, match=match):
-        fit(task, *callbacks, **options)
-    assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in task.modules())
-    assert not any(parameter._backward_hooks for parameter in task.parameters())
-
-
-def test_an_order_that_cannot_work_is_refused() -> None:
-    score_, mask, rebuild = ScoringCallback(L1()), MaskingCallback(), ReconstructionCallback()
-    refused(Task(), mask, score_, error=CallbackError, match="ScoringCallback comes after it: swap them")
-    refused(Task(), mask, error=CallbackError, match="there is none: add it, or use PruneCallback")
-    refused(Task(), ScoringCallback(L1()), rebuild, error=CallbackError, match="needs a MaskingCallback before it")
-
-
-def test_no_training_step_or_no_loss_is_refused() -> None:
-    class NoStep(Task):
-        training_step = LightningModule.training_step
-
-    class NoLoss(Task):
-        def training_step(self, batch, batch_idx):
-            return None
-
-    class Vector(Task):
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0]).sum(1)
-
-    with pytest.raises((ScoreError, Exception), match="training_step"):
-        fit(NoStep(), PruneCallback(JRE()))
-    refused(
-        NoLoss(), PruneCallback(JRE()), error=ScoreError, match="NoLoss.training_step returned NoneType, not a loss"
-    )
-    refused(Vector(), PruneCallback(JRE()), error=ScoreError, match="must be a scalar tensor")
-
-
-def test_missing_or_wrong_example_inputs_are_refused() -> None:
-    task = Task()
-    task.example_input_array = None
-    refused(task, PruneCallback(L1()), error=CallbackError, match="set self.example_input_array")
-    refused(
-        Task(), PruneCallback(L1(), example_inputs=images()[:, :2]), error=TraceError, match="in module 'net.stem.0'"
-    )
-
-
-def test_nothing_to_prune_is_refused_with_the_reasons() -> None:
-    class Single(Task):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5).double())
-
-    refused(Single(), PruneCallback(L1()), error=CallbackError, match="net.1 reaches the model's output")
-
-
-def test_scores_that_are_not_finite_are_refused() -> None:
-    task = Task()
-    with torch.no_grad():
-        task.net.a1[0].weight[3] = torch.nan
-    refused_match = r"net\.a1\.0.*NaN"
-    with pytest.raises(ScoreError, match=refused_match):
-        fit(task, PruneCallback(L1()))
-
-
-@pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, float("nan"), "half", True])
-def test_a_ratio_outside_its_range_is_refused_at_once(ratio) -> None:
-    with pytest.raises(PlanError, match=r"in \[0, 1\), got"):
-        PruneCallback(L1(), ratio=ratio)
-
-
-def test_wrong_words_are_refused_at_once() -> None:
-    with pytest.raises(CallbackError, match="before, after, never, got 'later'"):
-        PruneCallback(L1(), reconstruct="later")
-    with pytest.raises(CallbackError, match="before, after, got 'during'"):
-        ReconstructionCallback("during")
-    with pytest.raises(ScoreError, match="jre"):
-        PruneCallback("jrr")
-    with pytest.raises(PlanError, match="coupling must be one of"):
-        PruneCallback(L1(), coupling="or")
-    with pytest.raises(CallbackError, match="at least 1"):
-        ScoringCallback(L1(), score_batches=0)
-
-
-def test_several_processes_and_resuming_are_refused_for_now(tmp_path) -> None:
-    task = Task()
-    runner = trainer(epochs=1, default_root_dir=tmp_path)
-    runner.fit(task, loader(), loader(8, shuffle=False))
-    runner.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(CallbackError, match="resuming with ckpt_path"):
-        trainer(PruneCallback(L1()), epochs=3).fit(
-            Task(), loader(), loader(8, shuffle=False), ckpt_path=tmp_path / "a.ckpt"
-        )
-    several = type("T", (), {"world_size": 2, "ckpt_path": None, "callbacks": []})()
-    with pytest.raises(CallbackError, match="2 processes"):
-        ScoringCallback(L1()).setup(several, task, "fit")
-
-
 def test_a_selection_of_another_ratio_wins() -> None:
     assert PruneCallback(L1(), ratio=0.1, selection=GlobalRatio(0.3)).masking.selection.ratio == 0.3
-
-
-def test_rounds_remove_a_fixed_number_and_score_again() -> None:
-    task = Task()
-    callback = PruneCallback(JRE(), ratio=0.5, rounds=Rounds(8, epochs=2), reconstruct="before")
-    seen = []
-
-    class Watch(EpochTimer):
-        def on_train_epoch_start(self, trainer, pl_module):
-            plan = callback.masking.plan
-            groups = callback.scoring.graph
-            gone = {(name, channel) for name, group in plan.groups.items() for channel in group.removed}
-            filters = sum(len(g.removed) * len(groups.group(name).layers) for name, g in plan.groups.items())
-            seen.append((callback.masking.round, filters, gone, params(pl_module)))
-
-    fit(task, callback, Watch(), epochs=7)
-    rounds = [entry[0] for entry in seen]
-    assert rounds == [1, 1, 2, 2, 3, 3, 4]  # 60 filters, half of them in rounds of 8
-    counts = [entry[1] for entry in seen[::2]]
-    assert all(8 * (k + 1) - 1 <= min(count, 30) <= 8 * (k + 1) for k, count in enumerate(counts[:3]))
-    assert all(earlier[2] <= later[2] for earlier, later in itertools.pairwise(seen))
-    assert [entry[3] for entry in seen][:6] == [seen[0][3]] * 6
-    assert seen[6][3] < seen[0][3]
-    assert callback.reconstruction.lossless.passed
-
-
-def test_rounds_that_do_not_fit_into_the_epochs_are_refused() -> None:
-    rounds = Rounds(8, epochs=2)
-    refused(
-        Task(), PruneCallback(L1(), rounds=rounds), error=CallbackError, match="need max_epochs of at least 7, got 2"
-    )
-    callback = PruneCallback(L1(), selection=LayerRatio(0.5), rounds=rounds)
-    refused(Task(), callback, error=PlanError, match="need GlobalRatio")
-    with pytest.raises(PlanError, match="at least 1, got 0"):
-        Rounds(0)
 
 
 def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,7 +37,7 @@ def test_rounds_remove_the_earlier_ones_and_as_many_more() -> None:
 
 def test_rounds_of_a_schedule_are_those_of_the_selection() -> None:
     graph = chain(10, 10)
-    steps = Rounds(4, epochs=1).selections(GlobalRatio(0.5), graph)
+    steps = [step.selection for step in Rounds(4, epochs=1).steps(GlobalRatio(0.5), graph)]
     assert len(steps) == 3  # 4, 8, and the remainder
     for number, step in enumerate(steps[:2], 1):
         assert step.select(graph, rising(graph)) == ChannelsPerRound(4, round=number).select(graph, rising(graph))

@@ -3,8 +3,17 @@
 from lightning_prune.callbacks.bn_sparsity import BNSparsity
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.prune import PruneCallback
+from lightning_prune.callbacks.random_state import KeepRandomState
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 
-__all__ = ["BNSparsity", "EpochTimer", "MaskingCallback", "PruneCallback", "ReconstructionCallback", "ScoringCallback"]
+__all__ = [
+    "BNSparsity",
+    "EpochTimer",
+    "KeepRandomState",
+    "MaskingCallback",
+    "PruneCallback",
+    "ReconstructionCallback",
+    "ScoringCallback",
+]

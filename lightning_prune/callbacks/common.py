@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.errors import CallbackError
 
 C = TypeVar("C", bound=Callback)
@@ -34,27 +35,29 @@ def check_trainer(trainer: Trainer, callback: Callback) -> None:
     """Refuse Trainers in which pruning would go wrong.
 
     Raises:
-        CallbackError: several processes.
+        CallbackError: a strategy that shards or copies the module, or the same callback twice.
     """
     name = type(callback).__name__
-    if trainer.world_size > 1:
+    check_strategy(trainer, name)
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    if sum(type(other) is type(callback) for other in callbacks) > 1:
         raise CallbackError(
-            f"{name}: pruning with {trainer.world_size} processes is not supported yet; use devices=1, num_nodes=1"
+            f"Trainer(callbacks=[...]) has {name} twice: they would prune each other's channels. Use one, with a "
+            "schedule (Rounds, Gradual) to remove channels in several steps"
         )
 
 
-def check_not_resumed(trainer: Trainer, callback: Callback) -> None:
-    """Refuse to prune on top of a restored run; Lightning tells of it only once the weights are loaded.
+def same_module(callback: Callback, before: LightningModule | None, module: LightningModule) -> LightningModule:
+    """The module, unless the callback has worked on another one.
 
     Raises:
-        CallbackError: ``fit`` was called with a checkpoint.
+        CallbackError: it has.
     """
-    if trainer.ckpt_path is not None:
+    if before is not None and before is not module:
         raise CallbackError(
-            f"{type(callback).__name__}: resuming with ckpt_path={str(trainer.ckpt_path)!r} is not supported yet. Load "
-            "the dense weights into the module first, or load a pruned file with lightning_prune.load and fit without "
-            "pruning callbacks"
+            f"this {type(callback).__name__} was used on another module and holds its scores and plan; make a new one"
         )
+    return module
 
 
 def example_inputs(module: LightningModule, given: Any) -> Any:

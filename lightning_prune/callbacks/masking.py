@@ -1,17 +1,24 @@
-"""When to mask: as soon as there are scores, at once or in rounds."""
+"""When to mask: as soon as there are scores, at once or step by step."""
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info
+import math
+from typing import Any
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, same_module
+from lightning_prune.callbacks.passes import check_fresh_iterators
+from lightning_prune.callbacks.processes import check_same_plan
 from lightning_prune.callbacks.scoring import ScoringCallback
-from lightning_prune.errors import CallbackError
+from lightning_prune.errors import CallbackError, NoEffectWarning
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import MaskHandle, mask_
 from lightning_prune.plan import Coupling, Plan, check_coupling
-from lightning_prune.schedule import Rounds, keep_removed
+from lightning_prune.preservation import copy_sharing_tensors
+from lightning_prune.schedule import Schedule, Step, keep_removed, spread
 from lightning_prune.selection import GlobalRatio, Selection
 
 
@@ -22,15 +29,16 @@ class MaskingCallback(Callback):
         selection: which channels go; default ``GlobalRatio(0.5)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
-        rounds: remove some channels, fine-tune, score again; None: all at once.
+        schedule: `Rounds`, `Gradual` or `Soft`: remove some channels, fine-tune, score again; None: all at once.
 
     Attributes:
-        plan: once masked, all rounds so far.
-        round: how many rounds are done.
+        plan: in the channels of the dense model, once masked; all steps so far.
+        built: the part of the plan that the model was already reconstructed with.
+        round: how many steps are done.
         handle: the masks in force; `MaskHandle.zeros` says what is held at zero.
 
     Raises:
-        CallbackError: no ScoringCallback before it, or too few epochs for the rounds.
+        CallbackError: no ScoringCallback before it, or too few epochs for the schedule.
         PlanError: nothing to prune; no weight has been touched then.
     """
 
@@ -40,77 +48,183 @@ class MaskingCallback(Callback):
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
-        rounds: Rounds | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         check_coupling(coupling)
         self.selection = selection if selection is not None else GlobalRatio(0.5)
         self.coupling = coupling
         self.batch_norm = batch_norm
-        self.rounds = rounds
+        self.schedule = schedule
         self.round = 0
         self.plan: Plan | None = None
-        self._steps: list[Selection] = []
-        self._epochs_since = 0
+        self.built: Plan | None = None
         self.handle: MaskHandle | None = None
+        self._steps: list[Step] = []
+        self._resumed_steps = 0
+        self._epoch = self._batch = 0  # when the last step was taken
+        self._dense: nn.Module | None = None
+        self._module: LightningModule | None = None
 
     @property
     def done(self) -> bool:
         """Whether everything that is to be removed is masked."""
         return self.plan is not None and self.round == len(self._steps)
 
+    @property
+    def left(self) -> Plan | None:
+        """The plan in the channels of the model as it is now."""
+        return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_trainer(trainer, self)
             predecessor(trainer, self, ScoringCallback)
+            self._module = same_module(self, self._module, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mask_when_ready(trainer, pl_module)
+        self._hold_again(trainer, pl_module)
+        if self.plan is None:
+            self._mask_when_due(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epochs_since += 1
-        if self.rounds is not None and self.plan is not None and not self.done:
-            if self._epochs_since < self.rounds.epochs:
-                return
-            predecessor(trainer, self, ScoringCallback).rescore(trainer, pl_module)
-        self._mask_when_ready(trainer, pl_module)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mask_when_due(trainer, pl_module)
 
-    def _mask_when_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scoring = predecessor(trainer, self, ScoringCallback)
-        if self.done or scoring.graph is None or scoring.scores is None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._steps and not self.done and self._steps[self.round - 1].epochs == 0:
+            self._mask_when_due(trainer, pl_module, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mask_when_due(trainer, pl_module)
+        if self._steps and not self.done:
+            rank_zero_warn(
+                f"training ended after step {self.round} of {len(self._steps)} of {self.schedule!r}: fewer channels "
+                "are removed than asked for; train longer (max_epochs, early stopping)",
+                category=NoEffectWarning,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and how far the schedule has come: plain data."""
+        return {
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "built": None if self.built is None else self.built.to_dict(),
+            "round": self.round,
+            "steps": len(self._steps),
+            "epoch": self._epoch,
+            "batch": self._batch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there when fitting starts."""
+        plan, built = state_dict["plan"], state_dict["built"]
+        self.plan = None if plan is None else Plan.from_dict(plan)
+        self.built = None if built is None else Plan.from_dict(built)
+        self.round, self._epoch, self._batch = state_dict["round"], state_dict["epoch"], state_dict["batch"]
+        self._resumed_steps = state_dict["steps"]
+
+    def mark_built(self, built: Plan) -> None:
+        """The model has been reconstructed; its masks are gone."""
+        self.built, self.handle = built, None
+
+    def keep_dense(self, pl_module: LightningModule) -> None:
+        """Keep the dense model, for selections that count it, before its first reconstruction."""
+        if self._dense is None and self.selection.needs_model and not self.done:
+            self._dense = copy_sharing_tensors(pl_module)
+
+    def _hold_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After resuming: the steps and the masks, which a checkpoint cannot hold."""
+        if self.plan is None or self._steps:
             return
+        scoring = predecessor(trainer, self, ScoringCallback)
+        unmasked = self.built is None or bool(self.left)
+        if unmasked or self.round < self._resumed_steps:
+            scoring.retrace(pl_module)
+        if scoring.dense_graph is None:  # all is done and built
+            self._steps = [Step(self.selection)] * self.round
+            return
+        self._steps = self._plan_steps(trainer, scoring.dense_graph)
+        if len(self._steps) != self._resumed_steps:
+            raise CallbackError(
+                f"the checkpoint was written with {self._resumed_steps} steps, and {self.selection!r} with "
+                f"{self.schedule!r} makes {len(self._steps)}; resume with the settings of the first run"
+            )
+        if unmasked and self._holds:
+            assert scoring.graph is not None
+            assert self.left is not None
+            self.handle = mask_(pl_module, scoring.graph, self.left, optimizers=trainer.optimizers)
+
+    @property
+    def _holds(self) -> bool:
+        return self.done or self.schedule is None or self.schedule.hold
+
+    def _mask_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int = 0) -> None:
+        scoring = predecessor(trainer, self, ScoringCallback)
+        if self.done or scoring.scores is None or not self._due(trainer, batch_idx):
+            return
+        dense = scoring.dense_graph
+        assert dense is not None
+        assert scoring.graph is not None
         if not self._steps:
-            self._steps = self._plan_rounds(trainer, scoring.graph)
-        scores = scoring.scores if self.plan is None else keep_removed(scoring.scores, self.plan)
-        selection = self._steps[self.round]
-        inputs = example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None
+            self._steps = self._plan_steps(trainer, dense)
+        if self.round:
+            scoring.rescore(trainer, pl_module)
+        scores = scoring.scores if self.built is None else spread(scoring.scores, self.built, dense)
+        if self.plan is not None and not (self.schedule is not None and self.schedule.soft):
+            scores = keep_removed(scores, self.plan)
+        selection = self._steps[self.round].selection
         plan = selection.select(
-            scoring.graph,
+            dense,
             scores,
             coupling=self.coupling,
             batch_norm=self.batch_norm,
-            model=pl_module,
-            example_inputs=inputs,
+            model=self._dense or pl_module,
+            example_inputs=example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None,
         )
+        check_same_plan(plan)
         if self.handle is not None:
             self.handle.remove()
-        self.handle = mask_(pl_module, scoring.graph, plan, optimizers=trainer.optimizers)
+        left = plan if self.built is None else plan.within(self.built)
+        self.handle = mask_(pl_module, scoring.graph, left, optimizers=trainer.optimizers)
         self.plan = plan
         self.round += 1
-        self._epochs_since = 0
-        total = sum(group.size * len(group.layers) for group in plan.groups.values())
-        gone = total - sum(len(kept) for group in plan.groups.values() for kept in group.layers.values())
-        number = f" (round {self.round} of {len(self._steps)})" if self.rounds is not None else ""
+        self._epoch = trainer.current_epoch + (batch_idx > 0)  # whole epochs are counted from the next one on
+        self._batch = _batches(trainer)
+        if not self._holds:
+            self.handle.remove()
+            self.handle = None
+        self._say()
+
+    def _due(self, trainer: Trainer, batch_idx: int) -> bool:
+        if not self.round:
+            return True
+        step = self._steps[self.round - 1]
+        if step.epochs:
+            return batch_idx == 0 and trainer.current_epoch - self._epoch >= step.epochs
+        return _batches(trainer) - self._batch >= step.batches
+
+    def _say(self) -> None:
+        assert self.plan is not None
+        total = sum(group.size * len(group.layers) for group in self.plan.groups.values())
+        gone = total - sum(len(kept) for group in self.plan.groups.values() for kept in group.layers.values())
+        number = f" (round {self.round} of {len(self._steps)})" if self.schedule is not None else ""
         rank_zero_info(f"Masked {gone:,} of {total:,} channels of all prunable layers{number}")
 
-    def _plan_rounds(self, trainer: Trainer, graph: ChannelGraph) -> list[Selection]:
-        if self.rounds is None:
-            return [self.selection]
-        steps = self.rounds.selections(self.selection, graph)
-        needed = trainer.current_epoch + (len(steps) - 1) * self.rounds.epochs + 1
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs < needed:
+    def _plan_steps(self, trainer: Trainer, graph: ChannelGraph) -> list[Step]:
+        if self.schedule is None:
+            return [Step(self.selection)]
+        steps = self.schedule.steps(self.selection, graph)
+        if any(step.epochs == 0 for step in steps[:-1]):
+            check_fresh_iterators(trainer)
+        per_epoch = trainer.fit_loop.max_batches
+        partly = sum(step.batches for step in steps[:-1] if not step.epochs) / per_epoch if per_epoch else 0.0
+        needed = trainer.current_epoch + sum(step.epochs for step in steps[:-1]) + math.floor(partly) + 1
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs < needed and self.plan is None:
             raise CallbackError(
-                f"{len(steps)} rounds of {self.rounds.channels} channels with {self.rounds.epochs} epochs between them "
-                f"need max_epochs of at least {needed}, got {trainer.max_epochs}; remove more channels per round, or "
-                "train longer"
+                f"the {len(steps)} steps of {self.schedule!r} need max_epochs of at least {needed}, got "
+                f"{trainer.max_epochs}; remove more channels per step, or train longer"
             )
         return steps
+
+
+def _batches(trainer: Trainer) -> int:
+    """How many training batches are done in this run, resumed ones included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)

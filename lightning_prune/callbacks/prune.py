@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, get_args
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_prune.callbacks.common import check_trainer
 from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.passes import Amount
+from lightning_prune.callbacks.random_state import KeepRandomState
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
-from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.scoring import ScoringCallback, Start
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import CallbackError
 from lightning_prune.plan import Coupling
-from lightning_prune.schedule import Rounds
+from lightning_prune.schedule import Schedule
+from lightning_prune.scoring import Scores
 from lightning_prune.selection import GlobalRatio, Selection
 
-Reconstruct = Literal["before", "after", "never"]
+Reconstruct = Literal["before", "during", "after", "never"]
 
 
 class PruneCallback(Callback):
     """Prunes a model inside ``Trainer.fit``: score, mask, reconstruct, fine-tune.
 
-    It adds a `ScoringCallback`, a `MaskingCallback` and a `ReconstructionCallback` to the Trainer; use those three
-    for anything finer.
+    It adds a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a `KeepRandomState` to the
+    Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
 
     Args:
         criterion: an instance, or a name such as "jre".
@@ -30,9 +35,11 @@ class PruneCallback(Callback):
         selection: for example ``Budget(flops=0.5, round_to=8)``.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
-        rounds: remove some channels, fine-tune, score again (``Rounds(128, epochs=20)``); None: all at once.
-        reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper; after the last round), ``after`` it
-            (order A), or ``never``.
+        schedule: remove some channels, fine-tune, score again (`Rounds`, `Gradual`, `Soft`); None: all at once.
+        start: when to begin: an epoch (0: before training), or ``end``: when training is over.
+        reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper; after the last step of a schedule),
+            ``during`` it (after every step of a schedule), ``after`` it (order A), or ``never``.
+        scores: see `ScoringCallback`.
         score_batches: see `ScoringCallback`.
         score_epochs: see `ScoringCallback`.
         update_weights: see `ScoringCallback`.
@@ -59,9 +66,11 @@ class PruneCallback(Callback):
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
-        rounds: Rounds | None = None,
+        schedule: Schedule | None = None,
+        start: Start = 0,
         reconstruct: Reconstruct = "before",
-        score_batches: int | None = None,
+        scores: Scores | str | os.PathLike[str] | None = None,
+        score_batches: Amount = None,
         score_epochs: int = 1,
         update_weights: bool = False,
         bn_mode: Literal["eval", "train"] = "eval",
@@ -77,6 +86,8 @@ class PruneCallback(Callback):
             score_epochs=score_epochs,
             update_weights=update_weights,
             bn_mode=bn_mode,
+            start=start,
+            scores=scores,
             example_inputs=example_inputs,
             statistics=statistics,
         )
@@ -84,7 +95,7 @@ class PruneCallback(Callback):
             selection if selection is not None else GlobalRatio(ratio),
             coupling=coupling,
             batch_norm=batch_norm,
-            rounds=rounds,
+            schedule=schedule,
         )
         self.reconstruction = (
             None
@@ -92,12 +103,17 @@ class PruneCallback(Callback):
             else ReconstructionCallback(reconstruct, example_inputs=example_inputs, monitor=monitor)
         )
 
+        self.random_state = KeepRandomState()
+
     @property
     def parts(self) -> list[Callback]:
         """The callbacks it is made of, in the order they must run."""
-        return [part for part in (self.scoring, self.masking, self.reconstruction) if part is not None]
+        parts = (self.scoring, self.masking, self.reconstruction, self.random_state)
+        return [part for part in parts if part is not None]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_trainer(trainer, self)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(part in callbacks for part in self.parts):
             return

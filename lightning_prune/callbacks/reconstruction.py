@@ -1,45 +1,55 @@
-"""When to reconstruct: before fine-tuning (order B) or after it (order A)."""
+"""When to reconstruct: before fine-tuning (order B), after every step of a schedule, or after training (order A)."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
+from lightning_prune.callbacks.loading import Shapes
 from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 from lightning_prune.equivalence import LosslessReport
 from lightning_prune.errors import CallbackError
 from lightning_prune.measurement import count_params
+from lightning_prune.optimizers import check_sliceable, unwrap
+from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction import reconstruct_
 
-When = Literal["before", "after"]
+When = Literal["before", "during", "after"]
 
 
 class ReconstructionCallback(EpochTimer):
     """Replaces the masked model by the physically smaller one, in place, and records what an epoch costs.
 
-    Optimizers keep working: parameters stay the same objects and their state is cut along. The result is compared
-    with the masked model in float64; if they differ, everything is put back and `ReconstructionError` raised.
+    Optimizers keep working: parameters stay the same objects and their state is cut along;
+    DistributedDataParallel wraps the smaller model anew. The result is compared with the masked model in float64; if
+    they differ, everything is put back and `ReconstructionError` raised. Lightning checkpoints carry the plan, so that
+    a freshly built dense module takes the shapes of the file it resumes, validates or tests from.
 
     Args:
-        when: ``before``: as soon as masked, so that fine-tuning is cheap (order B); zero filters that an addition
-            keeps train again. ``after``: when training ends (order A).
+        when: ``before``: as soon as all is masked, so that fine-tuning is cheap (order B); zero filters that an
+            addition keeps train again. ``during``: after every step of a schedule. ``after``: when training ends
+            (order A).
         example_inputs: what to compare on; None: the module's ``example_input_array``.
         monitor: metric recorded with every epoch, e.g. "val_acc".
 
     Attributes:
-        lossless: the comparison, once reconstructed.
-        seconds: what reconstruction took.
+        lossless: the comparison, once reconstructed; of several the one with the largest error.
+        seconds: what reconstruction took, all steps together.
         records: wall time of every epoch, evaluation apart (from `EpochTimer`).
 
     Raises:
-        CallbackError: no MaskingCallback before it, or an unknown moment.
+        CallbackError: no MaskingCallback before it, an unknown moment, or a `Soft` schedule with ``during``.
+        OptimizerError: the optimizer's state cannot be cut along.
         ReconstructionError: the smaller model is not equal to the masked one.
+        CheckpointError: a checkpoint of another model; both shapes are named.
     """
 
     def __init__(self, when: When = "before", *, example_inputs: Any = None, monitor: str | None = None) -> None:
@@ -50,49 +60,102 @@ class ReconstructionCallback(EpochTimer):
         self.example_inputs = example_inputs
         self.lossless: LosslessReport | None = None
         self.seconds: float | None = None
+        self.shapes = Shapes()
 
     @property
     def order(self) -> str:
         """A: prune, fine-tune, reconstruct. B: prune, reconstruct, fine-tune."""
-        return "B" if self.when == "before" else "A"
+        return "A" if self.when == "after" else "B"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_trainer(trainer, self)
-            predecessor(trainer, self, MaskingCallback)
+            masking = predecessor(trainer, self, MaskingCallback)
+            if self.when == "during" and masking.schedule is not None and masking.schedule.soft:
+                raise CallbackError(
+                    f"{masking.schedule!r} chooses among all channels every time, so none may be gone before the last: "
+                    "use reconstruct='before' (right after the last choice) or 'after'"
+                )
+        self.shapes.watch(trainer, self, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.shapes.forget(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.when == "before":
-            self._reconstruct_when_masked(trainer, pl_module)
+        masking = predecessor(trainer, self, MaskingCallback)
+        if masking.built is None and (self.when == "after" or masking.schedule or masking.handle is None):
+            check_sliceable(unwrap(trainer.optimizers))
+        self._reconstruct_when_masked(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if self.when == "before":
-            self._reconstruct_when_masked(trainer, pl_module)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reconstruct_when_masked(trainer, pl_module)
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._reconstruct_when_masked(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.when == "after":
-            self._reconstruct_when_masked(trainer, pl_module)
+        self._reconstruct_when_masked(trainer, pl_module, last=True)
 
-    def _reconstruct_when_masked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Timings and the comparison: plain data."""
+        return {
+            **super().state_dict(),
+            "lossless": None if self.lossless is None else asdict(self.lossless),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self.lossless = None if state_dict["lossless"] is None else LosslessReport(**state_dict["lossless"])
+        self.seconds = state_dict["seconds"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         masking = predecessor(trainer, self, MaskingCallback)
-        graph = predecessor(trainer, self, ScoringCallback).graph
-        if self.lossless is not None or masking.plan is None or masking.handle is None or graph is None:
+        self.shapes.save(pl_module, masking.built, checkpoint)
+
+    def _reconstruct_when_masked(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
+        masking = predecessor(trainer, self, MaskingCallback)
+        if masking.handle is None or masking.left is None:
             return
-        if self.when == "before" and not masking.done:
+        if not last and (self.when == "after" or (self.when == "before" and not masking.done)):
             return
-        inputs = example_inputs(pl_module, self.example_inputs)
-        dense = count_params(pl_module)
+        scoring = predecessor(trainer, self, ScoringCallback)
+        assert scoring.graph is not None
+        assert masking.plan is not None
+        before = count_params(pl_module)
         started = time.perf_counter()
-        masking.handle.remove()
-        self.lossless = reconstruct_(
-            pl_module, graph, masking.plan, optimizers=trainer.optimizers, example_inputs=inputs
-        )
-        self.seconds = time.perf_counter() - started
-        assert self.lossless is not None
+        self.shapes.remember(pl_module)
+        masking.keep_dense(pl_module)
+        with unwrapped(trainer, pl_module):
+            masking.handle.remove()
+            report = reconstruct_(
+                pl_module,
+                scoring.graph,
+                masking.left,
+                optimizers=trainer.optimizers,
+                example_inputs=example_inputs(pl_module, self.example_inputs),
+            )
+        assert report is not None
+        masking.mark_built(_without(masking.plan, report, masking.built))
+        if not masking.done:
+            scoring.retrace(pl_module)
+        if self.lossless is None or report.max_rel_error >= self.lossless.max_rel_error:
+            self.lossless = report
+        seconds = time.perf_counter() - started
+        self.seconds = seconds + (self.seconds or 0.0)
         rank_zero_info(
-            f"Reconstructed in {self.seconds:.2f} s: {dense:,} to {count_params(pl_module):,} parameters; "
-            f"{'lossless' if self.lossless.passed else 'NOT lossless'}, relative error "
-            f"{self.lossless.max_rel_error:.1e} against the masked model in {self.lossless.dtype}"
+            f"Reconstructed in {seconds:.2f} s: {before:,} to {count_params(pl_module):,} parameters; "
+            f"{'lossless' if report.passed else 'NOT lossless'}, relative error {report.max_rel_error:.1e} against the "
+            f"masked model in {report.dtype}"
         )
+
+
+def _without(plan: Plan, report: LosslessReport, before: Plan | None) -> Plan:
+    """What of a plan was built: groups that the model's code needs whole have the channels they had before."""
+    whole = {name: tuple(range(group.size)) for name, group in plan.groups.items()}
+    had = {**whole, **({} if before is None else {name: group.keep for name, group in before.groups.items()})}
+    groups = {name: GroupPlan(plan.groups[name].size, had[name]) for name in report.left}
+    return replace(plan, groups={**plan.groups, **groups})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -49,3 +51,11 @@ class EpochTimer(Callback):
                 None if metric is None else float(metric),
             )
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records so far: plain data."""
+        return {"records": [asdict(record) for record in self.records]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.records = [EpochRecord(**record) for record in state_dict["records"]]

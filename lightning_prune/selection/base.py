@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
 
 Scores = Mapping[str, Tensor]
+S = TypeVar("S", bound="Selection")
 Kept = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ''
 
 
@@ -65,6 +68,14 @@ class Selection(ABC):
         self.min_channels = min_channels
         self.round_to = int(round_to)
         self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+
+    def part(self, share: float) -> Self:  # noqa: ARG002
+        """The same selection asked for a share, in (0, 1], of what it removes: a step of a ramp.
+
+        Raises:
+            PlanError: it cannot be asked for less.
+        """
+        raise PlanError(f"{self!r} cannot be spread over several steps; use LayerRatio, GlobalRatio or Budget")
 
     @final
     def select(
@@ -167,6 +178,13 @@ class Selection(ABC):
                 mask[back] = True
         members = {name: _indices(mask) for name, mask in own.items() if mask is not None}
         return GroupPlan(group.size, _indices(keep), members)
+
+
+def changed(selection: S, **values: Any) -> S:
+    """A copy with other values of some attributes."""
+    other = copy.copy(selection)
+    vars(other).update(values)
+    return other
 
 
 def check_ratio(ratio: float) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final, get_args
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_prune.cost import CostModel
 from lightning_prune.errors import NotReconstructedWarning, PlanError, TraceError
@@ -16,7 +17,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.measurement import Convention, count_params, flops_by_convention, measure_latency
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction import reconstruct
-from lightning_prune.selection.base import Kept, Question, Scores, Selection
+from lightning_prune.selection.base import Kept, Question, Scores, Selection, changed
 from lightning_prune.selection.network import Order
 
 TOLERANCE = {"flops": 0.01, "params": 0.01, "latency_ms": 0.05}
@@ -144,6 +145,13 @@ class Budget(Selection):
             f"convention={self.convention!r}, repeats={self.repeats!r}, min_channels={self.min_channels!r}, "
             f"round_to={self.round_to!r}, ignore={self.ignore!r})"
         )
+
+    @override
+    def part(self, share: float) -> Budget:
+        if self.latency_ms is not None:
+            raise PlanError(f"{self!r}: what share of a latency a step should reach depends on the machine; use flops=")
+        shares = {"flops": self.flops, "params": self.params}
+        return changed(self, **{name: 1 - share * (1 - left) for name, left in shares.items() if left is not None})
 
     def reach(
         self,

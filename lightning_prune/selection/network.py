@@ -8,10 +8,11 @@ from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import Kept, Question, Selection, check_ratio, is_count
+from lightning_prune.selection.base import Kept, Question, Selection, changed, check_ratio, is_count
 
 Over = Literal["all", "inner", "groups"]
 
@@ -155,6 +156,10 @@ class GlobalRatio(NetworkSelection):
             f"GlobalRatio(ratio={self.ratio!r}, over={self.over!r}, min_channels={self.min_channels!r}, "
             f"round_to={self.round_to!r}, ignore={self.ignore!r})"
         )
+
+    @override
+    def part(self, share: float) -> GlobalRatio:
+        return changed(self, ratio=share * self.ratio)
 
     def _asks_for_removal(self) -> bool:
         return self.ratio > 0

@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import Kept, Question, Selection, check_patterns, check_ratio
+from lightning_prune.selection.base import Kept, Question, Selection, changed, check_patterns, check_ratio
 
 
 class LayerRatio(Selection):
@@ -56,6 +57,11 @@ class LayerRatio(Selection):
             f"LayerRatio(ratio={self.ratio!r}, rounding={self.rounding!r}, overrides={self.overrides!r}, "
             f"min_channels={self.min_channels!r}, round_to={self.round_to!r}, ignore={self.ignore!r})"
         )
+
+    @override
+    def part(self, share: float) -> LayerRatio:
+        overrides = {pattern: share * ratio for pattern, ratio in self.overrides.items()}
+        return changed(self, ratio=share * self.ratio, overrides=overrides)
 
     def _asks_for_removal(self) -> bool:
         return max(self.ratio, *self.overrides.values(), 0.0) > 0

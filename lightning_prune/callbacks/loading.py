@@ -1,0 +1,86 @@
+"""Checkpoints of a run in which the model changes shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_prune.callbacks.common import predecessor
+from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.checkpoint import KEY, reshape_, shapes_of
+from lightning_prune.plan import Plan
+from lightning_prune.surgery import CHANGED, sizes_of, update_attributes_
+
+NOTHING = Plan({})
+
+
+class Shapes:
+    """Writes the model's shapes into Lightning checkpoints, and gives the module those of the one that is loaded.
+
+    Lightning restores weights before it calls a callback's own ``on_load_checkpoint``. The module's is called just
+    before, so that one is watched.
+    """
+
+    def __init__(self) -> None:
+        self._dense: dict[str, torch.Size] | None = None
+        self._sizes: dict[str, dict[str, Any]] = {}
+
+    def watch(self, trainer: Trainer, callback: Callback, module: LightningModule) -> None:
+        """From now on fit the module's shapes to every checkpoint that is loaded into it."""
+        if not isinstance(vars(module).get("on_load_checkpoint"), partial):
+            load = partial(self._load, trainer, callback, module, module.on_load_checkpoint)
+            module.on_load_checkpoint = load  # type: ignore[method-assign]
+
+    def forget(self, module: LightningModule) -> None:
+        """Leave the module as it was found."""
+        vars(module).pop("on_load_checkpoint", None)
+
+    def remember(self, module: LightningModule) -> None:
+        """Note the dense shapes, before the first reconstruction."""
+        if self._dense is None:
+            self._dense = {name: tensor.shape for name, tensor in _tensors(module).items()}
+            self._sizes = {path: sizes_of(part) for path, part in module.named_modules()}
+
+    def save(self, module: LightningModule, built: Plan | None, checkpoint: dict[str, Any]) -> None:
+        """Add the plan that the module was built with, and its sizes: plain data."""
+        checkpoint[KEY] = shapes_of(module, built or NOTHING)
+
+    def _load(
+        self,
+        trainer: Trainer,
+        callback: Callback,
+        module: LightningModule,
+        users: Callable[[dict[str, Any]], None],
+        checkpoint: dict[str, Any],
+    ) -> None:
+        content = checkpoint.get(KEY)
+        built = content is not None and content["plan"]["groups"]
+        if self._dense is not None or built:
+            self._grow(module)
+        if content is not None and built:
+            if trainer.training:
+                self.remember(module)
+                predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
+            reshape_(module, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
+        users(checkpoint)
+
+    def _grow(self, module: LightningModule) -> None:
+        """Back to the dense shapes; the values come from the checkpoint."""
+        if self._dense is None:
+            return
+        for name, tensor in _tensors(module).items():
+            if tensor.shape != self._dense[name]:
+                tensor.grad = None
+                tensor.data = tensor.new_zeros(self._dense[name])
+        for path, part in module.named_modules():
+            for name in vars(part).pop(CHANGED, ()):
+                setattr(part, name, self._sizes[path][name])
+        update_attributes_(module)
+
+
+def _tensors(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,118 @@
+"""A pass over the training data outside the training loop, which then goes on as if there had been none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from lightning_prune.errors import CallbackError, ScoreError
+
+Amount = int | float | None
+
+
+def check_amount(name: str, amount: Amount) -> None:
+    """Refuse anything but a number of batches, a share of them, or None for all.
+
+    Raises:
+        CallbackError: names the argument and what it got.
+    """
+    count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
+    share = isinstance(amount, float) and 0 < amount < 1
+    if amount is not None and not count and not share:
+        raise CallbackError(
+            f"{name} must be at least 1 (batches), a share in (0, 1), or None for all batches, got {amount!r}"
+        )
+
+
+def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) -> Iterator[tuple[int, Any]]:
+    """Batches of the training data on the module's device, with a progress bar; the training loop's iterator goes on.
+
+    Raises:
+        CallbackError: there are no data, or a share is asked of data without length.
+    """
+    trainer.fit_loop.setup_data()
+    combined: Any = trainer.fit_loop._combined_loader
+    if combined is None:
+        raise CallbackError("there is no training data to score on; pass train_dataloaders or a datamodule to fit")
+    most = trainer.fit_loop.max_batches
+    if isinstance(amount, float):
+        if math.isinf(most):
+            raise CallbackError(f"score_batches={amount} is a share, and these training data have no length")
+        amount = max(1, round(amount * most))
+    limit = min(most, amount or math.inf)
+    total = None if math.isinf(limit) else int(limit)
+    module: Any = trainer.lightning_module
+
+    def one_pass() -> Iterator[tuple[int, Any]]:
+        fresh = type(combined)(combined.iterables, combined._mode)  # the loop iterates over the other one
+        yield from ((index, batch) for batch, index, _ in itertools.islice(iter(fresh), total))
+
+    batches = itertools.chain.from_iterable(one_pass() for _ in range(passes))
+    shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+    for index, batch in track(
+        batches,
+        title,
+        None if total is None else total * passes,
+        console=Console(),
+        transient=True,
+        disable=not shown,
+    ):
+        yield index, module._apply_batch_transfer_handler(batch)
+
+
+@contextmanager
+def training_step_alone(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[Any, int], Any]]:
+    """The module's training_step, called by hand: in the Trainer's precision, with gradients, and logging nowhere."""
+
+    def nowhere(*_: Any, **__: Any) -> None: ...
+
+    def step(batch: Any, batch_idx: int) -> Any:
+        with trainer.precision_plugin.train_step_context():
+            return pl_module.training_step(batch, batch_idx)
+
+    pl_module.log = pl_module.log_dict = nowhere  # type: ignore[method-assign]
+    try:
+        with torch.enable_grad():
+            yield step
+    finally:
+        del pl_module.log, pl_module.log_dict
+
+
+def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
+    """What a training_step returned, as a loss.
+
+    Raises:
+        ScoreError: it is none.
+    """
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise ScoreError(
+            f"{type(pl_module).__name__}.training_step returned {type(output).__name__}, not a loss; gradients are "
+            "scored on the loss it returns (a tensor, or a dict with the key 'loss')"
+        )
+    return loss
+
+
+def check_fresh_iterators(trainer: Trainer) -> None:
+    """Refuse loaders that cannot be read a second time while the training loop reads them.
+
+    Raises:
+        CallbackError: workers are persistent; they serve one iterator at a time.
+    """
+    combined: Any = trainer.fit_loop._combined_loader
+    for loader in combined.flattened if combined is not None else ():
+        if getattr(loader, "persistent_workers", False):
+            raise CallbackError(
+                "a schedule that counts batches scores in the middle of an epoch, which loaders with "
+                "persistent_workers=True cannot do: their workers serve one iterator at a time; use "
+                "persistent_workers=False, or a schedule that counts epochs"
+            )
