@@ -165,7 +165,8 @@ class Soft(Schedule):
         times: how often is chosen.
         epochs: of training between two choices.
         hold: keep masked channels at zero in between (their gradients are masked), so that only their scores decide
-            whether they come back; False: they train again at once, as in the papers.
+            whether they come back; False: they train again at once, as in the papers. Until the last choice only
+            filters are zeroed then: with the batch norm's scale and shift at zero a ReLU would let no gradient back.
 
     Raises:
         PlanError: less than one of something.

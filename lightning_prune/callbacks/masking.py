@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -94,7 +95,8 @@ class MaskingCallback(Callback):
             self._mask_when_due(trainer, pl_module, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mask_when_due(trainer, pl_module)
+        if self.plan is None:  # what is masked now is not fine-tuned any more
+            self._mask_when_due(trainer, pl_module)
         if self._steps and not self.done:
             rank_zero_warn(
                 f"training ended after step {self.round} of {len(self._steps)} of {self.schedule!r}: fewer channels "
@@ -147,14 +149,13 @@ class MaskingCallback(Callback):
                 f"the checkpoint was written with {self._resumed_steps} steps, and {self.selection!r} with "
                 f"{self.schedule!r} makes {len(self._steps)}; resume with the settings of the first run"
             )
-        if unmasked and self._holds:
+        if unmasked and self._holds_after(self.round):
             assert scoring.graph is not None
             assert self.left is not None
             self.handle = mask_(pl_module, scoring.graph, self.left, optimizers=trainer.optimizers)
 
-    @property
-    def _holds(self) -> bool:
-        return self.done or self.schedule is None or self.schedule.hold
+    def _holds_after(self, step: int) -> bool:
+        return step == len(self._steps) or self.schedule is None or self.schedule.hold
 
     def _mask_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int = 0) -> None:
         scoring = predecessor(trainer, self, ScoringCallback)
@@ -183,12 +184,15 @@ class MaskingCallback(Callback):
         if self.handle is not None:
             self.handle.remove()
         left = plan if self.built is None else plan.within(self.built)
+        hold = self._holds_after(self.round + 1)
+        if not hold:
+            left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
         self.handle = mask_(pl_module, scoring.graph, left, optimizers=trainer.optimizers)
         self.plan = plan
         self.round += 1
         self._epoch = trainer.current_epoch + (batch_idx > 0)  # whole epochs are counted from the next one on
         self._batch = _batches(trainer)
-        if not self._holds:
+        if not hold:
             self.handle.remove()
             self.handle = None
         self._say()
