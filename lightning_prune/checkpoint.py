@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import knows_shapes
-from lightning_prune.surgery import changed_sizes, set_size_, update_attributes_
+from lightning_prune.surgery import changed_sizes, dense_shapes, remember_dense_, set_size_, update_attributes_
 
 FORMAT = "lightning-prune/1"
 KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
@@ -57,7 +56,12 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
 
 def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
     """What `reshape_` needs beside the state dict; plain data."""
-    return {"format": FORMAT, "plan": plan.to_dict(), "sizes": changed_sizes(small)}
+    return {
+        "format": FORMAT,
+        "plan": plan.to_dict(),
+        "sizes": changed_sizes(small),
+        "dense": dense_shapes(small),
+    }
 
 
 def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
@@ -101,6 +105,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     try:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
         sizes = {module: dict(values) for module, values in content["sizes"].items()}
+        dense = {name: list(shape) for name, shape in content["dense"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
     if knows_shapes(dense_model):
@@ -115,11 +120,15 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     if missing or unexpected:
         raise CheckpointError(f"{source} belongs to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
     smaller = {name: saved for name, saved in state.items() if _shape(saved) != _shape(own[name])}
-    for name, saved in smaller.items():
-        if name not in tensors or not _fits(saved, tensors[name], _is_kernel(dense_model, name)):
+    for name in {**smaller, **dense}:
+        saved = state.get(name)
+        expected = dense.get(name, _shape(saved))
+        if name not in tensors or expected != _shape(own[name]):
+            found = _shape(own[name]) if name in own else "not there"
+            was = f" (cut from {expected})" if name in dense else ""
             raise CheckpointError(
-                f"{source} belongs to another model: {name!r} is {_shape(saved)} in the file and "
-                f"{_shape(own[name])} in the dense model"
+                f"{source} belongs to another model: {name!r} is {_shape(saved)} in the file{was} and {found} in the "
+                "dense model"
             )
     modules = dict(dense_model.named_modules())
     for module, values in sizes.items():
@@ -136,6 +145,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         for name, value in values.items():
             set_size_(modules[module], name, value)
     update_attributes_(dense_model)
+    remember_dense_(dense_model, dense)
     return plan
 
 
@@ -178,21 +188,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _shape(value: Any) -> list[int] | str:
     """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _fits(saved: Any, dense: Tensor, kernel: bool) -> bool:
-    """Whether channels were removed and nothing else: a convolution's kernel keeps its size."""
-    return (
-        isinstance(saved, Tensor)
-        and saved.dim() == dense.dim()
-        and all(small <= large for small, large in zip(saved.shape, dense.shape, strict=True))
-        and not (kernel and saved.shape[2:] != dense.shape[2:])
-    )
-
-
-def _is_kernel(model: nn.Module, name: str) -> bool:
-    path, _, attribute = name.rpartition(".")
-    return attribute == "weight" and isinstance(model.get_submodule(path), _ConvNd)
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from lightning_prune.masking import Zeros, check_model, check_plan, masked_entri
 from lightning_prune.optimizers import change_state_, unwrap
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import copy_sharing_tensors, copy_without_masks, knows_shapes, own_tensors_
-from lightning_prune.surgery import Cut, Undo, cut_, resize_
+from lightning_prune.surgery import Cut, Undo, cut_, remember_dense_, resize_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,13 +92,17 @@ def reconstruct_(
             "MaskHandle.remove() first"
         )
     plain = unwrap(optimizers)
+    before = _shapes(model)
+    left: dict[str, str] = {}
     try:
-        return _attempt(model, graph, plan, plain, example_inputs)
+        report = _attempt(model, graph, plan, plain, example_inputs)
     except ReconstructionError:
         left = _at_fault(model, graph, plan, example_inputs)
         if not left:
             raise
         report = _attempt(model, graph, plan, plain, example_inputs, left)
+    after = _shapes(model)
+    remember_dense_(model, {name: shape for name, shape in before.items() if after[name] != shape})
     for name, reason in left.items():
         warnings.warn(
             f"group {name!r} keeps its {graph.group(name).size} channels, the masked ones at zero: {reason}",
@@ -180,6 +184,12 @@ def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
 def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
     """What survives of every tensor dimension that loses entries."""
     return graph.cuts(_removed(plan))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters and buffers, under every name that shared ones have."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.shape for name, tensor in named}
 
 
 def _removed(plan: Plan) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.optimizers import change_state_
 
 CHANGED = "_sizes_changed_by_pruning"
+DENSE = "_shapes_before_pruning"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,16 @@ class Undo:
             vars(module).update(sizes)
         for state, before in self.states:
             state.update(before)
+
+
+def dense_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """{tensor: its shape before anything was cut from the model}, of the tensors that were cut."""
+    return dict(getattr(model, DENSE, {}))
+
+
+def remember_dense_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Note shapes from before a cut, for `dense_shapes`; those of an earlier cut stay."""
+    vars(model)[DENSE] = {**{name: list(shape) for name, shape in shapes.items()}, **dense_shapes(model)}
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class MaskingCallback(Callback):
         self.built: Plan | None = None
         self.handle: MaskHandle | None = None
         self._steps: list[Step] = []
-        self._resumed_steps = 0
+        self._resumed_steps, self._held = 0, False
         self._epoch = self._batch = 0  # when the last step was taken
         self._dense: nn.Module | None = None
         self._module: LightningModule | None = None
@@ -113,6 +113,7 @@ class MaskingCallback(Callback):
             "steps": len(self._steps),
             "epoch": self._epoch,
             "batch": self._batch,
+            "held": self.handle is not None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,7 +122,7 @@ class MaskingCallback(Callback):
         self.plan = None if plan is None else Plan.from_dict(plan)
         self.built = None if built is None else Plan.from_dict(built)
         self.round, self._epoch, self._batch = state_dict["round"], state_dict["epoch"], state_dict["batch"]
-        self._resumed_steps = state_dict["steps"]
+        self._resumed_steps, self._held = state_dict["steps"], state_dict["held"]
 
     def mark_built(self, built: Plan) -> None:
         """The model has been reconstructed; its masks are gone."""
@@ -137,8 +138,7 @@ class MaskingCallback(Callback):
         if self.plan is None or self._steps:
             return
         scoring = predecessor(trainer, self, ScoringCallback)
-        unmasked = self.built is None or bool(self.left)
-        if unmasked or self.round < self._resumed_steps:
+        if self._held or self.round < self._resumed_steps:
             scoring.retrace(pl_module)
         if scoring.dense_graph is None:  # all is done and built
             self._steps = [Step(self.selection)] * self.round
@@ -149,7 +149,7 @@ class MaskingCallback(Callback):
                 f"the checkpoint was written with {self._resumed_steps} steps, and {self.selection!r} with "
                 f"{self.schedule!r} makes {len(self._steps)}; resume with the settings of the first run"
             )
-        if unmasked and self._holds_after(self.round):
+        if self._held:
             assert scoring.graph is not None
             assert self.left is not None
             self.handle = mask_(pl_module, scoring.graph, self.left, optimizers=trainer.optimizers)

@@ -117,7 +117,7 @@ class ScoringCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is not None:  # resumed in the middle of scoring
             self._begin(trainer, pl_module)
-        elif not self.ready and self.start == 0:
+        elif not self.ready and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
             self._begin(trainer, pl_module)
             trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
 
