@@ -160,7 +160,7 @@ class PrunedCheckpoints:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning calls it before the state dict is loaded."""
-        if KEY in checkpoint:
+        if KEY in checkpoint and getattr(self, "_trainer", None) is None:  # in a Trainer the callbacks do it
             assert isinstance(self, nn.Module)
             reshape_(self, {**checkpoint[KEY], "state_dict": checkpoint["state_dict"]})
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]

@@ -151,7 +151,6 @@ def test_a_pruned_checkpoint_says_which_shapes_do_not_fit(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="belongs to another model: missing"):
         lp.load(tmp_path / "last.ckpt", other)
     assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
-    assert "on_load_checkpoint" not in vars(task)
 
 
 def test_other_settings_than_the_first_runs_are_refused(tmp_path: Path) -> None:

@@ -21,23 +21,24 @@ NOTHING = Plan({})
 class Shapes:
     """Writes the model's shapes into Lightning checkpoints, and gives the module those of the one that is loaded.
 
-    Lightning restores weights before it calls a callback's own ``on_load_checkpoint``. The module's is called just
-    before, so that one is watched.
+    Lightning restores weights before it calls a callback's own ``on_load_checkpoint``, so the strategy, which loads
+    them, is watched; on the module itself the Trainer would be copied along with every copy.
     """
 
     def __init__(self) -> None:
         self._dense: dict[str, torch.Size] | None = None
         self._sizes: dict[str, dict[str, Any]] = {}
 
-    def watch(self, trainer: Trainer, callback: Callback, module: LightningModule) -> None:
-        """From now on fit the module's shapes to every checkpoint that is loaded into it."""
-        if not isinstance(vars(module).get("on_load_checkpoint"), partial):
-            load = partial(self._load, trainer, callback, module, module.on_load_checkpoint)
-            module.on_load_checkpoint = load  # type: ignore[method-assign]
+    def watch(self, trainer: Trainer, callback: Callback) -> None:
+        """From now on fit the module's shapes to every checkpoint whose weights the Trainer loads into it."""
+        strategy = trainer.strategy
+        if not isinstance(vars(strategy).get("load_model_state_dict"), partial):
+            load = partial(self._load, trainer, callback, strategy.load_model_state_dict)
+            strategy.load_model_state_dict = load  # type: ignore[method-assign]
 
-    def forget(self, module: LightningModule) -> None:
-        """Leave the module as it was found."""
-        vars(module).pop("on_load_checkpoint", None)
+    def forget(self, trainer: Trainer) -> None:
+        """Leave the Trainer as it was found."""
+        vars(trainer.strategy).pop("load_model_state_dict", None)
 
     def remember(self, module: LightningModule) -> None:
         """Note the dense shapes, before the first reconstruction."""
@@ -53,10 +54,11 @@ class Shapes:
         self,
         trainer: Trainer,
         callback: Callback,
-        module: LightningModule,
-        users: Callable[[dict[str, Any]], None],
+        load: Callable[..., None],
         checkpoint: dict[str, Any],
+        **options: Any,
     ) -> None:
+        module = trainer.lightning_module
         content = checkpoint.get(KEY)
         built = content is not None and content["plan"]["groups"]
         if self._dense is not None or built:
@@ -66,7 +68,7 @@ class Shapes:
                 self.remember(module)
                 predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
             reshape_(module, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
-        users(checkpoint)
+        load(checkpoint, **options)
 
     def _grow(self, module: LightningModule) -> None:
         """Back to the dense shapes; the values come from the checkpoint."""

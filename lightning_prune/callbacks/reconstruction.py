@@ -77,10 +77,10 @@ class ReconstructionCallback(EpochTimer):
                     f"{masking.schedule!r} chooses among all channels every time, so none may be gone before the last: "
                     "use reconstruct='before' (right after the last choice) or 'after'"
                 )
-        self.shapes.watch(trainer, self, pl_module)
+        self.shapes.watch(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.shapes.forget(pl_module)
+        self.shapes.forget(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masking = predecessor(trainer, self, MaskingCallback)

@@ -1,0 +1,110 @@
+"""Fits in one or two processes and writes what came out; run by tests/test_processes.py.
+
+python -m tests.scripts.processes FOLDER PROCESSES
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_prune.callbacks import MaskingCallback, PruneCallback, ScoringCallback
+from lightning_prune.errors import CallbackError
+from lightning_prune.schedule import Gradual
+from tests.helpers_fit import Task, loader
+
+RUNS: dict[str, dict[str, Any]] = {
+    "before": {"reconstruct": "before"},
+    "during": {"reconstruct": "during", "schedule": Gradual(2)},
+    "after": {"reconstruct": "after"},
+    "while training": {"reconstruct": "before", "update_weights": True},
+    "union": {"reconstruct": "before", "coupling": "union"},
+    "unused": {"reconstruct": "during", "schedule": Gradual(2)},
+}
+
+
+class FrozenStatistics(Task):
+    """Batch statistics differ between a whole batch and its halves, so that they stay as they are here."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        if unused:
+            self.unused = nn.Linear(2, 2).double()
+
+    def on_train_epoch_start(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    def train_dataloader(self) -> DataLoader:
+        """Every process its part of each global batch of 8; Lightning's own sampler would shuffle."""
+        processes, rank = self.trainer.world_size, self.trainer.global_rank
+        whole = loader(32, shuffle=False).dataset
+        sampler = DistributedSampler(whole, processes, rank, shuffle=False)
+        return DataLoader(whole, 8 // processes, sampler=sampler)
+
+    val_dataloader = train_dataloader
+
+
+class Spoil(Callback):
+    """The weights of another process change behind everybody's back."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
+
+
+def new_trainer(processes: int, *callbacks: Any) -> Trainer:
+    many = {"strategy": DDPStrategy(find_unused_parameters=True), "devices": processes} if processes > 1 else {}
+    return Trainer(
+        max_epochs=3,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        **(many or {"devices": 1}),
+    )
+
+
+def main(folder: Path, processes: int) -> None:
+    """All runs; process 0 writes the weights, scores and plans."""
+    for name, options in RUNS.items():
+        torch.manual_seed(0)
+        task = FrozenStatistics(name == "unused")
+        prune = PruneCallback("jre", 0.5, **options)
+        trainer = new_trainer(processes, prune)
+        trainer.fit(task)
+        result = {
+            "state": task.state_dict(),
+            "scores": prune.scoring.history[0][1].to_dict(),
+            "plan": prune.masking.plan.to_dict(),
+            "lossless": prune.reconstruction.lossless.passed,
+        }
+        torch.save(result, folder / f"{name}-{processes}-{trainer.global_rank}.pt")
+    if processes > 1:
+        torch.manual_seed(0)
+        task = FrozenStatistics(False)
+        scoring = ScoringCallback("l1")
+        trainer = new_trainer(processes, Spoil(), scoring, MaskingCallback())
+        try:
+            trainer.fit(task)
+        except CallbackError as error:
+            (folder / f"refused-{trainer.global_rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]), int(sys.argv[2]))
