@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -58,6 +60,23 @@ def same_module(callback: Callback, before: LightningModule | None, module: Ligh
             f"this {type(callback).__name__} was used on another module and holds its scores and plan; make a new one"
         )
     return module
+
+
+@contextmanager
+def uncompiled(module: LightningModule) -> Iterator[None]:
+    """The module's own methods, without what ``torch.compile`` put in their place.
+
+    Compiled ones are bound to this module, also in its copies, and their operators are not the module's. They come
+    back afterwards and are compiled anew when they meet other shapes.
+    """
+    compiled = {}
+    if getattr(module, "_compiler_ctx", None) is not None:
+        names = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+        compiled = {name: vars(module).pop(name) for name in names if name in vars(module)}
+    try:
+        yield
+    finally:
+        vars(module).update(compiled)
 
 
 def example_inputs(module: LightningModule, given: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.common import predecessor
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.checkpoint import KEY, reshape_, shapes_of
@@ -67,7 +68,8 @@ class Shapes:
             if trainer.training:
                 self.remember(module)
                 predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
-            reshape_(module, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
+            for other in (module, *averages(trainer)):
+                reshape_(other, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
         load(checkpoint, **options)
 
     def _grow(self, module: LightningModule) -> None:

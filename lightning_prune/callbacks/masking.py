@@ -10,7 +10,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, same_module
+from lightning_prune.callbacks.averages import mask_averages_
+from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, same_module, uncompiled
 from lightning_prune.callbacks.passes import check_fresh_iterators
 from lightning_prune.callbacks.processes import check_same_plan
 from lightning_prune.callbacks.scoring import ScoringCallback
@@ -172,14 +173,15 @@ class MaskingCallback(Callback):
         if self.plan is not None and not (self.schedule is not None and self.schedule.soft):
             scores = keep_removed(scores, self.plan)
         selection = self._steps[self.round].selection
-        plan = selection.select(
-            dense,
-            scores,
-            coupling=self.coupling,
-            batch_norm=self.batch_norm,
-            model=self._dense or pl_module,
-            example_inputs=example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None,
-        )
+        with uncompiled(pl_module):
+            plan = selection.select(
+                dense,
+                scores,
+                coupling=self.coupling,
+                batch_norm=self.batch_norm,
+                model=self._dense or pl_module,
+                example_inputs=example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None,
+            )
         check_same_plan(plan)
         if self.handle is not None:
             self.handle.remove()
@@ -188,6 +190,7 @@ class MaskingCallback(Callback):
         if not hold:
             left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
         self.handle = mask_(pl_module, scoring.graph, left, optimizers=trainer.optimizers)
+        mask_averages_(trainer, scoring.graph, left)
         self.plan = plan
         self.round += 1
         self._epoch = trainer.current_epoch + (batch_idx > 0)  # whole epochs are counted from the next one on

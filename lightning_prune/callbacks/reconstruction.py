@@ -9,14 +9,15 @@ from typing import Any, Literal, get_args
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor
+from lightning_prune.callbacks.averages import reconstruct_averages_
+from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, uncompiled
 from lightning_prune.callbacks.loading import Shapes
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 from lightning_prune.equivalence import LosslessReport
-from lightning_prune.errors import CallbackError
+from lightning_prune.errors import CallbackError, OptimizerError
 from lightning_prune.measurement import count_params
 from lightning_prune.optimizers import check_sliceable, unwrap
 from lightning_prune.plan import GroupPlan, Plan
@@ -28,10 +29,11 @@ When = Literal["before", "during", "after"]
 class ReconstructionCallback(EpochTimer):
     """Replaces the masked model by the physically smaller one, in place, and records what an epoch costs.
 
-    Optimizers keep working: parameters stay the same objects and their state is cut along;
-    DistributedDataParallel wraps the smaller model anew. The result is compared with the masked model in float64; if
-    they differ, everything is put back and `ReconstructionError` raised. Lightning checkpoints carry the plan, so that
-    a freshly built dense module takes the shapes of the file it resumes, validates or tests from.
+    Optimizers keep working: parameters stay the same objects and their state is cut along. So are averages of the
+    weights that Lightning's callbacks keep; DistributedDataParallel wraps the smaller model anew. The result is compared
+    with the masked model in float64; if they differ, everything is put back and `ReconstructionError` raised. Lightning
+    checkpoints carry the plan, so that a freshly built dense module takes the shapes of the file it resumes, validates
+    or tests from.
 
     Args:
         when: ``before``: as soon as all is masked, so that fine-tuning is cheap (order B); zero filters that an
@@ -85,7 +87,12 @@ class ReconstructionCallback(EpochTimer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masking = predecessor(trainer, self, MaskingCallback)
         if masking.built is None and (self.when == "after" or masking.schedule or masking.handle is None):
-            check_sliceable(unwrap(trainer.optimizers))
+            try:
+                check_sliceable(unwrap(trainer.optimizers))
+            except OptimizerError:
+                if masking.handle is not None:
+                    masking.handle.undo()
+                raise
         self._reconstruct_when_masked(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,8 +135,9 @@ class ReconstructionCallback(EpochTimer):
         before = count_params(pl_module)
         started = time.perf_counter()
         self.shapes.remember(pl_module)
-        masking.keep_dense(pl_module)
-        with unwrapped(trainer, pl_module):
+        with uncompiled(pl_module):
+            masking.keep_dense(pl_module)
+        with unwrapped(trainer, pl_module), uncompiled(pl_module):
             masking.handle.remove()
             report = reconstruct_(
                 pl_module,
@@ -138,7 +146,9 @@ class ReconstructionCallback(EpochTimer):
                 optimizers=trainer.optimizers,
                 example_inputs=example_inputs(pl_module, self.example_inputs),
             )
-        assert report is not None
+            assert report is not None
+            left = {name: group for name, group in masking.left.groups.items() if name not in report.left}
+            reconstruct_averages_(trainer, scoring.graph, replace(masking.left, groups=left))
         masking.mark_built(_without(masking.plan, report, masking.built))
         if not masking.done:
             scoring.retrace(pl_module)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs, same_module
+from lightning_prune.callbacks.common import check_trainer, example_inputs, same_module, uncompiled
 from lightning_prune.callbacks.passes import Amount, check_amount, loss_of, training_batches, training_step_alone
 from lightning_prune.callbacks.processes import sum_over_processes_
 from lightning_prune.criteria import Criterion, criterion_from
@@ -114,6 +114,13 @@ class ScoringCallback(Callback):
                 "a loss; define one, or use a criterion that looks at weights only, such as L1"
             )
 
+        if self.criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
+            raise CallbackError(
+                f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers itself, "
+                "so a scoring pass would train it. Use update_weights=True (score while training) or a criterion that "
+                "looks at weights only, such as L1"
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is not None:  # resumed in the middle of scoring
             self._begin(trainer, pl_module)
@@ -165,7 +172,9 @@ class ScoringCallback(Callback):
         Raises:
             CallbackError: nothing can be pruned.
         """
-        self.graph = trace(pl_module, example_inputs(pl_module, self.example_inputs), statistics=self.statistics)
+        inputs = example_inputs(pl_module, self.example_inputs)
+        with uncompiled(pl_module):
+            self.graph = trace(pl_module, inputs, statistics=self.statistics)
         if self.dense_graph is None:
             self.dense_graph = self.graph
         if not self.graph.prunable_groups:
@@ -177,7 +186,7 @@ class ScoringCallback(Callback):
         scorer = self._new_scorer(pl_module, self.bn_mode)
         if self.criterion.needs_forward:
             title = f"Scoring ({type(self.criterion).__name__})"
-            with training_step_alone(trainer, pl_module) as step, scorer:
+            with uncompiled(pl_module), training_step_alone(trainer, pl_module) as step, scorer:
                 for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
                     scorer.update(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
         self._keep(trainer, scorer)
