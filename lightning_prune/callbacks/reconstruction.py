@@ -30,10 +30,10 @@ class ReconstructionCallback(EpochTimer):
     """Replaces the masked model by the physically smaller one, in place, and records what an epoch costs.
 
     Optimizers keep working: parameters stay the same objects and their state is cut along. So are averages of the
-    weights that Lightning's callbacks keep; DistributedDataParallel wraps the smaller model anew. The result is compared
-    with the masked model in float64; if they differ, everything is put back and `ReconstructionError` raised. Lightning
-    checkpoints carry the plan, so that a freshly built dense module takes the shapes of the file it resumes, validates
-    or tests from.
+    weights that Lightning's callbacks keep; DistributedDataParallel wraps the smaller model anew. The result is
+    compared with the masked model in float64; if they differ, everything is put back and `ReconstructionError` raised.
+    Lightning checkpoints carry the plan, so that a freshly built dense module takes the shapes of the file it resumes,
+    validates or tests from.
 
     Args:
         when: ``before``: as soon as all is masked, so that fine-tuning is cheap (order B); zero filters that an
