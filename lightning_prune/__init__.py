@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Random,
         Taylor,
         TaylorFO,
+        ThiNet,
         add_bn_sparsity_,
     )
     from lightning_prune.equivalence import LosslessReport, check_lossless
@@ -56,7 +57,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "callbacks": "BNSparsity EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
     "checkpoint": "load save",
-    "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO add_bn_sparsity_",
+    "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO "
+    "ThiNet add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
     "explanation": "Explanation explain",
@@ -110,6 +112,7 @@ __all__ = [
     "Selection",
     "Taylor",
     "TaylorFO",
+    "ThiNet",
     "add_bn_sparsity_",
     "check_lossless",
     "compare_latency",

@@ -14,10 +14,10 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
 from lightning_prune.criteria.baseline import fit_baseline, swapped
 from lightning_prune.criteria.bn_scale import batch_norm_scales
-from lightning_prune.criteria.recording import Recorder
+from lightning_prune.criteria.recording import Recorder, key_of
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph import ChannelGraph, Layer, call_model
+from lightning_prune.graph import ChannelGraph, Group, Layer, call_model
 from lightning_prune.masking import check_model
 from lightning_prune.preservation import preserved, random_state, set_random_state
 
@@ -85,8 +85,11 @@ class Scorer:
         for group, layer in _layers(graph):
             device = _parameter(model, layer.weight).device
             for tap in self._taps:
-                key = f"{group}/{layer.name}/{tap.name}"
-                self.state[f"{key}/sum"] = torch.zeros(len(layer.index), dtype=torch.float64, device=device)
+                key = key_of(group, layer, tap)
+                if f"{key}/sum" in self.state:
+                    continue
+                shape = (group.size, group.size) if tap.joint else (group.size,)
+                self.state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
                 self.state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
 
     def __enter__(self) -> Scorer:
@@ -193,16 +196,14 @@ class Scorer:
             ScoreError: a layer was never reached, or scores are NaN or infinite.
         """
         members = []
+        counts = {name.removesuffix("/count"): n for name, n in self.state.items() if name.endswith("/count") and n}
+        found = {key: self.state[f"{key}/sum"] / count for key, count in counts.items()}
         for group, layer in _layers(self.graph):
-            keys = {tap.name: f"{group}/{layer.name}/{tap.name}" for tap in self._taps}
+            keys = {tap.name: key_of(group, layer, tap) for tap in self._taps}
             self._check_seen(layer.name, keys)
-            means = {
-                name: self.state[f"{key}/sum"] / self.state[f"{key}/count"]
-                for name, key in keys.items()
-                if self.state[f"{key}/count"]
-            }
-            scales = batch_norm_scales(self.model, self.graph.group(group), layer)
-            members.append(Member(group, layer, _parameter(self.model, layer.weight), means, scales))
+            means = {name: found[key] for name, key in keys.items() if key in found}
+            scales = batch_norm_scales(self.model, group, layer)
+            members.append(Member(group.name, layer, _parameter(self.model, layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
@@ -321,10 +322,10 @@ def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Modul
         raise ScoreError(f"{criterion!r} needs data, but batches was empty (a used-up generator?)")
 
 
-def _layers(graph: ChannelGraph) -> Iterator[tuple[str, Layer]]:
+def _layers(graph: ChannelGraph) -> Iterator[tuple[Group, Layer]]:
     for group in graph.prunable_groups:
         for layer in group.layers:
-            yield group.name, layer
+            yield group, layer
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_prune.criteria import (
     Random,
     Taylor,
     TaylorFO,
+    ThiNet,
     criterion_from,
     functional,
 )
@@ -34,7 +35,7 @@ from tests.reference import criteria as reference
 
 ALL = [
     *(L1(), L2(), FPGM(norm_share=0.1), Random(seed=7), GRE(), LRE(), JRE(), BNScale(missing="keep"), APoZ(eps=0.5)),
-    *(Taylor(definition="nvlabs"), TaylorFO(form="weight"), NextLayerTaylor(form="weight", chunk=3)),
+    *(Taylor(definition="nvlabs"), TaylorFO(form="weight"), NextLayerTaylor(form="weight", chunk=3), ThiNet(rows=5)),
 ]
 
 

@@ -7,6 +7,7 @@ from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
 from lightning_prune.criteria.taylor import Taylor, TaylorFO
+from lightning_prune.criteria.thinet import ThiNet
 from lightning_prune.criteria.weights import FPGM, L1, L2
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Tap",
     "Taylor",
     "TaylorFO",
+    "ThiNet",
     "WeightCriterion",
     "add_bn_sparsity_",
     "criterion_from",

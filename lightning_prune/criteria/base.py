@@ -25,7 +25,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
 
 Site = Literal["conv", "bn", "activation"]
-TapSite = Literal["conv", "bn", "activation", "rectifier", "weight", "reader", "reader_weight"]
+TapSite = Literal["conv", "bn", "activation", "rectifier", "weight", "reader", "reader_weight", "reader_rows"]
 Missing = Literal["refuse", "keep"]
 
 
@@ -41,11 +41,16 @@ class Tap(ABC):
             ``reader``: by how much the output of a layer that reads the channels changes without each of them
             (F are channels, M all outputs of a sample), with the gradient at that output; readers add up.
             ``reader_weight``: as ``weight``, with the inputs of a layer that reads the channels as F.
+            ``reader_rows``: by how much outputs, drawn at random, of a layer that reads the channels change without
+            each of them; `partial` sees (rows, channels) and returns (channels, channels).
         gradient: wants the gradient of the loss with respect to the tensor too.
         reference: looks at the frozen dense model instead of the current one.
         degree: power of the gradient in `partial`, so that it can be rescaled.
         optional: a layer may lack the site; its `Member` then has no mean of that name.
         chunk: at site ``reader``, how many channels are held at once.
+        joint: one sum for all layers of a group, (channels, width).
+        rows: at site ``reader_rows``, outputs drawn per sample; None: all.
+        seed: at site ``reader_rows``, of the draw.
     """
 
     name: str
@@ -55,6 +60,9 @@ class Tap(ABC):
     degree: int = 1
     optional: bool = False
     chunk: int = 8
+    joint: bool = False
+    rows: int | None = None
+    seed: int = 0
 
     @abstractmethod
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
@@ -244,6 +252,16 @@ def check_weight(argument: str, value: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ScoreError: names what it got.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise ScoreError(f"seed must be an integer in [0, 2**31), got {seed!r}")
 
 
 def criterion_from(criterion: Criterion | str) -> Criterion:

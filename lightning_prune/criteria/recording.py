@@ -22,6 +22,7 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.readers import ReaderWatcher, readers_of
 from lightning_prune.criteria.rectifiers import RectifierWatcher
+from lightning_prune.criteria.sampling import SampledReaderWatcher
 from lightning_prune.criteria.watching import Ledger, Place, Watcher, WeightWatcher
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import ChannelGraph, Group, Layer
@@ -93,7 +94,8 @@ class Recorder:
         self._weights = WeightWatcher(ledger, model)
         self._readers = ReaderWatcher(ledger, model)
         self._rectifiers = RectifierWatcher(ledger, model)
-        self._watchers: tuple[Watcher, ...] = (self._weights, self._readers, self._rectifiers)
+        self._sampled = SampledReaderWatcher(ledger, model)
+        self._watchers: tuple[Watcher, ...] = (self._weights, self._readers, self._rectifiers, self._sampled)
         for group in graph.prunable_groups:
             for tap in taps:
                 self._listen_to_group(model, group, tap)
@@ -154,9 +156,12 @@ class Recorder:
         )
 
     def _listen_to_group(self, model: nn.Module, group: Group, tap: Tap) -> None:
-        keys = {layer.name: f"{group.name}/{layer.name}/{tap.name}" for layer in group.layers}
-        if tap.site in ("reader", "reader_weight"):
+        keys = {layer.name: key_of(group, layer, tap) for layer in group.layers}
+        if tap.site in ("reader", "reader_weight", "reader_rows"):
             for path, place in readers_of(model, group).items():
+                if tap.site == "reader_rows":
+                    self._sampled.listen(key_of(group, group.layers[0], tap), tap, path, place)
+                    continue
                 if tap.site == "reader":
                     self._readers.listen(list(keys.values()), tap, path, place)
                     continue
@@ -266,6 +271,12 @@ class Recorder:
             if gradient is not None:
                 gradient = functional.by_position(gradient, port.channel_dim)
             seen.add(tap.partial(value, gradient), value.shape[-1])
+
+
+def key_of(group: Group, layer: Layer, tap: Tap) -> str:
+    """Under what a scorer keeps the sum of a tap for a layer; `Tap.joint` ones have it under the group's first."""
+    owner = group.layers[0] if tap.joint else layer
+    return f"{group.name}/{owner.name}/{tap.name}"
 
 
 def _reduced(tap: Tap, channels: Tensor, positions: int) -> tuple[Tensor, int]:
