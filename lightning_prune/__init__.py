@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_prune.schedule import Rounds, keep_removed
     from lightning_prune.scoring import Scorer, Scores, score
     from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio, Selection
+    from lightning_prune.thinet_rescaling import Rescaling, rescale_
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _HOMES = {
     "schedule": "Rounds keep_removed",
     "scoring": "Scorer Scores score",
     "selection": "Budget ChannelsPerRound GlobalRatio LayerRatio Selection",
+    "thinet_rescaling": "Rescaling rescale_",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -105,6 +107,7 @@ __all__ = [
     "PruningError",
     "Random",
     "ReconstructionCallback",
+    "Rescaling",
     "Rounds",
     "Scorer",
     "Scores",
@@ -126,6 +129,7 @@ __all__ = [
     "prune",
     "reconstruct",
     "reconstruct_",
+    "rescale_",
     "save",
     "score",
     "trace",

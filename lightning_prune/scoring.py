@@ -317,7 +317,7 @@ def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Modul
     empty = True
     for batch in batches:
         empty = False
-        scorer.update(partial(run, model, _to(batch, device)))
+        scorer.update(partial(run, model, to_device(batch, device)))
     if empty:
         raise ScoreError(f"{criterion!r} needs data, but batches was empty (a used-up generator?)")
 
@@ -348,12 +348,12 @@ def _check_finite(member: Member, scores: Tensor) -> None:
     raise ScoreError(f"{member.layer.name}: {bad} of {len(scores)} scores are NaN or infinite; {cause}")
 
 
-def _to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device, in the containers that loaders make."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device, in the containers that loaders make; others as they are."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if type(batch) in (list, tuple):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
