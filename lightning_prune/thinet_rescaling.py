@@ -111,10 +111,9 @@ def rescale_(
     for group, of in found.items():
         for path, done in of.items():
             place = places[group, path]
+            entries = place.index[list(plan.groups[group].keep)]
             factors = torch.ones(graph.shapes[place.tensor][place.dim], dtype=torch.float64)
-            factors[place.index[list(plan.groups[group].keep)]] = torch.tensor(done.scales, dtype=torch.float64)[
-                :, None
-            ]
+            factors[entries] = torch.tensor(done.scales, dtype=torch.float64).unsqueeze(1)
             _scale_(model.get_parameter(place.tensor), place.dim, factors, cut.get((place.tensor, place.dim)))
     return found
 
@@ -182,7 +181,7 @@ def _watched(
 
 
 def _scale_(parameter: Tensor, dim: int, factors: Tensor, keep: Tensor | None) -> None:
-    """Multiply along a dimension by factors of the dense model's entries; ``keep``: those that a reconstruction left."""
+    """Multiply along a dimension by factors of the dense model's entries; ``keep``: those that are left of them."""
     if keep is not None and parameter.shape[dim] != len(factors):
         factors = factors[keep]
     shape = [-1 if other == dim else 1 for other in range(parameter.ndim)]
