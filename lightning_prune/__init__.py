@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from lightning_prune.checkpoint import load, save
     from lightning_prune.criteria import (
+        DCP,
         FPGM,
         GRE,
         JRE,
@@ -58,7 +59,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "callbacks": "BNSparsity EpochTimer MaskingCallback PruneCallback ReconstructionCallback ScoringCallback",
     "checkpoint": "load save",
-    "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO "
+    "criteria": "DCP FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO "
     "ThiNet add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
@@ -77,6 +78,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "DCP",
     "FPGM",
     "GRE",
     "JRE",

@@ -14,6 +14,7 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
 from lightning_prune.criteria.baseline import fit_baseline, swapped
 from lightning_prune.criteria.bn_scale import batch_norm_scales
+from lightning_prune.criteria.heads import AuxiliaryHeads
 from lightning_prune.criteria.recording import Recorder, key_of
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
@@ -81,6 +82,7 @@ class Scorer:
         self._taps = self.criterion.taps
         self._recorder = Recorder(model, graph, self._taps)
         self._baseline = fit_baseline(model, baseline) if self.criterion.needs_reference else None
+        self._heads = AuxiliaryHeads(model, graph, *self.criterion.auxiliary) if self.criterion.needs_heads else None
         self._stack: ExitStack | None = None
         for group, layer in _layers(graph):
             device = _parameter(model, layer.weight).device
@@ -88,7 +90,7 @@ class Scorer:
                 key = key_of(group, layer, tap)
                 if f"{key}/sum" in self.state:
                     continue
-                shape = (group.size, group.size) if tap.joint else (group.size,)
+                shape = self._recorder.shape(group, layer, tap)
                 self.state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
                 self.state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -106,6 +108,21 @@ class Scorer:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.__exit__(*error)
+
+    @property
+    def passes(self) -> tuple[Callable[[Callable[[], Any]], None], ...]:
+        """What to call with the step of every batch, one pass after the other."""
+        return (self.update,) if self._heads is None else (self.fit, self.update)
+
+    def fit(self, step: Callable[[], Any]) -> None:
+        """Fit auxiliary classifiers to one batch; for criteria that need them, a pass of its own before `update`.
+
+        Raises:
+            ScoreError: the criterion has none, or ``step`` computes no cross-entropy over (N, classes).
+        """
+        if self._heads is None:
+            raise ScoreError(f"{self.criterion!r} has no auxiliary heads to fit")
+        self._heads.fit(step)
 
     def update(self, step: Callable[[], Any]) -> None:
         """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs
@@ -125,6 +142,8 @@ class Scorer:
             set_random_state(before)
         if all(tap.reference for tap in self._taps):
             return
+        if self._heads is not None:
+            step = self._heads.joint(step)
         self._recorder.start(reference=False)
         with self._closing(), torch.set_grad_enabled(self.criterion.needs_backward):
             loss = step()
@@ -148,6 +167,8 @@ class Scorer:
             raise ScoreError("a batch is already open; call end_batch first")
         if self.criterion.needs_reference:
             raise ScoreError("reference='baseline' runs the model twice per batch; use Scorer.update(step)")
+        if self._heads is not None:
+            raise ScoreError("auxiliary heads add to the loss and need a pass of their own; use Scorer.fit and update")
         self._recorder.start(reference=False)
 
     def backward(self, loss: Any) -> None:
@@ -314,12 +335,14 @@ def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Modul
         )
     run: Callable[[nn.Module, Any], Any] = loss if loss is not None else call_model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    empty = True
-    for batch in batches:
-        empty = False
-        scorer.update(partial(run, model, to_device(batch, device)))
-    if empty:
-        raise ScoreError(f"{criterion!r} needs data, but batches was empty (a used-up generator?)")
+    for see in scorer.passes:
+        empty = True
+        for batch in batches:
+            empty = False
+            see(partial(run, model, to_device(batch, device)))
+        if empty:
+            again = ", several times" if len(scorer.passes) > 1 else ""
+            raise ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
 
 
 def _layers(graph: ChannelGraph) -> Iterator[tuple[Group, Layer]]:

@@ -196,7 +196,9 @@ def test_it_needs_no_loss_and_leaves_the_model_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     assert not ThiNet().needs_backward
-    with_loss = score(model, graph, "thi_net", [(images, labels)], loss)
+    with pytest.raises(ScoreError, match="taylor_fo, thinet"):
+        score(model, graph, "thin")
+    with_loss = score(model, graph, "thinet", [(images, labels)], loss)
     assert all(torch.equal(with_loss[name], scores[name]) for name in scores)
 
 

@@ -73,6 +73,11 @@ class ScoringCallback(Callback):
                 "reference='baseline' runs the dense model beside the current one and cannot score while training; use "
                 "update_weights=False"
             )
+        if update_weights and self.criterion.needs_heads:
+            raise CallbackError(
+                f"{self.criterion!r} fits auxiliary heads in a pass of its own and cannot score while training; use "
+                "update_weights=False"
+            )
         self.graph: ChannelGraph | None = None
         self.scores: Scores | None = None
         self._scorer: Scorer | None = None
@@ -113,9 +118,10 @@ class ScoringCallback(Callback):
         scorer = self._new_scorer(pl_module, self.bn_mode)
         if self.criterion.needs_forward:
             with _silent_log(pl_module), scorer, torch.enable_grad():
-                for batch_idx, batch in self._batches(trainer, pl_module):
-                    with trainer.precision_plugin.train_step_context():
-                        scorer.update(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
+                for see in scorer.passes:
+                    for batch_idx, batch in self._batches(trainer, pl_module):
+                        with trainer.precision_plugin.train_step_context():
+                            see(lambda: _loss_of(pl_module.training_step(batch, batch_idx), pl_module))  # noqa: B023
         self.scores = scorer.compute()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

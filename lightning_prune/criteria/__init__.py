@@ -3,6 +3,7 @@
 from lightning_prune.criteria.apoz import APoZ
 from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from
 from lightning_prune.criteria.bn_scale import BNScale, add_bn_sparsity_
+from lightning_prune.criteria.dcp import DCP
 from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
@@ -11,6 +12,7 @@ from lightning_prune.criteria.thinet import ThiNet
 from lightning_prune.criteria.weights import FPGM, L1, L2
 
 __all__ = [
+    "DCP",
     "FPGM",
     "GRE",
     "JRE",

@@ -48,7 +48,8 @@ class Tap(ABC):
         degree: power of the gradient in `partial`, so that it can be rescaled.
         optional: a layer may lack the site; its `Member` then has no mean of that name.
         chunk: at site ``reader``, how many channels are held at once.
-        joint: one sum for all layers of a group, (channels, width).
+        joint: one sum for all layers of a group, (channels, width). At site ``reader_weight``, `partial` then
+            returns (F, M), and all entries of all readers of a channel follow one another.
         rows: at site ``reader_rows``, outputs drawn per sample; None: all.
         seed: at site ``reader_rows``, of the draw.
     """
@@ -127,6 +128,11 @@ class Criterion(ABC):
         """What it sums over batches; empty when weights are enough."""
         return ()
 
+    @property
+    def auxiliary(self) -> tuple[int, float]:
+        """Number and weight of auxiliary classifiers whose losses are added; see `criteria.heads.AuxiliaryHeads`."""
+        return 0, 0.0
+
     @abstractmethod
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         """One float64 tensor (channels,) per member."""
@@ -142,6 +148,12 @@ class Criterion(ABC):
     def needs_backward(self) -> bool:
         """Whether a loss is needed."""
         return any(tap.gradient for tap in self.taps)
+
+    @property
+    @final
+    def needs_heads(self) -> bool:
+        """Whether auxiliary classifiers have to be fitted, in a pass of their own before scoring."""
+        return self.auxiliary[0] > 0
 
     @property
     @final
@@ -286,8 +298,8 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
 
 
 def _snake(name: str) -> str:
-    """``BNScale`` as ``bn_scale``, ``TaylorFO`` as ``taylor_fo``; ``APoZ`` stays one word."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][A-Za-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})", "_", name).lower()
+    """``BNScale`` as ``bn_scale``, ``TaylorFO`` as ``taylor_fo``; ``APoZ`` and ``ThiNet`` stay one word."""
+    return re.sub(r"(?<=[a-z])(?<!Thi)(?=[A-Z][A-Za-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})", "_", name).lower()
 
 
 def _leaves(cls: type[Criterion]) -> list[type[Criterion]]:

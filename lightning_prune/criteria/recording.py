@@ -109,6 +109,12 @@ class Recorder:
         """Whether hooks are in place."""
         return bool(self._handles) or any(watcher.on for watcher in self._watchers)
 
+    def shape(self, group: Group, layer: Layer, tap: Tap) -> tuple[int, ...]:
+        """Of the sum that a tap makes for a layer."""
+        if not tap.joint:
+            return (group.size,)
+        return group.size, self._weights.widths.get(key_of(group, layer, tap), group.size)
+
     def start(self, *, reference: bool) -> None:
         """Install hooks for the taps on the current model, or on the reference."""
         self._reference = reference
@@ -165,7 +171,7 @@ class Recorder:
                 if tap.site == "reader":
                     self._readers.listen(list(keys.values()), tap, path, place)
                     continue
-                for key in keys.values():
+                for key in dict.fromkeys(keys.values()):
                     self._weights.listen(key, tap, place)
             return
         for layer in group.layers:
@@ -281,6 +287,6 @@ def key_of(group: Group, layer: Layer, tap: Tap) -> str:
 
 def _reduced(tap: Tap, channels: Tensor, positions: int) -> tuple[Tensor, int]:
     """Sum and count of a batch from (N, channels)."""
-    if tap.gradient:
+    if tap.gradient and not tap.joint:
         channels = channels * float(len(channels)) ** tap.degree
     return tap.reduce(channels, max(positions, 1))
