@@ -99,7 +99,7 @@ class AuxiliaryHeads:
 
     @contextmanager
     def _hooked(self, look: Callable[[str, Tensor], None], *, only: Iterable[str]) -> Iterator[None]:
-        """Show outputs of these layers, or of all if there are none; copies, for what comes behind may work in place."""
+        """Show outputs of these layers, or of all if none are named; copies: what follows may work in place."""
 
         def leave(path: str, module: nn.Module, _args: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
