@@ -99,8 +99,10 @@ def test_the_dense_model_is_left_alone():
     dense, graph, plan, masked, _, images = pruned("Residual")
     dense.train()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    lp.rescale_(masked, graph, plan, [images], dense=dense)
+    again = copy.deepcopy(masked)
+    done = lp.rescale_(masked, graph, plan, [images], dense=dense)
     assert dense.training
+    assert lp.rescale_(again, graph, plan, [images], dense=copy.deepcopy(dense).eval()) == done
     assert not any(module._forward_hooks for module in dense.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 

@@ -99,14 +99,14 @@ class AuxiliaryHeads:
 
     @contextmanager
     def _hooked(self, look: Callable[[str, Tensor], None], *, only: Iterable[str]) -> Iterator[None]:
-        """Show outputs of these layers, or of all if none are named; copies: what follows may work in place."""
+        """Show outputs of these layers, or of all if none are named, before anything works on them in place."""
 
         def leave(path: str, module: nn.Module, _args: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # activation checkpointing repeats the forward pass inside the backward pass
             if isinstance(output, Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
                 with torch.autocast(output.device.type, enabled=False):
-                    look(path, output.clone())
+                    look(path, output)
 
         handles = [
             self._model.get_submodule(path).register_forward_hook(partial(leave, path))
