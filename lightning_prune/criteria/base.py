@@ -95,7 +95,7 @@ class Member:
         group: name of its channel group.
         layer: the layer.
         weight: its weight, in the model's layout.
-        means: per tap, mean over samples or batches, (channels,) float64.
+        means: per tap, mean over samples or batches, (channels,) float64; (channels, width) for `Tap.joint`.
         scales: gamma of every batch norm that normalises the channels, (channels, k); see `batch_norm_scales`.
     """
 
@@ -113,7 +113,7 @@ class Member:
 class Criterion(ABC):
     """Importance of channels; high means keep.
 
-    Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
+    One of your own takes one class, see docs/own-criterion.md. Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
     those that look at data also return their `taps`.
 
     Attributes:
