@@ -113,8 +113,8 @@ class Member:
 class Criterion(ABC):
     """Importance of channels; high means keep.
 
-    One of your own takes one class, see docs/own-criterion.md. Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
-    those that look at data also return their `taps`.
+    Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
+    those that look at data also return their `taps`. docs/own-criterion.md has a worked example.
 
     Attributes:
         combine: how member layers of a group share one score: ``mean`` (default: stays on the scale of one
