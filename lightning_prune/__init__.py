@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from lightning_prune.checkpoint import PrunedCheckpoints, load, save
     from lightning_prune.criteria import (
+        DCP,
         FPGM,
         GRE,
         JRE,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Random,
         Taylor,
         TaylorFO,
+        ThiNet,
         add_bn_sparsity_,
     )
     from lightning_prune.equivalence import LosslessReport, check_lossless
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_prune.schedule import Gradual, Rounds, Schedule, Soft, keep_removed
     from lightning_prune.scoring import Scorer, Scores, score
     from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio, Selection
+    from lightning_prune.thinet_rescaling import Rescaling, rescale_
 
 __version__ = "0.1.0"
 
@@ -58,7 +61,8 @@ _HOMES = {
     "callbacks": "BNSparsity EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
     "ScoringCallback",
     "checkpoint": "PrunedCheckpoints load save",
-    "criteria": "FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO add_bn_sparsity_",
+    "criteria": "DCP FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO "
+    "ThiNet add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
     "explanation": "Explanation explain",
@@ -71,10 +75,12 @@ _HOMES = {
     "schedule": "Gradual Rounds Schedule Soft keep_removed",
     "scoring": "Scorer Scores score",
     "selection": "Budget ChannelsPerRound GlobalRatio LayerRatio Selection",
+    "thinet_rescaling": "Rescaling rescale_",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "DCP",
     "FPGM",
     "GRE",
     "JRE",
@@ -108,6 +114,7 @@ __all__ = [
     "PruningError",
     "Random",
     "ReconstructionCallback",
+    "Rescaling",
     "Rounds",
     "Schedule",
     "Scorer",
@@ -117,6 +124,7 @@ __all__ = [
     "Soft",
     "Taylor",
     "TaylorFO",
+    "ThiNet",
     "add_bn_sparsity_",
     "check_lossless",
     "compare_latency",
@@ -130,6 +138,7 @@ __all__ = [
     "prune",
     "reconstruct",
     "reconstruct_",
+    "rescale_",
     "save",
     "score",
     "trace",

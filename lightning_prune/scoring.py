@@ -14,10 +14,11 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
 from lightning_prune.criteria.baseline import fit_baseline, swapped
 from lightning_prune.criteria.bn_scale import batch_norm_scales
-from lightning_prune.criteria.recording import Recorder
+from lightning_prune.criteria.heads import AuxiliaryHeads
+from lightning_prune.criteria.recording import Recorder, key_of
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph import ChannelGraph, Layer, call_model
+from lightning_prune.graph import ChannelGraph, Group, Layer, call_model
 from lightning_prune.masking import check_model
 from lightning_prune.preservation import preserved, random_state, set_random_state
 
@@ -81,12 +82,16 @@ class Scorer:
         self._taps = self.criterion.taps
         self._recorder = Recorder(model, graph, self._taps)
         self._baseline = fit_baseline(model, baseline) if self.criterion.needs_reference else None
+        self._heads = AuxiliaryHeads(model, graph, *self.criterion.auxiliary) if self.criterion.needs_heads else None
         self._stack: ExitStack | None = None
         for group, layer in _layers(graph):
             device = _parameter(model, layer.weight).device
             for tap in self._taps:
-                key = f"{group}/{layer.name}/{tap.name}"
-                self.state[f"{key}/sum"] = torch.zeros(len(layer.index), dtype=torch.float64, device=device)
+                key = key_of(group, layer, tap)
+                if f"{key}/sum" in self.state:
+                    continue
+                shape = self._recorder.shape(group, layer, tap)
+                self.state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
                 self.state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
 
     def __enter__(self) -> Scorer:
@@ -103,6 +108,21 @@ class Scorer:
         if self._stack is not None:
             stack, self._stack = self._stack, None
             stack.__exit__(*error)
+
+    @property
+    def passes(self) -> tuple[Callable[[Callable[[], Any]], None], ...]:
+        """What to call with the step of every batch, one pass after the other."""
+        return (self.update,) if self._heads is None else (self.fit, self.update)
+
+    def fit(self, step: Callable[[], Any]) -> None:
+        """Fit auxiliary classifiers to one batch; for criteria that need them, a pass of its own before `update`.
+
+        Raises:
+            ScoreError: the criterion has none, or ``step`` computes no cross-entropy over (N, classes).
+        """
+        if self._heads is None:
+            raise ScoreError(f"{self.criterion!r} has no auxiliary heads to fit")
+        self._heads.fit(step)
 
     def update(self, step: Callable[[], Any]) -> None:
         """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs
@@ -122,6 +142,8 @@ class Scorer:
             set_random_state(before)
         if all(tap.reference for tap in self._taps):
             return
+        if self._heads is not None:
+            step = self._heads.joint(step)
         self._recorder.start(reference=False)
         with self._closing(), torch.set_grad_enabled(self.criterion.needs_backward):
             loss = step()
@@ -145,6 +167,8 @@ class Scorer:
             raise ScoreError("a batch is already open; call end_batch first")
         if self.criterion.needs_reference:
             raise ScoreError("reference='baseline' runs the model twice per batch; use Scorer.update(step)")
+        if self._heads is not None:
+            raise ScoreError("auxiliary heads add to the loss and need a pass of their own; use Scorer.fit and update")
         self._recorder.start(reference=False)
 
     def backward(self, loss: Any) -> None:
@@ -193,16 +217,14 @@ class Scorer:
             ScoreError: a layer was never reached, or scores are NaN or infinite.
         """
         members = []
+        counts = {name.removesuffix("/count"): n for name, n in self.state.items() if name.endswith("/count") and n}
+        found = {key: self.state[f"{key}/sum"] / count for key, count in counts.items()}
         for group, layer in _layers(self.graph):
-            keys = {tap.name: f"{group}/{layer.name}/{tap.name}" for tap in self._taps}
+            keys = {tap.name: key_of(group, layer, tap) for tap in self._taps}
             self._check_seen(layer.name, keys)
-            means = {
-                name: self.state[f"{key}/sum"] / self.state[f"{key}/count"]
-                for name, key in keys.items()
-                if self.state[f"{key}/count"]
-            }
-            scales = batch_norm_scales(self.model, self.graph.group(group), layer)
-            members.append(Member(group, layer, _parameter(self.model, layer.weight), means, scales))
+            means = {name: found[key] for name, key in keys.items() if key in found}
+            scales = batch_norm_scales(self.model, group, layer)
+            members.append(Member(group.name, layer, _parameter(self.model, layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
@@ -313,18 +335,20 @@ def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Modul
         )
     run: Callable[[nn.Module, Any], Any] = loss if loss is not None else call_model
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    empty = True
-    for batch in batches:
-        empty = False
-        scorer.update(partial(run, model, _to(batch, device)))
-    if empty:
-        raise ScoreError(f"{criterion!r} needs data, but batches was empty (a used-up generator?)")
+    for see in scorer.passes:
+        empty = True
+        for batch in batches:
+            empty = False
+            see(partial(run, model, to_device(batch, device)))
+        if empty:
+            again = ", several times" if len(scorer.passes) > 1 else ""
+            raise ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
 
 
-def _layers(graph: ChannelGraph) -> Iterator[tuple[str, Layer]]:
+def _layers(graph: ChannelGraph) -> Iterator[tuple[Group, Layer]]:
     for group in graph.prunable_groups:
         for layer in group.layers:
-            yield group.name, layer
+            yield group, layer
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor:
@@ -347,12 +371,12 @@ def _check_finite(member: Member, scores: Tensor) -> None:
     raise ScoreError(f"{member.layer.name}: {bad} of {len(scores)} scores are NaN or infinite; {cause}")
 
 
-def _to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device, in the containers that loaders make."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device, in the containers that loaders make; others as they are."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if type(batch) in (list, tuple):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch

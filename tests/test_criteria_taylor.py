@@ -172,5 +172,5 @@ def test_bad_settings_are_refused_by_name(build, words):
 def test_short_names():
     for name, kind in {"taylor": Taylor, "taylor_fo": TaylorFO, "next_layer_taylor": NextLayerTaylor}.items():
         assert type(lp.criteria.criterion_from(name)) is kind
-    with pytest.raises(ScoreError, match=r"apoz, bn_scale, fpgm, gre, .*next_layer_taylor, random, taylor, taylor_fo"):
+    with pytest.raises(ScoreError, match=r"apoz, bn_scale, dcp, .*next_layer_taylor, random, taylor, taylor_fo"):
         lp.criteria.criterion_from("taylor_f0")

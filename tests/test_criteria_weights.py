@@ -9,6 +9,7 @@ import torch
 
 import lightning_prune.criteria as criteria
 from lightning_prune.criteria import (
+    DCP,
     FPGM,
     GRE,
     JRE,
@@ -23,6 +24,7 @@ from lightning_prune.criteria import (
     Random,
     Taylor,
     TaylorFO,
+    ThiNet,
     criterion_from,
     functional,
 )
@@ -34,7 +36,8 @@ from tests.reference import criteria as reference
 
 ALL = [
     *(L1(), L2(), FPGM(norm_share=0.1), Random(seed=7), GRE(), LRE(), JRE(), BNScale(missing="keep"), APoZ(eps=0.5)),
-    *(Taylor(definition="nvlabs"), TaylorFO(form="weight"), NextLayerTaylor(form="weight", chunk=3)),
+    *(Taylor(definition="nvlabs"), TaylorFO(form="weight"), NextLayerTaylor(form="weight", chunk=3), ThiNet(rows=5)),
+    DCP(heads=1),
 ]
 
 

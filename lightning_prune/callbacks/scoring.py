@@ -86,6 +86,11 @@ class ScoringCallback(Callback):
             )
         if update_weights and start == "end":
             raise CallbackError("start='end' leaves no epoch to score in; use update_weights=False")
+        if update_weights and self.criterion.needs_heads:
+            raise CallbackError(
+                f"{self.criterion!r} fits auxiliary heads in a pass of its own and cannot score while training; use "
+                "update_weights=False"
+            )
         self.graph: ChannelGraph | None = None
         self.dense_graph: ChannelGraph | None = None
         self.scores: Scores | None = None
@@ -114,6 +119,11 @@ class ScoringCallback(Callback):
                 "a loss; define one, or use a criterion that looks at weights only, such as L1"
             )
 
+        if self.criterion.needs_heads and trainer.world_size > 1:
+            raise CallbackError(
+                f"{self.criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, or "
+                "scores=... of a run with devices=1"
+            )
         if self.criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
             raise CallbackError(
                 f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers itself, "
@@ -187,8 +197,9 @@ class ScoringCallback(Callback):
         if self.criterion.needs_forward:
             title = f"Scoring ({type(self.criterion).__name__})"
             with uncompiled(pl_module), training_step_alone(trainer, pl_module) as step, scorer:
-                for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
-                    scorer.update(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+                for see in scorer.passes:
+                    for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
+                        see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
         self._keep(trainer, scorer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

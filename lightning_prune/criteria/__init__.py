@@ -3,13 +3,16 @@
 from lightning_prune.criteria.apoz import APoZ
 from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from
 from lightning_prune.criteria.bn_scale import BNScale, add_bn_sparsity_
+from lightning_prune.criteria.dcp import DCP
 from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
 from lightning_prune.criteria.taylor import Taylor, TaylorFO
+from lightning_prune.criteria.thinet import ThiNet
 from lightning_prune.criteria.weights import FPGM, L1, L2
 
 __all__ = [
+    "DCP",
     "FPGM",
     "GRE",
     "JRE",
@@ -25,6 +28,7 @@ __all__ = [
     "Tap",
     "Taylor",
     "TaylorFO",
+    "ThiNet",
     "WeightCriterion",
     "add_bn_sparsity_",
     "criterion_from",

@@ -25,7 +25,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
 
 Site = Literal["conv", "bn", "activation"]
-TapSite = Literal["conv", "bn", "activation", "rectifier", "weight", "reader", "reader_weight"]
+TapSite = Literal["conv", "bn", "activation", "rectifier", "weight", "reader", "reader_weight", "reader_rows"]
 Missing = Literal["refuse", "keep"]
 
 
@@ -41,11 +41,17 @@ class Tap(ABC):
             ``reader``: by how much the output of a layer that reads the channels changes without each of them
             (F are channels, M all outputs of a sample), with the gradient at that output; readers add up.
             ``reader_weight``: as ``weight``, with the inputs of a layer that reads the channels as F.
+            ``reader_rows``: by how much outputs, drawn at random, of a layer that reads the channels change without
+            each of them; `partial` sees (rows, channels) and returns (channels, channels).
         gradient: wants the gradient of the loss with respect to the tensor too.
         reference: looks at the frozen dense model instead of the current one.
         degree: power of the gradient in `partial`, so that it can be rescaled.
         optional: a layer may lack the site; its `Member` then has no mean of that name.
         chunk: at site ``reader``, how many channels are held at once.
+        joint: one sum for all layers of a group, (channels, width). At site ``reader_weight``, `partial` then
+            returns (F, M), and all entries of all readers of a channel follow one another.
+        rows: at site ``reader_rows``, outputs drawn per sample; None: all.
+        seed: at site ``reader_rows``, of the draw.
     """
 
     name: str
@@ -55,6 +61,9 @@ class Tap(ABC):
     degree: int = 1
     optional: bool = False
     chunk: int = 8
+    joint: bool = False
+    rows: int | None = None
+    seed: int = 0
 
     @abstractmethod
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
@@ -86,7 +95,7 @@ class Member:
         group: name of its channel group.
         layer: the layer.
         weight: its weight, in the model's layout.
-        means: per tap, mean over samples or batches, (channels,) float64.
+        means: per tap, mean over samples or batches, (channels,) float64; (channels, width) for `Tap.joint`.
         scales: gamma of every batch norm that normalises the channels, (channels, k); see `batch_norm_scales`.
     """
 
@@ -105,7 +114,7 @@ class Criterion(ABC):
     """Importance of channels; high means keep.
 
     Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
-    those that look at data also return their `taps`.
+    those that look at data also return their `taps`. docs/own-criterion.md has a worked example.
 
     Attributes:
         combine: how member layers of a group share one score: ``mean`` (default: stays on the scale of one
@@ -118,6 +127,11 @@ class Criterion(ABC):
     def taps(self) -> tuple[Tap, ...]:
         """What it sums over batches; empty when weights are enough."""
         return ()
+
+    @property
+    def auxiliary(self) -> tuple[int, float]:
+        """Number and weight of auxiliary classifiers whose losses are added; see `criteria.heads.AuxiliaryHeads`."""
+        return 0, 0.0
 
     @abstractmethod
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
@@ -134,6 +148,12 @@ class Criterion(ABC):
     def needs_backward(self) -> bool:
         """Whether a loss is needed."""
         return any(tap.gradient for tap in self.taps)
+
+    @property
+    @final
+    def needs_heads(self) -> bool:
+        """Whether auxiliary classifiers have to be fitted, in a pass of their own before scoring."""
+        return self.auxiliary[0] > 0
 
     @property
     @final
@@ -246,6 +266,16 @@ def check_weight(argument: str, value: float) -> None:
         raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ScoreError: names what it got.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise ScoreError(f"seed must be an integer in [0, 2**31), got {seed!r}")
+
+
 def criterion_from(criterion: Criterion | str) -> Criterion:
     """The criterion itself, or the one of that class name in any case (``"bn_scale"``), with its defaults.
 
@@ -268,8 +298,8 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
 
 
 def _snake(name: str) -> str:
-    """``BNScale`` as ``bn_scale``, ``TaylorFO`` as ``taylor_fo``; ``APoZ`` stays one word."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z][A-Za-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})", "_", name).lower()
+    """``BNScale`` as ``bn_scale``, ``TaylorFO`` as ``taylor_fo``; ``APoZ`` and ``ThiNet`` stay one word."""
+    return re.sub(r"(?<=[a-z])(?<!Thi)(?=[A-Z][A-Za-z])|(?<=[A-Z]{2})(?=[A-Z][a-z]{2})", "_", name).lower()
 
 
 def _leaves(cls: type[Criterion]) -> list[type[Criterion]]:

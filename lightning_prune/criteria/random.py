@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.base import Criterion, Member
-from lightning_prune.errors import ScoreError
+from lightning_prune.criteria.base import Criterion, Member, check_seed
 
 
 @final
@@ -37,8 +36,7 @@ class Random(Criterion):
     combine: Literal["first"] = "first"
 
     def __init__(self, *, seed: int = 0) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-            raise ScoreError(f"seed must be an integer in [0, 2**31), got {seed!r}")
+        check_seed(seed)
         self.seed = seed
 
     @override

@@ -22,6 +22,7 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.readers import ReaderWatcher, readers_of
 from lightning_prune.criteria.rectifiers import RectifierWatcher
+from lightning_prune.criteria.sampling import SampledReaderWatcher
 from lightning_prune.criteria.watching import Ledger, Place, Watcher, WeightWatcher
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import ChannelGraph, Group, Layer
@@ -93,7 +94,8 @@ class Recorder:
         self._weights = WeightWatcher(ledger, model)
         self._readers = ReaderWatcher(ledger, model)
         self._rectifiers = RectifierWatcher(ledger, model)
-        self._watchers: tuple[Watcher, ...] = (self._weights, self._readers, self._rectifiers)
+        self._sampled = SampledReaderWatcher(ledger, model)
+        self._watchers: tuple[Watcher, ...] = (self._weights, self._readers, self._rectifiers, self._sampled)
         for group in graph.prunable_groups:
             for tap in taps:
                 self._listen_to_group(model, group, tap)
@@ -106,6 +108,12 @@ class Recorder:
     def on(self) -> bool:
         """Whether hooks are in place."""
         return bool(self._handles) or any(watcher.on for watcher in self._watchers)
+
+    def shape(self, group: Group, layer: Layer, tap: Tap) -> tuple[int, ...]:
+        """Of the sum that a tap makes for a layer."""
+        if not tap.joint:
+            return (group.size,)
+        return group.size, self._weights.widths.get(key_of(group, layer, tap), group.size)
 
     def start(self, *, reference: bool) -> None:
         """Install hooks for the taps on the current model, or on the reference."""
@@ -154,13 +162,16 @@ class Recorder:
         )
 
     def _listen_to_group(self, model: nn.Module, group: Group, tap: Tap) -> None:
-        keys = {layer.name: f"{group.name}/{layer.name}/{tap.name}" for layer in group.layers}
-        if tap.site in ("reader", "reader_weight"):
+        keys = {layer.name: key_of(group, layer, tap) for layer in group.layers}
+        if tap.site in ("reader", "reader_weight", "reader_rows"):
             for path, place in readers_of(model, group).items():
+                if tap.site == "reader_rows":
+                    self._sampled.listen(key_of(group, group.layers[0], tap), tap, path, place)
+                    continue
                 if tap.site == "reader":
                     self._readers.listen(list(keys.values()), tap, path, place)
                     continue
-                for key in keys.values():
+                for key in dict.fromkeys(keys.values()):
                     self._weights.listen(key, tap, place)
             return
         for layer in group.layers:
@@ -268,8 +279,14 @@ class Recorder:
             seen.add(tap.partial(value, gradient), value.shape[-1])
 
 
+def key_of(group: Group, layer: Layer, tap: Tap) -> str:
+    """Under what a scorer keeps the sum of a tap for a layer; `Tap.joint` ones have it under the group's first."""
+    owner = group.layers[0] if tap.joint else layer
+    return f"{group.name}/{owner.name}/{tap.name}"
+
+
 def _reduced(tap: Tap, channels: Tensor, positions: int) -> tuple[Tensor, int]:
     """Sum and count of a batch from (N, channels)."""
-    if tap.gradient:
+    if tap.gradient and not tap.joint:
         channels = channels * float(len(channels)) ** tap.degree
     return tap.reduce(channels, max(positions, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,6 +94,8 @@ def twice(where: str) -> ScoreError:
 class WeightWatcher(Watcher):
     """Shows weights and their gradients to taps, once per batch.
 
+    Sums of `Tap.joint` ones are `widths` wide.
+
     Frozen weights are made to take a gradient while a batch is open, and never keep it.
     """
 
@@ -102,6 +105,8 @@ class WeightWatcher(Watcher):
         self._audience: dict[str, list[tuple[str, Tap, Place]]] = {}
         self._thawed: list[nn.Parameter] = []
         self._arrived: set[str] = set()
+        self._starts: dict[tuple[str, str], int] = {}
+        self.widths: Counter[str] = Counter()
 
     def listen(self, key: str, tap: Tap, place: Place) -> None:
         """Let a tap see a weight; a key may have several.
@@ -110,9 +115,12 @@ class WeightWatcher(Watcher):
             ScoreError: the model has no such parameter.
         """
         try:
-            self._model.get_parameter(place.tensor)
+            parameter = self._model.get_parameter(place.tensor)
         except AttributeError:
             raise ScoreError(f"the model has no parameter {place.tensor!r}; trace this model again") from None
+        if tap.joint:
+            self._starts[key, place.tensor] = self.widths[key]
+            self.widths[key] += place.index.shape[1] * (parameter.numel() // parameter.shape[place.dim])
         self._audience.setdefault(place.tensor, []).append((key, tap, place))
 
     @override
@@ -126,8 +134,10 @@ class WeightWatcher(Watcher):
             self._handles.append(parameter.register_hook(partial(self._arrive, name, parameter)))
             self.ledger.edges.append(get_gradient_edge(parameter))
             for key, tap, place in audience:
-                empty = torch.zeros(1, len(place.index), dtype=torch.float64, device=parameter.device)
-                self.seen.setdefault(key, Seen(tap, empty))
+                if key not in self.seen:
+                    shape = (len(place.index), self.widths[key]) if tap.joint else (1, len(place.index))
+                    empty = torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+                    self.seen[key] = Seen(tap, empty)
 
     @override
     def stop(self) -> None:
@@ -144,8 +154,14 @@ class WeightWatcher(Watcher):
             for key, tap, place in self._audience[name]:
                 value, slope = (functional.by_position(t.detach()[None], place.dim + 1) for t in (parameter, gradient))
                 seen = self.seen[key]
-                found = functional.gather_channels(tap.partial(value, slope), place.index)
-                seen.partial = seen.partial + found.to(seen.partial.device)
+                found = tap.partial(value, slope)
+                if tap.joint:
+                    rows = found[place.index.to(found.device)].flatten(1)
+                    start = self._starts[key, name]
+                    seen.partial[:, start : start + rows.shape[1]] = rows
+                else:
+                    found = functional.gather_channels(found, place.index)
+                    seen.partial = seen.partial + found.to(seen.partial.device)
                 seen.arrived = True
                 self.ledger.differentiated.add(key)
 

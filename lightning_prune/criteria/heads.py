@@ -1,0 +1,225 @@
+"""Auxiliary classifiers on intermediate layers: how well the classes can be told apart there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.criteria import functional
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import ChannelGraph
+
+_SHRINKAGE = 0.1
+_TINY = 1e-12
+
+
+class AuxiliaryHeads:
+    """Linear classifiers of relu(z), averaged over positions, at some layers' outputs z (after batch norm).
+
+    Their labels are those that the step gives to `torch.nn.functional.cross_entropy`, so that a training step needs no
+    change. Two passes: `fit` on every batch, then `joint`.
+
+    Args:
+        model: the model; hooks are on it only while a step runs.
+        graph: its channel graph: outputs of its prunable layers carry heads.
+        count: how many, evenly spread in the order in which the layers run.
+        weight: of each head's loss.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, count: int, weight: float) -> None:
+        self._model = model
+        self._candidates = {layer.norm or layer.name for layer in graph.layers.values()}
+        self._count = count
+        self._weight = weight
+        self.moments: dict[str, Moments] = {}
+        self._classifiers: dict[str, Classifier] | None = None
+
+    def fit(self, step: Callable[[], Any]) -> None:
+        """Learn from one batch; ``step`` runs the model and its loss.
+
+        Raises:
+            ScoreError: the step computes no cross-entropy over (N, classes), or not of the samples that a layer sees.
+        """
+        seen: dict[str, Tensor] = {}
+        look = partial(_remember, seen)
+        with self._hooked(look, only=self.moments), _Labels() as labels, torch.no_grad():
+            step()
+        shares = labels.shares()
+        if not self.moments:
+            order = list(seen)
+            places = sorted({(1 + number) * len(order) // (self._count + 1) for number in range(self._count)})
+            self.moments = {order[place]: Moments() for place in places if place < len(order)}
+        for path in self.moments.keys() & seen.keys():
+            if len(seen[path]) != len(shares):
+                raise ScoreError(
+                    f"{path}: sees {len(seen[path])} samples where the loss has {len(shares)}; use heads=0"
+                )
+            self.moments[path].add(seen[path], shares)
+        self._classifiers = None
+
+    def joint(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """A step whose loss has the heads' cross-entropies added.
+
+        Raises:
+            ScoreError: nothing was fitted.
+        """
+        if not self.moments:
+            raise ScoreError("auxiliary heads have to be fitted first: call Scorer.fit(step) on every batch")
+        if self._classifiers is None:
+            for path, moments in self.moments.items():
+                if not torch.isfinite(moments.squares).all():
+                    raise ScoreError(f"{path}: what it puts out is NaN or infinite; check batches and precision")
+            self._classifiers = {path: moments.classifier() for path, moments in self.moments.items()}
+        classifiers = self._classifiers
+
+        def run() -> Any:
+            logits: dict[str, Tensor] = {}
+
+            def classify(path: str, z: Tensor) -> None:
+                logits.setdefault(path, classifiers[path](_pooled(z)))
+
+            with self._hooked(classify, only=classifiers), _Labels() as labels:
+                loss = step()
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                shares = labels.shares()
+                for found in logits.values():
+                    entropy = -(shares.to(found) * F.log_softmax(found, 1)).sum() / shares.sum().clamp(min=1).to(found)
+                    loss = loss + self._weight * entropy
+            return loss
+
+        return run
+
+    @contextmanager
+    def _hooked(self, look: Callable[[str, Tensor], None], *, only: Iterable[str]) -> Iterator[None]:
+        """Show outputs of these layers, or of all if none are named, before anything works on them in place."""
+
+        def leave(path: str, module: nn.Module, _args: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # activation checkpointing repeats the forward pass inside the backward pass
+            if isinstance(output, Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
+                with torch.autocast(output.device.type, enabled=False):
+                    look(path, output)
+
+        handles = [
+            self._model.get_submodule(path).register_forward_hook(partial(leave, path))
+            for path in sorted(only or self._candidates)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Logits (f - centre) W^T + b of features f, (N, F) to (N, K)."""
+
+    centre: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits in the type of the features."""
+        return F.linear(features - self.centre.to(features), self.weight.to(features), self.bias.to(features))
+
+
+class Moments:
+    """Sums over samples from which a linear discriminant follows; float64, additive over batches.
+
+    Features are counted from the mean of the first batch: those of a network hardly vary around it.
+    """
+
+    def __init__(self) -> None:
+        self.origin: Tensor | float = 0.0  # (F,)
+        self.counts: Tensor | None = None  # samples of each class, (K,)
+        self.sums = torch.zeros(())  # features of each class, (K, F)
+        self.squares = torch.zeros(())  # products of features, (F, F)
+
+    def add(self, features: Tensor, shares: Tensor) -> None:
+        """One batch: (N, F), and (N, K) by how much each sample belongs to each class."""
+        features, shares = features.double(), shares.to(features.device, torch.float64)
+        if self.counts is None:
+            self.origin = features.mean(0)
+            self.counts = torch.zeros_like(shares[0])
+            self.sums = features.new_zeros(shares.shape[1], features.shape[1])
+            self.squares = features.new_zeros(features.shape[1], features.shape[1])
+        features = features - self.origin
+        self.counts = self.counts + shares.sum(0)
+        self.sums = self.sums + shares.T @ features
+        self.squares = self.squares + (features * shares.sum(1, keepdim=True)).T @ features
+
+    def classifier(self) -> Classifier:
+        r"""Fisher's linear discriminant of what was added.
+
+        With :math:`d_k` from the mean of all features to that of class k, :math:`w_k = S^{-1} d_k` and
+        :math:`b_k = \log \pi_k - w_k^T d_k / 2`; S is the covariance within the classes, a tenth of it replaced by its
+        mean variance on the diagonal.
+
+        Example:
+            >>> moments = Moments()
+            >>> moments.add(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.eye(2).repeat_interleave(2, 0))
+            >>> found = moments.classifier()  # means 1 and 5, variance 1
+            >>> found.centre.tolist(), found.weight.tolist(), found(torch.tensor([[3.0], [4.0]])).diff().tolist()
+            ([3.0], [[-2.0], [2.0]], [[0.0], [4.0]])
+        """
+        assert self.counts is not None
+        total = self.counts.sum()
+        means = self.sums / self.counts.clamp(min=_TINY).unsqueeze(1)
+        within = (self.squares - means.T @ self.sums) / total
+        spread = within.diagonal().mean().clamp(min=_TINY)
+        within = (1 - _SHRINKAGE) * within + _SHRINKAGE * spread * torch.eye(len(within)).to(within)
+        centre = self.sums.sum(0) / total
+        weight = torch.linalg.solve(within, (means - centre).T).T
+        prior = (self.counts / total).clamp(min=_TINY).log()
+        return Classifier(self.origin + centre, weight, prior - (weight * (means - centre)).sum(1) / 2)
+
+
+class _Labels(TorchFunctionMode):
+    """Remembers what the first cross-entropy over (N, classes) was told about the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._target: Tensor | None = None
+        self._classes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy and self._target is None:
+            logits, target = (*args, *(kwargs[name] for name in ("input", "target")[len(args) :]))[:2]
+            if logits.ndim == 2:
+                self._target, self._classes = target.detach(), logits.shape[1]
+        return func(*args, **kwargs)
+
+    def shares(self) -> Tensor:
+        """By how much each sample belongs to each class, (N, K) float64; ignored ones to none.
+
+        Raises:
+            ScoreError: there was no such loss.
+        """
+        if self._target is None:
+            raise ScoreError(
+                "auxiliary heads need labels, but no torch.nn.functional.cross_entropy of (N, classes) was computed; "
+                "use DCP(heads=0), or another criterion, such as Taylor"
+            )
+        if self._target.is_floating_point():
+            return self._target.double()
+        known = (self._target >= 0) & (self._target < self._classes)
+        return F.one_hot(self._target.clamp(0, self._classes - 1), self._classes).double() * known.unsqueeze(1)
+
+
+def _remember(seen: dict[str, Tensor], path: str, z: Tensor) -> None:
+    seen.setdefault(path, _pooled(z))
+
+
+def _pooled(z: Tensor) -> Tensor:
+    z = functional.widened(z).relu()
+    return z.flatten(2).mean(2) if z.ndim > 2 else z
