@@ -121,8 +121,8 @@ class ScoringCallback(Callback):
 
         if self.criterion.needs_heads and trainer.world_size > 1:
             raise CallbackError(
-                f"{self.criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, or "
-                "scores=... of a run with devices=1"
+                f"{self.criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
+                "or scores=... of a run with devices=1"
             )
         if self.criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
             raise CallbackError(
