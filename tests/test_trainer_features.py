@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from lightning_prune.callbacks import PruneCallback
@@ -294,4 +295,31 @@ def test_several_loaders_are_scored_as_they_train() -> None:
 
     task, callback = Several(), prune()
     trainer(callback, epochs=3).fit(task, {"a": loader(), "b": loader()}, loader(8, shuffle=False))
+    assert_pruned(task, callback)
+
+
+def test_tuning_leaves_the_model_unpruned_for_the_fit(tmp_path: Path) -> None:
+    class Tunable(Task):
+        lr = 0.001
+        batch_size = 2
+
+        def train_dataloader(self):
+            return loader(16, self.batch_size)
+
+        def val_dataloader(self):
+            return loader(8, shuffle=False)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    task, callback = Tunable(), prune()
+    dense = params(task)
+    before = copy.deepcopy(task.state_dict())
+    runner = trainer(callback, epochs=3, default_root_dir=tmp_path)
+    tuner = Tuner(runner)
+    tuner.scale_batch_size(task, max_trials=1, steps_per_trial=1)
+    tuner.lr_find(task, num_training=4)
+    assert params(task) == dense
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+    runner.fit(task)
     assert_pruned(task, callback)
