@@ -100,15 +100,26 @@ def test_the_data_of_a_cifar_recipe_are_accepted(name):
 def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/jre_paper.yaml", *TINY]
-    with pytest.raises(CallbackError, match=r"19 rounds of 128 channels .* need max_epochs of at least 361, got 1"):
+    with pytest.raises(CallbackError, match=r"the 19 steps of Rounds.channels=128, .* need max_epochs of at least 361, got 1"):
         run_lightning("fit", argv)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNES if name != "prune/jre_paper.yaml"])
+def test_the_published_schedule_of_guo_asks_for_the_epochs_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/guo_paper.yaml", *TINY]
+    with pytest.raises(CallbackError, match=r"the 2400 steps of Rounds.channels=1, epochs=20, batches=32, "):
+        run_lightning("fit", argv)
+
+
+EPOCHS = {"prune/fpgm_soft.yaml": 10, "prune/l1_gradual.yaml": 5}
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNES if "paper" not in name])
 def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense = 11_173_962  # ResNet-18 with ten classes
-    cli = run_lightning("fit", ["--config", "task/resnet18_digits.yaml", "--config", name, *TINY])
+    epochs = f"--trainer.max_epochs={EPOCHS.get(name, 1)}"
+    cli = run_lightning("fit", ["--config", "task/resnet18_digits.yaml", "--config", name, *TINY, epochs])
     left = sum(p.numel() for p in cli.model.model.parameters())
-    assert left < 0.6 * dense
+    assert left < 0.7 * dense
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
