@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
             console.print(f"{cell.criterion} at {cell.ratio:g}: refused", highlight=False)
         else:
             says = f"{cell.criterion} at {cell.ratio:g}, seed {cell.seed}: {cell.before:.2%}, then {cell.after:.2%}"
-            console.print(says, highlight=False)
+            console.print(says, highlight=False, soft_wrap=True)
 
     comparison = compare_criteria(
         cli.model,
@@ -89,7 +89,7 @@ def _train(cli: LightningCLI, options: argparse.Namespace, note: Any, console: C
         raise PruningError("how long to train? Set --trainer.max_epochs, or name a trained model with --checkpoint")
     console.print(f"Dense model: {epochs} epochs", highlight=False)
     now = trained_once(cli.model, cli.datamodule, epochs, options.out, {"task": note, "seed": options.train_seed})
-    console.print("trained" if now else f"found in {options.out}, not trained again", highlight=False)
+    console.print("trained" if now else f"found in {options.out}, not trained again", highlight=False, soft_wrap=True)
 
 
 def _configured(cli: LightningCLI) -> Any:
