@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,15 @@ def compare(folder: Path, criteria=("l1", "gre"), **options) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("compare")
     return compare(folder), folder
+
+
+@pytest.fixture
+def outcome(computed, tmp_path: Path) -> tuple[Comparison, Path]:
+    """What was computed, and its folder, for this test alone."""
+    return computed[0], Path(shutil.copytree(computed[1], tmp_path / "mine"))
 
 
 def test_every_cell_is_there_once(outcome) -> None:
