@@ -48,7 +48,7 @@ class Runner:
         """
         bars: list[Callback] = [RichProgressBar(leave=False)] if self.progress else []
         rate = [] if lr is None else [_LearningRate(lr)]
-        Trainer(
+        trainer = Trainer(
             max_epochs=epochs,
             max_steps=max_steps,
             devices=1,
@@ -58,7 +58,9 @@ class Runner:
             enable_progress_bar=self.progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-        ).fit(task, self.data)
+        )
+        with self._released(task):
+            trainer.fit(task, self.data)
 
     def test(self, task: LightningModule) -> tuple[float, float]:
         """(metric on the test part, seconds).
@@ -68,11 +70,21 @@ class Runner:
         """
         started = time.perf_counter()
         trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        results = trainer.test(task, self.data, verbose=False)[0]
+        with self._released(task):
+            results = trainer.test(task, self.data, verbose=False)[0]
         name = f"test_{self.metric}"
         if name not in results:
             raise PruningError(f"{type(task).__name__} logs no {name!r} in test_step; it logs {', '.join(results)}")
         return float(results[name]), time.perf_counter() - started
+
+    @contextmanager
+    def _released(self, task: LightningModule) -> Iterator[None]:
+        """Let go of the Trainer afterwards: a copy of the task may reach the data, and through it all tasks before."""
+        try:
+            yield
+        finally:
+            task.trainer = None
+            self.data.trainer = None
 
 
 class _LearningRate(Callback):

@@ -33,6 +33,7 @@ from lightning_prune.criteria import JRE, L1, Random
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.errors import PlanError, PruningError, ScoreError
 from lightning_prune.report.table import MISSING, TIMES
+from lightning_prune.running import Runner, quiet
 from lightning_prune.tasks import ClassificationTask
 
 
@@ -213,6 +214,17 @@ def test_two_forms_of_one_criterion_under_names_of_their_own(tmp_path: Path) -> 
     forms = {"by layer": JRE(), "by network": JRE(scope="network", spatial="mean")}
     comparison = compare(tmp_path, forms, ratios=[0.5], seeds=[0], epochs=0)
     assert [cell.criterion for cell in comparison.cells] == list(forms)
+
+
+def test_nothing_of_a_run_is_held_by_task_or_data() -> None:
+    """The optimizer that the command line builds knows the data; a copy of the task would copy all runs so far."""
+    dense, digits = task(), data()
+    runner = Runner(digits)
+    with quiet():
+        runner.fit(dense, 1)
+        runner.test(dense)
+    assert dense._trainer is None
+    assert digits.trainer is None
 
 
 # --- tables and pictures ---
