@@ -284,6 +284,16 @@ def test_the_picture_has_a_curve_and_bars_per_criterion_in_both_panels() -> None
         comparison_figure(Comparison(Dense(1, 1, 1), (), (), {}))
 
 
+def test_what_fell_far_behind_is_named_and_does_not_flatten_the_rest() -> None:
+    usual = made_up()
+    cells = (*usual.cells, Cell("collapsed", 0.3, 0, 0.1, 0.2, 500_000, 1, 0.3))
+    _, after = comparison_figure(Comparison(usual.dense, cells, (), {})).axes
+    assert after.get_ylim()[0] > 50
+    assert [text.get_text() for text in after.texts] == ["\N{DOWNWARDS ARROW} collapsed 20.0"]
+    _, after = comparison_figure(usual).axes
+    assert not after.texts
+
+
 def test_files_are_written(tmp_path: Path) -> None:
     files = write_comparison(made_up(), tmp_path / "new")
     assert sorted(path.name for path in files.values()) == ["comparison.csv", "comparison.md", "comparison.png"]

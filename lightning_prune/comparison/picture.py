@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import TYPE_CHECKING
 
 from lightning_prune.comparison.cells import Comparison, Row
@@ -23,7 +24,8 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
     """Draw accuracy against the multiply-accumulates that are left, before and after fine-tuning.
 
     Points are means, bars a standard deviation over seeds in either direction. The legend names criteria from the
-    most accurate to the least, by the mean over ratios after fine-tuning.
+    most accurate to the least, by the mean over ratios after fine-tuning. Where one lost several times what the others
+    did, the right panel names it at its lower edge, lest it flatten the rest.
 
     Args:
         comparison: what was measured.
@@ -54,6 +56,7 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
             for criterion in ranked:
                 _curve(axes, curves[criterion], when, comparison, looks[criterion])
             _finish(axes, comparison, title, palette)
+        _below(panels[1], comparison, {name: color for name, (color, _) in looks.items()})
         handles = {line.get_label(): line for line in panels[1].get_lines()}
         shown = [handles[name] for name in (*ranked, "dense")]
         figure.legend(
@@ -81,9 +84,9 @@ def _curve(axes: Axes, rows: list[Row], when: str, comparison: Comparison, look:
         yerr=[100 * (spread.deviation or 0) for spread in spreads],
         color=look[0],
         marker=look[1],
-        ms=6,
+        ms=7,
         mec=axes.get_figure().get_facecolor(),  # type: ignore[union-attr]
-        mew=0.7,
+        mew=0.5,
         lw=1.5,
         elinewidth=1.0,
         capsize=2,
@@ -102,6 +105,32 @@ def _finish(axes: Axes, comparison: Comparison, title: str, palette: Palette) ->
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -2.0), min(high, 101.0) if high > 100 else high)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+
+
+def _below(axes: Axes, comparison: Comparison, colors: dict[str, str]) -> None:
+    """Let the axis begin where most rows are, and say at its edge what lies below."""
+    dense = comparison.dense.accuracy
+    lost = {row: dense - row.after.mean for row in comparison.rows}
+    limit = max(4 * statistics.median(lost.values()), 0.05)
+    outside = sorted((row for row, loss in lost.items() if loss > limit), key=lambda row: row.macs.mean)
+    inside = [row for row in lost if row not in outside]
+    if not outside or not inside:
+        return
+    low = min(row.after.mean - (row.after.deviation or 0) for row in inside)
+    high = max(dense, *(row.after.mean + (row.after.deviation or 0) for row in inside))
+    span = 100 * max(high - low, 0.01)
+    axes.set_ylim(100 * low - (0.12 + 0.06 * len(outside)) * span, min(100 * high + 0.08 * span, 101.0))
+    for line, row in enumerate(outside):
+        axes.annotate(
+            f"\N{DOWNWARDS ARROW} {row.criterion} {100 * row.after.mean:.1f}",
+            (100 * row.macs.mean / comparison.dense.macs, 0),
+            (0, 6 + 13 * line),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            size=9,
+            color=colors[row.criterion],
+        )
 
 
 def _mean_after(rows: list[Row]) -> float:
