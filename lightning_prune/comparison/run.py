@@ -81,6 +81,18 @@ def compare_criteria(
     Raises:
         ScoreError: unknown criterion; names the valid ones. Nothing has been computed then.
         PlanError: no ratio, seed or criterion, one twice, or out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_prune.data import DigitsDataModule
+        >>> from lightning_prune.tasks import ClassificationTask
+        >>> layers = torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+        >>> task, data = ClassificationTask(net, 10, input_size=(3, 8, 8)), DigitsDataModule(size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = compare_criteria(task, data, ["l1"], ratios=[0.5], seeds=[0], epochs=0, output=folder)
+        >>> found.dense.macs, [(cell.criterion, cell.ratio, cell.macs) for cell in found.cells]
+        (1616, [('l1', 0.5, 808)])
     """
     named = check_request(criteria, ratios, seeds, selection, epochs)
     runner = Runner(data, metric)
