@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,11 +263,20 @@ def test_tables_say_the_same_in_markdown_and_in_a_terminal() -> None:
     assert f"| strong | 0.7 | 20.00 ± 0.00 | 84.00 ± 1.00 | 0.30 (3.3{TIMES}) | 50.0 (4.0{TIMES}) | 3 |" in text
     assert f"| dense | {MISSING} | 95.00 |" in text
     assert "odd refused at 0.3: no way" in text
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)
     print_comparison(made_up(), console)
     shown = console.file.getvalue()
     assert "84.00 ± 1.00" in shown
     assert "odd refused" in shown
+
+
+def test_numbers_are_whole_on_80_columns_whatever_the_names() -> None:
+    cells = tuple(replace(cell, criterion=f"{cell.criterion}, with a rather long name") for cell in made_up().cells)
+    console = Console(file=io.StringIO(), width=80)
+    print_comparison(Comparison(Dense(0.95, 313_000_000, 15_000_000), cells, (), {}), console)
+    shown = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert "84.00 ± 1.00" in shown
 
 
 def test_the_picture_has_a_curve_and_bars_per_criterion_in_both_panels() -> None:

@@ -103,7 +103,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
     table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, title in enumerate(heads(comparison)):
-        table.add_column(shown(title.replace(" ", "\n")), justify="right" if number else "left", no_wrap=True)
+        table.add_column(shown(title.replace(" ", "\n")), justify="right" if number else "left", no_wrap=bool(number))
     for _, block in groupby(lines(comparison), key=lambda line: line[1]):
         for rank, line in enumerate(block):
             table.add_row(*(shown(cell, "bold" if rank == 0 else "") for cell in line))
