@@ -273,7 +273,7 @@ def test_tables_say_the_same_in_markdown_and_in_a_terminal() -> None:
 def test_numbers_are_whole_on_80_columns_whatever_the_names() -> None:
     cells = tuple(replace(cell, criterion=f"{cell.criterion}, with a rather long name") for cell in made_up().cells)
     console = Console(file=io.StringIO(), width=80)
-    print_comparison(Comparison(Dense(0.95, 313_000_000, 15_000_000), cells, (), {}), console)
+    print_comparison(Comparison(made_up().dense, cells, (), {}), console)
     shown = console.file.getvalue()
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
     assert "84.00 ± 1.00" in shown
