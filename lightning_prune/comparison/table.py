@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_prune.comparison.cells import Cell, Comparison, Row, Spread
 from lightning_prune.comparison.picture import comparison_figure
@@ -101,9 +101,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             text = text.encode("ascii", "replace").decode()
         return Text(text, style)
 
-    table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(
+        box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
+    )
     for number, title in enumerate(heads(comparison)):
-        table.add_column(shown(title.replace(" ", "\n")), justify="right" if number else "left", no_wrap=bool(number))
+        kind: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}
+        table.add_column(shown(title.replace(" ", "\n")), **kind)
     for _, block in groupby(lines(comparison), key=lambda line: line[1]):
         for rank, line in enumerate(block):
             table.add_row(*(shown(cell, "bold" if rank == 0 else "") for cell in line))
