@@ -84,11 +84,7 @@ def repairable(
         raise CompensationError(f"missing must be 'refuse' or 'skip', got {missing!r}")
     check_plan(graph, plan)
     check_model(model, graph)
-    zeros = masked_entries(graph, plan)
-    parameters = dict(model.named_parameters())
-    taken = [parameters[z.parameter].detach().index_select(z.dim, z.entries.to(parameters[z.parameter].device))
-             for z in zeros]  # fmt: skip
-    if knows_shapes(model) or (taken and not any(bool(values.any()) for values in taken)):
+    if knows_shapes(model) or _is_masked(model, graph, plan):
         raise CompensationError(
             "the removed channels are zero already, so there is nothing left to measure; compensate the dense model, "
             "before mask_, with MaskHandle.undo() if need be"
@@ -105,8 +101,6 @@ def repairable(
         raise CompensationError(
             f"cannot repair {', '.join(refused)}; missing='skip' leaves such layers as they are and repairs the others"
         )
-    if not fit:
-        warnings.warn("no layer that could be repaired reads a removed channel", NoEffectWarning, stacklevel=3)
     return fit
 
 
@@ -179,6 +173,20 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in placed:
             handle.remove()
+
+
+def warn_of_nothing() -> None:
+    """Say that there was nothing to repair, to the caller of the public function."""
+    warnings.warn("no layer that could be repaired reads a removed channel", NoEffectWarning, stacklevel=3)
+
+
+def _is_masked(model: nn.Module, graph: ChannelGraph, plan: Plan) -> bool:
+    """Whether everything that the plan masks is zero already."""
+    parameters = dict(model.named_parameters())
+    zeros = masked_entries(graph, plan)
+    found = [parameters[z.parameter].detach().index_select(z.dim, z.entries.to(parameters[z.parameter].device))
+             for z in zeros]  # fmt: skip
+    return bool(found) and not any(bool(values.any()) for values in found)
 
 
 def _restore_(model: nn.Module, dense: nn.Module) -> None:

@@ -20,6 +20,7 @@ from lightning_prune.compensation.common import (
     repairable,
     repairing,
     unreached,
+    warn_of_nothing,
 )
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
@@ -60,7 +61,8 @@ def fold_constants_(
             or that no batch reaches (auxiliary heads): ``refuse``, or ``skip``.
 
     Returns:
-        The module paths of the layers that were repaired.
+        The module paths of the layers that were repaired; empty, with a warning, if there is none: the model is as it
+        was then.
 
     Raises:
         CompensationError: the model is masked already, no batch, a layer that cannot be repaired, or means that are
@@ -82,8 +84,6 @@ def fold_constants_(
     """
     norms = {layer.name: layer.norm for group in graph.groups for layer in group.layers}
     found = repairable(model, graph, plan, missing, lambda module, reader: _unfit(module, norms.get(reader.path)))
-    if not found:
-        return ()
     with repairing(model) as dense:
         means = {reader.path: _Mean(reader, dense, norms.get(reader.path)) for reader in found}
         for mean in means.values():
@@ -100,6 +100,9 @@ def fold_constants_(
                 "trace again, or pass missing='skip'"
             )
         repaired = [mean for mean in means.values() if mean.direct and mean.reached]
+        if not repaired:
+            warn_of_nothing()
+            return ()
         for mean in repaired:
             mean.fold_(model)
         mask_once_(model, graph, plan)

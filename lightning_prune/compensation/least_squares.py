@@ -22,6 +22,7 @@ from lightning_prune.compensation.common import (
     repairable,
     repairing,
     unreached,
+    warn_of_nothing,
 )
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
@@ -67,7 +68,8 @@ def least_squares_(
             reaches (auxiliary heads): ``refuse``, or ``skip``.
 
     Returns:
-        The module paths of the layers that were refitted, in that order.
+        The module paths of the layers that were refitted, in that order; empty, with a warning, if there is none: the
+        model is as it was then.
 
     Raises:
         CompensationError: the model is masked already, no batch, a layer that cannot be refitted, equations without a
@@ -90,11 +92,12 @@ def least_squares_(
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise CompensationError(f"damping must be a positive number, got {damping!r}")
     found = repairable(model, graph, plan, missing, lambda module, _: _unfit(module))
-    if not found:
-        return ()
     with repairing(model) as dense:
         seen = listed(batches, model)
         ordered = _in_order(dense, found, seen[0], forward, missing)
+        if not ordered:
+            warn_of_nothing()
+            return ()
         mask_once_(model, graph, plan)
         for reader in ordered:
             fit = _Fit(reader.module(model), ~reader.removed)
