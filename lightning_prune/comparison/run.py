@@ -117,22 +117,15 @@ def compare_criteria(
             for seed in seeds:
                 row = _Row(runner, task, name, _seeded(criterion, seed), seed, score_batches)
                 for ratio in ratios:
-                    path = store.path(name, repr(row.criterion), ratio, seed)
-                    known = store.load(path)
-                    if known is None and (name, ratio) in refusals:
+                    if (name, ratio) in refusals:  # from an earlier seed
                         continue
-                    try:
-                        cell = known or row.cell(ratio, SELECTIONS[selection](ratio), coupling, epochs, lr)
-                    except PruningError as error:
-                        refusals[name, ratio] = Refusal(name, ratio, str(error))
-                        if told is not None:
-                            told(refusals[name, ratio])
-                        continue
-                    if known is None:
-                        store.save(path, cell)
-                    found.append(cell)
+                    outcome = row.outcome(store, ratio, SELECTIONS[selection](ratio), coupling, epochs, lr)
+                    if isinstance(outcome, Refusal):
+                        refusals[name, ratio] = outcome
+                    else:
+                        found.append(outcome)
                     if told is not None:
-                        told(cell)
+                        told(outcome)
     told_metric = "accuracy" if metric == "acc" else metric
     return Comparison(dense, tuple(found), tuple(refusals.values()), settings, told_metric)
 
@@ -254,7 +247,23 @@ class _Row:
         self.score_batches = score_batches
         self._scored: tuple[ChannelGraph, Scores] | PruningError | None = None
 
+    def outcome(
+        self, store: CellStore, ratio: float, selection: Selection, coupling: Coupling, epochs: int, lr: float | None
+    ) -> Cell | Refusal:
+        """The stored cell, or a new one, stored now, or why there is none."""
+        path = store.path(self.name, repr(self.criterion), ratio, self.seed)
+        cell = store.load(path)
+        if cell is not None:
+            return cell
+        try:
+            cell = self.cell(ratio, selection, coupling, epochs, lr)
+        except PruningError as error:
+            return Refusal(self.name, ratio, str(error))
+        store.save(path, cell)
+        return cell
+
     def cell(self, ratio: float, selection: Selection, coupling: Coupling, epochs: int, lr: float | None) -> Cell:
+        """Prune, test, fine-tune, test."""
         graph, scores = self._scores()
         example = self.task.example_input_array
         plan: Plan = selection.select(graph, scores, coupling=coupling, model=self.task, example_inputs=example)
