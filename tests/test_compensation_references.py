@@ -105,6 +105,19 @@ def test_no_bias_and_no_batch_norm_right_behind() -> None:
         fold_constants_(model, graph, plan, [x], missing="ignore")
 
 
+def test_a_batch_norm_further_behind_is_no_place_for_a_constant() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+    )
+    model, x = model.double().eval(), images()
+    graph = lp.trace(model, x)
+    assert graph.layers["2"].norm == "4"
+    before = state(model)
+    with pytest.raises(CompensationError, match="no batch norm right behind"):
+        fold_constants_(model, graph, Plan({"0": GroupPlan(6, (0, 1, 2))}), [x])
+    assert same(state(model), before)
+
+
 def test_others_are_repaired_if_asked_to_skip() -> None:
     model = AddedBeforeNorm().double().eval()
     x = images()
