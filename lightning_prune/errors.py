@@ -21,6 +21,10 @@ class ReconstructionError(PruningError):
     """The smaller model could not be built, or is not equal to the masked one."""
 
 
+class CompensationError(PruningError, ValueError):
+    """Remaining weights could not be repaired; the model is as it was."""
+
+
 class CallbackError(PruningError, ValueError):
     """Callbacks in an order or a Trainer in which they cannot work."""
 

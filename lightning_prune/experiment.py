@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import platform
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from operator import itemgetter
@@ -16,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
 from rich.console import Console
 from torch import Tensor
 
@@ -47,6 +41,7 @@ from lightning_prune.report import (
     PruneReport,
     StageResult,
 )
+from lightning_prune.running import Runner, quiet
 from lightning_prune.selection import GlobalRatio, Selection
 
 ORDERS = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
@@ -108,7 +103,7 @@ def compare_orders(
     """
     run = _Run(data, metric, seed, progress)
     choice = selection if selection is not None else GlobalRatio(ratio)
-    with _quiet():
+    with quiet():
         run.say("Training the dense model", dense_epochs)
         seed_everything(seed, verbose=False)
         dense_timer = EpochTimer(f"val_{metric}")
@@ -148,42 +143,17 @@ def compare_orders(
     )
 
 
-class _Run:
+class _Run(Runner):
     """What every phase of an experiment shares."""
 
     def __init__(self, data: LightningDataModule, metric: str, seed: int, progress: bool) -> None:
-        self.data = data
-        self.metric = metric
+        super().__init__(data, metric, progress)
         self.seed = seed
-        self.progress = progress
         self.console = Console()
 
     def say(self, what: str, epochs: int | None = None) -> None:
         """Announce a phase."""
         self.console.rule(f"[bold]{what}[/bold]" + (f"  {epochs} epochs" if epochs else ""), align="left")
-
-    def trainer(self, epochs: int, callbacks: list[Callback]) -> Trainer:
-        bars: list[Callback] = [RichProgressBar(leave=False)] if self.progress else []
-        return Trainer(
-            max_epochs=epochs,
-            callbacks=[*callbacks, *bars],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=self.progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-
-    def fit(self, task: LightningModule, epochs: int, callbacks: list[Callback]) -> None:
-        self.trainer(epochs, callbacks).fit(task, self.data)
-
-    def test(self, task: LightningModule) -> tuple[float, float]:
-        """(metric on the test part, seconds)."""
-        started = time.perf_counter()
-        results = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False).test(
-            task, self.data, verbose=False
-        )
-        return float(results[0][f"test_{self.metric}"]), time.perf_counter() - started
 
     def fine_tune(
         self,
@@ -205,7 +175,7 @@ class _Run:
             monitor=f"val_{self.metric}",
         )
         seed_everything(self.seed + 1, verbose=False)  # both orders see the same batches
-        self.fit(task, epochs, [prune, *([] if lr is None else [_LearningRate(lr)])])
+        self.fit(task, epochs, [prune], lr)
         accuracy, seconds = self.test(task)
         assert prune.reconstruction is not None
         self.console.print(
@@ -231,20 +201,6 @@ class _Run:
             changed,
             sum(map(len, inputs)),
         )
-
-
-class _LearningRate(Callback):
-    """Start a fit from another learning rate than the task's own; its schedule keeps its shape."""
-
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = self.lr
-        for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
 
 
 def _stages(
@@ -320,19 +276,3 @@ def _notes(coupling: Coupling) -> tuple[str, ...]:
             "training amplifies."
         )
     return tuple(notes)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what Lightning says about devices and loaders at every start."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            yield
-    finally:
-        logger.setLevel(level)

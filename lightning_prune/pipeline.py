@@ -60,6 +60,7 @@ def prune(
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     scores: Scores | None = None,
+    compensate: Callable[[nn.Module, ChannelGraph, Plan], Any] | None = None,
 ) -> PruneResult:
     """Prune any eager model; the model itself is left as it is.
 
@@ -76,6 +77,8 @@ def prune(
         loss: ``loss(model, batch)`` for criteria that look at gradients.
         scores: of this model from an earlier call or a file (`Scores.load`); then nothing is scored and
             ``criterion`` is ignored. One scoring pass serves many budgets.
+        compensate: repairs a copy for what the plan removes, before it is masked and reconstructed; for example
+            ``lambda *of: least_squares_(*of, batches)`` from `lightning_prune.compensation`.
 
     Raises:
         PruningError: one of its kinds, naming the cause; nothing was changed.
@@ -100,9 +103,11 @@ def prune(
         graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
     )
     small = copy_without_masks(model)
+    if compensate is not None:
+        compensate(small, graph, plan)
+    masked = copy.deepcopy(model if compensate is None else small)
     lossless = reconstruct_(small, graph, plan, example_inputs=example_inputs)
     assert lossless is not None
-    masked = copy.deepcopy(model)
     mask_(masked, graph, plan)
     return PruneResult(
         small,

@@ -121,5 +121,5 @@ def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
     epochs = f"--trainer.max_epochs={EPOCHS.get(name, 1)}"
     cli = run_lightning("fit", ["--config", "task/resnet18_digits.yaml", "--config", name, *TINY, epochs])
     left = sum(p.numel() for p in cli.model.model.parameters())
-    assert left < 0.7 * dense
+    assert left < 0.85 * dense
     assert cli.trainer.callback_metrics["train_loss"].isfinite()

@@ -88,6 +88,17 @@ def test_mixed_precision(when: str) -> None:
     assert callback.reconstruction.lossless.dtype == "float64"
 
 
+@pytest.mark.parametrize("when", WHENS)
+def test_true_double_precision_of_a_single_precision_module(when: str) -> None:
+    task, callback = Task(), prune(when)
+    task.net.float()
+    task.example_input_array = images(2).float()
+    data = DataLoader([(x.float(), y) for x, y in loader().dataset], 4)
+    trainer(callback, epochs=3, precision="64-true").fit(task, data, data)
+    assert_pruned(task, callback)
+    assert next(task.parameters()).dtype == torch.float64
+
+
 class Manual(Task):
     """Two optimizers, stepped by hand."""
 

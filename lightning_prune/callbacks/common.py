@@ -80,7 +80,7 @@ def uncompiled(module: LightningModule) -> Iterator[None]:
 
 
 def example_inputs(module: LightningModule, given: Any) -> Any:
-    """Inputs to trace with, on the module's device.
+    """Inputs to trace with, on the module's device and in the Trainer's precision.
 
     Raises:
         CallbackError: neither given nor set on the module.
@@ -91,4 +91,7 @@ def example_inputs(module: LightningModule, given: Any) -> Any:
             "no example inputs: set self.example_input_array in the LightningModule, or pass example_inputs=... to the "
             "callback (a tensor, a tuple, or a dict, as the module's forward takes them)"
         )
+    trainer = module._trainer
+    if trainer is not None:
+        inputs = trainer.precision_plugin.convert_input(inputs)
     return module._apply_batch_transfer_handler(inputs)

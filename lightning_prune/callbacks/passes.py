@@ -66,7 +66,7 @@ def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) 
         transient=True,
         disable=not shown,
     ):
-        yield index, module._apply_batch_transfer_handler(batch)
+        yield index, module._apply_batch_transfer_handler(trainer.precision_plugin.convert_input(batch))
 
 
 @contextmanager

@@ -33,6 +33,7 @@ COMMANDS = {
     "experiment": Command(
         "Train, prune and fine-tune in both orders; write a report.", "lightning_prune.cli.experiment:run"
     ),
+    "compare": Command("Compare criteria on one trained model.", "lightning_prune.cli.compare:run"),
     "demo": Command("Prune a small ResNet on real digits, start to end.", "lightning_prune.cli.experiment:demo"),
 }
 

@@ -98,16 +98,32 @@ def build_task(argv: Sequence[str]) -> tuple[LightningModule, str]:
         UnknownRecipeError: If a configuration is neither a file nor a recipe.
         SystemExit: With status 2 for a wrong key or value.
     """
+    cli, stems = build_parts(argv, "lightning-prune graph")
+    return cli.model, "-".join(stems)
+
+
+def build_parts(argv: Sequence[str], prog: str) -> tuple[LightningCLI, list[str]]:
+    """Task and data of a configuration, as `fit` would build them, without a Trainer; the configurations' names.
+
+    Args:
+        argv: configurations and options of `fit`.
+        prog: the command, for errors.
+
+    Raises:
+        ConfigurationError: If a class refuses one of the values.
+        UnknownRecipeError: If a configuration is neither a file nor a recipe.
+        SystemExit: With status 2 for a wrong key or value.
+    """
     resolved, stems = resolve(argv)
     cli = _TaskCLI(
         args=resolved,
         run=False,
         parser_class=ExplainingParser,
-        parser_kwargs={"prog": "lightning-prune graph", "allow_abbrev": False},
+        parser_kwargs={"prog": prog, "allow_abbrev": False},
         seed_everything_default=False,
         auto_configure_optimizers=False,
     )
-    return cli.model, "-".join(stems)
+    return cli, stems
 
 
 def fit(argv: Sequence[str]) -> None:

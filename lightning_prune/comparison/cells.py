@@ -1,0 +1,188 @@
+"""What a comparison consists of: cells, kept one file each, and their means and spreads over seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.errors import PruningError
+from lightning_prune.files import atomic
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model that every cell starts from.
+
+    Attributes:
+        accuracy: on the test part, in [0, 1].
+        macs: multiply-accumulates per sample.
+        params: trainable parameters.
+    """
+
+    accuracy: float
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One criterion at one ratio from one seed.
+
+    Attributes:
+        criterion: its name in this comparison.
+        ratio: what the selection was asked for.
+        seed: of scoring batches and fine-tuning.
+        before: accuracy of the pruned model on the test part, in [0, 1].
+        after: the same after fine-tuning.
+        macs: multiply-accumulates per sample of the reconstructed model.
+        params: its trainable parameters.
+        removed: share of the prunable groups' channels that are gone.
+    """
+
+    criterion: str
+    ratio: float
+    seed: int
+    before: float
+    after: float
+    macs: int
+    params: int
+    removed: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A criterion that cannot be used on this model, or at this ratio, and why."""
+
+    criterion: str
+    ratio: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds and sample standard deviation, None for a single seed.
+
+    Example:
+        >>> Spread.of([1.0, 3.0])
+        Spread(mean=2.0, deviation=1.4142135623730951)
+    """
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of these values."""
+        found = [float(value) for value in values]
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A criterion at a ratio, over all seeds."""
+
+    criterion: str
+    ratio: float
+    seeds: int
+    before: Spread
+    after: Spread
+    macs: Spread
+    params: Spread
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was measured.
+
+    Attributes:
+        dense: the common start.
+        cells: in the order of criteria, ratios, seeds.
+        refusals: what could not be done.
+        settings: what all cells share, in words.
+        metric: name of the accuracy.
+    """
+
+    dense: Dense
+    cells: tuple[Cell, ...]
+    refusals: tuple[Refusal, ...]
+    settings: dict[str, Any]
+    metric: str = "accuracy"
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One per criterion and ratio, by ratio, the most accurate after fine-tuning first."""
+        found: dict[tuple[str, float], list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault((cell.criterion, cell.ratio), []).append(cell)
+        rows = [
+            Row(
+                criterion,
+                ratio,
+                len(cells),
+                Spread.of(cell.before for cell in cells),
+                Spread.of(cell.after for cell in cells),
+                Spread.of(cell.macs for cell in cells),
+                Spread.of(cell.params for cell in cells),
+            )
+            for (criterion, ratio), cells in found.items()
+        ]
+        return tuple(sorted(rows, key=lambda row: (row.ratio, -row.after.mean)))
+
+
+class CellStore:
+    """Cells on disk, one file each, written whole or not at all.
+
+    A file's name holds a digest of every setting its numbers depend on, so that cells of other settings are neither
+    found nor overwritten.
+
+    Args:
+        folder: where they lie.
+        settings: what all cells share; plain data.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+
+    def path(self, criterion: str, definition: str, ratio: float, seed: int) -> Path:
+        """File of one cell; ``definition`` is the criterion with all its settings."""
+        key = digest({**self.settings, "criterion": definition, "ratio": ratio, "seed": seed})
+        name = re.sub(r"[^\w.-]+", "-", criterion)
+        return self.folder / f"{name}-{ratio:g}-seed{seed}-{key[:12]}.json"
+
+    def load(self, path: Path) -> Cell | None:
+        """The cell in a file, None if there is no file.
+
+        Raises:
+            PruningError: the file is no cell.
+        """
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return Cell(**{field.name: data[field.name] for field in fields(Cell)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise PruningError(
+                f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
+            ) from error
+
+    def save(self, path: Path, cell: Cell) -> None:
+        """Write a cell, with the settings it belongs to."""
+        with atomic(path) as stream:
+            stream.write(json.dumps({**asdict(cell), "settings": self.settings}, indent=1).encode())
+
+
+def digest(settings: Any) -> str:
+    """A name for plain data that changes with it.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+        True
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

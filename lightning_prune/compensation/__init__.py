@@ -1,0 +1,7 @@
+"""Compensation: repair the weights that remain for what was removed. Optional, and no part of reconstruction."""
+
+from lightning_prune.compensation.batch_norm import recalibrate_bn_
+from lightning_prune.compensation.constants import fold_constants_
+from lightning_prune.compensation.least_squares import least_squares_
+
+__all__ = ["fold_constants_", "least_squares_", "recalibrate_bn_"]

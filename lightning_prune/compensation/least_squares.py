@@ -1,0 +1,264 @@
+"""Remaining input weights refitted, layer by layer, so that outputs come nearest to the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_prune.compensation.common import (
+    Forward,
+    Missing,
+    Reader,
+    first_input,
+    hooked,
+    listed,
+    mask_once_,
+    repairable,
+    repairing,
+    unreached,
+    warn_of_nothing,
+)
+from lightning_prune.errors import CompensationError
+from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.plan import Plan
+
+CHUNK = 2**22  # entries of a matrix of inputs held at once: 32 MiB in float64
+
+
+def least_squares_(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    batches: Iterable[Any],
+    *,
+    damping: float = 1e-4,
+    forward: Forward = call_model,
+    missing: Missing = "refuse",
+) -> tuple[str, ...]:
+    r"""Mask a model and refit the remaining input weights of every layer that reads removed channels, in place.
+
+    .. math:: \min_{W, b} \; \lVert Y - X W - b \rVert_F^2 + \lambda \lVert W - W_0 \rVert_F^2, \quad
+        \lambda = \text{damping} \cdot \operatorname{mean} \operatorname{diag} X^\top X
+
+    Y is the dense layer's output, X what enters the same layer in the pruned model whose earlier layers are refitted
+    already (He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017: asymmetric, in execution
+    order): a row per sample and position, a column per kept input and kernel tap. W_0 are the weights there were;
+    holding on to them deviates from the paper: where data say nothing, weights stay. A layer with a bias has it
+    refitted too, undamped; without one, follow with `recalibrate_bn_`.
+
+    Grouped convolutions are refitted group by group. Depthwise ones read no other channel and stay as they are, as do
+    layers that read no removed channel. Normal equations are summed in float64 by chunks of rows: memory is bounded by
+    (inputs x taps)^2 and 32 MiB. Time: the dense and the pruned model run on all batches once per refitted layer.
+
+    Args:
+        model: dense, not masked. Afterwards the planned channels are zero, but not held there (`mask_`, or
+            `reconstruct`, which stays lossless).
+        graph: from `lightning_prune.trace`.
+        plan: what goes.
+        batches: kept in memory while it runs; more rows than columns are wanted, or damping decides.
+        damping: how strongly weights are held, relative to the mean energy of an input.
+        forward: runs the model on a batch, see `recalibrate_bn_`.
+        missing: what to do about transposed convolutions, layers with a forward of their own, and those that no batch
+            reaches (auxiliary heads): ``refuse``, or ``skip``.
+
+    Returns:
+        The module paths of the layers that were refitted, in that order; empty, with a warning, if there is none: the
+        model is as it was then.
+
+    Raises:
+        CompensationError: the model is masked already, no batch, a layer that cannot be refitted, equations without a
+            finite solution, or damping that is not positive. The model is as it was then, as after any exception from
+            ``forward``.
+        PlanError: the plan or the graph does not belong to this model.
+
+    Example:
+        >>> import lightning_prune as lp
+        >>> from lightning_prune.plan import GroupPlan, Plan
+        >>> model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]]))
+        >>> inputs = torch.randn(16, 3)
+        >>> before, graph = model(inputs), lp.trace(model, inputs)  # the second is twice the first
+        >>> least_squares_(model, graph, Plan({"0": GroupPlan(2, (0,))}), [inputs], damping=1e-9)
+        ('1',)
+        >>> torch.allclose(model(inputs), before, atol=1e-5)
+        True
+    """
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
+        raise CompensationError(f"damping must be a positive number, got {damping!r}")
+    found = repairable(model, graph, plan, missing, lambda module, _: _unfit(module))
+    with repairing(model) as dense:
+        seen = listed(batches, model)
+        ordered = _in_order(dense, found, seen[0], forward, missing)
+        if not ordered:
+            warn_of_nothing()
+            return ()
+        mask_once_(model, graph, plan)
+        for reader in ordered:
+            fit = _Fit(reader.module(model), ~reader.removed)
+            for batch in seen:
+                inputs = _inputs(reader.module(model), model, batch, forward)
+                targets = _outputs(reader.module(dense), dense, batch, forward)
+                for value, target in zip(inputs, targets, strict=True):
+                    fit.add(value, target)
+            fit.solve_(damping, reader.path)
+            mask_once_(model, graph, plan)  # its own removed filters
+    return tuple(reader.path for reader in ordered)
+
+
+class _Fit:
+    """Normal equations of one layer, per group of a convolution."""
+
+    def __init__(self, layer: Any, kept: Tensor) -> None:
+        self.layer = layer
+        self.kept = kept.nonzero().flatten().to(layer.weight.device)
+        self.groups: int = getattr(layer, "groups", 1)
+        self.taps = prod(layer.weight.shape[2:])
+        columns = len(self.kept) * self.taps + (layer.bias is not None)
+        outputs = layer.weight.shape[0] // self.groups
+        like = {"dtype": torch.float64, "device": layer.weight.device}
+        self.gram = torch.zeros(self.groups, columns, columns, **like)
+        self.cross = torch.zeros(self.groups, columns, outputs, **like)
+
+    def add(self, value: Tensor, target: Tensor) -> None:
+        """Add the rows of one call: what enters the layer, and what the dense layer returns."""
+        if isinstance(self.layer, nn.Linear):
+            value, target = value.reshape(-1, value.shape[-1]), target.reshape(-1, target.shape[-1])
+            per_sample = 1
+        else:
+            if value.dim() == self.layer.weight.dim() - 1:  # without a batch dimension
+                value, target = value[None], target[None]
+            per_sample = prod(target.shape[2:])
+        samples = max(1, CHUNK // (per_sample * self.gram.shape[1] * self.groups))
+        for part, wanted in zip(value.split(samples), target.split(samples), strict=True):
+            rows = self._rows(part)
+            goal = wanted.movedim(1, -1).reshape(-1, self.groups, self.cross.shape[2]).transpose(0, 1).double()
+            self.gram += rows.mT @ rows
+            self.cross += rows.mT @ goal
+
+    def solve_(self, damping: float, path: str) -> None:
+        """Write the solution into the layer.
+
+        Raises:
+            CompensationError: there is none.
+        """
+        if not (bool(self.gram.isfinite().all()) and bool(self.cross.isfinite().all())):
+            raise CompensationError(f"{path}: its inputs or outputs are NaN or infinite on these batches")
+        now = self._solution()
+        biased = self.layer.bias is not None
+        weights = self.gram.shape[1] - biased
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)
+        if not bool(diagonal[:, :weights].any()):
+            return  # nothing ever enters: any weights do
+        strength = damping * diagonal[:, :weights].mean(1, keepdim=True)
+        held = torch.zeros_like(diagonal)
+        held[:, :weights] = strength.clamp_min(torch.finfo(torch.float64).tiny)
+        residual = self.cross - self.gram @ now
+        factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag_embed(held))
+        if bool(failed.any()):
+            raise CompensationError(f"{path}: its normal equations are singular; raise damping, or pass more batches")
+        solution = now + torch.cholesky_solve(residual, factor)
+        found = solution[:, :weights].mT.reshape(-1, len(self.kept), *self.layer.weight.shape[2:])
+        self.layer.weight.data[:, self.kept] = found.to(self.layer.weight)
+        if biased:
+            self.layer.bias.data.copy_(solution[:, -1].flatten())
+
+    def _solution(self) -> Tensor:
+        """What the layer computes with now, as (groups, columns, outputs)."""
+        weight = self.layer.weight.detach()[:, self.kept].flatten(1).double().unflatten(0, (self.groups, -1)).mT
+        if self.layer.bias is None:
+            return weight
+        return torch.cat([weight, self.layer.bias.detach().double().view(self.groups, 1, -1)], 1)
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """(groups, rows, columns): a row per sample and output position, a column per kept input and kernel tap."""
+        value = value.double()
+        if isinstance(self.layer, nn.Linear):
+            rows = value[None, :, self.kept]
+        else:
+            rows = patches(self.layer, value.unflatten(1, (self.groups, -1))[:, :, self.kept])
+        if self.layer.bias is None:
+            return rows
+        return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+
+
+def patches(layer: _ConvNd, value: Tensor) -> Tensor:
+    """What every output position of a convolution sees, zeros of the padding included.
+
+    Args:
+        layer: with one, two or three spatial dimensions.
+        value: (N, groups, C, *spatial).
+
+    Returns:
+        (groups, N x positions, C x taps).
+
+    Example:
+        >>> layer = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False)
+        >>> image = torch.randn(1, 2, 5, 5)
+        >>> rows = patches(layer, image[:, None])
+        >>> made = (rows @ layer.weight.flatten(1).mT)[0].T.view(1, 3, 3, 3)
+        >>> torch.allclose(made, layer(image), atol=1e-5)
+        True
+    """
+    spatial = len(layer.kernel_size)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(value.flatten(0, 1), layer._reversed_padding_repeated_twice, mode=mode).unflatten(0, value.shape[:2])
+    for dim, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=3
+    ):
+        padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # (N, groups, C, *positions, *taps) to (groups, N, *positions, C, *taps)
+    moved = padded.movedim(1, 0).movedim(2, 2 + spatial)
+    return moved.flatten(2 + spatial).flatten(1, 1 + spatial)
+
+
+def _unfit(module: Any) -> str | None:
+    return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else None
+
+
+def _in_order(dense: nn.Module, found: list[Reader], batch: Any, forward: Forward, missing: Missing) -> list[Reader]:
+    """Readers in the order of their first call.
+
+    Raises:
+        CompensationError: one is not called, and not to be skipped.
+    """
+    called: dict[str, Reader] = {}
+
+    def note(reader: Reader) -> Any:
+        return lambda *_: called.setdefault(reader.path, reader) and None
+
+    with hooked(reader.module(dense).register_forward_pre_hook(note(reader)) for reader in found):
+        forward(dense, batch)
+    never = [reader.path for reader in found if reader.path not in called]
+    if never and missing == "refuse":
+        raise unreached(never)
+    return list(called.values())
+
+
+def _inputs(layer: nn.Module, model: nn.Module, batch: Any, forward: Forward) -> list[Tensor]:
+    """What enters a layer, call by call; copies, for it may be overwritten in place."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(first_input(args, kwargs).clone())
+
+    with hooked([layer.register_forward_pre_hook(note, with_kwargs=True)]):
+        forward(model, batch)
+    return found
+
+
+def _outputs(layer: nn.Module, model: nn.Module, batch: Any, forward: Forward) -> list[Tensor]:
+    """What a layer returns, call by call; copies."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        found.append(output.clone())
+
+    with hooked([layer.register_forward_hook(note)]):
+        forward(model, batch)
+    return found

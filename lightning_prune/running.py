@@ -1,0 +1,117 @@
+"""Fits and tests of a task that leave nothing behind: no logger, no checkpoints, one device."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+
+from lightning_prune.errors import PruningError
+
+
+class Runner:
+    """Trains and tests tasks on the same data.
+
+    Args:
+        data: for every fit and test.
+        metric: name of the logged metric; the task logs it as ``test_{metric}``.
+        progress: show progress bars.
+    """
+
+    def __init__(self, data: LightningDataModule, metric: str = "acc", progress: bool = False) -> None:
+        self.data = data
+        self.metric = metric
+        self.progress = progress
+
+    def fit(
+        self,
+        task: LightningModule,
+        epochs: int,
+        callbacks: Sequence[Callback] = (),
+        lr: float | None = None,
+        *,
+        max_steps: int = -1,
+    ) -> None:
+        """Train in place.
+
+        Args:
+            task: what to train.
+            epochs: of training.
+            callbacks: in this order.
+            lr: first learning rate; None: the task's own.
+            max_steps: 0 runs what callbacks do before training, and no more.
+        """
+        bars: list[Callback] = [RichProgressBar(leave=False)] if self.progress else []
+        rate = [] if lr is None else [_LearningRate(lr)]
+        trainer = Trainer(
+            max_epochs=epochs,
+            max_steps=max_steps,
+            devices=1,
+            callbacks=[*callbacks, *rate, *bars],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=self.progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        with self._released(task):
+            trainer.fit(task, self.data)
+
+    def test(self, task: LightningModule) -> tuple[float, float]:
+        """(metric on the test part, seconds).
+
+        Raises:
+            PruningError: the task does not log the metric.
+        """
+        started = time.perf_counter()
+        trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        with self._released(task):
+            results = trainer.test(task, self.data, verbose=False)[0]
+        name = f"test_{self.metric}"
+        if name not in results:
+            raise PruningError(f"{type(task).__name__} logs no {name!r} in test_step; it logs {', '.join(results)}")
+        return float(results[name]), time.perf_counter() - started
+
+    @contextmanager
+    def _released(self, task: LightningModule) -> Iterator[None]:
+        """Let go of the Trainer afterwards: a copy of the task may reach the data, and through it all tasks before."""
+        try:
+            yield
+        finally:
+            task.trainer = None
+            self.data.trainer = None
+
+
+class _LearningRate(Callback):
+    """Start a fit from another learning rate than the task's own; its schedule keeps its shape."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = self.lr
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Lightning says about devices and loaders at every start."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message="The number of training batches")
+            yield
+    finally:
+        logger.setLevel(level)
