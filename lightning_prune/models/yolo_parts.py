@@ -108,7 +108,7 @@ class YoloNetwork(nn.Module, ABC):
         if height % self.strides[0] or width % self.strides[0]:
             raise ValueError(
                 f"{type(self).__name__} takes images whose sides are multiples of {self.strides[0]} pixels, got "
-                f"{height}x{width}; letterbox them (lightning_prune.tasks.letterbox)"
+                f"{height}x{width}; letterbox them (lightning_prune.models.yolo_boxes)"
             )
 
     def _initialise(self, objectness_prior: float) -> None:
