@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_prune.tasks.detectors import Detections, Detector, Images, Target, detector_for
@@ -19,7 +20,7 @@ from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 Batch = tuple[Images, Sequence[Target]]
 
 COCO_NAMES = ("map", "map_50", "map_75", "mar_100")
-LOW_AND_HIGH = {"": 0.01, "_conf20": 0.2}
+LOW_SCORE, HIGH_SCORE = 0.01, 0.2  # Lee et al. tested at the first and trained at the second
 
 
 class DetectionTask(LightningModule):
@@ -97,8 +98,9 @@ class DetectionTask(LightningModule):
         # torchmetrics keeps its states out of state_dict.
         self.val_coco = MeanAveragePrecision(backend="pycocotools")
         self.test_coco = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
-        self.val_voc = VocMeanAveragePrecision(num_classes)
-        self.test_voc = VocMeanAveragePrecision(num_classes)
+        self.val_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
+        self.test_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
+        self.test_voc_high = VocMeanAveragePrecision(num_classes, min_score=HIGH_SCORE)
 
     def forward(self, images: Any) -> Any:
         """What the network itself returns: raw head maps of a tensor, or boxes of a list of images in eval mode."""
@@ -120,7 +122,7 @@ class DetectionTask(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the test metrics."""
-        self._evaluate(batch, batch_idx, "test", self.test_coco, self.test_voc)
+        self._evaluate(batch, batch_idx, "test", self.test_coco, self.test_voc, self.test_voc_high)
 
     def predict_step(self, batch: Batch | Images, batch_idx: int) -> list[Detections]:
         """``boxes`` (xyxy in the image's own pixels), ``scores`` and ``labels`` of every image of a batch."""
@@ -135,6 +137,8 @@ class DetectionTask(LightningModule):
         """Log the test's mean average precisions, also of every class and at a high score."""
         results = self._close("test", self.test_coco, self.test_voc)
         found = dict(zip(results["classes"].view(-1).tolist(), results["map_per_class"].view(-1).tolist(), strict=True))
+        self.log_dict({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
+        self.test_voc_high.reset()
         self.log_dict({f"test_map_class_{c}": found.get(c, torch.nan) for c in range(self.num_classes)})
 
     def configure_optimizers(self) -> Any:
@@ -153,16 +157,12 @@ class DetectionTask(LightningModule):
             for group, rate in zip(optimizer.param_groups, before, strict=True):
                 group["lr"] = rate
 
-    def _evaluate(
-        self, batch: Batch, batch_idx: int, stage: str, coco: MeanAveragePrecision, voc: VocMeanAveragePrecision
-    ) -> None:
+    def _evaluate(self, batch: Batch, batch_idx: int, stage: str, coco: MeanAveragePrecision, *voc: Metric) -> None:
         images, targets = self._checked(batch)
-        found = [
-            {name: value.float() if value.is_floating_point() else value for name, value in of.items()}
-            for of in self.detector.detect(self.model, images)
-        ]
+        found = [_in_full(detections) for detections in self.detector.detect(self.model, images)]
         coco.update(found, [_known_to_coco(target) for target in targets])
-        voc.update(found, targets)
+        for metric in voc:
+            metric.update(found, targets)
         if self.val_loss:
             plain = [_plain(target) for target in targets]
             losses = self.detector.losses(self.model, images, plain, self.global_step)
@@ -178,10 +178,7 @@ class DetectionTask(LightningModule):
         # -1 is pycocotools' word for "there was nothing to find".
         values = {name: results[name].float() for name in COCO_NAMES}
         self.log_dict({f"{stage}_{name}": value.where(value >= 0, torch.nan) for name, value in values.items()})
-        for suffix, score in LOW_AND_HIGH.items():
-            if stage == "test" or not suffix:
-                averages = voc.above(score)
-                self.log_dict({f"{stage}_map_{name}{suffix}": value for name, value in averages.items()})
+        self.log_dict({f"{stage}_map_{name}": value for name, value in voc.compute().items()})
         coco.reset()
         voc.reset()
         return results
@@ -214,6 +211,10 @@ def _plain(target: Target) -> Target:
         if flag in target:
             keep &= ~target[flag].bool()
     return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep]}
+
+
+def _in_full(found: Detections) -> Detections:
+    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
 def _known_to_coco(target: Target) -> Target:

@@ -23,6 +23,7 @@ class VocMeanAveragePrecision(Metric):
     Args:
         num_classes: labels are 0..num_classes-1.
         min_overlap: intersection over union.
+        min_score: detections below it are left out.
 
     Example:
         >>> box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
@@ -39,10 +40,11 @@ class VocMeanAveragePrecision(Metric):
     hits: list[Tensor]
     positives: Tensor
 
-    def __init__(self, num_classes: int, *, min_overlap: float = 0.5, **options: Any) -> None:
+    def __init__(self, num_classes: int, *, min_overlap: float = 0.5, min_score: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.num_classes = num_classes
         self.min_overlap = min_overlap
+        self.min_score = min_score
         for name in ("scores", "labels", "hits"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.add_state("positives", default=torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
@@ -57,22 +59,17 @@ class VocMeanAveragePrecision(Metric):
             outcome = self._match(
                 detections["boxes"][order], detections["labels"][order], truth["boxes"], labels, difficult
             )
-            counted = outcome >= 0
+            counted = (outcome >= 0) & (detections["scores"][order] >= self.min_score)
             self.scores.append(detections["scores"][order][counted].float())
             self.labels.append(detections["labels"][order][counted])
             self.hits.append(outcome[counted])
 
     def compute(self) -> dict[str, Tensor]:
         """``voc07`` and ``voc10``: means over the classes that have boxes; NaN if none has."""
-        return self.above(0.0)
+        return {name: values.nanmean() for name, values in self.per_class().items()}
 
-    def above(self, min_score: float) -> dict[str, Tensor]:
-        """As `compute`, but of detections with at least a score."""
-        per_class = self.per_class(min_score)
-        return {name: values.nanmean() for name, values in per_class.items()}
-
-    def per_class(self, min_score: float = 0.0) -> dict[str, Tensor]:
-        """``voc07`` and ``voc10`` of every class (classes,); NaN for a class without boxes."""
+    def per_class(self) -> dict[str, Tensor]:
+        """``voc07`` and ``voc10`` of every class (classes,) on this process; NaN for a class without boxes."""
         device = self.positives.device
         scores, labels, hits = (
             dim_zero_cat(state) if len(state) else torch.zeros(0, device=device)
@@ -80,7 +77,7 @@ class VocMeanAveragePrecision(Metric):
         )
         results = {name: torch.full((self.num_classes,), torch.nan, device=device) for name in ("voc07", "voc10")}
         for label in self.positives.nonzero().flatten().tolist():
-            chosen = (labels == label) & (scores >= min_score)
+            chosen = labels == label
             order = scores[chosen].argsort(descending=True, stable=True)
             curve = precision_recall(hits[chosen][order], int(self.positives[label]))
             results["voc07"][label] = eleven_point_average(*curve)
