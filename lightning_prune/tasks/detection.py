@@ -98,6 +98,8 @@ class DetectionTask(LightningModule):
         # torchmetrics keeps its states out of state_dict.
         self.val_coco = MeanAveragePrecision(backend="pycocotools")
         self.test_coco = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
+        for metric in (self.val_coco, self.test_coco):
+            metric.warn_on_many_detections = False  # COCO counts the best hundred, as is its rule
         self.val_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
         self.test_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
         self.test_voc_high = VocMeanAveragePrecision(num_classes, min_score=HIGH_SCORE)
