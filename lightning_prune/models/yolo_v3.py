@@ -23,11 +23,11 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        self.reduce = ConvUnit(channels, inner, 1)
-        self.expand = ConvUnit(inner, channels, 3)
+        self.narrow = ConvUnit(channels, inner, 1)
+        self.widen = ConvUnit(inner, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.expand(self.reduce(x))
+        return x + self.widen(self.narrow(x))
 
 
 class Darknet53(nn.Module):
