@@ -172,6 +172,16 @@ def test_fit_logs_and_leaves_nothing_in_the_state(tmp_path):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_class_that_is_found_but_never_there_has_no_precision(tmp_path):
+    boxes = torch.tensor([[2.0, 2, 20, 20], [30, 30, 60, 60]])
+    samples = [(torch.rand(3, SIDE, SIDE), {"boxes": boxes[:1], "labels": torch.tensor([1])})]
+    answers = [sure({"boxes": boxes, "labels": torch.tensor([1, 2])})]
+    (logged,) = make_trainer(tmp_path).test(oracle_task(samples, answers, 3), loader(samples), verbose=False)
+    assert logged["test_map_class_1"] == logged["test_map"] == pytest.approx(1)
+    assert math.isnan(logged["test_map_class_0"])
+    assert math.isnan(logged["test_map_class_2"])
+
+
 def test_images_without_objects_have_no_precision(tmp_path):
     samples = [
         (image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}) for image, _ in pictures(3)

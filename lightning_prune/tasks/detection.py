@@ -138,10 +138,11 @@ class DetectionTask(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the test's mean average precisions, also of every class and at a high score."""
         results = self._close("test", self.test_coco, self.test_voc)
-        found = dict(zip(results["classes"].view(-1).tolist(), results["map_per_class"].view(-1).tolist(), strict=True))
         self.log_dict({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
         self.test_voc_high.reset()
-        self.log_dict({f"test_map_class_{c}": found.get(c, torch.nan) for c in range(self.num_classes)})
+        per_class = torch.full((self.num_classes,), torch.nan)
+        per_class[results["classes"].view(-1).long()] = _defined(results["map_per_class"]).view(-1)
+        self.log_dict({f"test_map_class_{label}": value for label, value in enumerate(per_class.tolist())})
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""
@@ -177,9 +178,7 @@ class DetectionTask(LightningModule):
 
     def _close(self, stage: str, coco: MeanAveragePrecision, voc: VocMeanAveragePrecision) -> dict[str, Tensor]:
         results: dict[str, Tensor] = coco.compute()
-        # -1 is pycocotools' word for "there was nothing to find".
-        values = {name: results[name].float() for name in COCO_NAMES}
-        self.log_dict({f"{stage}_{name}": value.where(value >= 0, torch.nan) for name, value in values.items()})
+        self.log_dict({f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES})
         self.log_dict({f"{stage}_map_{name}": value for name, value in voc.compute().items()})
         coco.reset()
         voc.reset()
@@ -226,6 +225,11 @@ def _known_to_coco(target: Target) -> Target:
     if "area" in target:
         known["area"] = target["area"]
     return known
+
+
+def _defined(value: Tensor) -> Tensor:
+    """NaN for -1, with which pycocotools says that there was nothing to find."""
+    return value.float().where(value >= 0, torch.nan)
 
 
 def _part_name(name: str) -> str:
