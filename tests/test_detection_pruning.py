@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
 
 import lightning_prune as lp
 from lightning_prune.models import YoloV3, YoloV3Tiny, load_darknet_weights, save_darknet_weights
 from lightning_prune.tasks import DetectionTask
 from tests.helpers import random_plan
-from tests.helpers_detection import CLASSES, SIDE, listed, loader, pictures, stacked, torchvision_detector, yolo_task
+from tests.helpers_detection import (
+    CLASSES,
+    SIDE,
+    listed,
+    loader,
+    make_trainer,
+    pictures,
+    stacked,
+    torchvision_detector,
+    yolo_task,
+)
 from tests.zoo import randomise_
 
 NETWORKS = {"yolov3": lambda: YoloV3(2, width=0.0625), "yolov3_tiny": lambda: YoloV3Tiny(2, width=0.25)}
@@ -21,13 +30,6 @@ IMAGES = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Gener
 def traced(request):
     model = randomise_(NETWORKS[request.param]()).eval()
     return model, lp.trace(model, IMAGES)
-
-
-def make_trainer(tmp_path, *callbacks) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, callbacks=[*callbacks], default_root_dir=tmp_path, **quiet
-    )
 
 
 def test_all_but_the_detection_convolutions_can_be_pruned(traced):
@@ -111,7 +113,7 @@ def test_the_callback_prunes_yolo_inside_fit(tmp_path, criterion, order):
     task = yolo_task()
     dense = lp.count_params(task)
     callback = lp.PruneCallback(criterion, ratio=0.4, reconstruct=order)
-    trainer = make_trainer(tmp_path, callback)
+    trainer = make_trainer(tmp_path, callbacks=[callback])
     trainer.fit(task, loader(pictures(6)), loader(pictures(4, same_size=False), collate=listed))
     assert callback.reconstruction.lossless.max_rel_error <= 1e-10
     assert lp.count_params(task) < 0.75 * dense
@@ -127,7 +129,7 @@ def test_the_callback_prunes_a_torchvision_detector(tmp_path, name):
     task = DetectionTask(net, CLASSES, input_size=(3, SIDE, SIDE), **rate)
     dense = lp.count_params(task)
     callback = lp.PruneCallback("jre", ratio=0.3)
-    trainer = make_trainer(tmp_path, callback)
+    trainer = make_trainer(tmp_path, callbacks=[callback])
     trainer.fit(task, loader(pictures(6)), loader(pictures(4)))
     assert callback.reconstruction.lossless.max_rel_error <= 1e-10
     assert lp.count_params(task) < 0.9 * dense

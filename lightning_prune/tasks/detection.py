@@ -141,7 +141,7 @@ class DetectionTask(LightningModule):
         self.log_dict({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
         self.test_voc_high.reset()
         per_class = torch.full((self.num_classes,), torch.nan)
-        per_class[results["classes"].view(-1).long()] = _defined(results["map_per_class"]).view(-1)
+        per_class[results["classes"].view(-1).long().cpu()] = _defined(results["map_per_class"]).view(-1).cpu()
         self.log_dict({f"test_map_class_{label}": value for label, value in enumerate(per_class.tolist())})
 
     def configure_optimizers(self) -> Any:
