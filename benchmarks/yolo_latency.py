@@ -30,9 +30,9 @@ PUBLISHED = {0.5: 3.2, 0.7: 4.3, 0.9: 8.2}  # speed-ups of the paper's Raspberry
 SHARE = 0.8  # of the FLOPs ratio that the speed-up should reach
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Build, measure, print."""
-    options = _options()
+    options = _options(argv)
     torch.manual_seed(0)
     images = torch.rand(1, 3, options.size, options.size)
     models = build(options)
@@ -125,7 +125,7 @@ def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"share: of the FLOPs ratio that the speed-up reaches; wanted: {SHARE:.0%} and the paper's speed-up")
 
 
-def _options() -> argparse.Namespace:
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=416, help="side of the images in pixels")
     parser.add_argument("--width", type=float, default=1.0, help="factor on all channel counts")
@@ -137,7 +137,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-onnx", action="store_true")
     parser.add_argument("--out", help="JSON file for the figures")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

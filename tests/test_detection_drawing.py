@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pytorch_lightning.loggers import WandbLogger
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
+from lightning_prune.tasks.drawing import draw, log_images
 from tests.helpers_detection import SIDE, loader, make_trainer, oracle_task, pictures, sure, yolo_task
 
 
@@ -39,6 +41,35 @@ def test_a_few_images_are_drawn_for_loggers_that_take_them(tmp_path):
     x, top, _, bottom = (int(v) for v in samples[0][1]["boxes"][0])
     colour = {0: (230, 25, 75), 1: (60, 180, 75)}[int(samples[0][1]["labels"][0])]
     assert drawn[0].getpixel((x, (top + bottom) // 2 + 3)) == colour
+
+
+class Board(TensorBoardLogger):
+    """A TensorBoard that keeps images; the package itself is not needed."""
+
+    def __init__(self):
+        self.images = {}
+
+    @property
+    def experiment(self):
+        return self
+
+    def add_image(self, tag, image, step):
+        self.images[tag] = (tuple(image.shape), image.dtype, step)
+
+
+def test_tensorboard_gets_every_image_under_a_name_of_its_own():
+    board, image = Board(), torch.zeros(3, 8, 9, dtype=torch.uint8)
+    log_images([board, CSVLogger("unused")], "val_detections", [image, image], 7)
+    expected = ((3, 8, 9), torch.uint8, 7)
+    assert board.images == {"val_detections/0": expected, "val_detections/1": expected}
+
+
+def test_weak_boxes_and_grey_images():
+    found = {"boxes": torch.tensor([[1.0, 1, 6, 6]]), "scores": torch.tensor([0.49]), "labels": torch.tensor([0])}
+    assert torch.equal(draw(torch.ones(1, 8, 8), found, ["a"]), torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    found["scores"] += 0.02
+    assert draw(torch.ones(1, 8, 8), found, ["a"]).shape == (3, 8, 8)
+    assert draw(torch.ones(1, 8, 8), found, ["a"]).min() < 255
 
 
 def test_sanity_checking_draws_nothing(tmp_path):
