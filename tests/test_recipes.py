@@ -74,7 +74,7 @@ def test_the_cifar_recipes_have_the_papers_settings(name):
     assert task["lr_scheduler"]["init_args"] == {"milestones": [90, 140], "gamma": 0.1}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if "yolo" not in name])  # those: test_detection_recipes.py
 def test_a_task_recipe_trains_a_step(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", name, *TINY]

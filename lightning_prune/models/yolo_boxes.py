@@ -1,0 +1,136 @@
+"""Between pixels and head maps: letterboxing images, and the boxes that raw maps stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.models.yolo_parts import BOXES_PER_CELL, YoloNetwork
+
+GREY = 0.5
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in the network's input.
+
+    Attributes:
+        scale: factors by which x and y grew.
+        offset: left and upper border, in pixels of the network's input.
+        size: height and width of the image itself.
+    """
+
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+    size: tuple[int, int]
+
+    def to_network(self, boxes: Tensor) -> Tensor:
+        """Boxes (n, 4), xyxy in the image's pixels, in the network's input."""
+        return boxes * boxes.new_tensor(self.scale * 2) + boxes.new_tensor(self.offset * 2)
+
+    def to_image(self, boxes: Tensor) -> Tensor:
+        """Boxes (n, 4), xyxy in the network's input, in the image's pixels."""
+        return (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
+
+
+def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, list[Placement]]:
+    """Scale images to fit into a square, keeping their proportions, and fill the rest with grey 0.5.
+
+    Args:
+        images: each (C, H, W) in [0, 1]; a stacked tensor (N, C, H, W) will do.
+        size: side of the square in pixels.
+
+    Returns:
+        (N, C, size, size), and where each image lies in it.
+
+    Example:
+        >>> batch, (placement,) = letterbox([torch.zeros(3, 20, 40)], 64)
+        >>> batch.shape, placement.offset, placement.to_image(torch.tensor([[0.0, 16.0, 64.0, 48.0]])).tolist()
+        (torch.Size([1, 3, 64, 64]), (0, 16), [[0.0, 0.0, 40.0, 20.0]])
+    """
+    squares, placements = [], []
+    for image in images:
+        height, width = image.shape[-2:]
+        factor = size / max(height, width)
+        inner = max(1, int(height * factor)), max(1, int(width * factor))
+        top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
+        if inner != (height, width):
+            image = F.interpolate(image[None], size=inner, mode="bilinear", align_corners=False)[0]
+        borders = (left, size - inner[1] - left, top, size - inner[0] - top)
+        squares.append(F.pad(image, borders, value=GREY) if any(borders) else image)
+        placements.append(Placement((inner[1] / width, inner[0] / height), (left, top), (height, width)))
+    return torch.stack(squares), placements
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The places where a network predicts, M in all: head by head, anchor by anchor, row by row.
+
+    Attributes:
+        cell: column and row of each, (M, 2).
+        anchor: width and height in pixels, (M, 2).
+        stride: pixels per cell, (M, 1).
+        first: first place of each head, (heads + 1,) numbers.
+        columns: cells per row of each head.
+        rows: rows of each head.
+    """
+
+    cell: Tensor
+    anchor: Tensor
+    stride: Tensor
+    first: tuple[int, ...]
+    columns: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def boxes(self, raw: Tensor, places: Tensor | slice = slice(None)) -> Tensor:
+        r"""Boxes (..., m, 4), xyxy in pixels, of raw predictions (..., m, >= 4) at some places, or at all.
+
+        :math:`x = (\sigma(t_x) + column) \cdot stride`, :math:`w = anchor_w e^{t_w}`, and alike for y and h.
+        """
+        centre = (raw[..., :2].sigmoid() + self.cell[places]) * self.stride[places]
+        half = self.anchor[places] * raw[..., 2:4].exp() / 2
+        return torch.cat([centre - half, centre + half], -1)
+
+
+def flatten(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Grid]:
+    """Raw predictions (N, M, 5 + classes) of all heads in one row, and the grid that they lie on."""
+    raw, cells, anchors, strides, first = [], [], [], [], [0]
+    for head, stride, sizes in zip(maps, network.strides, network.anchors, strict=True):
+        batch, _, rows, columns = head.shape
+        entries = head.view(batch, BOXES_PER_CELL, -1, rows, columns).permute(0, 1, 3, 4, 2)
+        raw.append(entries.reshape(batch, BOXES_PER_CELL * rows * columns, -1))
+        y, x = torch.meshgrid(
+            torch.arange(rows, device=head.device), torch.arange(columns, device=head.device), indexing="ij"
+        )
+        cells.append(torch.stack([x, y], -1).view(-1, 2).repeat(BOXES_PER_CELL, 1).to(head.dtype))
+        anchors.append(head.new_tensor(sizes).repeat_interleave(rows * columns, 0))
+        strides.append(head.new_full((BOXES_PER_CELL * rows * columns, 1), stride))
+        first.append(first[-1] + BOXES_PER_CELL * rows * columns)
+    rows_of, columns_of = (tuple(head.shape[d] for head in maps) for d in (2, 3))
+    grid = Grid(torch.cat(cells), torch.cat(anchors), torch.cat(strides), tuple(first), columns_of, rows_of)
+    return torch.cat(raw, 1), grid
+
+
+def decode(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Tensor]:
+    """Boxes and scores that head maps stand for.
+
+    Args:
+        maps: what the network returned.
+        network: knows anchors and strides.
+
+    Returns:
+        Boxes (N, M, 4), xyxy in pixels of the network's input, and scores (N, M, classes): objectness times class,
+        each a sigmoid of its own.
+
+    Example:
+        >>> from lightning_prune.models import YoloV3Tiny
+        >>> net = YoloV3Tiny(2, width=0.25)
+        >>> [tuple(x.shape) for x in decode(net(torch.zeros(1, 3, 64, 64)), net)]
+        [(1, 60, 4), (1, 60, 2)]
+    """
+    raw, grid = flatten(maps, network)
+    return grid.boxes(raw), raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()

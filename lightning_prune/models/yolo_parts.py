@@ -1,0 +1,138 @@
+"""What YOLOv3 and YOLOv3-tiny share: convolution units, detection branches, and the grid that predictions lie on."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Anchors = tuple[tuple[float, float], ...]
+Convolution = tuple[int, nn.Conv2d, nn.BatchNorm2d | None]
+
+BOXES_PER_CELL = 3
+
+
+class ConvUnit(nn.Sequential):
+    """Convolution without bias, batch norm, LeakyReLU 0.1: darknet's ``[convolutional]``."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        self.add_module("conv", nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False))
+        self.add_module("norm", nn.BatchNorm2d(outputs))
+        self.add_module("act", nn.LeakyReLU(0.1, inplace=True))
+
+
+class Branch(nn.Module):
+    """A detection branch: a body that narrows, one 3x3 convolution that widens, the 1x1 that predicts.
+
+    Returns the raw head map and the body's output, from which the next finer branch starts.
+    """
+
+    def __init__(self, body: nn.Module, expand: ConvUnit, outputs: int) -> None:
+        super().__init__()
+        self.body = body
+        self.expand = expand
+        self.predict = nn.Conv2d(expand.conv.out_channels, outputs, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return self.predict(self.expand(x)), x
+
+
+class YoloNetwork(nn.Module, ABC):
+    """A one-stage detector whose forward returns the raw maps of its heads, coarse to fine.
+
+    A map is (N, 3 (5 + classes), H / stride, W / stride); channel ``anchor (5 + classes) + entry`` holds tx, ty, tw,
+    th, objectness and class logits. `lightning_prune.models.yolo_boxes.decode` turns them into boxes.
+
+    Attributes:
+        num_classes: classes, without background.
+        strides: pixels per cell, one number for every head.
+        anchors: widths and heights in pixels of the network's input, three pairs for every head.
+        backbone_end: number, in darknet's counting, of the last layer that published pretrained files hold.
+        numbers: of the layers with weights, in darknet's counting. Submodules stand in the same order.
+        predictors: name patterns of the last two convolutions of every head, which Lee et al. (Sensors 23(4):2102)
+            do not prune: for `ignore` of a selection.
+    """
+
+    strides: tuple[int, ...]
+    backbone_end: int
+    numbers: tuple[int, ...]
+    predictors = ("*.expand.conv", "*.predict")
+
+    def __init__(self, num_classes: int, anchors: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        pairs = tuple((float(width), float(height)) for width, height in anchors)
+        expected = BOXES_PER_CELL * len(self.strides)
+        if len(pairs) != expected or not all(w > 0 and h > 0 for w, h in pairs):
+            raise ValueError(f"{type(self).__name__} needs {expected} anchors (width, height) above 0, got {pairs}")
+        self.num_classes = num_classes
+        groups = [pairs[start : start + BOXES_PER_CELL] for start in range(0, expected, BOXES_PER_CELL)]
+        self.anchors: tuple[Anchors, ...] = tuple(reversed(groups))  # listed from small to large; heads: large first
+
+    @property
+    def outputs(self) -> int:
+        """Channels of a head map."""
+        return BOXES_PER_CELL * (5 + self.num_classes)
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Raw head maps of images (N, C, H, W)."""
+
+    def darknet_layers(self) -> list[Convolution]:
+        """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""
+        pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
+        for module in self.modules():  # in the order of the cfg
+            if isinstance(module, ConvUnit):
+                pairs.append((module.conv, module.norm))
+            elif isinstance(module, nn.Conv2d) and module.bias is not None:
+                pairs.append((module, None))
+        return [(number, *pair) for number, pair in zip(self.numbers, pairs, strict=True)]
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The detection branches, coarse to fine."""
+        return [module for module in self.modules() if isinstance(module, Branch)]
+
+    def _check_size(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        if height % self.strides[0] or width % self.strides[0]:
+            raise ValueError(
+                f"{type(self).__name__} takes images whose sides are multiples of {self.strides[0]} pixels, got "
+                f"{height}x{width}; letterbox them (lightning_prune.models.yolo_boxes)"
+            )
+
+    def _initialise(self, objectness_prior: float) -> None:
+        """Initialise as darknet does; the prior shifts the objectness bias so that few cells start as objects."""
+        if not 0 < objectness_prior < 1:
+            raise ValueError(f"objectness_prior must lie in (0, 1), got {objectness_prior}")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        for branch in self.branches:
+            bias = branch.predict.bias
+            assert bias is not None
+            with torch.no_grad():
+                bias.zero_()
+                bias.view(BOXES_PER_CELL, -1)[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels of a narrower or wider network, at least 4."""
+    if width <= 0:
+        raise ValueError(f"width must be above 0, got {width}")
+    return max(4, round(channels * width))
+
+
+def join(coarse: Tensor, fine: Tensor) -> Tensor:
+    """The coarse map at twice its size, then the fine one, along the channels."""
+    return torch.cat([F.interpolate(coarse, scale_factor=2.0, mode="nearest"), fine], 1)

@@ -1,0 +1,274 @@
+"""How `DetectionTask` talks to a network: its losses on true boxes, and the boxes that it finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from lightning_prune.models.yolo_boxes import decode, letterbox
+from lightning_prune.models.yolo_parts import YoloNetwork
+from lightning_prune.tasks.yolo_losses import Truths, ciou_loss, darknet_loss
+
+Images = Sequence[Tensor] | Tensor
+Detections = dict[str, Tensor]
+Target = dict[str, Any]
+YoloLoss = Literal["ciou", "darknet"]
+
+
+class Detector(ABC):
+    """What `DetectionTask` needs to know of a kind of network; derive from it for a network of your own.
+
+    Images are (C, H, W) in [0, 1], each of its own size or stacked; targets have ``boxes`` (n, 4), xyxy in the image's
+    pixels, and ``labels`` (n,) from 0 without background. So has what `detect` returns, with ``scores`` (n,) besides.
+    """
+
+    @abstractmethod
+    def check(self, model: nn.Module, num_classes: int) -> None:
+        """Raise ValueError if the network does not predict that many classes."""
+
+    @abstractmethod
+    def example(self, images: Tensor) -> Any:
+        """The only argument of the network's forward, made of stacked images."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, images: Images, targets: Sequence[Target], step: int) -> dict[str, Tensor]:
+        """Named scalars whose sum is the loss, in train and in eval mode; ``step`` counts the optimizer's steps."""
+
+    @abstractmethod
+    def detect(self, model: nn.Module, images: Images) -> list[Detections]:
+        """The boxes found in every image, in eval mode."""
+
+
+@dataclass(frozen=True)
+class MultiScale:
+    """Training on inputs of changing size, as darknet does.
+
+    The size depends on the step and the seed alone, so that a resumed run goes on as it would have.
+
+    Args:
+        smallest: side in pixels, a multiple of 32.
+        largest: side in pixels, a multiple of 32.
+        every: steps between changes.
+        seed: of the draws.
+
+    Example:
+        >>> sizes = MultiScale(64, 128, every=2)
+        >>> [sizes.at(step) for step in range(8)]
+        [128, 128, 96, 96, 64, 64, 96, 96]
+    """
+
+    smallest: int = 320
+    largest: int = 608
+    every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= self.largest or self.smallest % 32 or self.largest % 32 or self.every < 1:
+            raise ValueError(f"MultiScale needs multiples of 32, smallest <= largest, and every >= 1, got {self}")
+
+    def at(self, step: int) -> int:
+        """Side in pixels at a step."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step // self.every)
+        steps = (self.largest - self.smallest) // 32 + 1
+        return self.smallest + 32 * int(torch.randint(steps, (), generator=generator))
+
+
+class YoloDetector(Detector):
+    """YOLOv3 and YOLOv3-tiny: letterboxes images, decodes head maps, suppresses overlapping boxes of a class.
+
+    Args:
+        size: side of the network's input in pixels, a multiple of 32; images are letterboxed to it.
+        loss: ``ciou`` or ``darknet``, see `lightning_prune.tasks.yolo_losses`.
+        ignore_threshold: of the darknet loss.
+        multi_scale: changing sizes in training; None: always ``size``.
+        min_score: boxes with a lower score are dropped.
+        nms_threshold: of two boxes of one class that overlap more, the one with the lower score is dropped.
+        max_candidates: boxes per image that enter this suppression, those with the highest scores.
+        max_detections: boxes per image that are kept.
+
+    Raises:
+        ValueError: a size that is no multiple of 32, an unknown loss, or a threshold outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        size: int = 416,
+        *,
+        loss: YoloLoss = "ciou",
+        ignore_threshold: float = 0.5,
+        multi_scale: MultiScale | None = None,
+        min_score: float = 0.005,
+        nms_threshold: float = 0.45,
+        max_candidates: int = 3000,
+        max_detections: int = 300,
+    ) -> None:
+        if size < 32 or size % 32:
+            raise ValueError(f"size must be a multiple of 32, got {size}")
+        if loss not in get_args(YoloLoss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(YoloLoss))}, got {loss!r}")
+        thresholds = {"ignore_threshold": ignore_threshold, "min_score": min_score, "nms_threshold": nms_threshold}
+        for name, value in thresholds.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        self.size = size
+        self.loss = loss
+        self.ignore_threshold = ignore_threshold
+        self.multi_scale = multi_scale
+        self.min_score = min_score
+        self.nms_threshold = nms_threshold
+        self.max_candidates = max_candidates
+        self.max_detections = max_detections
+
+    def check(self, model: nn.Module, num_classes: int) -> None:
+        _same_classes(model, _yolo(model).num_classes, num_classes)
+
+    def example(self, images: Tensor) -> Tensor:
+        return letterbox(images, self.size)[0]
+
+    def losses(self, model: nn.Module, images: Images, targets: Sequence[Target], step: int) -> dict[str, Tensor]:
+        size = self.multi_scale.at(step) if self.multi_scale is not None and model.training else self.size
+        batch, placements = letterbox(images, size)
+        boxes = [place.to_network(target["boxes"]) for place, target in zip(placements, targets, strict=True)]
+        truths = Truths.of(boxes, [target["labels"] for target in targets])
+        maps = _in_full(model(batch))
+        if self.loss == "ciou":
+            return ciou_loss(maps, truths, _yolo(model))
+        return darknet_loss(maps, truths, _yolo(model), ignore_threshold=self.ignore_threshold)
+
+    def detect(self, model: nn.Module, images: Images) -> list[Detections]:
+        batch, placements = letterbox(images, self.size)
+        found = zip(*decode(_in_full(model(batch)), _yolo(model)), placements, strict=True)
+        results = []
+        for boxes, scores, placement in found:
+            place, label = (scores > self.min_score).nonzero(as_tuple=True)
+            score = scores[place, label]
+            if len(score) > self.max_candidates:
+                score, order = score.topk(self.max_candidates)
+                place, label = place[order], label[order]
+            kept = batched_nms(boxes[place], score, label, self.nms_threshold)[: self.max_detections]
+            inside = clip_boxes_to_image(placement.to_image(boxes[place[kept]]), placement.size)
+            results.append({"boxes": inside, "scores": score[kept], "labels": label[kept]})
+        return results
+
+
+class TorchvisionDetector(Detector):
+    """torchvision's Faster R-CNN, RetinaNet, SSD, SSDLite and FCOS, or a network with their interface.
+
+    In train mode such a network maps a list of images and one of targets to a dict of losses, in eval mode images to
+    boxes, labels and scores; it scales and normalises images itself. Thresholds are the network's own.
+
+    Args:
+        background: whether label 0 means background, as in Faster R-CNN and SSD; None: known from the network's type.
+    """
+
+    def __init__(self, background: bool | None = None) -> None:
+        self.background = background
+
+    def check(self, model: nn.Module, num_classes: int) -> None:
+        outputs = _outputs(model)
+        if outputs is not None:
+            _same_classes(model, outputs - self._offset(model), num_classes, outputs - self._offset(model) != outputs)
+
+    def example(self, images: Tensor) -> list[Tensor]:
+        return list(images)
+
+    def losses(self, model: nn.Module, images: Images, targets: Sequence[Target], step: int) -> dict[str, Tensor]:
+        offset = self._offset(model)
+        shifted = [{"boxes": target["boxes"], "labels": target["labels"] + offset} for target in targets]
+        with _returning_losses(model):
+            losses: dict[str, Tensor] = model(list(images), shifted)
+        return losses
+
+    def detect(self, model: nn.Module, images: Images) -> list[Detections]:
+        offset = self._offset(model)
+        return [
+            {"boxes": found["boxes"], "scores": found["scores"], "labels": found["labels"] - offset}
+            for found in model(list(images))
+        ]
+
+    def _offset(self, model: nn.Module) -> int:
+        if self.background is not None:
+            return int(self.background)
+        if not isinstance(model, _TORCHVISION):
+            raise ValueError(
+                f"{type(model).__name__} is none of torchvision's detectors; say "
+                "TorchvisionDetector(background=True) if its label 0 is the background, else background=False"
+            )
+        return int(isinstance(model, FasterRCNN | SSD))
+
+
+_TORCHVISION = (FasterRCNN, RetinaNet, SSD, FCOS)
+
+
+def detector_for(model: nn.Module) -> Detector:
+    """The detector for a network, by its type.
+
+    Raises:
+        ValueError: the type is unknown.
+    """
+    if isinstance(model, YoloNetwork):
+        return YoloDetector()
+    if isinstance(model, _TORCHVISION):
+        return TorchvisionDetector()
+    raise ValueError(
+        f"DetectionTask does not know {type(model).__name__}; give it detector=..., a lightning_prune.tasks.Detector "
+        "that says how to get losses and boxes from it"
+    )
+
+
+def _yolo(model: nn.Module) -> YoloNetwork:
+    if not isinstance(model, YoloNetwork):
+        raise ValueError(f"YoloDetector takes YoloV3 or YoloV3Tiny, got {type(model).__name__}")
+    return model
+
+
+def _in_full(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Half precision is too coarse for exp and for sums over ten thousand cells."""
+    return [head if head.dtype == torch.float64 else head.float() for head in maps]
+
+
+def _outputs(model: nn.Module) -> int | None:
+    """Labels that one of torchvision's networks tells apart, background included."""
+    if isinstance(model, FasterRCNN):
+        score = getattr(model.roi_heads.box_predictor, "cls_score", None)
+        return None if score is None else int(score.out_features)
+    if isinstance(model, SSD):
+        return int(model.head.classification_head.num_columns)
+    if isinstance(model, RetinaNet | FCOS):
+        return int(model.head.classification_head.num_classes)
+    return None
+
+
+def _same_classes(model: nn.Module, has: int, wanted: int, background: bool = False) -> None:
+    if has != wanted:
+        build = wanted + 1 if background else wanted
+        note = " (background is one of them)" if background else ""
+        raise ValueError(
+            f"{type(model).__name__} predicts {has} classes and the task has {wanted}: build the network with "
+            f"num_classes={build}{note}"
+        )
+
+
+@contextmanager
+def _returning_losses(model: nn.Module) -> Iterator[None]:
+    """Train mode for all that decides what is returned; batch norm and dropout stay as they are."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        if not isinstance(module, _BatchNorm | _DropoutNd):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
