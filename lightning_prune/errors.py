@@ -25,6 +25,10 @@ class CallbackError(PruningError, ValueError):
     """Callbacks in an order or a Trainer in which they cannot work."""
 
 
+class DataError(PruningError):
+    """Data that are missing, damaged, or not what they should be."""
+
+
 class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 
