@@ -147,21 +147,23 @@ class DetectionFiles(Dataset[tuple[Tensor, Target]]):
         return detection_sample(image, objects, self.transforms)
 
 
-def detection_sample(image: tv_tensors.Image, objects: Objects, transforms: Callable[..., Any]) -> tuple[Tensor, Target]:
+def detection_sample(
+    image: tv_tensors.Image, objects: Objects, transforms: Callable[..., Any]
+) -> tuple[Tensor, Target]:
     """Image and target after the transforms, as plain tensors; ``area`` is scaled as the boxes are."""
     box_area = _area(objects.boxes)
     target: Target = {
-        "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=objects.size),  # type: ignore[call-overload]
+        "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=objects.size),
         "labels": objects.labels,
         "difficult": objects.difficult,
         "iscrowd": objects.iscrowd,
-        "area": objects.area / box_area,
+        "area": objects.area.double() / box_area,  # the share of its box, which no transform changes
         "image_id": objects.image_id,
         "orig_size": objects.size,
     }
     moved, target = transforms(image, target)
     boxes = target["boxes"].as_subclass(Tensor)
-    return moved.as_subclass(Tensor), {**target, "boxes": boxes, "area": target["area"] * _area(boxes)}
+    return moved.as_subclass(Tensor), {**target, "boxes": boxes, "area": (target["area"] * _area(boxes)).float()}
 
 
 def _area(boxes: Tensor) -> Tensor:
@@ -262,7 +264,9 @@ class DetectionDataModule(PartsDataModule):
         self, batch_size: int, num_workers: int, drop_last: bool, multi_scale: tuple[int, int] | None = None
     ) -> None:
         super().__init__(batch_size, num_workers, drop_last)
-        if multi_scale is not None and not (32 <= multi_scale[0] <= multi_scale[1] and not any(s % 32 for s in multi_scale)):
+        if multi_scale is not None and not (
+            32 <= multi_scale[0] <= multi_scale[1] and not any(s % 32 for s in multi_scale)
+        ):
             raise DataError(f"multi_scale must be (smallest, largest), multiples of 32, got {multi_scale}")
         self.multi_scale = multi_scale
         self._batches = 0

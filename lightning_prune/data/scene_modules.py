@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +52,7 @@ class ScenesSegmentation(SegmentationDataModule):
         self.scenes = _scenes(lengths, size=size, objects=objects, extent=extent, seed=seed)
 
     def _load(self) -> dict[str, Dataset[Any]]:
-        transforms = segmentation_evaluation(None)
-
-        def sample(scene: Scene, _: int) -> tuple[Tensor, Tensor]:
-            mask = tv_tensors.Mask(torch.from_numpy(scene.mask).long())
-            image, mask = transforms(_image(scene), mask)
-            return image.as_subclass(Tensor), mask.as_subclass(Tensor)
-
-        return {part: _Samples(scenes, sample) for part, scenes in self.scenes.items()}
+        return {part: _SegmentedScenes(scenes) for part, scenes in self.scenes.items()}
 
 
 class ScenesDetection(DetectionDataModule):
@@ -101,24 +93,34 @@ class ScenesDetection(DetectionDataModule):
         self.scenes = _scenes(lengths, size=size, objects=objects, extent=extent, seed=seed)
 
     def _load(self) -> dict[str, Dataset[Any]]:
-        transforms = detection_evaluation(None)
-
-        def sample(scene: Scene, index: int) -> tuple[Tensor, Target]:
-            return detection_sample(_image(scene), scene_objects(scene, index), transforms)
-
-        return {part: _Samples(scenes, sample) for part, scenes in self.scenes.items()}
+        return {part: _BoxedScenes(scenes) for part, scenes in self.scenes.items()}
 
 
-class _Samples(Dataset[Any]):
-    def __init__(self, scenes: Scenes, sample: Callable[[Scene, int], Any]) -> None:
+class _SegmentedScenes(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
-        self.sample = sample
+        self.transforms = segmentation_evaluation(None)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.sample(self.scenes[index], index)
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self.scenes[index]
+        image, mask = self.transforms(_image(scene), tv_tensors.Mask(torch.from_numpy(scene.mask).long()))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+class _BoxedScenes(Dataset[tuple[Tensor, Target]]):
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+        self.transforms = detection_evaluation(None)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        scene = self.scenes[index]
+        return detection_sample(_image(scene), scene_objects(scene, index), self.transforms)
 
 
 def scene_objects(scene: Scene, index: int) -> Objects:
