@@ -1,8 +1,9 @@
 """Every recipe that ships parses against the real classes and runs, tiny.
 
-The task recipes run two training batches and one validation batch of their own model and optimizer. The
-digits recipe does so on its own data. CIFAR-10 would have to be downloaded: random images of its shape take
-its place, and the data module is only constructed. The prune recipes run on top of the digits recipe.
+The task recipes run two training batches and one validation batch of their own model and optimizer. The recipes on
+digits and scenes do so on their own data. CIFAR-10 would have to be downloaded: random images of its shape take
+its place, and the data module is only constructed; Pascal VOC is a tiny tree in its format. The prune recipes run on
+top of the digits recipe, those that spare a segmentation network's heads on top of the scenes recipe.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.cli.recipes import describe, recipe_paths
 from lightning_prune.cli.training import run_lightning
+from lightning_prune.data import Scenes, write_voc
 from lightning_prune.errors import CallbackError
 
 RECIPES = recipe_paths()
 TASKS = [name for name in RECIPES if name.startswith("task/")]
 PRUNES = [name for name in RECIPES if name.startswith("prune/")]
+BACKBONES = [name for name in PRUNES if name.startswith("prune/backbone")]
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
@@ -29,6 +32,17 @@ TINY = [
     "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
+]
+TINY_SCENES = ["--data.size=32", "--data.lengths=[4,2,2]", "--data.batch_size=2", "--model.input_size=[3,32,32]"]
+TINY_VOC = [  # no weights to download, and the digits are among VOC's classes only by number
+    "--model.model.init_args.weights=null",
+    "--model.input_size=[3,32,32]",
+    "--data.root=.",
+    "--data.download=false",
+    "--data.base=48",
+    "--data.crop=32",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
 ]
 
 
@@ -80,6 +94,12 @@ def test_a_task_recipe_trains_a_step(name, tmp_path, monkeypatch):
     argv = ["--config", name, *TINY]
     if "cifar10" in name:
         argv += [f"--data={__name__}.CifarShaped"]
+    if "scenes" in name:
+        argv += TINY_SCENES
+    if "fcn_resnet101_voc" in name:
+        for part in ("train", "val"):
+            write_voc(Scenes(part, 4, size=48), tmp_path, part)
+        argv += TINY_VOC
     cli = run_lightning("fit", argv)
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
@@ -104,7 +124,7 @@ def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, mo
         run_lightning("fit", argv)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNES if name != "prune/jre_paper.yaml"])
+@pytest.mark.parametrize("name", [name for name in PRUNES if name not in (*BACKBONES, "prune/jre_paper.yaml")])
 def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense = 11_173_962  # ResNet-18 with ten classes
@@ -112,3 +132,24 @@ def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
     left = sum(p.numel() for p in cli.model.model.parameters())
     assert left < 0.6 * dense
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_recipe_leaves_the_heads_of_the_scenes_task_whole(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", "task/fcn_resnet50_scenes.yaml", "--config", name, *TINY, *TINY_SCENES]
+    net = run_lightning("fit", argv).model.model
+    assert net.classifier[0].out_channels == 512
+    assert net.aux_classifier[0].out_channels == 256
+    backbone = sum(p.numel() for p in net.backbone.parameters())
+    assert backbone < 0.8 * 23_508_032  # ResNet-50 without its classifier
+
+
+def test_the_voc_recipe_has_the_papers_settings():
+    content = yaml.safe_load(RECIPES["task/fcn_resnet101_voc.yaml"].read_text(encoding="utf-8"))
+    task, data = content["model"]["init_args"], content["data"]["init_args"]
+    assert content["seed_everything"] == 777
+    assert content["trainer"]["max_epochs"] == 100
+    assert (data["batch_size"], data["base"], data["crop"]) == (16, 520, 480)
+    assert task["optimizer"]["init_args"] == {"lr": 0.001, "momentum": 0.9, "weight_decay": 1e-4}
+    assert task["lr_scheduler"]["init_args"] == {"milestones": [50, 70], "gamma": 0.2}

@@ -88,14 +88,17 @@ class SegmentationTask(LightningModule):
         """What the model returns for images (N, C, H, W): logits, or a dict of them."""
         return self.model(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the pixels of one batch that are not ignored, the auxiliary head's added."""
         images, masks = batch
         out, aux = self._logits(images, masks)
-        loss = self._loss(out, masks)
-        if aux is not None:
-            loss = loss + self.aux_weight * self._loss(aux, masks)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(masks))
+        loss = self._cross_entropy(out, masks)
+        return loss if aux is None else loss + self.aux_weight * self._cross_entropy(aux, masks)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -142,7 +145,7 @@ class SegmentationTask(LightningModule):
                 )
         return heads["out"], heads.get("aux")
 
-    def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
 
@@ -153,7 +156,7 @@ class SegmentationTask(LightningModule):
         accuracy.update(classes, masks)
         miou.update(classes, masks)
         options: dict[str, Any] = {"prog_bar": True, "batch_size": len(masks)}
-        self.log(f"{stage}_loss", self._loss(logits, masks), sync_dist=True, **options)
+        self.log(f"{stage}_loss", self._cross_entropy(logits, masks), sync_dist=True, **options)
         self.log(f"{stage}_acc", accuracy, **options)
         self.log(f"{stage}_miou", miou, **options)
 
