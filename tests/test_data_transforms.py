@@ -83,7 +83,12 @@ def test_boxes_follow_their_pixels_through_augmentation(augment):
             seen += len(target["boxes"])
             continue
         x1, y1, x2, y2 = target["boxes"][0].tolist()
-        inside = (bright[:, 0] >= y1 - 1.5) & (bright[:, 0] <= y2 + 0.5) & (bright[:, 1] >= x1 - 1.5) & (bright[:, 1] <= x2 + 0.5)
+        inside = (
+            (bright[:, 0] >= y1 - 1.5)
+            & (bright[:, 0] <= y2 + 0.5)
+            & (bright[:, 1] >= x1 - 1.5)
+            & (bright[:, 1] <= x2 + 0.5)
+        )
         assert inside.all()
         if x1 > 1 and y1 > 1 and x2 < 127 and y2 < 127:
             size = bright.amax(0) - bright.amin(0) + 1
@@ -168,9 +173,11 @@ def test_detection_batches_are_stacked_where_they_can_be():
 def test_small_overhang_is_clipped_and_large_refused():
     clipped = check_boxes(objects([[-1.5, 0, 101, 61]]), "a.xml")
     assert clipped.boxes.tolist() == [[0, 0, 100, 60]]
-    with pytest.raises(DataError, match=r"a\.xml: box 2, .* image of 100 x 60 leaves it by 5 pixels.*bad_boxes: repair"):
+    with pytest.raises(
+        DataError, match=r"a\.xml: box 2, .* image of 100 x 60 leaves it by 5 pixels.*bad_boxes: repair"
+    ):
         check_boxes(objects([[0, 0, 5, 5], [0, 0, 105, 60]]), "a.xml")
-    with pytest.raises(DataError, match="box 1, .* has no area"):
+    with pytest.raises(DataError, match=r"box 1, .* has no area"):
         check_boxes(objects([[5, 5, 5, 9]]), "a.xml")
     with pytest.raises(DataError, match="box 1"):
         check_boxes(objects([[float("nan"), 5, 9, 9]]), "a.xml")
@@ -185,7 +192,9 @@ def test_bad_boxes_can_be_repaired():
 
 def test_a_batch_at_another_size():
     images = torch.rand(2, 3, 64, 64)
-    targets = [{"boxes": torch.tensor([[8.0, 16.0, 32.0, 64.0]]), "area": torch.tensor([100.0]), "labels": torch.tensor([3])}]
+    targets = [
+        {"boxes": torch.tensor([[8.0, 16.0, 32.0, 64.0]]), "area": torch.tensor([100.0]), "labels": torch.tensor([3])}
+    ]
     same, _ = resize_batch(images, targets, 64)
     assert same is images
     larger, moved = resize_batch(images, targets, 96)

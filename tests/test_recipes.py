@@ -34,8 +34,7 @@ TINY = [
     "--trainer.enable_model_summary=false",
 ]
 TINY_SCENES = ["--data.size=32", "--data.lengths=[4,2,2]", "--data.batch_size=2", "--model.input_size=[3,32,32]"]
-TINY_VOC = [  # no weights to download, and the digits are among VOC's classes only by number
-    "--model.model.init_args.weights=null",
+TINY_VOC = [
     "--model.input_size=[3,32,32]",
     "--data.root=.",
     "--data.download=false",
@@ -56,6 +55,16 @@ class CifarShaped(LightningDataModule):
         return DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8)), batch_size=4)
 
     val_dataloader = train_dataloader
+
+
+def untrained(tmp_path, name, **options):
+    """Arguments that put a network of torchvision in the task, without weights to download."""
+    init_args = {"weights": None, "weights_backbone": None, **options}
+    model = {"class_path": f"torchvision.models.segmentation.{name}", "init_args": init_args}
+    task = {"class_path": "lightning_prune.tasks.SegmentationTask", "init_args": {"model": model}}
+    path = tmp_path / "untrained.yaml"
+    path.write_text(yaml.safe_dump({"model": task}), encoding="utf-8")
+    return ["--config", str(path)]
 
 
 def test_the_folder_holds_what_the_readme_promises():
@@ -99,7 +108,7 @@ def test_a_task_recipe_trains_a_step(name, tmp_path, monkeypatch):
     if "fcn_resnet101_voc" in name:
         for part in ("train", "val"):
             write_voc(Scenes(part, 4, size=48), tmp_path, part)
-        argv += TINY_VOC
+        argv += [*untrained(tmp_path, "fcn_resnet101", num_classes=21, aux_loss=True), *TINY_VOC]
     cli = run_lightning("fit", argv)
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
@@ -135,14 +144,14 @@ def test_a_prune_recipe_prunes_the_digits_task(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_recipe_leaves_the_heads_of_the_scenes_task_whole(name, tmp_path, monkeypatch):
+def test_a_backbone_recipe_leaves_the_heads_of_a_segmentation_network_whole(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = ["--config", "task/fcn_resnet50_scenes.yaml", "--config", name, *TINY, *TINY_SCENES]
+    small = untrained(tmp_path, "deeplabv3_mobilenet_v3_large", num_classes=11, aux_loss=True)
+    argv = ["--config", "task/fcn_resnet50_scenes.yaml", *small, "--config", name, *TINY, *TINY_SCENES]
     net = run_lightning("fit", argv).model.model
-    assert net.classifier[0].out_channels == 512
-    assert net.aux_classifier[0].out_channels == 256
+    assert (net.classifier[1].out_channels, net.aux_classifier[0].out_channels) == (256, 10)
     backbone = sum(p.numel() for p in net.backbone.parameters())
-    assert backbone < 0.8 * 23_508_032  # ResNet-50 without its classifier
+    assert backbone < 0.8 * 2_971_952  # dense
 
 
 def test_the_voc_recipe_has_the_papers_settings():

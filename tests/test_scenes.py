@@ -22,7 +22,9 @@ def many():
 
 
 def same(one, other):
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "instances", "boxes", "labels"))
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("image", "instances", "boxes", "labels")
+    )
 
 
 def test_a_scene_depends_on_seed_part_and_index_alone():
@@ -100,7 +102,7 @@ def test_digits_stand_out_from_what_is_around_them(many):
 
 
 def test_no_digit_is_hidden_beyond_the_limit():
-    crowd = dict(size=64, objects=(8, 8), extent=(0.4, 0.5))
+    crowd = {"size": 64, "objects": (8, 8), "extent": (0.4, 0.5)}
     strict, lax = Scenes("train", 30, hidden=0.0, **crowd), Scenes("train", 30, hidden=0.6, **crowd)
     assert sum(len(strict[i].labels) for i in range(30)) < sum(len(lax[i].labels) for i in range(30))
     whole = sum(strict[i].pixels.sum() / max(1, len(strict[i].labels)) for i in range(30))

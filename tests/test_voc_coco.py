@@ -86,7 +86,9 @@ def test_masks_survive_the_round_trip(tree):
     assert masks.dtype == torch.int64
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # theirs
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)  # theirs
 def test_cocos_run_lengths_are_the_pixels_seen(tree):
     index = read_instances(tree / "coco/annotations/instances_val2017.json")
     scene = PARTS["val"][0]

@@ -27,6 +27,7 @@ from lightning_prune.errors import DataError
 class COCODetection(DetectionDataModule):
     """COCO's boxes, letterboxed; targets as in `DetectionDataModule`.
 
+    There is no download: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org.
     Labels count from 0 in the order of the file's category numbers, which have gaps (80 of 90 are used). Crowds are
     evaluated with their flag and not trained on. Images without an object stay, as negatives. All annotations are read
     and checked before training starts.
@@ -111,7 +112,7 @@ def read_instances(path: Path) -> Any:
     except OSError as error:
         raise DataError(
             f"COCO: {path} cannot be read ({error.strerror}). Unpack annotations_trainval2017.zip, train2017.zip and "
-            f"val2017.zip of images.cocodataset.org/zips and /annotations into {path.parent.parent}"
+            f"val2017.zip of cocodataset.org into {path.parent.parent}"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, byte {error.start}: no valid text; unpack it again") from error
