@@ -306,7 +306,8 @@ def test_classes_are_unknown_before_the_file_is_read(tree):
     ("damage", "message"),
     [
         (lambda c: c.pop("categories"), "no instances file of COCO: it has no categories"),
-        (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 has category 99, which is not defined"),
+        (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 has the unknown category 99"),
+        (lambda c: c["annotations"][1].pop("bbox"), "number 2 of its annotations has no bbox"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 is of image 99, which the file does not"),
         (lambda c: c["images"][0].update(file_name="x.jpg"), r"x\.jpg does not exist \(1 of 5 files"),
     ],

@@ -103,7 +103,7 @@ def read_instances(path: Path) -> Any:
     """COCO's index (`pycocotools.coco.COCO`) of an instances file.
 
     Raises:
-        DataError: no such file, no JSON, or one that is not COCO's.
+        DataError: no such file, no JSON, or one that is not COCO's: something missing, or an unknown image or category.
     """
     from pycocotools.coco import COCO
 
@@ -120,22 +120,37 @@ def read_instances(path: Path) -> Any:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: no valid JSON ({error.msg}); unpack it again"
         ) from error
-    missing = [
-        key for key in ("images", "annotations", "categories") if not isinstance(content, dict) or key not in content
-    ]
-    if missing:
-        raise DataError(f"{path} is no instances file of COCO: it has no {', '.join(missing)}")
-    images = {image["id"] for image in content["images"]}
-    for row in content["annotations"]:
-        if row["image_id"] not in images:
-            raise DataError(
-                f"{path}: annotation {row['id']} is of image {row['image_id']}, which the file does not list"
-            )
+    _check_rows(content, path)
     index = COCO()
     index.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         index.createIndex()
     return index
+
+
+_KEYS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+
+
+def _check_rows(content: Any, path: Path) -> None:
+    missing = [part for part in _KEYS if not isinstance(content, dict) or part not in content]
+    if missing:
+        raise DataError(f"{path} is no instances file of COCO: it has no {', '.join(missing)}")
+    for part, keys in _KEYS.items():
+        for number, row in enumerate(content[part], 1):
+            if lacking := [key for key in keys if key not in row]:
+                raise DataError(f"{path}: number {number} of its {part} has no {', '.join(lacking)}")
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for row in content["annotations"]:
+        where = f"{path}: annotation {row['id']}"
+        if row["image_id"] not in images:
+            raise DataError(f"{where} is of image {row['image_id']}, which the file does not list")
+        if row["category_id"] not in categories:
+            raise DataError(f"{where} has the unknown category {row['category_id']}, which the file does not define")
 
 
 def image_objects(
@@ -144,7 +159,7 @@ def image_objects(
     """The objects of one image whose category is one of ``classes``; boxes (x, y, width, height) become corners.
 
     Raises:
-        DataError: a category that the file does not define, a class that it does not have, or a bad box.
+        DataError: a class that the file does not have, or a bad box.
     """
     labels = {row["id"]: classes.index(name) for row in index.cats.values() if (name := row["name"]) in classes}
     if len(labels) < len(classes):
@@ -153,13 +168,7 @@ def image_objects(
             f"{path}: unknown class {next(name for name in classes if name not in known)!r}; the file's are "
             f"{', '.join(sorted(known))}"
         )
-    rows = index.imgToAnns[image_id]
-    for row in rows:
-        if row["category_id"] not in index.cats:
-            raise DataError(
-                f"{path}: annotation {row['id']} has category {row['category_id']}, which is not defined there"
-            )
-    rows = [row for row in rows if row["category_id"] in labels]
+    rows = [row for row in index.imgToAnns[image_id] if row["category_id"] in labels]
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     image = index.imgs[image_id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -50,8 +50,14 @@ class Objects:
 
     def only(self, rows: Tensor) -> Objects:
         """The objects where ``rows`` (n,) is True."""
-        fields = {name: getattr(self, name)[rows] for name in ("boxes", "labels", "difficult", "iscrowd", "area")}
-        return Objects(size=self.size, image_id=self.image_id, **fields)
+        return replace(
+            self,
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            difficult=self.difficult[rows],
+            iscrowd=self.iscrowd[rows],
+            area=self.area[rows],
+        )
 
     def plain(self) -> Objects:
         """Those to train on: neither difficult nor a crowd."""
@@ -86,10 +92,7 @@ def check_boxes(objects: Objects, where: str, bad_boxes: BadBoxes = "refuse", to
             f"{width} x {height} {what}. Correct the annotation, or set bad_boxes: repair to clip such boxes and drop "
             "what is empty"
         )
-    repaired = Objects(
-        objects.size, clipped, objects.labels, objects.difficult, objects.iscrowd, objects.area, objects.image_id
-    )
-    return repaired.only(~empty & boxes.isfinite().all(1))
+    return replace(objects, boxes=clipped).only(~empty & boxes.isfinite().all(1))
 
 
 def read_image(path: Path) -> tv_tensors.Image:
