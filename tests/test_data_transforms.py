@@ -113,7 +113,9 @@ def test_jitter_moves_edges_by_at_most_its_share():
     sizes = []
     for seed in range(60):
         torch.manual_seed(seed)
-        sizes.append(DarknetJitter(0.2)(marked(100, 200, [0, 0, 1, 1])).shape[-2:])
+        moved = DarknetJitter(0.2)(marked(100, 200, [0, 0, 200, 100]))
+        sizes.append(moved.shape[-2:])
+        assert set(moved.unique().tolist()) <= {128, 255}  # grey outside, never black
     heights, widths = zip(*sizes, strict=True)
     assert 60 <= min(heights) < 75
     assert 125 < max(heights) <= 140

@@ -102,13 +102,24 @@ def test_digits_stand_out_from_what_is_around_them(many):
 
 
 def test_no_digit_is_hidden_beyond_the_limit():
-    crowd = {"size": 64, "objects": (8, 8), "extent": (0.4, 0.5)}
-    strict, lax = Scenes("train", 30, hidden=0.0, **crowd), Scenes("train", 30, hidden=0.6, **crowd)
-    assert sum(len(strict[i].labels) for i in range(30)) < sum(len(lax[i].labels) for i in range(30))
-    whole = sum(strict[i].pixels.sum() / max(1, len(strict[i].labels)) for i in range(30))
-    partly = sum(lax[i].pixels.sum() / max(1, len(lax[i].labels)) for i in range(30))
-    assert partly < whole
-    assert min(strict[i].pixels.min() for i in range(30)) > 50
+    """Where nothing may be hidden fewer digits fit, and all of their ink is seen."""
+    crowd = {"size": 48, "objects": (8, 8), "extent": (0.4, 0.5)}
+    strict, lax = (Scenes("train", 15, hidden=hidden, **crowd) for hidden in (0.0, 0.6))
+    pixels = [np.concatenate([scenes[index].pixels for index in range(15)]) for scenes in (strict, lax)]
+    assert len(pixels[0]) < len(pixels[1])
+    assert pixels[0].min() > 25
+    assert pixels[1].mean() < pixels[0].mean()
+
+
+def test_what_is_hidden_adds_up():
+    """5 more pixels of a digit of 100 may be covered where 2 are already, but not where 12 are."""
+    scenes = Scenes("train", 1, size=32, hidden=0.15)
+    instances = np.zeros((32, 32), dtype=np.uint8)
+    instances[0, :] = instances[1, :] = instances[2, :24] = 1
+    ink = np.zeros((32, 32), dtype=np.float32)
+    ink[0, :5] = 1
+    assert scenes._place(np.random.default_rng(0), instances, [90], ink) == (slice(0, 32), slice(0, 32))
+    assert scenes._place(np.random.default_rng(0), instances, [100], ink) is None
 
 
 def test_a_part_draws_its_own_digits_only():
