@@ -27,11 +27,10 @@ from lightning_prune.tasks import SegmentationTask
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels")
-    parser.add_argument("--scenes", type=int, default=1000, help="training scenes")
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=6, help="of dense training")
-    parser.add_argument("--finetune-epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=600, help="of dense training, every scene seen once")
+    parser.add_argument("--finetune-steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--finetune-lr", type=float, default=3e-4)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5])
@@ -60,10 +59,10 @@ def evaluate(task: LightningModule, data: ScenesSegmentation) -> tuple[float, fl
     return logged["test_acc"], logged["test_miou"]
 
 
-def train(task: LightningModule, data: ScenesSegmentation, epochs: int, args: argparse.Namespace) -> float:
+def train(task: LightningModule, data: ScenesSegmentation, steps: int, args: argparse.Namespace) -> float:
     """Seconds it took."""
     started = time.perf_counter()
-    trainer(max_epochs=epochs, precision=args.precision, limit_val_batches=0).fit(task, data)
+    trainer(max_epochs=1, limit_train_batches=steps, precision=args.precision).fit(task, data)
     return time.perf_counter() - started
 
 
@@ -90,15 +89,15 @@ def run(args: argparse.Namespace) -> list[str]:
     data = ScenesSegmentation(
         args.batch_size,
         size=args.size,
-        lengths=(args.scenes, 1, args.test_scenes),
-        objects=(1, 3),
-        extent=(0.4, 0.65),
+        lengths=(max(args.steps, args.finetune_steps) * args.batch_size, 1, args.test_scenes),
+        objects=(1, 2),
+        extent=(0.5, 0.7),
         seed=args.seed,
     )
     net = fcn_resnet50(weights=None, weights_backbone=None, num_classes=data.num_classes, aux_loss=True)
     dense = SegmentationTask(net, data.num_classes, optimizer=optimizer(args.lr), input_size=(3, args.size, args.size))
     rows = []
-    seconds = train(dense, data, args.epochs, args)
+    seconds = train(dense, data, args.steps, args)
     rows.append(row("dense", dense, evaluate(dense, data), dense, seconds))
     print(rows[-1], file=sys.stderr)
     graph = lp.trace(dense, dense.example_input_array)
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> list[str]:
         rows.append(row(f"{ratio:g} masked", dense, before, dense, None))
         rows.append(row(f"{ratio:g} reconstructed", small, after, dense, None))
         small.optimizer = optimizer(args.finetune_lr)  # type: ignore[assignment]
-        seconds = train(small, data, args.finetune_epochs, args)
+        seconds = train(small, data, args.finetune_steps, args)
         rows.append(row(f"{ratio:g} fine-tuned", small, evaluate(small, data), dense, seconds))
         print(*rows[-3:], f"  float64: {lossless.max_rel_error:.1e} relative", sep="\n", file=sys.stderr)
     return rows
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     rows = run(args)
     print(
-        f"FCN-ResNet50 with auxiliary head, {args.size} px, {args.scenes} scenes x {args.epochs} epochs, then "
-        f"{args.finetune_epochs}; JRE over the network; {args.test_scenes} test scenes; {torch.get_num_threads()} "
+        f"FCN-ResNet50 with auxiliary head, {args.size} px, {args.steps} steps of {args.batch_size} scenes, then "
+        f"{args.finetune_steps}; JRE over the network; {args.test_scenes} test scenes; {torch.get_num_threads()} "
         f"threads, {time.perf_counter() - started:.0f} s in all\n"
     )
     print("| model | test mIoU | pixel accuracy | parameters | FLOPs (paper) | training |")
