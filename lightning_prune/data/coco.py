@@ -41,7 +41,7 @@ class COCODetection(DetectionDataModule):
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
         multi_scale: see `DetectionDataModule`.
-        bad_boxes: see `check_boxes`; COCO's own files need "repair", for two boxes without area.
+        bad_boxes: see `check_boxes`; "repair" because COCO's own files hold boxes without area.
         drop_last: leave out the last, smaller training batch.
         num_workers: processes that load.
 
