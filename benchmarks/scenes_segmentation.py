@@ -29,7 +29,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="side of the scenes in pixels")
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600, help="of dense training, every scene seen once")
+    parser.add_argument("--steps", type=int, default=800, help="of dense training, every scene seen once")
     parser.add_argument("--finetune-steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--finetune-lr", type=float, default=3e-4)
