@@ -33,6 +33,10 @@ class OptimizerError(PruningError, TypeError):
     """An optimizer whose state cannot follow the channels."""
 
 
+class DataError(PruningError):
+    """Data that are missing, damaged, or not what they should be."""
+
+
 class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from lightning_prune.data import CIFAR10DataModule, DigitsDataModule
-from lightning_prune.data.cifar10 import MEAN, STD, DataError
+from lightning_prune.data.cifar10 import MEAN, STD
 from lightning_prune.data.digits import random_affine, split_digits
+from lightning_prune.errors import DataError
 from lightning_prune.graph import as_args, call_model
 
 SIZES = {"train": 1257, "val": 180, "test": 360}

@@ -13,14 +13,10 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import DataError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 Batch = tuple[Tensor, Tensor]
-
-
-class DataError(PruningError):
-    """Data that are missing or damaged."""
 
 
 class CIFAR10DataModule(LightningDataModule):

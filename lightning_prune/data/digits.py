@@ -77,8 +77,8 @@ class DigitsDataModule(LightningDataModule):
         return DataLoader(self.parts[part], self.batch_size, num_workers=self.num_workers, collate_fn=plain_batch)
 
 
-def split_digits(seed: int = 0, size: int = 32) -> dict[str, Dataset[Batch]]:
-    """{"train", "val", "test"}: images (N, 3, size, size) standardised, labels (N,)."""
+def digit_parts(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
+    """All scans (1797, 8, 8) in [0, 1], their labels (1797,), and the indices of {"train", "val", "test"}."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -86,14 +86,20 @@ def split_digits(seed: int = 0, size: int = 32) -> dict[str, Dataset[Batch]]:
     order = np.arange(len(labels))
     rest, test = train_test_split(order, test_size=0.2, random_state=seed, stratify=labels)
     train, val = train_test_split(rest, test_size=0.125, random_state=seed, stratify=labels[rest])
-    scans = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    images = F.interpolate(scans, size=(size, size), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
-    mean, deviation = images[train].mean(), images[train].std()
+    scans = torch.from_numpy(pixels).float().view(-1, 8, 8) / 16
+    return scans, torch.from_numpy(labels).long(), {"train": train, "val": val, "test": test}
+
+
+def split_digits(seed: int = 0, size: int = 32) -> dict[str, Dataset[Batch]]:
+    """{"train", "val", "test"}: images (N, 3, size, size) standardised, labels (N,)."""
+    scans, labels, parts = digit_parts(seed)
+    images = F.interpolate(scans[:, None], size=(size, size), mode="bilinear", align_corners=False)
+    images = images.expand(-1, 3, -1, -1)
+    mean, deviation = images[parts["train"]].mean(), images[parts["train"]].std()
     images = (images - mean) / deviation
-    targets = torch.from_numpy(labels).long()
     return {
-        name: TensorDataset(images[part].contiguous(), targets[part])  # type: ignore[misc]
-        for name, part in (("train", train), ("val", val), ("test", test))
+        name: TensorDataset(images[part].contiguous(), labels[part])  # type: ignore[misc]
+        for name, part in parts.items()
     }
 
 

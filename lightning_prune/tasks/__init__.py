@@ -3,6 +3,7 @@
 from lightning_prune.tasks.classification import ClassificationTask, RocCurves
 from lightning_prune.tasks.detection import DetectionTask
 from lightning_prune.tasks.detectors import Detector, MultiScale, TorchvisionDetector, YoloDetector
+from lightning_prune.tasks.segmentation import SegmentationTask
 from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Detector",
     "MultiScale",
     "RocCurves",
+    "SegmentationTask",
     "TorchvisionDetector",
     "VocMeanAveragePrecision",
     "YoloDetector",

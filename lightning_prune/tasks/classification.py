@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.classification import MulticlassAccuracy, MulticlassROC
+
+from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -53,7 +54,8 @@ class ClassificationTask(LightningModule):
             `val_loss` compares between settings.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a scheduler, stepped once an epoch, from the optimizer. "cosine" falls to zero
-            over the Trainer's max_epochs, "constant" leaves the learning rate as it is.
+            over the Trainer's max_epochs, "poly" as a power over its steps, "constant" leaves the learning rate
+            as it is.
         input_size: One image as (C, H, W), for `example_input_array`.
 
     Raises:
@@ -74,7 +76,7 @@ class ClassificationTask(LightningModule):
         *,
         label_smoothing: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4),
-        lr_scheduler: LRSchedulerCallable | Literal["cosine", "constant"] = "cosine",
+        lr_scheduler: Schedule = "cosine",
         input_size: Sequence[int] = (3, 32, 32),
     ) -> None:
         super().__init__()
@@ -135,17 +137,7 @@ class ClassificationTask(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler == "constant":
-            return optimizer
-        if self.lr_scheduler == "cosine":
-            return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, self._epochs())}
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler}
-        monitor = getattr(scheduler, "monitor", None)  # Lightning's own ReduceLROnPlateau carries it
-        if monitor is not None:
-            config["monitor"] = monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return optimizer_and_schedule(self, self.optimizer, self.lr_scheduler)
 
     def _logits(self, images: Tensor) -> Tensor:
         logits = self(images)
@@ -179,12 +171,3 @@ class ClassificationTask(LightningModule):
             ]
         )
         return RocCurves(fpr, tpr, thresholds, areas, areas.nanmean().item())
-
-    def _epochs(self) -> int:
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ValueError(
-                'lr_scheduler="cosine" needs the Trainer\'s max_epochs (at least 1) to know where zero is. '
-                'Set max_epochs, or give lr_scheduler="constant" or a scheduler of your own.'
-            )
-        return epochs

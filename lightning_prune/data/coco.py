@@ -1,0 +1,184 @@
+"""COCO detection, from the original folders."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from lightning_prune.data.modules import (
+    BadBoxes,
+    DetectionDataModule,
+    DetectionFiles,
+    Objects,
+    check_boxes,
+    check_files,
+)
+from lightning_prune.data.transforms import Augmentation, detection_evaluation, detection_training
+from lightning_prune.errors import DataError
+
+
+class COCODetection(DetectionDataModule):
+    """COCO's boxes, letterboxed; targets as in `DetectionDataModule`.
+
+    There is no download: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org.
+    Labels count from 0 in the order of the file's category numbers, which have gaps (80 of 90 are used). Crowds are
+    evaluated with their flag and not trained on. Images without an object stay, as negatives. All annotations are read
+    and checked before training starts.
+
+    Args:
+        root: folder that holds ``annotations/instances_NAME.json`` and the images as ``NAME/*.jpg``.
+        batch_size: images per batch.
+        train_on: image set to train on.
+        evaluate_on: image set to validate and test on.
+        classes: names of the categories to learn, in the order of the labels; None: all of the training file.
+        size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
+        augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
+        multi_scale: see `DetectionDataModule`.
+        bad_boxes: see `check_boxes`; "repair" because COCO's own files hold boxes without area.
+        drop_last: leave out the last, smaller training batch.
+        num_workers: processes that load.
+
+    Raises:
+        DataError: a missing folder or file, with the way to get it; a file that is no JSON, with its line; an unknown
+            category or image, or with bad_boxes "refuse" a box outside its image.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/coco",
+        batch_size: int = 16,
+        *,
+        train_on: str = "train2017",
+        evaluate_on: str = "val2017",
+        classes: Sequence[str] | None = None,
+        size: int | None = 416,
+        augment: Augmentation = "yolo",
+        multi_scale: tuple[int, int] | None = None,
+        bad_boxes: BadBoxes = "repair",
+        drop_last: bool = True,
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        self.root = root
+        self.train_on = train_on
+        self.evaluate_on = evaluate_on
+        self.class_names = None if classes is None else tuple(classes)
+        self.bad_boxes = bad_boxes
+        self.training = detection_training(augment, size)
+        self.evaluation = detection_evaluation(size)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; of the training file's once it has been read."""
+        if self.class_names is None:
+            raise DataError("the classes are those of the training file: call setup() first, or set classes")
+        return len(self.class_names)
+
+    def _load(self) -> dict[str, Dataset[Any]]:
+        train = self._part(self.train_on, self.training, train=True)
+        val = self._part(self.evaluate_on, self.evaluation, train=False)
+        return {"train": train, "val": val, "test": val}
+
+    def _part(self, name: str, transforms: Callable[..., Any], *, train: bool) -> DetectionFiles:
+        root = Path(self.root).resolve()
+        path = root / "annotations" / f"instances_{name}.json"
+        index = read_instances(path)
+        names = [row["name"] for row in sorted(index.dataset["categories"], key=lambda row: row["id"])]
+        self.class_names = tuple(names) if self.class_names is None else self.class_names
+        images = [index.imgs[number] for number in sorted(index.imgs)]
+        paths = [root / name / image["file_name"] for image in images]
+        check_files(paths, path)
+        objects = [image_objects(index, image["id"], self.class_names, path, self.bad_boxes) for image in images]
+        return DetectionFiles(paths, [found.plain() for found in objects] if train else objects, transforms)
+
+
+def read_instances(path: Path) -> Any:
+    """COCO's index (`pycocotools.coco.COCO`) of an instances file.
+
+    Raises:
+        DataError: no such file, no JSON, or one that is not COCO's: something missing, or an unknown image or category.
+    """
+    from pycocotools.coco import COCO
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"COCO: {path} cannot be read ({error.strerror}). Unpack annotations_trainval2017.zip, train2017.zip and "
+            f"val2017.zip of cocodataset.org into {path.parent.parent}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, byte {error.start}: no valid text; unpack it again") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.colno}: no valid JSON ({error.msg}); unpack it again"
+        ) from error
+    _check_rows(content, path)
+    index = COCO()
+    index.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        index.createIndex()
+    return index
+
+
+_KEYS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+
+
+def _check_rows(content: Any, path: Path) -> None:
+    missing = [part for part in _KEYS if not isinstance(content, dict) or part not in content]
+    if missing:
+        raise DataError(f"{path} is no instances file of COCO: it has no {', '.join(missing)}")
+    for part, keys in _KEYS.items():
+        for number, row in enumerate(content[part], 1):
+            if lacking := [key for key in keys if key not in row]:
+                raise DataError(f"{path}: number {number} of its {part} has no {', '.join(lacking)}")
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for row in content["annotations"]:
+        where = f"{path}: annotation {row['id']}"
+        if row["image_id"] not in images:
+            raise DataError(f"{where} is of image {row['image_id']}, which the file does not list")
+        if row["category_id"] not in categories:
+            raise DataError(f"{where} has the unknown category {row['category_id']}, which the file does not define")
+
+
+def image_objects(
+    index: Any, image_id: int, classes: Sequence[str], path: Path, bad_boxes: BadBoxes = "repair"
+) -> Objects:
+    """The objects of one image whose category is one of ``classes``; boxes (x, y, width, height) become corners.
+
+    Raises:
+        DataError: a class that the file does not have, or a bad box.
+    """
+    labels = {row["id"]: classes.index(name) for row in index.cats.values() if (name := row["name"]) in classes}
+    if len(labels) < len(classes):
+        known = {row["name"] for row in index.cats.values()}
+        raise DataError(
+            f"{path}: unknown class {next(name for name in classes if name not in known)!r}; the file's are "
+            f"{', '.join(sorted(known))}"
+        )
+    rows = [row for row in index.imgToAnns[image_id] if row["category_id"] in labels]
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    image = index.imgs[image_id]
+    found = Objects(
+        (image["height"], image["width"]),
+        boxes,
+        torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64),
+        torch.zeros(len(rows), dtype=torch.bool),
+        torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool),
+        torch.tensor([float(row["area"]) for row in rows], dtype=torch.float32),
+        image_id,
+    )
+    return check_boxes(found, f"{path}, image {image['file_name']}", bad_boxes)

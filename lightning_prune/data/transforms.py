@@ -1,0 +1,168 @@
+"""What is done to images, masks and boxes before a network sees them: torchvision's transforms on its tv_tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from lightning_prune.errors import DataError
+
+IGNORE = 255  # a mask's value where no class is asked for
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Augmentation = Literal["none", "flip", "yolo", "ssd"]
+Target = dict[str, Any]
+_TO_FLOAT = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+_NORMALISED = (_TO_FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+
+
+def segmentation_training(base: int = 520, crop: int = 480) -> v2.Compose:
+    """Torchvision's reference, and LR's: shorter side 0.5 to 2 times ``base``, flip, crop, ImageNet's normalisation.
+
+    Outside of the image the crop is 0 in the image and 255, ignored, in the mask.
+
+    Args:
+        base: shorter side in pixels before the random scale.
+        crop: height and width of what comes out.
+    """
+    return v2.Compose(
+        [
+            v2.RandomResize(base // 2, base * 2, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Mask: IGNORE, "others": 0}),
+            *_NORMALISED,
+        ]
+    )
+
+
+def segmentation_evaluation(base: int | None = 520) -> v2.Compose:
+    """Shorter side to ``base`` pixels (None: as it is), ImageNet's normalisation."""
+    resize = [] if base is None else [v2.Resize(base, antialias=True)]
+    return v2.Compose([*resize, *_NORMALISED])
+
+
+class Letterbox(v2.Transform):
+    """Scale an image to fit a square, both sides alike, and fill the rest with grey, half above and half below.
+
+    Args:
+        size: height and width of the square in pixels.
+        fill: grey of uint8 images.
+
+    Example:
+        >>> Letterbox(416)(tv_tensors.Image(torch.zeros(3, 100, 200, dtype=torch.uint8))).shape
+        torch.Size([3, 416, 416])
+    """
+
+    _transformed_types = (tv_tensors.Image, tv_tensors.BoundingBoxes, tv_tensors.Mask)
+
+    def __init__(self, size: int = 416, fill: int = 128) -> None:
+        super().__init__()
+        self.size = size
+        self.fill = fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """New height and width, and the padding left, top, right and bottom."""
+        height, width = v2.query_size(flat_inputs)
+        scale = self.size / max(height, width)
+        new = [max(1, round(height * scale)), max(1, round(width * scale))]
+        down, across = self.size - new[0], self.size - new[1]
+        return {"size": new, "padding": [across // 2, down // 2, across - across // 2, down - down // 2]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        resized = v2.functional.resize(inpt, params["size"], antialias=True)
+        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill
+        return v2.functional.pad(resized, params["padding"], fill=fill)
+
+
+class DarknetJitter(v2.Transform):
+    """Darknet's jitter: move every edge of the image by up to a share of its side, inwards or outwards (grey).
+
+    Args:
+        jitter: largest share.
+    """
+
+    _transformed_types = (tv_tensors.Image, tv_tensors.BoundingBoxes)
+
+    def __init__(self, jitter: float = 0.3) -> None:
+        super().__init__()
+        self.jitter = jitter
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """How far the left, top, right and bottom edges move outwards, and the size then."""
+        height, width = v2.query_size(flat_inputs)
+        moves = (torch.rand(4) * 2 - 1) * self.jitter * torch.tensor([width, height, width, height])
+        left, top, right, bottom = (int(move) for move in moves)
+        return {"top": -top, "left": -left, "height": height + top + bottom, "width": width + left + right}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        top, left, height, width = (params[name] for name in ("top", "left", "height", "width"))
+        old_height, old_width = v2.functional.get_size(inpt)
+        outside = [max(0, -left), max(0, -top), max(0, left + width - old_width), max(0, top + height - old_height)]
+        padded = v2.functional.pad(inpt, outside, fill=128)
+        return v2.functional.crop(padded, max(0, top), max(0, left), height, width)
+
+
+def detection_training(augment: Augmentation = "yolo", size: int | None = 416) -> v2.Compose:
+    """Augmentation of images and boxes, then a letterbox.
+
+    ``flip``: left and right swapped at random. ``yolo``: darknet's hue 0.1, saturation and exposure 1.5, jitter 0.3 and
+    flip. ``ssd``: torchvision's reference, photometric distortion, zoom out, crop by overlap, and flip. Boxes of which
+    less than two pixels are left go.
+
+    Args:
+        augment: "none", "flip", "yolo" or "ssd".
+        size: side of the letterbox in pixels; None: images keep their size, for detectors that resize by themselves.
+
+    Raises:
+        DataError: an augmentation that is not known.
+    """
+    colours = v2.ColorJitter(brightness=(2 / 3, 1.5), saturation=(2 / 3, 1.5), hue=0.1)
+    known: dict[str, list[nn.Module]] = {
+        "none": [],
+        "flip": [v2.RandomHorizontalFlip()],
+        "yolo": [colours, DarknetJitter(), v2.RandomHorizontalFlip()],
+        "ssd": [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(fill={tv_tensors.Image: (123, 117, 104), "others": 0}),
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
+        ],
+    }
+    if augment not in known:
+        raise DataError(f"augment must be one of {', '.join(known)}, got {augment!r}")
+    tidy = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(2.0, labels_getter=_rows)]
+    return v2.Compose([*known[augment], *_letterbox(size), *tidy, _TO_FLOAT])
+
+
+def detection_evaluation(size: int | None = 416) -> v2.Compose:
+    """A letterbox alone, as in `detection_training`; every box stays."""
+    return v2.Compose([*_letterbox(size), v2.ClampBoundingBoxes(), _TO_FLOAT])
+
+
+def _letterbox(size: int | None) -> list[nn.Module]:
+    return [] if size is None else [Letterbox(size)]
+
+
+def _rows(sample: tuple[Any, Target]) -> tuple[Tensor, ...]:
+    """What goes with a box when it goes."""
+    return tuple(sample[1][name] for name in ("labels", "iscrowd", "difficult", "area"))
+
+
+def resize_batch(images: Tensor, targets: list[Target], side: int) -> tuple[Tensor, list[Target]]:
+    """The same batch of square images at another size, boxes with it: one step of multi-scale training.
+
+    Args:
+        images: (N, 3, S, S).
+        targets: as detection batches carry them.
+        side: new height and width in pixels.
+    """
+    scale = side / images.shape[-1]
+    if scale == 1:
+        return images, targets
+    resized = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=scale < 1)
+    moved = [{**target, "boxes": target["boxes"] * scale, "area": target["area"] * scale**2} for target in targets]
+    return resized, moved

@@ -1,0 +1,172 @@
+"""Semantic segmentation: cross-entropy with ignored pixels and an auxiliary head, global accuracy and mean IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
+
+Batch = tuple[Tensor, Tensor]
+Output = Tensor | Mapping[str, Tensor]
+
+
+class SegmentationTask(LightningModule):
+    r"""Train any segmentation network on (images, masks) batches.
+
+    Logs `train_loss`; `val_loss`, `val_acc` (global pixel accuracy) and `val_miou`; the same for the test set, and
+    there the IoU of every class as `test_iou_class_0`, `test_iou_class_1`... (NaN for a class that is neither in the
+    masks nor predicted, which the mean leaves out). With :math:`n_{ij}` pixels of class i predicted as j and
+    :math:`t_i = \sum_j n_{ij}` (Lee et al., Sensors 23(4):2102, eqs. 2 and 3):
+
+    .. math:: acc = \sum_i n_{ii} / \sum_i t_i, \qquad
+        mIoU = \frac{1}{C} \sum_i n_{ii} / (t_i + \sum_j n_{ji} - n_{ii})
+
+    Shapes: images (N, C, H, W), masks (N, H, W) int64, logits (N, num_classes, H, W).
+
+    To prune the backbone alone, as Lee et al. do, let the selection ignore the heads:
+    ``PruneCallback(selection=LayerRatio(0.3, ignore=["*classifier.*"]))``, or the recipe prune/backbone_only.yaml.
+
+    Args:
+        model: Maps images to logits, or to a dict with the logits under "out" and, where it has an auxiliary head,
+            under "aux", as torchvision's FCN, DeepLabV3 and LR-ASPP do.
+        num_classes: Number of classes, background included; must be the width of the logits.
+        ignore_index: Mask value of pixels that count neither in the loss nor in the metrics.
+        aux_weight: Weight of the auxiliary head's loss (torchvision's reference: 0.5).
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a scheduler, stepped once an epoch, from the optimizer, or "poly", "cosine", "constant",
+            see `optimizer_and_schedule`.
+        input_size: One image as (C, H, W), for `example_input_array`.
+
+    Raises:
+        ValueError: For num_classes below 2, a negative aux_weight, an ignore_index that is a class, or an output that
+            is not as above.
+
+    Example:
+        >>> task = SegmentationTask(nn.Conv2d(3, 5, 3, padding=1), num_classes=5, input_size=(3, 16, 16))
+        >>> task(task.example_input_array).shape
+        torch.Size([2, 5, 16, 16])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        aux_weight: float = 0.5,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        lr_scheduler: Schedule = "poly",
+        input_size: Sequence[int] = (3, 480, 480),
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(f"ignore_index must be no class 0..{num_classes - 1}, got {ignore_index}.")
+        if aux_weight < 0:
+            raise ValueError(f"aux_weight must not be negative, got {aux_weight}.")
+        self.model = model
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.aux_weight = aux_weight
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        # Two images, so that batch norm can be run in train mode behind DeepLab's global pooling.
+        self.example_input_array = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+        self.val_acc, self.val_miou = self._metrics()
+        self.test_acc, self.test_miou = self._metrics()
+
+    def forward(self, images: Tensor) -> Output:
+        """What the model returns for images (N, C, H, W): logits, or a dict of them."""
+        return self.model(images)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy over the pixels of one batch that are not ignored, the auxiliary head's added."""
+        images, masks = batch
+        out, aux = self._logits(images, masks)
+        loss = self._cross_entropy(out, masks)
+        return loss if aux is None else loss + self.aux_weight * self._cross_entropy(aux, masks)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the validation metrics."""
+        self._evaluate(batch, "val", self.val_acc, self.val_miou)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the test metrics."""
+        self._evaluate(batch, "test", self.test_acc, self.test_miou)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Classes (N, H, W) of a batch, with or without masks."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images)[0].argmax(dim=1)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the IoU of every class."""
+        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(class_iou(self.test_miou.confmat).tolist())})
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule in the form that Lightning expects."""
+        return optimizer_and_schedule(self, self.optimizer, self.lr_scheduler)
+
+    def _metrics(self) -> tuple[MulticlassAccuracy, MulticlassJaccardIndex]:
+        return (
+            MulticlassAccuracy(self.num_classes, average="micro", ignore_index=self.ignore_index),
+            MulticlassJaccardIndex(self.num_classes, average="macro", ignore_index=self.ignore_index),
+        )
+
+    def _logits(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        output = self(images)
+        heads = output if isinstance(output, Mapping) else {"out": output}
+        shape = (len(images), self.num_classes, *(images if masks is None else masks).shape[-2:])
+        for name in ("out", "aux"):
+            logits = heads.get(name)
+            if name == "aux" and logits is None:
+                continue
+            if not isinstance(logits, Tensor) or logits.shape != shape:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(
+                    f"{type(self.model).__name__} must return logits of shape {shape}, or a dict with them under "
+                    f"'out' and perhaps 'aux', got {got} for {name!r}. Give the model and the task the same "
+                    "num_classes, and let the model resize its output to the image."
+                )
+        return heads["out"], heads.get("aux")
+
+    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
+        total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
+        return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
+
+    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, miou: MulticlassJaccardIndex) -> None:
+        images, masks = batch
+        logits = self._logits(images, masks)[0].float()
+        classes = logits.argmax(dim=1)
+        accuracy.update(classes, masks)
+        miou.update(classes, masks)
+        options: dict[str, Any] = {"prog_bar": True, "batch_size": len(masks)}
+        self.log(f"{stage}_loss", self._cross_entropy(logits, masks), sync_dist=True, **options)
+        self.log(f"{stage}_acc", accuracy, **options)
+        self.log(f"{stage}_miou", miou, **options)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """IoU (C,) of a confusion matrix (C, C) of pixel counts; NaN for a class that occurs nowhere.
+
+    Example:
+        >>> class_iou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+        tensor([0.7500, 0.8000,    nan])
+    """
+    hit = confusion.diagonal().double()
+    return (hit / (confusion.sum(0) + confusion.sum(1) - hit)).float()
