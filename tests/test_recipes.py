@@ -130,7 +130,7 @@ def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/jre_paper.yaml", *TINY]
     with pytest.raises(
-        CallbackError, match=r"the 19 steps of Rounds.channels=128, .* need max_epochs of at least 361, got 1"
+        CallbackError, match=r"the 19 steps of .* need max_epochs of at least 361, got 1"
     ):
         run_lightning("fit", argv)
 
@@ -138,7 +138,7 @@ def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, mo
 def test_the_published_schedule_of_guo_asks_for_the_epochs_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/guo_paper.yaml", *TINY]
-    with pytest.raises(CallbackError, match="the 2400 steps of Rounds.channels=1"):
+    with pytest.raises(CallbackError, match=r"the 2400 steps of Rounds.channels=1"):
         run_lightning("fit", argv)
 
 
