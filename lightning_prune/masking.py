@@ -40,6 +40,7 @@ def mask_(
     plan: Plan,
     *,
     optimizers: Iterable[Optimizer] = (),
+    undoable: bool = True,
 ) -> MaskHandle:
     r"""Zero the planned channels in place and hold them at zero: filters, biases, batch-norm :math:`\gamma, \beta`.
 
@@ -53,6 +54,7 @@ def mask_(
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
         optimizers: their state of masked entries is zeroed too (old momentum would move them).
+        undoable: keep the values of masked entries for `MaskHandle.undo`; without them masks take next to no memory.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model; nothing has been changed then.
@@ -70,7 +72,7 @@ def mask_(
     check_plan(graph, plan)
     check_model(model, graph)
     plain = unwrap(optimizers)
-    return MaskHandle(model, masked_entries(graph, plan), plain)
+    return MaskHandle(model, masked_entries(graph, plan), plain, undoable)
 
 
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
@@ -155,11 +157,13 @@ class MaskHandle:
 
     Attributes:
         zeros: what is held at zero.
+        undoable: whether the values from before are kept.
     """
 
     model: nn.Module
     zeros: list[Zeros]
     optimizers: list[Optimizer] = field(default_factory=list)
+    undoable: bool = True
     _before: list[Tensor] = field(default_factory=list, init=False)
     _hooks: list[RemovableHandle] = field(default_factory=list, init=False)
 
@@ -168,7 +172,8 @@ class MaskHandle:
         by_parameter: dict[str, list[Zeros]] = {}
         for item in self.zeros:
             tensor = parameters[item.parameter]
-            self._before.append(tensor.detach().index_select(item.dim, item.entries.to(tensor.device)).clone())
+            if self.undoable:
+                self._before.append(tensor.detach().index_select(item.dim, item.entries.to(tensor.device)))
             by_parameter.setdefault(item.parameter, []).append(item)
         for name, items in by_parameter.items():
             self._hold(parameters[name], items)
@@ -191,7 +196,13 @@ class MaskHandle:
             self._hooks.pop().remove()
 
     def undo(self) -> None:
-        """Stop holding and put the values from before masking back."""
+        """Stop holding and put the values from before masking back.
+
+        Raises:
+            PlanError: they were not kept.
+        """
+        if not self.undoable:
+            raise PlanError("the values from before masking were not kept: mask_(..., undoable=True)")
         self.remove()
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():

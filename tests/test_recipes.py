@@ -129,9 +129,7 @@ def test_the_data_of_a_cifar_recipe_are_accepted(name):
 def test_the_published_schedule_of_jre_asks_for_the_epochs_it_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "task/resnet18_digits.yaml", "--config", "prune/jre_paper.yaml", *TINY]
-    with pytest.raises(
-        CallbackError, match=r"the 19 steps of .* need max_epochs of at least 361, got 1"
-    ):
+    with pytest.raises(CallbackError, match=r"the 19 steps of .* need max_epochs of at least 361, got 1"):
         run_lightning("fit", argv)
 
 

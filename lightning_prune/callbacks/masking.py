@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,7 @@ class MaskingCallback(Callback):
         self._resumed_steps, self._held = 0, False
         self._epoch = self._batch = 0  # when the last step was taken
         self._dense: nn.Module | None = None
+        self.checks: list[Callable[[Trainer], None]] = []  # of what comes later, before any weight is touched
         self._module: LightningModule | None = None
 
     @property
@@ -153,7 +155,7 @@ class MaskingCallback(Callback):
         if self._held:
             assert scoring.graph is not None
             assert self.left is not None
-            self.handle = mask_(pl_module, scoring.graph, self.left, optimizers=trainer.optimizers)
+            self.handle = mask_(pl_module, scoring.graph, self.left, optimizers=trainer.optimizers, undoable=False)
 
     def _holds_after(self, step: int) -> bool:
         return step == len(self._steps) or self.schedule is None or self.schedule.hold
@@ -183,13 +185,15 @@ class MaskingCallback(Callback):
                 example_inputs=example_inputs(pl_module, scoring.example_inputs) if selection.needs_model else None,
             )
         check_same_plan(plan)
+        for check in self.checks if self.plan is None else ():
+            check(trainer)
         if self.handle is not None:
             self.handle.remove()
         left = plan if self.built is None else plan.within(self.built)
         hold = self._holds_after(self.round + 1)
         if not hold:
             left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
-        self.handle = mask_(pl_module, scoring.graph, left, optimizers=trainer.optimizers)
+        self.handle = mask_(pl_module, scoring.graph, left, optimizers=trainer.optimizers, undoable=False)
         mask_averages_(trainer, scoring.graph, left)
         self.plan = plan
         self.round += 1

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
 from lightning_prune.equivalence import LosslessReport
-from lightning_prune.errors import CallbackError, OptimizerError
+from lightning_prune.errors import CallbackError
 from lightning_prune.measurement import count_params
 from lightning_prune.optimizers import check_sliceable, unwrap
 from lightning_prune.plan import GroupPlan, Plan
@@ -79,20 +79,13 @@ class ReconstructionCallback(EpochTimer):
                     f"{masking.schedule!r} chooses among all channels every time, so none may be gone before the last: "
                     "use reconstruct='before' (right after the last choice) or 'after'"
                 )
+            masking.checks = [self._check_optimizers]
         self.shapes.watch(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.shapes.forget(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        masking = predecessor(trainer, self, MaskingCallback)
-        if masking.built is None and (self.when == "after" or masking.schedule or masking.handle is None):
-            try:
-                check_sliceable(unwrap(trainer.optimizers))
-            except OptimizerError:
-                if masking.handle is not None:
-                    masking.handle.undo()
-                raise
         self._reconstruct_when_masked(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,6 +115,13 @@ class ReconstructionCallback(EpochTimer):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         masking = predecessor(trainer, self, MaskingCallback)
         self.shapes.save(pl_module, masking.built, checkpoint)
+
+    def _check_optimizers(self, trainer: Trainer) -> None:
+        """They may have state by the time the model is cut."""
+        started = trainer.global_step > 0 or trainer.ckpt_path is not None
+        scheduled = predecessor(trainer, self, MaskingCallback).schedule is not None
+        if self.when == "after" or scheduled or started:
+            check_sliceable(unwrap(trainer.optimizers))
 
     def _reconstruct_when_masked(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
         masking = predecessor(trainer, self, MaskingCallback)
