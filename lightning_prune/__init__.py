@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         ScoringCallback,
     )
     from lightning_prune.checkpoint import PrunedCheckpoints, load, save
+    from lightning_prune.comparison import Comparison, compare_criteria
+    from lightning_prune.compensation import fold_constants_, least_squares_, recalibrate_bn_
     from lightning_prune.criteria import (
         DCP,
         FPGM,
@@ -61,6 +63,8 @@ _HOMES = {
     "callbacks": "BNSparsity EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
     "ScoringCallback",
     "checkpoint": "PrunedCheckpoints load save",
+    "comparison": "Comparison compare_criteria",
+    "compensation": "fold_constants_ least_squares_ recalibrate_bn_",
     "criteria": "DCP FPGM GRE JRE L1 L2 LRE APoZ BNScale Criterion NextLayerTaylor Random Taylor TaylorFO "
     "ThiNet add_bn_sparsity_",
     "equivalence": "LosslessReport check_lossless",
@@ -93,6 +97,7 @@ __all__ = [
     "Budget",
     "ChannelGraph",
     "ChannelsPerRound",
+    "Comparison",
     "Criterion",
     "EpochTimer",
     "Explanation",
@@ -127,15 +132,19 @@ __all__ = [
     "ThiNet",
     "add_bn_sparsity_",
     "check_lossless",
+    "compare_criteria",
     "compare_latency",
     "count_flops",
     "count_params",
     "explain",
+    "fold_constants_",
     "keep_removed",
+    "least_squares_",
     "load",
     "mask_",
     "measure",
     "prune",
+    "recalibrate_bn_",
     "reconstruct",
     "reconstruct_",
     "rescale_",
