@@ -180,6 +180,32 @@ def test_fit_goes_on_when_called_twice() -> None:
         trainer(callback).fit(Task(), loader(), loader(8))
 
 
+@pytest.mark.parametrize("kind", ["before", "never", "ramp, each"])
+def test_going_back_to_a_checkpoint_in_the_same_process(kind: str, tmp_path: Path) -> None:
+    task, callback = Task("adamw"), prune(**RUNS[kind])
+    runner = run(task, callback, tmp_path)
+    end, plan = state(task), callback.masking.plan
+    for epoch in (3, 1):
+        runner.fit(task, loader(), loader(8, shuffle=False), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert callback.masking.plan == plan
+        assert all(torch.equal(value, end[name]) for name, value in task.state_dict().items())
+
+
+def test_a_budget_in_steps_is_resumed(tmp_path: Path) -> None:
+    def budget() -> PruneCallback:
+        selection = lp.Budget(flops=0.5)
+        return PruneCallback("l1", selection=selection, schedule=Gradual(3), reconstruct="during")
+
+    whole, broken, resumed = (Task() for _ in range(3))
+    for task in (broken, resumed):
+        task.load_state_dict(whole.state_dict())
+    run(whole, budget(), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(broken, budget(), tmp_path / "broken", Interrupt(1))
+    run(resumed, budget(), tmp_path / "broken", ckpt=tmp_path / "broken" / "last.ckpt")
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
 def test_a_dense_checkpoint_is_loaded_and_then_pruned(tmp_path: Path) -> None:
     dense = Task()
     runner = trainer(epochs=2)

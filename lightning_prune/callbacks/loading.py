@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.common import predecessor
+from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.checkpoint import KEY, reshape_, shapes_of
 from lightning_prune.plan import Plan
@@ -62,11 +63,15 @@ class Shapes:
         module = trainer.lightning_module
         content = checkpoint.get(KEY)
         built = content is not None and content["plan"]["groups"]
+        masking = predecessor(trainer, callback, MaskingCallback)
+        if content is not None:
+            masking.release()  # its state, which is restored next, says whether masks are held
         if self._dense is not None or built:
             self._grow(module)
         if content is not None and built:
             if trainer.training:
                 self.remember(module)
+                masking.keep_dense(module)
                 predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
             for other in (module, *averages(trainer)):
                 reshape_(other, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))

@@ -121,6 +121,8 @@ class MaskingCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there when fitting starts."""
+        self.release()
+        self._steps = []
         plan, built = state_dict["plan"], state_dict["built"]
         self.plan = None if plan is None else Plan.from_dict(plan)
         self.built = None if built is None else Plan.from_dict(built)
@@ -130,6 +132,12 @@ class MaskingCallback(Callback):
     def mark_built(self, built: Plan) -> None:
         """The model has been reconstructed; its masks are gone."""
         self.built, self.handle = built, None
+
+    def release(self) -> None:
+        """Stop holding masked channels at zero."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
 
     def keep_dense(self, pl_module: LightningModule) -> None:
         """Keep the dense model, for selections that count it, before its first reconstruction."""
@@ -187,8 +195,7 @@ class MaskingCallback(Callback):
         check_same_plan(plan)
         for check in self.checks if self.plan is None else ():
             check(trainer)
-        if self.handle is not None:
-            self.handle.remove()
+        self.release()
         left = plan if self.built is None else plan.within(self.built)
         hold = self._holds_after(self.round + 1)
         if not hold:
@@ -200,8 +207,7 @@ class MaskingCallback(Callback):
         self._epoch = trainer.current_epoch + (batch_idx > 0)  # whole epochs are counted from the next one on
         self._batch = _batches(trainer)
         if not hold:
-            self.handle.remove()
-            self.handle = None
+            self.release()
         self._say()
 
     def _due(self, trainer: Trainer, batch_idx: int) -> bool:
