@@ -1,6 +1,7 @@
 """Callbacks that decide when to score, mask and reconstruct; the work is done by plain functions."""
 
 from lightning_prune.callbacks.bn_sparsity import BNSparsity
+from lightning_prune.callbacks.distillation import DistillationCallback
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.prune import PruneCallback
 from lightning_prune.callbacks.random_state import KeepRandomState
@@ -10,6 +11,7 @@ from lightning_prune.callbacks.timing import EpochTimer
 
 __all__ = [
     "BNSparsity",
+    "DistillationCallback",
     "EpochTimer",
     "KeepRandomState",
     "MaskingCallback",
