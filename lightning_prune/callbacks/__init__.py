@@ -8,6 +8,7 @@ from lightning_prune.callbacks.random_state import KeepRandomState
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimer
+from lightning_prune.callbacks.tracking import TrackingCallback
 
 __all__ = [
     "BNSparsity",
@@ -18,4 +19,5 @@ __all__ = [
     "PruneCallback",
     "ReconstructionCallback",
     "ScoringCallback",
+    "TrackingCallback",
 ]
