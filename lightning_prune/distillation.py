@@ -39,8 +39,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0
     check_temperature(temperature)
     if student.shape != teacher.shape or student.dim() < 2:
         raise DistillationError(
-            f"student and teacher must return logits of one shape (N, C) or (N, C, H, W), got {list(student.shape)} and "
-            f"{list(teacher.shape)}"
+            f"student and teacher must return logits of one shape (N, C) or (N, C, H, W), got {list(student.shape)} "
+            f"and {list(teacher.shape)}"
         )
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     log_student = (student.to(wide) / temperature).log_softmax(1)

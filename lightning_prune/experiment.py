@@ -32,7 +32,7 @@ from lightning_prune.measurement import (
     flops_by_convention,
     state_size,
 )
-from lightning_prune.plan import Coupling
+from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction import reconstruct
 from lightning_prune.report import (
     DENSE,

@@ -293,6 +293,7 @@ def duration(seconds: float) -> str:
 
 
 def titles(figure: Figure, palette: Palette, title: str, subtitle: str) -> None:
+    """Write both at the top left."""
     height = figure.get_figheight()
     figure.text(0.18 / WIDTH, 1 - 0.2 / height, title, size=13, weight="bold", va="top")
     figure.text(0.18 / WIDTH, 1 - 0.48 / height, subtitle, size=9.5, color=palette.quiet, va="top")

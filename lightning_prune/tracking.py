@@ -146,9 +146,10 @@ def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("score")
-        said = "above the line: kept, below it: removed" if removed_in_all else "a stroke per channel"
-        total = len(everything)
-        titles(figure, palette, "Scores per layer", f"{said}; {removed_in_all:,} of {total:,} channels removed")
+        said = f"a stroke per channel, {len(everything):,} in all"
+        if removed_in_all:
+            said += f"; above the line: kept, below it: {removed_in_all:,} removed"
+        titles(figure, palette, "Scores per layer", said)
     return figure
 
 

@@ -234,8 +234,18 @@ class Odd(Task):
 
 
 REFUSED = {
-    "after": (Task, lambda: [PruneCallback("l1"), DistillationCallback()], CallbackError, "put it before PruneCallback"),
-    "after scoring": (Task, lambda: [ScoringCallback("l1"), DistillationCallback()], CallbackError, "must see the dense"),
+    "after": (
+        Task,
+        lambda: [PruneCallback("l1"), DistillationCallback()],
+        CallbackError,
+        "put it before PruneCallback",
+    ),
+    "after scoring": (
+        Task,
+        lambda: [ScoringCallback("l1"), DistillationCallback()],
+        CallbackError,
+        "must see the dense",
+    ),
     "alone": (Task, lambda: [DistillationCallback()], CallbackError, "would be its own teacher"),
     "twice": (Task, lambda: [DistillationCallback(), DistillationCallback()], CallbackError, "twice"),
     "manual": (ByHand, lambda: [DistillationCallback(), PruneCallback("l1")], CallbackError, "manual optimization"),

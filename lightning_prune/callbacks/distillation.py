@@ -153,8 +153,8 @@ class DistillationCallback(Callback):
         except AttributeError as error:
             children = ", ".join(name for name, _ in pl_module.named_children())
             raise CallbackError(
-                f"DistillationCallback(module={self.module!r}): {type(pl_module).__name__} has no such submodule; it has "
-                f"{children}"
+                f"DistillationCallback(module={self.module!r}): {type(pl_module).__name__} has no such submodule; it "
+                f"has {children}"
             ) from error
 
     def _step(self, trainer: Trainer, training_step: Any, *args: Any, **kwargs: Any) -> Any:

@@ -98,7 +98,7 @@ class WandbSink(Sink):
         """Its own kind, of 64 bins."""
         import wandb
 
-        self.logger.log_metrics({name: wandb.Histogram(tensor.numpy()) for name, tensor in values.items()}, step)
+        self.logger.log_metrics({name: wandb.Histogram(tensor.tolist()) for name, tensor in values.items()}, step)
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
         """An image of every step."""
@@ -145,4 +145,3 @@ def pixels(figure: Figure) -> Any:
 def _sink_of(logger: Any) -> Sink:
     names = [cls.__name__ for cls in type(logger).__mro__]
     return next((SINKS[name] for name in names if name in SINKS), Sink)(logger)
-

@@ -30,9 +30,9 @@ C = TypeVar("C", bound=Callback)
 class TrackingCallback(EpochTimer):
     """Logs pruning to all of the Trainer's loggers.
 
-    Scalars go to every logger, each time something changed and after every epoch: ``prune/params``, ``prune/macs`` and
-    ``prune/flops`` (of the model as it is then; per sample, FLOPs are 2 x macs), ``prune/share`` (of prunable channels
-    masked or gone), ``prune/round``, ``prune/lossless_error``, ``prune/reconstruction_seconds``,
+    Scalars go to every logger after every epoch, and when the model has been masked or reconstructed: ``prune/params``,
+    ``prune/macs`` and ``prune/flops`` (of the model as it is then; per sample, FLOPs are 2 x macs), ``prune/share`` (of
+    prunable channels masked or gone), ``prune/round``, ``prune/lossless_error``, ``prune/reconstruction_seconds``,
     ``prune/epoch_seconds`` (training alone).
 
     `WandbLogger`, `TensorBoardLogger` and `CSVLogger` get the rest too, in their own kinds or as files in
@@ -64,7 +64,6 @@ class TrackingCallback(EpochTimer):
         self._seconds: dict[str, list[float]] = {}
         self._scored = self._rounds = self._timed = 0  # how much of the others' records is logged
         self._built: Plan | None = None
-        self._seen: tuple[int, ...] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -78,11 +77,9 @@ class TrackingCallback(EpochTimer):
         scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
         if scoring is None:
             raise CallbackError("TrackingCallback: nothing scores channels here; add PruneCallback after it")
-        self._seen = ()
         if self._now or (masking is not None and masking.built is not None):
             return  # it goes on with a model that is not dense any more
-        stage = self._measure(trainer, pl_module, DENSE)
-        self._stages[DENSE] = stage
+        self._stages[DENSE] = self._measure(trainer, pl_module, DENSE)
         self._now |= {"prune/share": 0.0, "prune/round": 0}
         self._log(trainer, self._now)
 
@@ -90,24 +87,25 @@ class TrackingCallback(EpochTimer):
         self._track(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+        self._track(trainer, pl_module)  # here, and not when it happens, so that no epoch's time holds the logging
         self._track_epochs(trainer)
+        super().on_train_epoch_start(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._track(trainer, pl_module)
+        self._track_epochs(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         masking = _find(trainer, MaskingCallback)
-        dense = masking is None or masking.plan is None
-        self._phases[trainer.current_epoch] = DENSE if dense else RECONSTRUCTED if masking.built else MASKED
+        phase = DENSE
+        if masking is not None and masking.plan is not None:
+            phase = MASKED if masking.built is None else RECONSTRUCTED
+        self._phases[trainer.current_epoch] = phase
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sinks:
             return
-        self._track_epochs(trainer)
         self._track(trainer, pl_module)
         masking = _find(trainer, MaskingCallback)
         built = None if masking is None else masking.built
@@ -144,20 +142,15 @@ class TrackingCallback(EpochTimer):
         self._built = None if built is None else Plan.from_dict(built)
 
     def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the other callbacks did since the last time; cheap if that is nothing."""
+        """Log what the other callbacks did since the last time."""
         scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
         if not self._sinks or scoring is None:
             return
-        plan, built = (None, None) if masking is None else (masking.plan, masking.built)
-        rounds = 0 if masking is None else masking.round
-        seen = (len(scoring.history), rounds, id(built))
-        if seen == self._seen:
-            return
-        self._seen = seen
-        for _, scores in scoring.history[self._scored :]:
-            self._log_scores(trainer, scores, plan)
+        plan, built, rounds = (None, None, 0) if masking is None else (masking.plan, masking.built, masking.round)
+        if len(scoring.history) > self._scored:
+            self._log_scores(trainer, scoring.history[-1][1], plan)
         self._scored = len(scoring.history)
-        changed = rounds != self._rounds or built != self._built
+        changed = (rounds, built) != (self._rounds, self._built)
         if rounds != self._rounds and plan is not None:
             self._file("plan.json", "plan", plan.save)
             if scoring.dense_graph is not None:
@@ -191,7 +184,9 @@ class TrackingCallback(EpochTimer):
     def _log_scores(self, trainer: Trainer, scores: Scores, plan: Plan | None) -> None:
         values = {f"prune/scores/{layer}": found for of in scores.layers.values() for layer, found in of.items()}
         left = plan if plan is None or self._built is None else plan.within(self._built)
-        figure = scores_figure(scores, left)
+        # Several rounds since the last time: what was left when these scores were made is not known any more.
+        fits = left is not None and all(group.size == len(scores[name]) for name, group in left.groups.items())
+        figure = scores_figure(scores, left if fits else None)
         self._file("scores.pt", "scores", scores.save)
         for sink in self._sinks:
             sink.histograms(values, trainer.global_step)
@@ -221,7 +216,9 @@ class TrackingCallback(EpochTimer):
     def _report(self, trainer: Trainer) -> PruneReport:
         rebuilding = _find(trainer, ReconstructionCallback)
         found = None if rebuilding is None else rebuilding.lossless
-        lossless = found and Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
+        lossless = (
+            None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
+        )
         dense = self._stages.get(DENSE)
         stages = dict(self._stages)
         if MASKED in self._seconds and dense is not None:
