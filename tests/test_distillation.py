@@ -125,6 +125,56 @@ def test_segmentation_models_and_skipped_batches() -> None:
         assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
+class Halving(nn.Module):
+    """Changes its inputs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Task().net
+
+    def forward(self, x):
+        return self.net(x.mul_(0.5))
+
+
+class Twice(Task):
+    """Calls a network that changes its inputs, on two views of them, and nothing but the teacher counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.losses = Halving(), []
+
+    def training_step(self, batch, batch_idx):
+        return 0 * (self.net(batch[0].clone()) + self.net(batch[0].flip(3))).sum()
+
+    def on_before_backward(self, loss):
+        self.losses.append(float(loss.detach()))
+
+
+def test_teacher_and_student_see_the_same_inputs_at_every_call() -> None:
+    task, teacher = Twice(), Halving().eval()
+    student = copy.deepcopy(task.net).train()
+    runner = trainer(DistillationCallback(1.0, 2.0, module="net", teacher=teacher), epochs=1, limit_train_batches=1)
+    runner.fit(task, batches := loader(shuffle=False), loader(8, shuffle=False))
+    x = next(iter(batches))[0]
+    terms = [distillation_loss(student(v.clone()), teacher(v.clone()), 2.0).item() for v in (x, x.flip(3))]
+    assert task.losses == [pytest.approx(sum(terms) / 2, rel=1e-10)]
+    assert terms[0] != pytest.approx(terms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_and_accumulated_gradients(precision: str) -> None:
+    task = Task()
+    task.net.float()
+    task.example_input_array = images(2).float()
+    data = torch.utils.data.TensorDataset(images(16).float(), torch.arange(16) % 5)
+    batches = torch.utils.data.DataLoader(data, 4)
+    callback = DistillationCallback(module="net", teacher=Task().net.float())
+    runner = trainer(callback, epochs=1, precision=precision, accumulate_grad_batches=2)
+    runner.fit(task, batches, batches)
+    assert next(callback.teacher.parameters()).dtype == (torch.bfloat16 if "true" in precision else torch.float32)
+    assert runner.callback_metrics["distill_loss"].isfinite()
+
+
 def test_the_teacher_is_the_dense_model_and_stays_as_it_is() -> None:
     task = Task("adamw")
     dense = copy.deepcopy(task.net.state_dict())

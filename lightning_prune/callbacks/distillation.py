@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_prune.callbacks.common import check_before_pruning, same_module
 from lightning_prune.callbacks.masking import MaskingCallback
@@ -176,7 +177,8 @@ class DistillationCallback(Callback):
                 "submodule that it calls: DistillationCallback(module=...)"
             )
         term = torch.stack([distillation_loss(student, teacher, self.temperature) for student, teacher in pairs]).mean()
-        module.log("distill_loss", term.detach(), on_step=False, on_epoch=True, batch_size=len(pairs[0][0]))
+        size = len(pairs[0][0])
+        module.log("distill_loss", term.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         loss = (1 - self.weight) * loss + self.weight * term
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
@@ -197,8 +199,9 @@ class DistillationCallback(Callback):
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal depth
             depth += 1
-            if depth == 1 and torch.is_grad_enabled():  # before the student, which may change its inputs in place
-                with torch.no_grad():
+            if depth == 1 and torch.is_grad_enabled():
+                with torch.no_grad():  # before the student, and on copies: either may change its inputs in place
+                    args, kwargs = tree_map(_copied, (args, kwargs))
                     answers.append(logits_of(teacher(*args, **kwargs)))
 
         def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -221,6 +224,10 @@ class DistillationCallback(Callback):
 def _masking(trainer: Trainer) -> MaskingCallback | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, MaskingCallback)), None)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _frozen(model: nn.Module) -> nn.Module:
