@@ -224,19 +224,35 @@ def test_a_resumed_run_logs_what_is_missing_and_nothing_twice(epoch: int, tmp_pa
     assert len(prune.tracking._seconds["reconstructed"]) == 4
 
 
-def test_fit_called_twice_goes_on(tmp_path: Path) -> None:
-    task, memory, prune = Task(), Memory(), PruneCallback("l1", 0.5)
+@pytest.mark.parametrize("when", ["before", "never"])
+def test_fit_called_twice_goes_on(when: str) -> None:
+    task, memory, prune = Task(), Memory(), PruneCallback("l1", 0.5, reconstruct=when)
     runner = fit(task, prune, logger=memory, epochs=1)
     before = len(memory.rows)
     runner.fit_loop.max_epochs = 3
     runner.fit(task, loader(), loader(8, shuffle=False))
     again = [row for row in memory.rows[before:] if "prune/params" in row]
     assert [row["epoch"] for row in again] == [1, 2]
+    assert all(row["prune/share"] == pytest.approx(0.5) for row in again)
     assert {row["prune/params"] for row in again} == {params(task)}
     assert memory.of("prune/params")[0] == 3809
 
 
-def test_rounds_inside_an_epoch_are_told_at_its_end(tmp_path: Path) -> None:
+def test_scores_of_a_smaller_model_are_shown_with_what_goes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = lambda scores, plan: (drawn.append((scores, plan)), scores_figure(scores, plan))[1]  # noqa: E731
+    monkeypatch.setattr("lightning_prune.callbacks.tracking.scores_figure", draw)
+    prune = PruneCallback("l1", 0.5, schedule=Gradual(2), reconstruct="during")
+    fit(Task(), prune, logger=Memory())
+    (first, one), (second, two) = drawn
+    dense = {group.name: group.size for group in prune.scoring.dense_graph.prunable_groups}
+    assert {name: len(values) for name, values in first.items()} == dense
+    assert {name: group.size for name, group in two.groups.items()} == {k: len(v) for k, v in second.items()} != dense
+    assert {k: g.keep for k, g in one.groups.items()} != {k: g.keep for k, g in prune.masking.plan.groups.items()}
+    assert any(group.removed for group in two.groups.values())
+
+
+def test_rounds_inside_an_epoch_are_told_at_its_end() -> None:
     prune = PruneCallback("l1", 0.5, schedule=Rounds(6, batches=1), reconstruct="during")
     fit(Task(), prune, logger=(memory := Memory()), epochs=2)
     rounds = memory.of("prune/round")
