@@ -48,7 +48,7 @@ PALETTES: dict[str, Palette] = {
 
 
 @contextmanager
-def figure_style(theme: Theme) -> Iterator[Palette]:
+def styled(theme: Theme) -> Iterator[Palette]:
     """Matplotlib's defaults with ours on top, whatever the user has set; all of it undone at the end."""
     import matplotlib
 
@@ -96,7 +96,7 @@ def channels_figure(report: PruneReport, theme: Theme = "light") -> Figure:
     height = top + rows * pitch + bottom
     names = [shorten(layer.layer) for layer in layers]
     left = 0.35 + max(map(len, names)) * size * 0.62 / 72  # a character of DejaVu Sans is about 0.6 of its size
-    with figure_style(theme) as palette:
+    with styled(theme) as palette:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI)
         axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + 0.75) / WIDTH, rows * pitch / height))
         axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, max(layer.dense for layer in layers) * 1.2))
@@ -137,7 +137,7 @@ def channels_figure(report: PruneReport, theme: Theme = "light") -> Figure:
         )
         kept, dense = sum(layer.kept for layer in layers), sum(layer.dense for layer in layers)
         share = 100 * kept / max(dense, 1)
-        titles(
+        add_title(
             figure,
             palette,
             "Channels kept per layer",
@@ -173,7 +173,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
     low, high = min(heights), max(heights)
     span = max(high - low, 1.0)
     metric = dense.metric if dense else "accuracy"
-    with figure_style(theme) as palette:
+    with styled(theme) as palette:
         figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI)
         axes = figure.add_axes((0.085, 0.125, 0.875, 0.68))
         axes.set(xlim=(0, 1.08 * longest / divisor), ylim=(low - 0.16 * span, high + 0.24 * span))
@@ -207,7 +207,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
             labels.append(_Label(f"order {order}\n{y[-1]:.2f} % after {duration(curve[-1][0])}", (x[-1], y[-1]), color))
         _place(figure, axes, labels)
         what = {"A": "A: fine-tune, then reconstruct", "B": "B: reconstruct, then fine-tune"}
-        titles(
+        add_title(
             figure,
             palette,
             f"{metric.capitalize()} against time (%)",
@@ -292,8 +292,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def titles(figure: Figure, palette: Palette, title: str, subtitle: str) -> None:
-    """Write both at the top left."""
+def add_title(figure: Figure, palette: Palette, title: str, subtitle: str) -> None:
+    """Write a heading and what explains it into the top left corner."""
     height = figure.get_figheight()
     figure.text(0.18 / WIDTH, 1 - 0.2 / height, title, size=13, weight="bold", va="top")
     figure.text(0.18 / WIDTH, 1 - 0.48 / height, subtitle, size=9.5, color=palette.quiet, va="top")

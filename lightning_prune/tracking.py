@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import GroupPlan, Plan
-from lightning_prune.plots import DPI, WIDTH, figure_style, shorten, titles
+from lightning_prune.plots import DPI, WIDTH, add_title, shorten, styled
 from lightning_prune.report import RECONSTRUCTED, LayerChannels, PruneReport
 from lightning_prune.report.table import MISSING, columns
 from lightning_prune.scoring import Scores
@@ -120,7 +120,7 @@ def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
     height = top + count * pitch + bottom
     names = [shorten(layer) for _, layer, _ in rows]
     left = 0.35 + max(map(len, names)) * size * 0.62 / 72
-    with figure_style("light") as palette:
+    with styled("light") as palette:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI)
         axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + 0.3) / WIDTH, count * pitch / height))
         axes.set_ylim(count - 0.5, -0.5)
@@ -149,7 +149,7 @@ def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
         said = f"a stroke per channel, {len(everything):,} in all"
         if removed_in_all:
             said += f"; above the line: kept, below it: {removed_in_all:,} removed"
-        titles(figure, palette, "Scores per layer", said)
+        add_title(figure, palette, "Scores per layer", said)
     return figure
 
 
