@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.callbacks import (
         BNSparsity,
+        DistillationCallback,
         EpochTimer,
         KeepRandomState,
         MaskingCallback,
         PruneCallback,
         ReconstructionCallback,
         ScoringCallback,
+        TrackingCallback,
     )
     from lightning_prune.checkpoint import PrunedCheckpoints, load, save
     from lightning_prune.comparison import Comparison, compare_criteria
@@ -60,8 +62,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": "BNSparsity EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
-    "ScoringCallback",
+    "callbacks": "BNSparsity DistillationCallback EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
+    "ScoringCallback TrackingCallback",
     "checkpoint": "PrunedCheckpoints load save",
     "comparison": "Comparison compare_criteria",
     "compensation": "fold_constants_ least_squares_ recalibrate_bn_",
@@ -99,6 +101,7 @@ __all__ = [
     "ChannelsPerRound",
     "Comparison",
     "Criterion",
+    "DistillationCallback",
     "EpochTimer",
     "Explanation",
     "GlobalRatio",
@@ -130,6 +133,7 @@ __all__ = [
     "Taylor",
     "TaylorFO",
     "ThiNet",
+    "TrackingCallback",
     "add_bn_sparsity_",
     "check_lossless",
     "compare_criteria",

@@ -6,7 +6,6 @@ import copy
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from lightning_prune.callbacks import EpochTimer, PruneCallback
 from lightning_prune.checkpoint import save
 from lightning_prune.criteria import Criterion
 from lightning_prune.equivalence import check_lossless
-from lightning_prune.graph import ChannelGraph
 from lightning_prune.masking import mask_
 from lightning_prune.measurement import (
     Latency,
@@ -35,7 +33,6 @@ from lightning_prune.report import (
     FINE_TUNED,
     MASKED,
     RECONSTRUCTED,
-    LayerChannels,
     Losslessness,
     OrderTiming,
     PruneReport,
@@ -43,6 +40,7 @@ from lightning_prune.report import (
 )
 from lightning_prune.running import Runner, quiet
 from lightning_prune.selection import GlobalRatio, Selection
+from lightning_prune.tracking import layer_channels
 
 ORDERS = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
 
@@ -136,7 +134,7 @@ def compare_orders(
         _settings(criterion, choice, plan, seed, dense_epochs, finetune_epochs),
         stages,
         tuple(tuned[order].timing for order in tuned),
-        _layers(graph, plan),
+        layer_channels(graph, plan, prefix="model."),
         lossless,
         _notes(coupling),
         convention="paper",
@@ -231,18 +229,6 @@ def _stages(
             )
         )
     return tuple(stages)
-
-
-def _layers(graph: ChannelGraph, plan: Plan) -> tuple[LayerChannels, ...]:
-    place = {tensor: number for number, tensor in enumerate(graph.shapes)}
-    found = []
-    for group in graph.groups:
-        kept = plan.groups.get(group.name)
-        for layer in group.layers:
-            count = layer.filters if kept is None else len(kept.keep) * layer.index.shape[1]
-            name = layer.name.removeprefix("model.")
-            found.append((place[layer.weight], LayerChannels(name, layer.filters, count, group.name)))
-    return tuple(channels for _, channels in sorted(found, key=itemgetter(0)))
 
 
 def _settings(

@@ -49,6 +49,21 @@ def check_trainer(trainer: Trainer, callback: Callback) -> None:
         )
 
 
+def check_before_pruning(trainer: Trainer, callback: Callback, scoring: type[Callback]) -> None:
+    """Make sure that a callback meets the dense model: it must run before the one that scores.
+
+    Raises:
+        CallbackError: it comes later in the list.
+    """
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    if any(isinstance(other, scoring) for other in callbacks[: callbacks.index(callback)]):
+        name = type(callback).__name__
+        raise CallbackError(
+            f"{name} must see the dense model: put it before PruneCallback (or ScoringCallback) in "
+            "Trainer(callbacks=[...])"
+        )
+
+
 def same_module(callback: Callback, before: LightningModule | None, module: LightningModule) -> LightningModule:
     """The module, unless the callback has worked on another one.
 

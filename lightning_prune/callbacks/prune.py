@@ -13,6 +13,7 @@ from lightning_prune.callbacks.passes import Amount
 from lightning_prune.callbacks.random_state import KeepRandomState
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback, Start
+from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import CallbackError
 from lightning_prune.plan import Coupling
@@ -26,8 +27,8 @@ Reconstruct = Literal["before", "during", "after", "never"]
 class PruneCallback(Callback):
     """Prunes a model inside ``Trainer.fit``: score, mask, reconstruct, fine-tune.
 
-    It adds a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a `KeepRandomState` to the
-    Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
+    It adds a `TrackingCallback`, a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a
+    `KeepRandomState` to the Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
 
     Args:
         criterion: an instance, or a name such as "jre".
@@ -47,6 +48,7 @@ class PruneCallback(Callback):
         example_inputs: what to trace with; None: the module's ``example_input_array``.
         statistics: see `ScoringCallback`.
         monitor: metric recorded with every epoch's wall time.
+        track: log to the Trainer's loggers, see `TrackingCallback`; without loggers it does nothing.
 
     Attributes:
         scoring: holds ``graph`` and ``scores``.
@@ -77,6 +79,7 @@ class PruneCallback(Callback):
         example_inputs: Any = None,
         statistics: bool = False,
         monitor: str | None = None,
+        track: bool = True,
     ) -> None:
         if reconstruct not in get_args(Reconstruct):
             raise CallbackError(f"reconstruct must be one of {', '.join(get_args(Reconstruct))}, got {reconstruct!r}")
@@ -104,11 +107,12 @@ class PruneCallback(Callback):
         )
 
         self.random_state = KeepRandomState()
+        self.tracking = TrackingCallback() if track else None
 
     @property
     def parts(self) -> list[Callback]:
         """The callbacks it is made of, in the order they must run."""
-        parts = (self.scoring, self.masking, self.reconstruction, self.random_state)
+        parts = (self.tracking, self.scoring, self.masking, self.reconstruction, self.random_state)
         return [part for part in parts if part is not None]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,6 +121,8 @@ class PruneCallback(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(part in callbacks for part in self.parts):
             return
+        if any(isinstance(other, TrackingCallback) for other in callbacks):
+            self.tracking = None  # the user's own
         place = callbacks.index(self) + 1
         callbacks[place:place] = self.parts
         for part in self.parts:

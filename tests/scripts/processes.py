@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune.callbacks import MaskingCallback, PruneCallback, ScoringCallback
+from lightning_prune.callbacks import DistillationCallback, MaskingCallback, PruneCallback, ScoringCallback
 from lightning_prune.errors import CallbackError
 from lightning_prune.schedule import Gradual
 from tests.helpers_fit import Task, loader
@@ -28,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "while training": {"reconstruct": "before", "update_weights": True},
     "union": {"reconstruct": "before", "coupling": "union"},
     "unused": {"reconstruct": "during", "schedule": Gradual(2)},
+    "distilled": {"reconstruct": "before"},
 }
 
 
@@ -52,6 +54,13 @@ class FrozenStatistics(Task):
         return DataLoader(whole, 8 // processes, sampler=sampler)
 
     val_dataloader = train_dataloader
+
+
+class Direct(FrozenStatistics):
+    """Calls itself, as DistributedDataParallel does too when it runs training_step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
 
 
 class Spoil(Callback):
@@ -83,9 +92,9 @@ def main(folder: Path, processes: int) -> None:
     """All runs; process 0 writes the weights, scores and plans."""
     for name, options in RUNS.items():
         torch.manual_seed(0)
-        task = FrozenStatistics(name == "unused")
+        task = Direct(False) if name == "distilled" else FrozenStatistics(name == "unused")
         prune = PruneCallback("jre", 0.5, **options)
-        trainer = new_trainer(processes, prune)
+        trainer = new_trainer(processes, *([DistillationCallback()] if name == "distilled" else []), prune)
         trainer.fit(task)
         result = {
             "state": task.state_dict(),

@@ -1,0 +1,147 @@
+"""What each of the Trainer's loggers can take, behind one face."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning import Trainer
+from torch import Tensor
+
+from lightning_prune.files import atomic
+from lightning_prune.plots import save_figure
+from lightning_prune.tracking import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Sink:
+    """Any logger: scalars only."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by name."""
+        self.logger.log_metrics(dict(values), step)
+
+    def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Distributions by name."""
+
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """A Matplotlib figure."""
+
+    def table(self, name: str, table: Table, step: int) -> None:
+        """Columns and rows."""
+
+    def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
+        """A file that ``write`` makes, with the run."""
+
+
+class FolderSink(Sink):
+    """Loggers that write into a folder (CSVLogger): the rest goes beside it, the newest under its name."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where; None for remote folders, which only the logger itself can write to."""
+        folder = str(self.logger.log_dir)
+        return None if "://" in folder else Path(folder)
+
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """As PNG."""
+        if self.folder is not None:
+            save_figure(figure, (self.folder / name).with_suffix(".png"))
+
+    def table(self, name: str, table: Table, step: int) -> None:
+        """As CSV."""
+        if self.folder is not None:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([table.columns, *table.rows])
+            with atomic((self.folder / name).with_suffix(".csv")) as stream:
+                stream.write(text.getvalue().encode())
+
+    def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
+        """Into the folder."""
+        if self.folder is not None:
+            path = self.folder / "prune" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+
+
+class TensorBoardSink(FolderSink):
+    """TensorBoardLogger: histograms, images and text, and files beside the events."""
+
+    def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Its own kind."""
+        for name, tensor in values.items():
+            self.logger.experiment.add_histogram(name, tensor.numpy(), step)
+
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """An image of every step."""
+        self.logger.experiment.add_image(name, pixels(figure), step, dataformats="HWC")
+
+    def table(self, name: str, table: Table, step: int) -> None:
+        """Text, which it shows as a table; and CSV."""
+        self.logger.experiment.add_text(name, table.markdown(), step)
+        super().table(name, table, step)
+
+
+class WandbSink(Sink):
+    """WandbLogger: everything in W&B's own kinds, files as artifacts."""
+
+    def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Its own kind, of 64 bins."""
+        import wandb
+
+        self.logger.log_metrics({name: wandb.Histogram(tensor.tolist()) for name, tensor in values.items()}, step)
+
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """An image of every step."""
+        self.logger.log_image(name, [pixels(figure)], step)
+
+    def table(self, name: str, table: Table, step: int) -> None:
+        """Its own kind."""
+        self.logger.log_table(name, list(table.columns), [list(row) for row in table.rows], step=step)
+
+    def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
+        """An artifact, named after the file and the run; a new version every time."""
+        import wandb
+
+        run = self.logger.experiment
+        artifact = wandb.Artifact(f"{Path(name).stem}-{run.id}", type=kind)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            write(path)
+            artifact.add_file(str(path))  # copies
+        run.log_artifact(artifact)
+
+
+# By name: the same classes exist in pytorch_lightning and in lightning.pytorch.
+SINKS = {"WandbLogger": WandbSink, "TensorBoardLogger": TensorBoardSink, "CSVLogger": FolderSink}
+
+
+def sinks_of(trainer: Trainer) -> list[Sink]:
+    """One for each of the Trainer's loggers; none in processes other than the first."""
+    if not trainer.is_global_zero:
+        return []
+    return [_sink_of(logger) for logger in trainer.loggers]
+
+
+def pixels(figure: Figure) -> Any:
+    """The figure as (height, width, 3) bytes."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _sink_of(logger: Any) -> Sink:
+    names = [cls.__name__ for cls in type(logger).__mro__]
+    return next((SINKS[name] for name in names if name in SINKS), Sink)(logger)

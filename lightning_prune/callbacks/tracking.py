@@ -1,0 +1,238 @@
+"""What the Trainer's loggers are told about pruning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+from typing import Any, TypeVar
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_prune.callbacks.common import check_before_pruning, example_inputs
+from lightning_prune.callbacks.loggers import Sink, sinks_of
+from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.reconstruction import ReconstructionCallback
+from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.timing import EpochTimer
+from lightning_prune.checkpoint import save
+from lightning_prune.errors import CallbackError
+from lightning_prune.measurement import count_params, flops_by_convention, state_size
+from lightning_prune.plan import Plan
+from lightning_prune.plots import channels_figure
+from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
+from lightning_prune.scoring import Scores
+from lightning_prune.tracking import channels_table, layer_channels, scores_figure, share_removed, summary_table
+
+C = TypeVar("C", bound=Callback)
+
+
+class TrackingCallback(EpochTimer):
+    """Logs pruning to all of the Trainer's loggers.
+
+    Scalars go to every logger after every epoch, and when the model has been masked or reconstructed: ``prune/params``,
+    ``prune/macs`` and ``prune/flops`` (of the model as it is then; per sample, FLOPs are 2 x macs), ``prune/share`` (of
+    prunable channels masked or gone), ``prune/round``, ``prune/lossless_error``, ``prune/reconstruction_seconds``,
+    ``prune/epoch_seconds`` (training alone).
+
+    `WandbLogger`, `TensorBoardLogger` and `CSVLogger` get the rest too, in their own kinds or as files in
+    ``{log_dir}/prune``: ``prune/scores/{layer}`` (histograms; not CSV), ``prune/scores`` and ``prune/channels``
+    (pictures), ``prune/channels_table``, ``prune/summary`` (tables), and the artifacts or files ``scores.pt``
+    (`Scores.load`), ``plan.json`` (`Plan.load`) and ``pruned.pt`` (`lightning_prune.load`). docs/tracking.md has more.
+
+    `PruneCallback` adds one. Without a logger, and in all processes but the first, it does nothing.
+
+    Args:
+        model: keep the reconstructed model with the run when fitting ends.
+
+    Raises:
+        CallbackError: after `PruneCallback` in the list, where the dense model cannot be measured any more; nothing
+            scores; no example inputs.
+
+    Example:
+        >>> from lightning_prune import PruneCallback
+        >>> callbacks = [TrackingCallback(model=False), PruneCallback("l1", ratio=0.5)]
+    """
+
+    def __init__(self, model: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self._sinks: list[Sink] = []
+        self._now: dict[str, float] = {}  # the scalars in force
+        self._stages: dict[str, StageResult] = {}
+        self._phases: dict[int, str] = {}  # of the model, by epoch
+        self._seconds: dict[str, list[float]] = {}
+        self._scored = self._rounds = self._timed = 0  # how much of the others' records is logged
+        self._built: Plan | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_before_pruning(trainer, self, ScoringCallback)
+            self._sinks = sinks_of(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._sinks:
+            return
+        scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
+        if scoring is None:
+            raise CallbackError("TrackingCallback: nothing scores channels here; add PruneCallback after it")
+        if self._now or (masking is not None and masking.built is not None):
+            return  # it goes on with a model that is not dense any more
+        self._stages[DENSE] = self._measure(trainer, pl_module, DENSE)
+        self._now |= {"prune/share": 0.0, "prune/round": 0}
+        self._log(trainer, self._now)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._track(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._track(trainer, pl_module)  # here, and not when it happens, so that no epoch's time holds the logging
+        self._track_epochs(trainer)
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._track(trainer, pl_module)
+        self._track_epochs(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        masking = _find(trainer, MaskingCallback)
+        phase = DENSE
+        if masking is not None and masking.plan is not None:
+            phase = MASKED if masking.built is None else RECONSTRUCTED
+        self._phases[trainer.current_epoch] = phase
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._sinks:
+            return
+        self._track(trainer, pl_module)
+        masking = _find(trainer, MaskingCallback)
+        built = None if masking is None else masking.built
+        if built is not None:
+            self._stages[RECONSTRUCTED] = self._measure(trainer, pl_module, RECONSTRUCTED)
+            if self.model:
+                self._file("pruned.pt", "model", partial(save, small=pl_module, plan=built))
+        summary = summary_table(self._report(trainer))
+        for sink in self._sinks:
+            sink.table("prune/summary", summary, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is logged already: plain data; nothing without a logger."""
+        if not self._sinks:
+            return {}
+        return {
+            **super().state_dict(),
+            "now": self._now,
+            "stages": [asdict(stage) for stage in self._stages.values()],
+            "phases": self._phases,
+            "seconds": self._seconds,
+            "logged": [self._scored, self._rounds, self._timed],
+            "built": None if self._built is None else self._built.to_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, logging nothing twice."""
+        super().load_state_dict(state_dict)
+        self._now = dict(state_dict["now"])
+        self._stages = {stage["name"]: StageResult(**stage) for stage in state_dict["stages"]}
+        self._phases, self._seconds = dict(state_dict["phases"]), dict(state_dict["seconds"])
+        self._scored, self._rounds, self._timed = state_dict["logged"]
+        built = state_dict["built"]
+        self._built = None if built is None else Plan.from_dict(built)
+
+    def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the other callbacks did since the last time."""
+        scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
+        if not self._sinks or scoring is None:
+            return
+        plan, built, rounds = (None, None, 0) if masking is None else (masking.plan, masking.built, masking.round)
+        if len(scoring.history) > self._scored:
+            self._log_scores(trainer, scoring.history[-1][1], plan)
+        self._scored = len(scoring.history)
+        changed = (rounds, built) != (self._rounds, self._built)
+        if rounds != self._rounds and plan is not None:
+            self._file("plan.json", "plan", plan.save)
+            if scoring.dense_graph is not None:
+                self._now["prune/share"] = share_removed(scoring.dense_graph, plan)
+                self._log_channels(trainer, scoring, plan)
+        self._rounds, self._now["prune/round"] = rounds, rounds
+        if built != self._built:
+            self._built = built
+            self._measure(trainer, pl_module, RECONSTRUCTED)
+            rebuilding = _find(trainer, ReconstructionCallback)
+            if rebuilding is not None and rebuilding.lossless is not None and rebuilding.seconds is not None:
+                self._now["prune/lossless_error"] = rebuilding.lossless.max_rel_error
+                self._now["prune/reconstruction_seconds"] = rebuilding.seconds
+        if changed:
+            self._log(trainer, self._now)
+
+    def _track_epochs(self, trainer: Trainer) -> None:
+        """Log epochs that are over; the timer that starts after reconstruction knows them best."""
+        if not self._sinks:
+            return
+        timer: EpochTimer = _find(trainer, ReconstructionCallback) or self
+        for record in timer.records[self._timed :]:
+            self._seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
+            self._log(trainer, {**self._now, "prune/epoch_seconds": record.train_seconds, "epoch": record.epoch})
+        self._timed = len(timer.records)
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.scalars(values, trainer.global_step)
+
+    def _log_scores(self, trainer: Trainer, scores: Scores, plan: Plan | None) -> None:
+        values = {f"prune/scores/{layer}": found for of in scores.layers.values() for layer, found in of.items()}
+        left = plan if plan is None or self._built is None else plan.within(self._built)
+        # Several rounds since the last time: what was left when these scores were made is not known any more.
+        fits = left is not None and all(group.size == len(scores[name]) for name, group in left.groups.items())
+        figure = scores_figure(scores, left if fits else None)
+        self._file("scores.pt", "scores", scores.save)
+        for sink in self._sinks:
+            sink.histograms(values, trainer.global_step)
+            sink.picture("prune/scores", figure, trainer.global_step)
+
+    def _log_channels(self, trainer: Trainer, scoring: ScoringCallback, plan: Plan) -> None:
+        assert scoring.dense_graph is not None
+        layers = layer_channels(scoring.dense_graph, plan)
+        figure, table = channels_figure(PruneReport("", layers=layers)), channels_table(layers)
+        for sink in self._sinks:
+            sink.picture("prune/channels", figure, trainer.global_step)
+            sink.table("prune/channels_table", table, trainer.global_step)
+
+    def _file(self, name: str, kind: str, write: Any) -> None:
+        for sink in self._sinks:
+            sink.file(name, kind, write)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, name: str) -> StageResult:
+        """Measure the model as it is, for the scalars and for the summary."""
+        scoring = _find(trainer, ScoringCallback)
+        assert scoring is not None
+        flops = flops_by_convention(pl_module, example_inputs(pl_module, scoring.example_inputs))
+        params = count_params(pl_module)
+        self._now |= {"prune/params": params, "prune/macs": flops["macs"], "prune/flops": flops["flops2"]}
+        return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(pl_module))
+
+    def _report(self, trainer: Trainer) -> PruneReport:
+        rebuilding = _find(trainer, ReconstructionCallback)
+        found = None if rebuilding is None else rebuilding.lossless
+        lossless = (
+            None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
+        )
+        dense = self._stages.get(DENSE)
+        stages = dict(self._stages)
+        if MASKED in self._seconds and dense is not None:
+            stages[MASKED] = StageResult(MASKED, params=dense.params, flops=dense.flops)
+        known = [stages[name] for name in (DENSE, MASKED, RECONSTRUCTED) if name in stages]
+        timed = [
+            StageResult(**{**asdict(stage), "epoch_seconds": median(self._seconds[stage.name])})
+            if stage.name in self._seconds
+            else stage
+            for stage in known
+        ]
+        return PruneReport("Pruning", stages=tuple(timed), losslessness=lossless)
+
+
+def _find(trainer: Trainer, kind: type[C]) -> C | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
