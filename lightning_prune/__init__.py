@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "callbacks": "BNSparsity DistillationCallback EpochTimer KeepRandomState MaskingCallback PruneCallback ReconstructionCallback "
-    "ScoringCallback TrackingCallback",
+    "callbacks": "BNSparsity DistillationCallback EpochTimer KeepRandomState MaskingCallback PruneCallback "
+    "ReconstructionCallback ScoringCallback TrackingCallback",
     "checkpoint": "PrunedCheckpoints load save",
     "comparison": "Comparison compare_criteria",
     "compensation": "fold_constants_ least_squares_ recalibrate_bn_",
