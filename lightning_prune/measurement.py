@@ -179,7 +179,7 @@ def compare_latency(
                         samples[name].append(seconds * 1e3)
     finally:
         torch.set_num_threads(before)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def measure_memory(model: nn.Module, example_inputs: Any) -> int:
@@ -218,7 +218,8 @@ def _time_once(model: nn.Module, inputs: Any) -> float:
         return time.perf_counter() - started
 
 
-def _summary(samples: list[float]) -> Latency:
+def summary(samples: list[float]) -> Latency:
+    """Median and distance of the quartiles."""
     if len(samples) < 2:
         return Latency(statistics.median(samples), 0.0, tuple(samples))
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
