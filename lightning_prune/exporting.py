@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.inputs import as_args
-from lightning_prune.measurement import Latency, compare_latency, samples_in
+from lightning_prune.measurement import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.preservation import copy_without_masks
 
 Format = Literal["onnx", "torch_export"]
@@ -101,7 +101,7 @@ def export(
     if dynamic_batch:
         if not samples_in(inputs):
             raise ExportError("dynamic_batch: the example inputs are no batch, no first dimension is left to be open")
-        checked.append(_repeated(inputs, samples_in(inputs) + 1))
+        checked.append(with_samples(inputs, samples_in(inputs) + 1))  # and never 1, which is taken for a constant
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
@@ -116,11 +116,13 @@ def export(
             runner = _RUNNERS[format](draft)
             reports = [check_lossless(dense, runner, each, dtype=None, tolerance=tolerance) for each in checked]
         except Exception as error:
-            raise ExportError(f"the exported model does not run: {type(error).__name__}: {_first_line(error)}") from error
+            raise ExportError(
+                f"the exported model does not run: {type(error).__name__}: {_first_line(error)}"
+            ) from error
         worst = max(report.max_rel_error for report in reports)
         if not all(report.passed for report in reports):
             raise ExportError(
-                f"the exported model computes something else: relative error {worst:.1e}, accepted are {tolerance:.1e}; "
+                f"the exported model computes something else: relative error {worst:.1e}, accepted {tolerance:.1e}; "
                 f"nothing was written to {path}"
             )
         latency = compare_latency({MODEL: (dense, inputs), EXPORTED: (runner, inputs)}, repeats=repeats)
@@ -210,18 +212,6 @@ _RUNNERS: dict[str, Callable[[Path], nn.Module]] = {"onnx": _Session, "torch_exp
 
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
-
-
-def _repeated(inputs: Any, samples: int) -> Any:
-    """The same inputs with another number of samples, at least two: torch.export takes one for a constant."""
-    before = samples_in(inputs)
-    index = torch.arange(samples) % before
-
-    def repeat(value: Any) -> Any:
-        batch = isinstance(value, Tensor) and value.dim() and value.shape[0] == before
-        return value[index] if batch else value
-
-    return tree_map(repeat, inputs)
 
 
 def _first_line(error: Exception) -> str:

@@ -231,8 +231,8 @@ def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
 
 
 @contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """So many threads of the CPU for a while; None leaves them as they are.
+def thread_count(threads: int | None) -> Iterator[int]:
+    """So many threads of the CPU for a while, and how many that is; None leaves them as they are.
 
     Raises:
         PruningError: less than one.
@@ -243,7 +243,7 @@ def thread_count(threads: int | None) -> Iterator[None]:
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        yield
+        yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
 

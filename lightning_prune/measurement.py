@@ -260,6 +260,29 @@ def samples_in(example_inputs: Any) -> int:
     return next((count for count in map(samples_in, parts) if count), 0)
 
 
+def with_samples(example_inputs: Any, samples: int) -> Any:
+    """The same inputs with another number of samples, repeated or left out; what is no batch stays as it is.
+
+    Example:
+        >>> with_samples((torch.zeros(2, 3), 0.5), 5)[0].shape
+        torch.Size([5, 3])
+    """
+    before = samples_in(example_inputs)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == before:
+            return value[torch.arange(samples, device=value.device) % before]
+        if isinstance(value, list) and len(value) == before:
+            return [value[number % before] for number in range(samples)]
+        if isinstance(value, tuple):
+            return tuple(map(resized, value))
+        if isinstance(value, Mapping):
+            return {key: resized(item) for key, item in value.items()}
+        return value
+
+    return resized(example_inputs)
+
+
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """`count_flops` under every convention, from one forward pass."""
     mode = OperatorCounter()

@@ -41,9 +41,7 @@ def pruned() -> nn.Module:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_file_computes_what_the_model_computes(tmp_path, format, dynamic):
     model, images = pruned(), torch.randn(1, 3, 8, 8)
-    report = export(
-        model, images, tmp_path / f"net{SUFFIX[format]}", format=format, dynamic_batch=dynamic, repeats=2
-    )
+    report = export(model, images, tmp_path / f"net{SUFFIX[format]}", format=format, dynamic_batch=dynamic, repeats=2)
     assert report.max_rel_error < 1e-5
     assert report.batch_sizes == ((1, 2) if dynamic else (1,))
     assert report.exported_latency.median > 0

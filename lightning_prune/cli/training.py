@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_prune.cli.recipes import resolve
@@ -90,8 +90,20 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
     )
 
 
-def build_task(argv: Sequence[str]) -> tuple[LightningModule, str]:
-    """The task of a configuration, as `fit` would build it, and a name made of the configurations' names.
+class BuiltTask(NamedTuple):
+    """What a configuration describes; ``name`` is made of the configurations' names."""
+
+    task: LightningModule
+    data: LightningDataModule | None
+    name: str
+
+
+def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
+    """The task and the data of a configuration, as `fit` would build them.
+
+    Args:
+        argv: options of `fit`.
+        prog: the command, for its errors.
 
     Raises:
         ConfigurationError: If a class refuses one of the values.
@@ -103,11 +115,11 @@ def build_task(argv: Sequence[str]) -> tuple[LightningModule, str]:
         args=resolved,
         run=False,
         parser_class=ExplainingParser,
-        parser_kwargs={"prog": "lightning-prune graph", "allow_abbrev": False},
+        parser_kwargs={"prog": prog, "allow_abbrev": False},
         seed_everything_default=False,
         auto_configure_optimizers=False,
     )
-    return cli.model, "-".join(stems)
+    return BuiltTask(cli.model, cli.datamodule, "-".join(stems))
 
 
 def fit(argv: Sequence[str]) -> None:
