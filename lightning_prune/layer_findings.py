@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,18 @@ from lightning_prune.graph.describe import shortened
 from lightning_prune.layer_timing import LayerTime, Machine, ModelTime
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
+FAR = 3  # times as long as any limit asks for
 LEAST = 0.01  # share of the time below which nothing is said
-Kind = Literal["speed", "not shrunk", "slower", "memory", "call", "lanes", "outside", "timers"]
+Kind = Literal["speed", "not shrunk", "slower", "memory", "call", "far", "lanes", "outside", "timers"]
+
+_CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
+_FAR = (
+    f"over {FAR} times as long as FLOPs, bytes or calls ask for: a kernel that does not suit the shape, such as a small "
+    "map of a single sample; other batch sizes, and ONNX Runtime, bring in other kernels"
+)
+_WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
+_SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
+_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
 
 
 @dataclass(frozen=True)
@@ -20,9 +31,10 @@ class Finding:
 
     Attributes:
         kind: ``speed`` (the whole model), ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more
-            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``lanes`` (channel counts
-            that are no multiple of `LANES`), ``outside`` (between the layers), ``timers`` (their overhead).
-        share: of a timed pass of the (pruned) model; 1 for ``speed``.
+            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``far`` (`FAR` times as
+            long as any of these limits), ``lanes`` (channel counts that are no multiple of `LANES`), ``outside``
+            (between the layers), ``timers`` (their overhead).
+        share: of a pass of the (pruned) model; 1 for ``speed``.
         text: in words.
         layers: that it is about, slowest first.
     """
@@ -43,6 +55,9 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
         machine: from `measure_machine`, with the same number of threads.
         before: of the dense model, from the same call of `time_layers`.
 
+    Returns:
+        The whole model's speed if there is a ``before``, then what takes the largest share first, the timers last.
+
     Example:
         >>> from torch import nn, zeros
         >>> from lightning_prune.layer_timing import measure_machine, time_layers
@@ -55,7 +70,8 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     found = [
         _about("memory", after, [layer for layer in layers if layer.bound(machine) == "memory"], _memory(machine)),
         _about("call", after, [layer for layer in layers if layer.bound(machine) == "call"], _CALL),
-        _about("lanes", after, [layer for layer in layers if _uneven(layer)], _LANES),
+        _about("far", after, [layer for layer in layers if layer.reach(machine) * FAR < 1], _FAR),
+        _lanes(after, [layer for layer in layers if empty_lanes(layer)]),
         _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
         _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),
         _outside(after),
@@ -65,25 +81,16 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     return (*overall, *said, _timers(before, after))
 
 
-_CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
-_LANES = (
-    f"channel counts that are no multiple of {LANES} leave SIMD lanes empty; pruning with round_to={LANES} avoids them"
-)
-_WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
-_SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
-_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
+def empty_lanes(layer: LayerTime) -> float:
+    """Share of a layer's arithmetic that is padding of its channels to whole registers, at most.
 
-
-def _outside(times: ModelTime) -> Finding:
-    share = times.outside / times.timed.median
-    return Finding("outside", share, f"{_percent(share)} {_OUTSIDE}")
-
-
-def _memory(machine: Machine) -> str:
-    return (
-        f"bound by memory, below this machine's balance of {machine.balance:.0f} FLOPs per byte; there only fewer "
-        "bytes help, such as norms and activations fused into convolutions (ONNX Runtime, torch.compile)"
-    )
+    Three colours coming in are given, not chosen, and do not count.
+    """
+    used = 1.0
+    for place, channels in enumerate(layer.channels):
+        if place or channels > LANES:
+            used *= channels / (LANES * math.ceil(channels / LANES))
+    return 1 - used
 
 
 def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str) -> Finding:
@@ -98,11 +105,21 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} % of the time"
 
 
-def _uneven(layer: LayerTime) -> bool:
-    return any(channels % LANES for channels in layer.channels[1:]) or any(
-        channels % LANES and channels > LANES
-        for channels in layer.channels[:1]  # three colours are given, not chosen
+def _memory(machine: Machine) -> str:
+    return (
+        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; there only fewer "
+        "bytes help, such as norms and activations fused into convolutions (ONNX Runtime, torch.compile)"
     )
+
+
+def _lanes(times: ModelTime, layers: Sequence[LayerTime]) -> Finding:
+    whole = sum(layer.latency.median for layer in layers) or 1.0
+    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / whole
+    text = (
+        f"channel counts that are no multiple of {LANES} leave up to {100 * empty:.0f} % of the SIMD lanes empty; "
+        f"pruning with round_to={LANES} fills them"
+    )
+    return _about("lanes", times, layers, text)
 
 
 def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
@@ -118,24 +135,25 @@ def _slower(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
     return layer.latency.median > twin.latency.median + spread
 
 
+def _outside(times: ModelTime) -> Finding:
+    share = times.outside / times.total
+    return Finding("outside", share, f"{_percent(share)} {_OUTSIDE}")
+
+
 def _speed(before: ModelTime, after: ModelTime) -> Finding:
     gain = before.latency.median / after.latency.median
-    if not after.flops or not before.flops:
-        return Finding("speed", 1.0, f"{_factor(gain)}")
-    promised = before.flops / after.flops
-    moved, kept = _total_bytes(before.layers), _total_bytes(after.layers)
-    text = f"{_factor(gain)} with {promised:.2f}x fewer FLOPs and {moved / kept:.2f}x fewer bytes"
-    if promised > 1:
-        text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
+    text = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x SLOWER"
+    if before.flops and after.flops:
+        promised = before.flops / after.flops
+        moved = _bytes(before.layers) / _bytes(after.layers)
+        text += f" with {promised:.2f}x fewer FLOPs and {moved:.2f}x fewer bytes"
+        if promised > 1:
+            text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
     return Finding("speed", 1.0, text)
 
 
-def _total_bytes(layers: Iterable[LayerTime]) -> int:
+def _bytes(layers: Iterable[LayerTime]) -> int:
     return sum(layer.bytes for layer in layers) or 1
-
-
-def _factor(gain: float) -> str:
-    return f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x SLOWER"
 
 
 def _timers(before: ModelTime | None, after: ModelTime) -> Finding:

@@ -94,6 +94,10 @@ class LayerTime:
         limits = self.limits(machine)
         return max(limits, key=lambda limit: limits[limit])
 
+    def reach(self, machine: Machine) -> float:
+        """The time that this limit asks for, relative to the time taken: 1 is as fast as the machine goes."""
+        return max(self.limits(machine).values()) / self.latency.median
+
 
 @dataclass(frozen=True)
 class ModelTime:
@@ -111,8 +115,9 @@ class ModelTime:
 
     @property
     def overhead(self) -> float:
-        """What the timers add, relative to a pass without them."""
-        return self.timed.median / self.latency.median - 1
+        """What the timers add, relative to the pass without them just before; the median over these pairs."""
+        pairs = zip(self.timed.samples, self.latency.samples, strict=True)
+        return median(timed / plain for timed, plain in pairs) - 1
 
     @property
     def inside(self) -> float:
@@ -121,8 +126,15 @@ class ModelTime:
 
     @property
     def outside(self) -> float:
-        """Milliseconds of a timed pass between the layers: additions, reshapes, Python, the timers themselves."""
-        return max(0.0, self.timed.median - self.inside)
+        """Milliseconds between the layers: additions, reshapes, functional calls, Python, the timers themselves."""
+        spent = zip(*(layer.latency.samples for layer in self.layers), strict=True) if self.layers else ()
+        left = [whole - sum(parts) for whole, parts in zip(self.timed.samples, spent, strict=False)]
+        return max(0.0, median(left)) if left else self.timed.median
+
+    @property
+    def total(self) -> float:
+        """Milliseconds inside and outside, of which shares are: medians of parts do not add up to that of the whole."""
+        return self.inside + self.outside
 
     @property
     def flops(self) -> int:
@@ -130,8 +142,8 @@ class ModelTime:
         return sum(layer.flops for layer in self.layers)
 
     def share(self, *layers: LayerTime) -> float:
-        """Of a timed pass, spent in these layers."""
-        return sum(layer.latency.median for layer in layers) / self.timed.median
+        """Of the total, spent in these layers."""
+        return sum(layer.latency.median for layer in layers) / self.total
 
 
 def time_layers(

@@ -19,7 +19,7 @@ from lightning_prune.measurement import (
     state_size,
     with_samples,
 )
-from lightning_prune.report.table import TIMES
+from lightning_prune.report.table import MISSING, TIMES
 
 DENSE, PRUNED = "dense", "pruned"
 
@@ -71,12 +71,12 @@ def print_latency(
         heads += [Head("times\nfaster"), Head("of the FLOPs'\npromise")]
     rows = []
     for size in sizes:
-        batch = with_samples(inputs, size)
+        batch = with_samples(inputs, size) if size else inputs
         for count in threads:
             with thread_count(count) as running:
                 pairs = {name: (model, batch) for name, model in models.items()}
                 found = compare_latency(pairs, repeats=repeats)
-            row = [str(size), str(running), *(latency_cell(found[name]) for name in models)]
+            row = [str(size or MISSING), str(running), *(latency_cell(found[name]) for name in models)]
             if both:
                 gain = found[DENSE].median / found[PRUNED].median
                 promise = flops[DENSE] / max(1, flops[PRUNED])

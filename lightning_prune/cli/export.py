@@ -60,5 +60,7 @@ def _show(console: Console, report: ExportReport, samples: int) -> None:
     )
     print_line(console, f"{report.path}: {report.size_bytes / 1e6:,.2f} MB", "bold")
     print_line(
-        console, f"latency: median ± half the interquartile range, {samples} samples, timed in turns on the CPU", "dim"
+        console,
+        f"latency: median ± half the interquartile range at batch size {samples}, timed in turns on the CPU",
+        "dim",
     )

@@ -35,24 +35,29 @@ def print_layers(
         was = None if before is None else sum(x.latency.median for x in before.layers if x.name in names)
         rows.append(_sum(f"{len(others)} other layers", sum(x.latency.median for x in others), was, after, before))
     rows.append(_sum("between layers", after.outside, None if before is None else before.outside, after, before))
-    whole = None if before is None else before.timed.median
-    rows.append(_sum("whole pass, timed", after.timed.median, whole, after, before))
+    rows.append(_sum("together", after.total, None if before is None else before.total, after, before))
 
     compared = before is not None
     heads = [Head("layer"), Head("channels", roomy=True)]
     heads += [Head("dense\nms"), Head("pruned\nms"), Head("times\nfaster")] if compared else [Head("ms")]
     heads += [Head("share")]
     heads += [Head("FLOPs\nfewer"), Head("bytes\nfewer", roomy=True)] if compared else [Head("MFLOPs")]
-    heads += [Head("FLOPs\nper byte", roomy=True), Head("GFLOP/s", roomy=True), Head("limit")]
+    heads += [Head("FLOPs\nper byte", roomy=True), Head("GFLOP/s", roomy=True), Head("limit"), Head("of\nlimit")]
     print_table(console, heads, rows, last="bold")
     print_line(
         console,
-        f"this machine, {machine.threads} threads, measured just now: {machine.flops / 1e9:.1f} GFLOP/s in a matrix "
-        f"product, {machine.bandwidth / 1e9:.1f} GB/s in a copy, so a balance of {machine.balance:.1f} FLOPs per byte; "
-        f"the call of a layer alone takes {1e6 * machine.call:.0f} to {1e6 * machine.product_call:.0f} µs",
+        f"this machine on {machine.threads} {'thread' if machine.threads == 1 else 'threads'}, measured just now: "
+        f"{machine.flops / 1e9:.1f} GFLOP/s in a matrix product, {machine.bandwidth / 1e9:.1f} GB/s in a copy, so a "
+        f"balance of {machine.balance:.1f} FLOPs per byte; the call of a layer alone takes {1e6 * machine.call:.0f} to "
+        f"{1e6 * machine.product_call:.0f} µs",
         "dim",
     )
-    print_line(console, "limit: whichever of FLOPs, bytes and calls asks for the most time at that pace", "dim")
+    print_line(
+        console,
+        "limit: whichever of FLOPs, bytes and calls asks for the most time at that pace; of limit: that time over the "
+        "time taken; times are medians",
+        "dim",
+    )
 
 
 def _row(
@@ -73,13 +78,14 @@ def _row(
         f"{layer.intensity:.1f}",
         rate,
         layer.bound(machine),
+        f"{100 * layer.reach(machine):.0f} %",
     ]
 
 
 def _sum(name: str, now: float, was: float | None, after: ModelTime, before: ModelTime | None) -> list[str]:
     blank = [""] if before is None else ["", ""]
-    share = f"{100 * now / after.timed.median:.1f} %"
-    return [name, "", *_times(now, was, before is not None), share, *blank, "", "", ""]
+    share = f"{100 * now / after.total:.1f} %"
+    return [name, "", *_times(now, was, before is not None), share, *blank, "", "", "", ""]
 
 
 def _times(now: float, was: float | None, compared: bool) -> list[str]:

@@ -33,11 +33,11 @@ def run(argv: Sequence[str]) -> int:
         raise ModelError("--batch-sizes: the example inputs are no batch")
     console = Console()
     console.print()
-    print_costs(console, models, with_samples(inputs, sizes[0]))
+    batch = with_samples(inputs, sizes[0]) if sizes[0] else inputs
+    print_costs(console, models, batch)
     console.print()
     print_latency(console, models, inputs, sizes, options.threads or [None], options.repeats)
     if options.layers:
-        batch = with_samples(inputs, sizes[0])
         with thread_count(options.threads[0] if options.threads else None):
             machine = measure_machine()
             times = time_layers({name: (model, batch) for name, model in models.items()}, repeats=options.repeats)
