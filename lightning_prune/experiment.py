@@ -108,7 +108,7 @@ def compare_orders(
     """
     run = _Run(data, metric, seed, progress)
     choice = selection if selection is not None else GlobalRatio(ratio)
-    with _quiet():
+    with quiet():
         run.say("Training the dense model", dense_epochs)
         seed_everything(seed, verbose=False)
         dense_timer = EpochTimer(f"val_{metric}")
@@ -323,7 +323,7 @@ def _notes(coupling: Coupling) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave out what Lightning says about devices and loaders at every start."""
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
@@ -333,6 +333,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message="The number of training batches")
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:
         logger.setLevel(level)

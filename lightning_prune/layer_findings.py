@@ -17,8 +17,8 @@ Kind = Literal["speed", "not shrunk", "slower", "memory", "call", "far", "lanes"
 
 _CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
 _FAR = (
-    f"over {FAR} times as long as FLOPs, bytes or calls ask for: a kernel that does not suit the shape, such as a small "
-    "map of a single sample; other batch sizes, and ONNX Runtime, bring in other kernels"
+    f"over {FAR} times as long as FLOPs, bytes or calls ask for: a kernel that does not suit the shape, such as a "
+    "small map of a single sample; other batch sizes, and ONNX Runtime, bring in other kernels"
 )
 _WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
 _SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lightning_prune.cli.models import Architecture, add_options, architecture, 
 from lightning_prune.cli.tables import print_line
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.errors import PlanError, PruningError
+from lightning_prune.experiment import quiet
 from lightning_prune.explanation import explain
 from lightning_prune.graph import trace
 from lightning_prune.measurement import samples_in
@@ -134,21 +134,17 @@ def _scored_on(
             trainer.should_stop = True
 
     scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=inputs)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[scoring, Stop()],
-    )
-    with warnings.catch_warnings():
-        # of torch to Lightning; and of Lightning about loaders, at every start
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message="The number of training batches")
+    with quiet():
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[scoring, Stop()],
+        )
         trainer.fit(task, data)
     task.trainer = None  # or every copy of the task would copy it too
     task.eval()
