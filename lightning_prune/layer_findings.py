@@ -107,8 +107,9 @@ def _percent(share: float) -> str:
 
 def _memory(machine: Machine) -> str:
     return (
-        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; there only fewer "
-        "bytes help, such as norms and activations fused into convolutions (ONNX Runtime, torch.compile)"
+        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; only fewer bytes "
+        "help: larger batches where weights are most of them, norms and activations fused into convolutions elsewhere "
+        "(ONNX Runtime, torch.compile)"
     )
 
 

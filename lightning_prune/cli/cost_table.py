@@ -32,9 +32,9 @@ def print_costs(console: Console, models: Models, inputs: Any) -> None:
         Head(""),
         Head("parameters\nM"),
         Head("MACs\nM"),
-        Head("FLOPs\nptflops, M"),
+        Head("FLOPs\nptflops, M", optional=True),
         Head("FLOPs\npaper, M"),
-        Head("activations\nMB"),
+        Head("activations\nMB", optional=True),
         Head("on disk\nMB"),
     ]
     flops = {name: flops_by_convention(model, inputs) for name, model in models.items()}

@@ -38,11 +38,11 @@ def print_layers(
     rows.append(_sum("together", after.total, None if before is None else before.total, after, before))
 
     compared = before is not None
-    heads = [Head("layer"), Head("channels", roomy=True)]
+    heads = [Head("layer"), Head("channels", optional=True)]
     heads += [Head("dense\nms"), Head("pruned\nms"), Head("times\nfaster")] if compared else [Head("ms")]
     heads += [Head("share")]
-    heads += [Head("FLOPs\nfewer"), Head("bytes\nfewer", roomy=True)] if compared else [Head("MFLOPs")]
-    heads += [Head("FLOPs\nper byte", roomy=True), Head("GFLOP/s", roomy=True), Head("limit"), Head("of\nlimit")]
+    heads += [Head("FLOPs\nfewer"), Head("bytes\nfewer", optional=True)] if compared else [Head("MFLOPs")]
+    heads += [Head("FLOPs\nper byte", optional=True), Head("GFLOP/s", optional=True), Head("limit"), Head("of\nlimit")]
     print_table(console, heads, rows, last="bold")
     print_line(
         console,

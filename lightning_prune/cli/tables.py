@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -12,15 +12,12 @@ from rich.text import Text
 
 from lightning_prune.report.table import IN_ASCII
 
-ROOMY = 100
-
 
 class Head(NamedTuple):
-    """A column: its title (a second line holds the unit), and whether only wide terminals show it."""
+    """A column: its title (a second line holds the unit), and whether it goes where the terminal is too narrow."""
 
     title: str
-    roomy: bool = False
-    justify: Literal["left", "right"] = "right"
+    optional: bool = False
 
 
 def shown(console: Console, text: str, style: str = "") -> Text:
@@ -33,7 +30,9 @@ def shown(console: Console, text: str, style: str = "") -> Text:
 
 
 def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence[str]], last: str = "") -> None:
-    """Print rows under their heads, the first column to the left; columns for wide terminals are left out of others.
+    """Print rows under their heads, the first column to the left.
+
+    What does not fit goes in this order: the padding, the optional columns from the right, the first column's width.
 
     Args:
         console: where to.
@@ -41,24 +40,39 @@ def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence
         rows: one text per column.
         last: style of the last row.
     """
+    columns = list(range(len(heads)))
+    table = _table(console, heads, rows, columns, last, padding=1)
+    unlimited = console.options.update(width=10_000)
+    while console.measure(table, options=unlimited).maximum > console.width:
+        table = _table(console, heads, rows, columns, last, padding=0)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            break
+        optional = [number for number in columns if heads[number].optional]
+        if not optional:
+            break
+        columns.remove(optional[-1])
+    console.print(table)
+
+
+def _table(
+    console: Console,
+    heads: Sequence[Head],
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[int],
+    last: str,
+    padding: int,
+) -> Table:
     ascii_only = not console.encoding.lower().startswith("utf")
     rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True) if ascii_only else box.SIMPLE_HEAD
-    wide = console.width >= ROOMY
-    table = Table(box=rule, show_edge=False, padding=(0, 1) if wide else (0, 0), pad_edge=False)
-    columns = [number for number, head in enumerate(heads) if wide or not head.roomy]
+    table = Table(box=rule, show_edge=False, padding=(0, padding), pad_edge=False)
     for number in columns:
-        head = heads[number]
         first = number == 0
-        table.add_column(
-            shown(console, head.title),
-            justify="left" if first else head.justify,
-            no_wrap=True,
-            overflow="ellipsis" if first and not ascii_only else "crop",
-        )
+        title = shown(console, heads[number].title)
+        table.add_column(title, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for place, row in enumerate(rows):
         style = last if place == len(rows) - 1 else ""
         table.add_row(*(shown(console, row[number], style) for number in columns))
-    console.print(table)
+    return table
 
 
 def print_line(console: Console, text: str, style: str = "", indent: str = "") -> None:
