@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +28,10 @@ from lightning_prune.preservation import copy_without_masks
 Format = Literal["onnx", "torch_export"]
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch_export": ()}
+_VALUES = (
+    "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
+    "part without such decisions"
+)
 MODEL, EXPORTED = "PyTorch", "exported"
 
 
@@ -106,11 +114,12 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         try:
-            program = _program(dense, checked[-1], dynamic_batch)
-            _WRITERS[format](program, draft)
+            with _silence():
+                _WRITERS[format](_program(dense, checked[-1], dynamic_batch), draft)
         except Exception as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be exported to {format}: {type(error).__name__}: {_first_line(error)}"
+                f"{_VALUES if 'data-dependent' in str(error) else ''}"
             ) from error
         try:
             runner = _RUNNERS[format](draft)
@@ -214,5 +223,18 @@ def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without the graph that torch.export dumps on standard error when it fails; the exception says why."""
+    disabled = logging.root.manager.disable
+    try:
+        with redirect_stderr(io.StringIO()):
+            logging.disable(logging.CRITICAL)
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or "no reason given"
+    line = str(error).strip().partition("\n")[0]
+    return textwrap.shorten(line, 160, placeholder=" ...") or "no reason given"
