@@ -30,9 +30,13 @@ def tiny_net(width: int = 16, classes: int = 3) -> nn.Module:
 
 
 class TinyData(LightningDataModule):
+    def __init__(self, shuffle: bool = False):
+        super().__init__()
+        self.shuffle = shuffle
+
     def train_dataloader(self):
-        generator = torch.Generator().manual_seed(0)
-        return DataLoader(TensorDataset(torch.rand(12, 3, 8, 8, generator=generator), torch.arange(12) % 3), 6)
+        images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, torch.arange(12) % 3), 6, shuffle=self.shuffle)
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +205,27 @@ def test_errors_are_one_line_and_nothing_is_written(capsys, argv, said) -> None:
 def test_a_file_that_holds_code_is_not_run(capsys) -> None:
     torch.save({"model": tiny_net()}, "pickled.pt")
     assert "save the weights alone" in refused(capsys, "prune", "pickled.pt", *MODEL)
+
+
+def test_a_missing_checkpoint_is_said_beside_an_older_result(capsys) -> None:
+    Path("pruned.pt").touch()
+    assert "there is no file no.pt" in refused(capsys, "prune", "no.pt", *MODEL)
+
+
+def test_scores_on_a_part_of_shuffled_data_are_the_same_every_time(monkeypatch, trained) -> None:
+    seen = []
+
+    def watched(*args, **options):
+        seen.append(options["scores"])
+        return lp.prune(*args, **options)
+
+    monkeypatch.setattr("lightning_prune.cli.prune.prune", watched)
+    argv = ["prune", "dense.ckpt", "--config", "task.yaml", "--criterion", "gre", "--score-batches", "1"]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        assert main([*argv, "--data.shuffle=true"]) == 0
+    first, second = seen
+    assert all(torch.equal(first[group], second[group]) for group in first)
 
 
 def test_a_pruned_file_is_not_pruned_again(capsys) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     criterion, selection = criterion_from(options.criterion), _selection(options)
     out = Path(options.out)
-    if out.exists() and out.samefile(options.checkpoint):
+    if Path(options.checkpoint).exists() and out.exists() and out.samefile(options.checkpoint):
         raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
     known = architecture(options, rest, _PROG, origin_of(options.checkpoint))
     model, plan = known.load(options.checkpoint)
@@ -53,8 +53,10 @@ def run(argv: Sequence[str]) -> int:
     if not result.plan:
         raise PlanError(f"nothing is removed by {selection!r}: there is nothing to write")
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
+    console = Console()
+    _show(console, model, result, inputs, settings)
     _save(out, result, inputs, known, settings)
-    _show(Console(), out, model, result, inputs, settings)
+    print_line(console, f"pruned model: {out}", "bold")
     return 0
 
 
@@ -134,6 +136,7 @@ def _scored_on(
             trainer.should_stop = True
 
     scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=inputs)
+    seed_everything(0, verbose=False)  # as `fit` does: which batches come first is drawn
     with quiet():
         trainer = Trainer(
             accelerator="cpu",
@@ -177,7 +180,7 @@ def _budget(nearest: dict[str, float]) -> str:
     return f"--budget {','.join(f'{name}={value:g}' for name, value in nearest.items())}"
 
 
-def _show(console: Console, out: Path, model: nn.Module, result: PruneResult, inputs: Any, settings: str) -> None:
+def _show(console: Console, model: nn.Module, result: PruneResult, inputs: Any, settings: str) -> None:
     models = {DENSE: model, PRUNED: result.model}
     console.print()
     print_costs(console, models, inputs)
@@ -193,7 +196,6 @@ def _show(console: Console, out: Path, model: nn.Module, result: PruneResult, in
     print_line(console, settings)
     for group, why in found.left.items():
         print_line(console, f"left whole: {group}: {why}", indent="  ")
-    print_line(console, f"pruned model: {out}", "bold")
 
 
 def _save(out: Path, result: PruneResult, inputs: Any, known: Architecture, settings: str) -> None:
