@@ -31,9 +31,9 @@ class Finding:
 
     Attributes:
         kind: ``speed`` (the whole model), ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more
-            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``far`` (`FAR` times as
-            long as any of these limits), ``lanes`` (channel counts that are no multiple of `LANES`), ``outside``
-            (between the layers), ``timers`` (their overhead).
+            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``far`` (more than `FAR`
+            times as long as any limit asks for, which then explains nothing), ``lanes`` (channel counts that are no
+            multiple of `LANES`), ``outside`` (between the layers), ``timers`` (their overhead).
         share: of a pass of the (pruned) model; 1 for ``speed``.
         text: in words.
         layers: that it is about, slowest first.
@@ -48,7 +48,7 @@ class Finding:
 def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None = None) -> tuple[Finding, ...]:
     """Say what sets the pace of a model, and how much of what pruning promises it delivers.
 
-    Findings overlap: a layer may be bound by memory and have an odd number of channels.
+    Findings overlap: a layer may be bound by memory and not have shrunk.
 
     Args:
         after: of the pruned model, or of the only one.
@@ -67,10 +67,11 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     """
     layers = sorted(after.layers, key=lambda layer: -layer.latency.median)
     dense = {} if before is None else {layer.name: layer for layer in before.layers}
+    near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
     found = [
-        _about("memory", after, [layer for layer in layers if layer.bound(machine) == "memory"], _memory(machine)),
-        _about("call", after, [layer for layer in layers if layer.bound(machine) == "call"], _CALL),
-        _about("far", after, [layer for layer in layers if layer.reach(machine) * FAR < 1], _FAR),
+        _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], _memory(machine)),
+        _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
+        _about("far", after, [layer for layer in layers if layer not in near], _FAR),
         _lanes(after, [layer for layer in layers if empty_lanes(layer)]),
         _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
         _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),

@@ -157,7 +157,8 @@ def test_each_cause_is_found_and_only_then() -> None:
     plain = model(layer())
     assert set(kinds(plain)) == {"timers"}
     assert "conv: bound by memory" in kinds(model(layer(moved=10**8, ms=10)))["memory"]
-    assert "100 % of the time in conv" in kinds(model(layer(flops=1, moved=1)))["call"]
+    assert "100 % of the time in conv" in kinds(model(layer(ms=0.02, flops=1, moved=1)))["call"]
+    assert not {"memory", "call"} & set(kinds(model(layer("a", ms=31, moved=10**8), layer("b", flops=1, moved=1))))
     assert "over 3 times as long" in kinds(model(layer(ms=3.1)))["far"]
     assert "far" not in kinds(model(layer(ms=2.9)))
     assert "did not shrink" in kinds(plain, plain)["not shrunk"]
