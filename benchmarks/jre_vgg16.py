@@ -30,13 +30,13 @@ FORMS = {
     "LRE, network, sum": lp.LRE(scope="network"),
     "LRE, network, mean": lp.LRE(scope="network", spatial="mean"),
 }
-OPTIMIZER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/jre-vgg16")
-    parser.add_argument("--dense-epochs", type=int, default=8)
+    parser.add_argument("--dense-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
     options = parser.parse_args()
     seed_everything(0, verbose=False)
@@ -50,7 +50,7 @@ def main() -> None:
         ratios=[0.5],
         seeds=[0],
         epochs=options.epochs,
-        lr=0.02,
+        lr=0.01,
         output=options.out,
         note=OPTIMIZER,
         told=_told,

@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from lightning_prune.equivalence import LosslessReport, check_lossless
     from lightning_prune.errors import PruningError
     from lightning_prune.explanation import Explanation, explain
+    from lightning_prune.exporting import ExportReport, export
     from lightning_prune.graph import ChannelGraph, Group, Layer, trace
+    from lightning_prune.layer_findings import explain_speed
+    from lightning_prune.layer_timing import measure_machine, time_layers
     from lightning_prune.masking import MaskHandle, mask_
     from lightning_prune.measurement import compare_latency, count_flops, count_params, measure
     from lightning_prune.pipeline import PruneResult, prune
@@ -72,7 +75,10 @@ _HOMES = {
     "equivalence": "LosslessReport check_lossless",
     "errors": "PruningError",
     "explanation": "Explanation explain",
+    "exporting": "ExportReport export",
     "graph": "ChannelGraph Group Layer trace",
+    "layer_findings": "explain_speed",
+    "layer_timing": "measure_machine time_layers",
     "masking": "MaskHandle mask_",
     "measurement": "compare_latency count_flops count_params measure",
     "pipeline": "PruneResult prune",
@@ -104,6 +110,7 @@ __all__ = [
     "DistillationCallback",
     "EpochTimer",
     "Explanation",
+    "ExportReport",
     "GlobalRatio",
     "Gradual",
     "Group",
@@ -141,12 +148,15 @@ __all__ = [
     "count_flops",
     "count_params",
     "explain",
+    "explain_speed",
+    "export",
     "fold_constants_",
     "keep_removed",
     "least_squares_",
     "load",
     "mask_",
     "measure",
+    "measure_machine",
     "prune",
     "recalibrate_bn_",
     "reconstruct",
@@ -154,6 +164,7 @@ __all__ = [
     "rescale_",
     "save",
     "score",
+    "time_layers",
     "trace",
 ]
 

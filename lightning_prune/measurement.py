@@ -179,7 +179,7 @@ def compare_latency(
                         samples[name].append(seconds * 1e3)
     finally:
         torch.set_num_threads(before)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def measure_memory(model: nn.Module, example_inputs: Any) -> int:
@@ -218,7 +218,8 @@ def _time_once(model: nn.Module, inputs: Any) -> float:
         return time.perf_counter() - started
 
 
-def _summary(samples: list[float]) -> Latency:
+def summary(samples: list[float]) -> Latency:
+    """Median and distance of the quartiles."""
     if len(samples) < 2:
         return Latency(statistics.median(samples), 0.0, tuple(samples))
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -257,6 +258,29 @@ def samples_in(example_inputs: Any) -> int:
         example_inputs = tuple(example_inputs.values())
     parts = example_inputs if isinstance(example_inputs, tuple) else ()
     return next((count for count in map(samples_in, parts) if count), 0)
+
+
+def with_samples(example_inputs: Any, samples: int) -> Any:
+    """The same inputs with another number of samples, repeated or left out; what is no batch stays as it is.
+
+    Example:
+        >>> with_samples((torch.zeros(2, 3), 0.5), 5)[0].shape
+        torch.Size([5, 3])
+    """
+    before = samples_in(example_inputs)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == before:
+            return value[torch.arange(samples, device=value.device) % before]
+        if isinstance(value, list) and len(value) == before:
+            return [value[number % before] for number in range(samples)]
+        if isinstance(value, tuple):
+            return tuple(map(resized, value))
+        if isinstance(value, Mapping):
+            return {key: resized(item) for key, item in value.items()}
+        return value
+
+    return resized(example_inputs)
 
 
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:

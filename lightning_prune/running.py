@@ -112,6 +112,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message="The number of training batches")
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:
         logger.setLevel(level)

@@ -28,6 +28,9 @@ COMMANDS = {
     "fit": Command("Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"),
     "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
     "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
+    "prune": Command("Prune a checkpoint; checked to be lossless, then written.", "lightning_prune.cli.prune:run"),
+    "measure": Command("Parameters, FLOPs and latency, layer by layer too.", "lightning_prune.cli.measure:run"),
+    "export": Command("Write ONNX or torch.export, checked by running it.", "lightning_prune.cli.export:run"),
     "graph": Command("Show which channels of a model go together; table and picture.", "lightning_prune.cli.graph:run"),
     "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
     "experiment": Command(

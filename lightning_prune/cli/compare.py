@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 from pytorch_lightning import LightningDataModule, seed_everything
-from pytorch_lightning.cli import LightningCLI
 from rich.console import Console
 
-from lightning_prune.cli.training import build_parts
+from lightning_prune.cli.training import BuiltTask, build_task
 from lightning_prune.comparison import (
     Cell,
     Refusal,
@@ -43,15 +41,15 @@ def run(argv: Sequence[str]) -> int:
         rest = ["--config", TASK, *rest]
     check_request(options.criteria, options.ratios, options.seeds, options.selection, options.epochs)
     seed_everything(options.train_seed, verbose=False)  # the model draws its first weights when it is built
-    cli, _ = build_parts(rest, _PROG)
-    if not isinstance(cli.datamodule, LightningDataModule):
+    built = build_task(rest, _PROG)
+    if not isinstance(built.data, LightningDataModule):
         raise PruningError("the configuration names no data; add a data: section, as task/resnet18_digits.yaml has")
     console = Console()
-    note = _configured(cli)
+    note = {part: built.config.get(part) for part in ("model", "data")}  # what a cell depends on besides weights
     if options.checkpoint:
-        load_weights_(cli.model, options.checkpoint)
+        load_weights_(built.task, options.checkpoint)
     else:
-        _train(cli, options, note, console)
+        _train(built, options, note, console)
 
     def told(cell: Cell | Refusal) -> None:
         if isinstance(cell, Refusal):
@@ -61,8 +59,8 @@ def run(argv: Sequence[str]) -> int:
             console.print(says, highlight=False, soft_wrap=True)
 
     comparison = compare_criteria(
-        cli.model,
-        cli.datamodule,
+        built.task,
+        built.data,
         options.criteria,
         ratios=options.ratios,
         seeds=options.seeds,
@@ -83,19 +81,14 @@ def run(argv: Sequence[str]) -> int:
     return 0 if comparison.cells else 1
 
 
-def _train(cli: LightningCLI, options: argparse.Namespace, note: Any, console: Console) -> None:
-    epochs = cli.config["trainer"]["max_epochs"]
+def _train(built: BuiltTask, options: argparse.Namespace, note: Any, console: Console) -> None:
+    epochs = built.config["trainer"]["max_epochs"]
     if not isinstance(epochs, int) or epochs < 1:
         raise PruningError("how long to train? Set --trainer.max_epochs, or name a trained model with --checkpoint")
+    assert built.data is not None
     console.print(f"Dense model: {epochs} epochs", highlight=False)
-    now = trained_once(cli.model, cli.datamodule, epochs, options.out, {"task": note, "seed": options.train_seed})
+    now = trained_once(built.task, built.data, epochs, options.out, {"task": note, "seed": options.train_seed})
     console.print("trained" if now else f"found in {options.out}, not trained again", highlight=False, soft_wrap=True)
-
-
-def _configured(cli: LightningCLI) -> Any:
-    """Task and data as configured: what a cell depends on besides weights."""
-    config = json.loads(cli.parser.dump(cli.config, format="json"))
-    return {part: config.get(part) for part in ("model", "data")}
 
 
 def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:

@@ -33,10 +33,12 @@ class ModelError(PruningError, ValueError):
     """A model that cannot be found or built from what the command line says."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message: str) -> NoReturn:
         """Print the cause alone: the usage is what --help is for."""
-        self.exit(2, f"error: {message}. See lightning-prune graph --help.\n")
+        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -114,8 +116,8 @@ def _traced(model: nn.Module, given: Any, shape: Sequence[int] | None) -> Channe
         raise TraceError(f"{cause} The input was a tensor of shape {shape}; --input sets another.") from error
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="lightning-prune graph",
         usage=_USAGE,
         description="Show which channels of a model go together, and which cannot be pruned and why.",
@@ -160,8 +162,8 @@ def _task(argv: Sequence[str]) -> tuple[nn.Module, Any, str]:
     """The task of a configuration, its example input, and a title."""
     from lightning_prune.cli.training import build_task
 
-    task, name = build_task(argv)
-    return task, task.example_input_array, name
+    built = build_task(argv, "lightning-prune graph")
+    return built.task, built.task.example_input_array, built.name
 
 
 def _kind(thing: object) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_prune.cli.recipes import resolve
@@ -90,24 +91,21 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
     )
 
 
-def build_task(argv: Sequence[str]) -> tuple[LightningModule, str]:
-    """The task of a configuration, as `fit` would build it, and a name made of the configurations' names.
+class BuiltTask(NamedTuple):
+    """What a configuration describes; ``name`` is made of the configurations' names, ``config`` is plain data."""
 
-    Raises:
-        ConfigurationError: If a class refuses one of the values.
-        UnknownRecipeError: If a configuration is neither a file nor a recipe.
-        SystemExit: With status 2 for a wrong key or value.
-    """
-    cli, stems = build_parts(argv, "lightning-prune graph")
-    return cli.model, "-".join(stems)
+    task: LightningModule
+    data: LightningDataModule | None
+    name: str
+    config: dict[str, Any]
 
 
-def build_parts(argv: Sequence[str], prog: str) -> tuple[LightningCLI, list[str]]:
-    """Task and data of a configuration, as `fit` would build them, without a Trainer; the configurations' names.
+def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
+    """The task and the data of a configuration, as `fit` would build them.
 
     Args:
-        argv: configurations and options of `fit`.
-        prog: the command, for errors.
+        argv: options of `fit`.
+        prog: the command, for its errors.
 
     Raises:
         ConfigurationError: If a class refuses one of the values.
@@ -123,7 +121,8 @@ def build_parts(argv: Sequence[str], prog: str) -> tuple[LightningCLI, list[str]
         seed_everything_default=False,
         auto_configure_optimizers=False,
     )
-    return cli, stems
+    config = json.loads(cli.parser.dump(cli.config, format="json"))
+    return BuiltTask(cli.model, cli.datamodule, "-".join(stems), config)
 
 
 def fit(argv: Sequence[str]) -> None:

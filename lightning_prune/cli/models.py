@@ -1,0 +1,184 @@
+"""Which model a command is about: an architecture from a name or a recipe, and the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import inspect
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.checkpoint import FORMAT, KEY, CheckpointError, load
+from lightning_prune.cli.graph import ModelError, build_model
+from lightning_prune.errors import PruningError
+from lightning_prune.plan import Plan
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+
+IMAGE = (1, 3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A freshly built dense model, and what is known beside it.
+
+    Attributes:
+        dense: its weights are those it was built with.
+        inputs: the task's example inputs; None if nobody said.
+        data: of the recipe, if there is one.
+        origin: the words on the command line that build it again.
+        name: short.
+    """
+
+    dense: nn.Module
+    inputs: Any
+    data: LightningDataModule | None
+    origin: str
+    name: str
+
+    def load(self, path: str) -> tuple[nn.Module, Plan | None]:
+        """A copy in eval mode with the weights of a checkpoint, and the plan if that is of a pruned model.
+
+        Raises:
+            CheckpointError: the file cannot be read, or belongs to another model.
+        """
+        model, content = copy.deepcopy(self.dense).eval(), read(path)
+        plan = None
+        if is_pruned(content):
+            plan = load(path, model)
+        else:
+            _load_state(model, content.get("state_dict", content), path)
+        return model, plan or None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which architecture a checkpoint belongs to, and what it takes."""
+    group = parser.add_argument_group("the dense model")
+    group.add_argument("--model", metavar="NAME", help="of torchvision such as resnet18, or an import path")
+    group.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the model; repeat")
+    group.add_argument(
+        "--config", action="append", default=[], metavar="TASK", help="YAML file or recipe, with the options of fit"
+    )
+    group.add_argument("--input", nargs="+", type=int, metavar="N", help="shape of the input, samples first")
+
+
+def architecture(options: argparse.Namespace, rest: Sequence[str], prog: str, hint: str = "") -> Architecture:
+    """Build what ``--model`` or ``--config`` names.
+
+    Args:
+        options: with those of `add_options`.
+        rest: options that belong to the configuration.
+        prog: the command, for its errors.
+        hint: said where neither is given.
+
+    Raises:
+        ModelError: neither, both, or a model that cannot be built.
+    """
+    if options.input is not None and min(options.input) < 1:
+        raise ModelError(f"--input takes positive numbers, got {' '.join(map(str, options.input))}")
+    if bool(options.config) == (options.model is not None):
+        said = "--config and --model exclude each other" if options.config else "a checkpoint holds weights, not code"
+        raise ModelError(f"{said}: pass --config TASK.yaml or --model NAME.{hint}")
+    if options.config:
+        from lightning_prune.cli.training import build_task
+
+        argv = [*(word for name in options.config for word in ("--config", name)), *rest]
+        built = build_task(argv, prog)
+        return Architecture(built.task, built.task.example_input_array, built.data, shlex.join(argv), built.name)
+    if rest:
+        raise ModelError(f"unrecognized arguments: {' '.join(rest)}")
+    origin = shlex.join(["--model", options.model, *(word for arg in options.arg for word in ("--arg", arg))])
+    return Architecture(_named(options.model, options.arg), None, None, origin, options.model)
+
+
+def example_inputs(shape: Sequence[int] | None, known: Architecture, *paths: str) -> Any:
+    """Random numbers of the shape that was asked for, else the task's inputs, else what a pruned file was made with."""
+    if shape is None and known.inputs is not None:
+        return known.inputs
+    noted = (read(path).get("extra", {}).get("input") for path in paths if Path(path).is_file())
+    shape = shape or next(filter(None, noted), IMAGE)
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
+def read(path: str) -> dict[str, Any]:
+    """What a checkpoint holds: of this package, of Lightning, or a state dict alone. No code in it is run.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read that way.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read: no checkpoint, or one that holds more than tensors and plain data, which would "
+            "run code from the file; save the weights alone, torch.save(model.state_dict(), ...)"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
+    return content
+
+
+def is_pruned(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a model that has lost channels."""
+    if content.get("format") == FORMAT:
+        return True
+    return KEY in content and bool(content[KEY].get("plan", {}).get("groups"))
+
+
+def origin_of(path: str) -> str:
+    """A hint on how the dense model of a pruned file was built, where it says so."""
+    origin = read(path).get("extra", {}).get("origin") if Path(path).is_file() else None
+    return f" It was pruned with: {origin}" if origin else ""
+
+
+def _named(name: str, arguments: Sequence[str]) -> nn.Module:
+    """A model of torchvision by its short name, or whatever is at an import path; nothing is downloaded."""
+    if "." in name:
+        return build_model(name, arguments)
+    from torchvision import models
+
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        close = difflib.get_close_matches(name, models.list_models(), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ModelError(
+            f"torchvision has no model '{name}'.{hint} Others go by import path, such as package.module.Net"
+        ) from error
+    given = {argument.partition("=")[0] for argument in arguments}
+    backbone = "weights_backbone" in inspect.signature(builder).parameters and "weights_backbone" not in given
+    return build_model(
+        f"{builder.__module__}.{builder.__name__}", [*arguments, *(["weights_backbone=null"] if backbone else [])]
+    )
+
+
+def _load_state(model: nn.Module, state: Any, path: str) -> None:
+    own = model.state_dict()
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict")
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} belongs to another model: missing {missing[:3]}, unexpected {unexpected[:3]} (of "
+            f"{len(missing)} and {len(unexpected)})"
+        )
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape != own[name].shape:
+            raise CheckpointError(
+                f"{path} belongs to another model: {name!r} is {list(value.shape)} in the file and "
+                f"{list(own[name].shape)} in the model; --arg sets its arguments"
+            )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PruningError(f"{path} cannot be loaded: {error}") from error

@@ -1,0 +1,164 @@
+"""Is the pruned model faster, and if not, why: said in words from the times of its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_prune.graph.describe import shortened
+from lightning_prune.layer_timing import LayerTime, Machine, ModelTime
+
+LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
+FAR = 3  # times as long as any limit asks for
+LEAST = 0.01  # share of the time below which nothing is said
+Kind = Literal["speed", "not shrunk", "slower", "memory", "call", "far", "lanes", "outside", "timers"]
+
+_CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
+_FAR = (
+    f"over {FAR} times as long as FLOPs, bytes or calls ask for: a kernel that does not suit the shape, such as a "
+    "small map of a single sample; other batch sizes, and ONNX Runtime, bring in other kernels"
+)
+_WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
+_SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
+_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer to where the time goes.
+
+    Attributes:
+        kind: ``speed`` (the whole model), ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more
+            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``far`` (more than `FAR`
+            times as long as any limit asks for, which then explains nothing), ``lanes`` (channel counts that are no
+            multiple of `LANES`), ``outside`` (between the layers), ``timers`` (their overhead).
+        share: of a pass of the (pruned) model; 1 for ``speed``.
+        text: in words.
+        layers: that it is about, slowest first.
+    """
+
+    kind: Kind
+    share: float
+    text: str
+    layers: tuple[str, ...] = ()
+
+
+def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None = None) -> tuple[Finding, ...]:
+    """Say what sets the pace of a model, and how much of what pruning promises it delivers.
+
+    Findings overlap: a layer may be bound by memory and not have shrunk.
+
+    Args:
+        after: of the pruned model, or of the only one.
+        machine: from `measure_machine`, with the same number of threads.
+        before: of the dense model, from the same call of `time_layers`.
+
+    Returns:
+        The whole model's speed if there is a ``before``, then what takes the largest share first, the timers last.
+
+    Example:
+        >>> from torch import nn, zeros
+        >>> from lightning_prune.layer_timing import measure_machine, time_layers
+        >>> times = time_layers({"": (nn.Sequential(nn.Conv2d(3, 9, 3)), zeros(1, 3, 64, 64))})[""]
+        >>> [finding.layers for finding in explain_speed(times, measure_machine()) if finding.kind == "lanes"]
+        [('0',)]
+    """
+    layers = sorted(after.layers, key=lambda layer: -layer.latency.median)
+    dense = {} if before is None else {layer.name: layer for layer in before.layers}
+    near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
+    found = [
+        _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], _memory(machine)),
+        _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
+        _about("far", after, [layer for layer in layers if layer not in near], _FAR),
+        _lanes(after, [layer for layer in layers if empty_lanes(layer)]),
+        _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
+        _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),
+        _outside(after),
+    ]
+    said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
+    overall = () if before is None else (_speed(before, after),)
+    return (*overall, *said, _timers(before, after))
+
+
+def empty_lanes(layer: LayerTime) -> float:
+    """Share of a layer's arithmetic that is padding of its channels to whole registers, at most.
+
+    Three colours coming in are given, not chosen, and do not count.
+    """
+    used = 1.0
+    for place, channels in enumerate(layer.channels):
+        if place or channels > LANES:
+            used *= channels / (LANES * math.ceil(channels / LANES))
+    return 1 - used
+
+
+def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str) -> Finding:
+    names = tuple(layer.name for layer in layers)
+    if not names:
+        return Finding(kind, 0.0, "")
+    share = times.share(*layers)
+    return Finding(kind, share, f"{_percent(share)} in {shortened(names, 50)}: {text}", names)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} % of the time"
+
+
+def _memory(machine: Machine) -> str:
+    return (
+        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; only fewer bytes "
+        "help: larger batches where weights are most of them, norms and activations fused into convolutions elsewhere "
+        "(ONNX Runtime, torch.compile)"
+    )
+
+
+def _lanes(times: ModelTime, layers: Sequence[LayerTime]) -> Finding:
+    whole = sum(layer.latency.median for layer in layers) or 1.0
+    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / whole
+    text = (
+        f"channel counts that are no multiple of {LANES} leave up to {100 * empty:.0f} % of the SIMD lanes empty; "
+        f"pruning with round_to={LANES} fills them"
+    )
+    return _about("lanes", times, layers, text)
+
+
+def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    twin = dense.get(layer.name)
+    return twin is not None and bool(twin.flops) and layer.flops >= twin.flops
+
+
+def _slower(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    twin = dense.get(layer.name)
+    if twin is None or layer.flops >= twin.flops:
+        return False
+    spread = (layer.latency.iqr + twin.latency.iqr) / 2
+    return layer.latency.median > twin.latency.median + spread
+
+
+def _outside(times: ModelTime) -> Finding:
+    share = times.outside / times.total
+    return Finding("outside", share, f"{_percent(share)} {_OUTSIDE}")
+
+
+def _speed(before: ModelTime, after: ModelTime) -> Finding:
+    gain = before.latency.median / after.latency.median
+    text = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x SLOWER"
+    if before.flops and after.flops:
+        promised = before.flops / after.flops
+        moved = _bytes(before.layers) / _bytes(after.layers)
+        text += f" with {promised:.2f}x fewer FLOPs and {moved:.2f}x fewer bytes"
+        if promised > 1:
+            text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
+    return Finding("speed", 1.0, text)
+
+
+def _bytes(layers: Iterable[LayerTime]) -> int:
+    return sum(layer.bytes for layer in layers) or 1
+
+
+def _timers(before: ModelTime | None, after: ModelTime) -> Finding:
+    added = [f"{100 * times.overhead:+.1f} %" for times in (before, after) if times is not None]
+    text = "timers around the layers changed a pass by " + ", ".join(added) + "; nothing was subtracted"
+    return Finding("timers", max(0.0, after.overhead), text)
