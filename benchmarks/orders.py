@@ -1,7 +1,8 @@
 """ResNet-34 on the digits at ratios 0.4, 0.6 and 0.8, joint: fine-tuning before and after reconstruction (Figure 6).
 
 Run from the repository's root on an idle machine: ``python -m benchmarks.orders --out runs/orders``; about ten minutes.
-One dense model is trained; every ratio is pruned and fine-tuned twice from it with the same seed. Writes a table and
+Ratios are shares of every layer, as in the paper (Lee et al., Sensors 23(4):2102, 2023), or of the network. One dense
+model is trained; every ratio is pruned and fine-tuned twice from it with the same seed. Writes a table and
 ``orders.png``: validation accuracy against wall-clock time, evaluation included, a panel per ratio.
 """
 
@@ -17,7 +18,7 @@ import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
-from lightning_prune import PruneCallback, count_params
+from lightning_prune import GlobalRatio, LayerRatio, PruneCallback, count_params
 from lightning_prune.callbacks import EpochTimer
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.models import resnet34
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/orders"))
     parser.add_argument("--criterion", default="jre")
+    parser.add_argument("--over", choices=("layer", "network"), default="layer", help="what the ratio is a share of")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--dense-epochs", type=int, default=6)
     options = parser.parse_args()
@@ -54,7 +56,8 @@ def main() -> None:
         for ratio in RATIOS:
             for order, when in (("A", "after"), ("B", "before")):
                 small = copy.deepcopy(task)
-                prune = PruneCallback(options.criterion, ratio, reconstruct=when, monitor="val_acc")
+                selection = LayerRatio(ratio) if options.over == "layer" else GlobalRatio(ratio)
+                prune = PruneCallback(options.criterion, selection=selection, reconstruct=when, monitor="val_acc")
                 seed_everything(1, verbose=False)
                 run.fit(small, options.epochs, [prune], lr=0.02)
                 found[ratio, order] = prune.reconstruction.records
