@@ -91,17 +91,13 @@ def _draw(found: Records, path: Path) -> None:
             records = found[ratio, order]
             times = [record.elapsed_seconds for record in records]
             panel.plot(times, [100 * record.accuracy for record in records], color=color, marker=marker, ms=5, lw=1.8)
-            panel.annotate(
-                f"order {order}",
-                (times[-1], 100 * records[-1].accuracy),
-                xytext=(0, -14),
-                textcoords="offset points",
-                color=color,
-                ha="right",
-            )
+            end = (times[-1], 100 * records[-1].accuracy)
+            offset = {"xytext": (0, 8), "textcoords": "offset points"}
+            panel.annotate(f"order {order}", end, color=color, ha="center", **offset)
         panel.set_title(f"{ratio:.0%} of the channels removed", fontsize=10)
         panel.set_xlabel("seconds since the start of pruning")
-        panel.set_xlim(0)
+        longest = max(record.elapsed_seconds for order in "AB" for record in found[ratio, order])
+        panel.set(xlim=(0, 1.12 * longest), ylim=(0, 115), yticks=range(0, 101, 20))
         panel.grid(alpha=0.3, lw=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("validation accuracy (%)")
