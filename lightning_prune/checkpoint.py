@@ -17,7 +17,14 @@ from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import knows_shapes
-from lightning_prune.surgery import changed_sizes, dense_shapes, remember_dense_, set_size_, update_attributes_
+from lightning_prune.surgery import (
+    changed_sizes,
+    dense_shapes,
+    remember_dense_,
+    set_data_,
+    set_size_,
+    update_attributes_,
+)
 
 FORMAT = "lightning-prune/1"
 KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
@@ -140,7 +147,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     for name, saved in smaller.items():
         tensor = tensors[name]
         tensor.grad = None
-        tensor.data = saved.to(device=tensor.device, dtype=tensor.dtype, copy=True)
+        set_data_(tensor, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
     for module, values in sizes.items():
         for name, value in values.items():
             set_size_(modules[module], name, value)

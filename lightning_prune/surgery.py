@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -60,10 +61,21 @@ def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] 
         shape = parameter.shape
         # The gradient goes first: torch refuses a .data whose shape differs from .grad.
         gradient, parameter.grad = parameter.grad, None
-        parameter.data = cut.apply(parameter.data)
+        set_data_(parameter, cut.apply(parameter.data))
         if gradient is not None:
             parameter.grad = cut.apply(gradient)
         change_state_(optimizers, parameter, shape, cut.apply)
+
+
+def set_data_(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter without a gradient other data, of another shape perhaps.
+
+    An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
+    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way.
+    """
+    if data.shape != tensor.shape:
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
 
 
 def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
@@ -148,7 +160,7 @@ class Undo:
         """Put them back."""
         for parameter, data, gradient in self.parameters:
             parameter.grad = None
-            parameter.data = data
+            set_data_(parameter, data)
             parameter.grad = gradient
         for module, buffers in self.buffers:
             module._buffers.update(buffers)

@@ -264,3 +264,14 @@ def test_the_copy_shares_no_memory_with_the_model() -> None:
         buffer.fill_(7)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_a_graph_that_somebody_still_holds_does_not_disturb_the_next_backward() -> None:
+    model = build("Residual")
+    graph = trace(model, images())
+    held = model(images()).sum()
+    held.backward(retain_graph=True)
+    reconstruct_(model, graph, random_plan(graph, 0.5))
+    model(images()).sum().backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+    assert held.grad_fn is not None

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.checkpoint import KEY, reshape_, shapes_of
 from lightning_prune.plan import Plan
-from lightning_prune.surgery import CHANGED, sizes_of, update_attributes_
+from lightning_prune.surgery import CHANGED, set_data_, sizes_of, update_attributes_
 
 NOTHING = Plan({})
 
@@ -84,7 +84,7 @@ class Shapes:
         for name, tensor in _tensors(module).items():
             if tensor.shape != self._dense[name]:
                 tensor.grad = None
-                tensor.data = tensor.new_zeros(self._dense[name])
+                set_data_(tensor, tensor.new_zeros(self._dense[name]))
         for path, part in module.named_modules():
             for name in vars(part).pop(CHANGED, ()):
                 setattr(part, name, self._sizes[path][name])
