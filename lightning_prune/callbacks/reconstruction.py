@@ -125,30 +125,31 @@ class ReconstructionCallback(EpochTimer):
 
     def _reconstruct_when_masked(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
         masking = predecessor(trainer, self, MaskingCallback)
-        if masking.handle is None or masking.left is None:
+        if masking.handle is None:
             return
         if not last and (self.when == "after" or (self.when == "before" and not masking.done)):
             return
+        left = masking.left
+        assert left is not None
         scoring = predecessor(trainer, self, ScoringCallback)
         assert scoring.graph is not None
         assert masking.plan is not None
         before = count_params(pl_module)
         started = time.perf_counter()
         self.shapes.remember(pl_module)
-        with uncompiled(pl_module):
-            masking.keep_dense(pl_module)
         with unwrapped(trainer, pl_module), uncompiled(pl_module):
+            masking.keep_dense(pl_module)
             masking.handle.remove()
             report = reconstruct_(
                 pl_module,
                 scoring.graph,
-                masking.left,
+                left,
                 optimizers=trainer.optimizers,
                 example_inputs=example_inputs(pl_module, self.example_inputs),
             )
             assert report is not None
-            left = {name: group for name, group in masking.left.groups.items() if name not in report.left}
-            reconstruct_averages_(trainer, scoring.graph, replace(masking.left, groups=left))
+            cut = {name: group for name, group in left.groups.items() if name not in report.left}
+            reconstruct_averages_(trainer, scoring.graph, replace(left, groups=cut))
         masking.mark_built(_without(masking.plan, report, masking.built))
         if not masking.done:
             scoring.retrace(pl_module)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_prune.report.table import IN_ASCII
+from lightning_prune.report.table import head_rule, printable
 
 
 class Head(NamedTuple):
@@ -18,15 +17,6 @@ class Head(NamedTuple):
 
     title: str
     optional: bool = False
-
-
-def shown(console: Console, text: str, style: str = "") -> Text:
-    """Text that the console's encoding can hold: a log file may be ASCII, where × would end the run."""
-    if not console.encoding.lower().startswith("utf"):
-        for sign, word in IN_ASCII.items():
-            text = text.replace(sign, word)
-        text = text.encode("ascii", "replace").decode()
-    return Text(text, style)
 
 
 def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence[str]], last: str = "") -> None:
@@ -62,21 +52,19 @@ def _table(
     last: str,
     padding: int,
 ) -> Table:
-    ascii_only = not console.encoding.lower().startswith("utf")
-    rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True) if ascii_only else box.SIMPLE_HEAD
-    table = Table(box=rule, show_edge=False, padding=(0, padding), pad_edge=False)
+    table = Table(box=head_rule(console), show_edge=False, padding=(0, padding), pad_edge=False)
     for number in columns:
         first = number == 0
-        title = shown(console, heads[number].title)
+        title = printable(console, heads[number].title)
         table.add_column(title, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for place, row in enumerate(rows):
         style = last if place == len(rows) - 1 else ""
-        table.add_row(*(shown(console, row[number], style) for number in columns))
+        table.add_row(*(printable(console, row[number], style) for number in columns))
     return table
 
 
 def print_line(console: Console, text: str, style: str = "", indent: str = "") -> None:
     """Print a sentence, wrapped at words; further lines are indented."""
-    lines = shown(console, text, style).wrap(console, console.width - len(indent))
+    lines = printable(console, text, style).wrap(console, console.width - len(indent))
     for number, line in enumerate(lines):
         console.print(Text(indent if number else "") + line)

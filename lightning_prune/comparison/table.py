@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lightning_prune.comparison.picture import comparison_figure
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.plots import save_figure
-from lightning_prune.report.table import IN_ASCII, MISSING, TIMES
+from lightning_prune.report.table import MISSING, TIMES, is_ascii, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,20 +90,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     console = console or Console()
-    ascii_only = not console.encoding.lower().startswith("utf")
-
-    def shown(text: str, style: str = "") -> Text:
-        if ascii_only:
-            for sign, word in IN_ASCII.items():
-                text = text.replace(sign, word)
-            text = text.encode("ascii", "replace").decode()
-        return Text(text, style)
-
+    shown = partial(printable, console)
     table = Table(
-        box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
+        box=box.ASCII2 if is_ascii(console) else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
     )
     for number, title in enumerate(heads(comparison)):
         kind: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}

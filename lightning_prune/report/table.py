@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report.data import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, PruneReport, ratio
 
 if TYPE_CHECKING:
+    from rich.box import Box
     from rich.console import Console
+    from rich.text import Text
 
 MISSING = "\u2013"  # what was not measured
 MINUS = "\u2212"
@@ -195,6 +198,30 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def is_ascii(console: Console) -> bool:
+    """Whether it cannot hold × and ±: a log file may be ASCII, where they would end the run."""
+    return not console.encoding.lower().startswith("utf")
+
+
+def printable(console: Console, text: str, style: str = "") -> Text:
+    """Text that the console's encoding can hold."""
+    from rich.text import Text
+
+    if is_ascii(console):
+        for sign, word in IN_ASCII.items():
+            text = text.replace(sign, word)
+        text = text.encode("ascii", "replace").decode()
+    return Text(text, style)
+
+
+def head_rule(console: Console) -> Box:
+    """A rule under the heads of a table, and no other line."""
+    from rich import box
+
+    plain = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    return plain if is_ascii(console) else box.SIMPLE_HEAD
+
+
 def print_report(report: PruneReport, console: Console | None = None) -> None:
     """Print the table and its lines; fits 80 columns, uses 100, and reads the same in a log without colours.
 
@@ -202,25 +229,13 @@ def print_report(report: PruneReport, console: Console | None = None) -> None:
         report: what was measured.
         console: where to; the terminal by default.
     """
-    from rich import box
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     console = console or Console()
-    # a log file may be ASCII, where × and ± would end the run at its last line
-    ascii_only = not console.encoding.lower().startswith("utf")
-
-    def shown(text: str, style: str = "") -> Text:
-        if ascii_only:
-            for sign, word in IN_ASCII.items():
-                text = text.replace(sign, word)
-            text = text.encode("ascii", "replace").decode()
-        return Text(text, style)
-
+    shown = partial(printable, console)
     roomy = console.width >= 100
-    rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True) if ascii_only else box.SIMPLE_HEAD
-    table = Table(box=rule, show_edge=False, padding=(0, 1) if roomy else 0, pad_edge=False)
+    table = Table(box=head_rule(console), show_edge=False, padding=(0, 1) if roomy else 0, pad_edge=False)
     table.add_column("")
     cols = columns(report)
     for column in cols:
