@@ -93,6 +93,35 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
     return plan
 
 
+def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Load the weights of an unpruned model: a state dict, alone or in a Lightning checkpoint.
+
+    Args:
+        path: file; no code in it is run.
+        model: the same architecture; on failure as it was.
+
+    Raises:
+        CheckpointError: no such file, one that holds more than tensors and plain data, or another model's.
+    """
+    content = read_file(path)
+    state, own = content.get("state_dict", content), model.state_dict()
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict")
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} belongs to another model: missing {missing[:3]}, unexpected {unexpected[:3]} (of "
+            f"{len(missing)} and {len(unexpected)})"
+        )
+    for name, value in state.items():
+        if _shape(value) != _shape(own[name]):
+            raise CheckpointError(
+                f"{path} belongs to another model: {name!r} is {_shape(value)} in the file and {_shape(own[name])} in "
+                "the model"
+            )
+    model.load_state_dict(state)
+
+
 def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "the checkpoint") -> Plan:
     """Give a dense model, in place, the shapes of a pruned checkpoint, so that its state dict can be loaded.
 
@@ -173,21 +202,37 @@ class PrunedCheckpoints:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a pruned checkpoint.
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint of any kind holds.
 
     Raises:
-        CheckpointError: missing, not readable with ``weights_only=True``, or not in this format.
+        CheckpointError: missing, or not a dict of tensors and plain data.
     """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a pruned checkpoint: {_first_line(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get(KEY), dict) and "state_dict" in content:
+        raise CheckpointError(
+            f"{path} cannot be read: not a checkpoint, or one that holds more than tensors and plain data, which would "
+            f"run code from the file; save the weights alone, torch.save(model.state_dict(), ...) "
+            f"({_first_line(error)})"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, it is not a checkpoint or a state dict")
+    return content
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a pruned checkpoint.
+
+    Raises:
+        CheckpointError: missing, not readable with ``weights_only=True``, or not in this format.
+    """
+    content = read_file(path)
+    if isinstance(content.get(KEY), dict) and "state_dict" in content:
         return {**content[KEY], "state_dict": content["state_dict"]}
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
     return content
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
@@ -15,9 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.callbacks import EpochTimer, PruneCallback
-from lightning_prune.checkpoint import save
+from lightning_prune.checkpoint import load_dense, save
 from lightning_prune.criteria import Criterion
 from lightning_prune.equivalence import check_lossless
+from lightning_prune.errors import PruningError
+from lightning_prune.files import atomic
 from lightning_prune.masking import mask_
 from lightning_prune.measurement import (
     Latency,
@@ -27,6 +30,7 @@ from lightning_prune.measurement import (
     state_size,
 )
 from lightning_prune.plan import Coupling, Plan
+from lightning_prune.predictions import count_changed
 from lightning_prune.reconstruction import reconstruct
 from lightning_prune.report import (
     DENSE,
@@ -35,14 +39,19 @@ from lightning_prune.report import (
     RECONSTRUCTED,
     Losslessness,
     OrderTiming,
+    Predictions,
     PruneReport,
     StageResult,
 )
-from lightning_prune.running import Runner, quiet
+from lightning_prune.running import Precision, Runner, quiet
 from lightning_prune.selection import GlobalRatio, Selection
+from lightning_prune.tasks.drawing import jpeg
 from lightning_prune.tracking import layer_channels
 
-ORDERS = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
+Order = Literal["A", "B"]
+ORDERS: dict[Order, str] = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
+METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
+DRAWN_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,13 @@ def compare_orders(
     ratio: float = 0.5,
     selection: Selection | None = None,
     coupling: Coupling = "joint",
+    dense: str | None = None,
     dense_epochs: int = 10,
     finetune_epochs: int = 5,
     finetune_lr: float | None = None,
+    orders: Sequence[Order] = ("A", "B"),
     metric: str = "acc",
+    precision: Precision = "32-true",
     seed: int = 0,
     latency_repeats: int = 30,
     output: str = "runs/experiment",
@@ -77,7 +89,9 @@ def compare_orders(
     """Train a dense model, then prune and fine-tune it twice from the same weights and seed.
 
     Order A masks, fine-tunes and reconstructs at the end; order B reconstructs first and fine-tunes the small model
-    (Lee et al., Sensors 23(4):2102, 2023, Figure 6). Writes the pruned checkpoint of order B to ``output/pruned.pt``.
+    (Lee et al., Sensors 23(4):2102, 2023, Figure 6). Writes the dense weights to ``output/dense.pt`` and the pruned
+    checkpoint of the last order to ``output/pruned.pt``. Where the task has ``draw_predictions``, as the package's
+    segmentation and detection tasks do, the report shows what the models find in a few test images.
 
     Args:
         task: what to train; knows nothing of pruning. Logs ``val_{metric}`` and ``test_{metric}``.
@@ -87,10 +101,14 @@ def compare_orders(
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
         selection: for example ``LayerRatio(0.3)``.
         coupling: see `Selection.select`.
+        dense: file with weights to start from, such as ``dense.pt`` of another run or a Lightning checkpoint; then
+            no dense model is trained.
         dense_epochs: of training before pruning.
         finetune_epochs: in either order.
         finetune_lr: first learning rate of fine-tuning; None: the task's own.
-        metric: name of the logged metric.
+        orders: "A", "B" or both.
+        metric: name of the logged metric, a number from 0 to 1.
+        precision: of training, as Lightning names it; the models are measured in float32.
         seed: of everything random; both orders start from it.
         latency_repeats: passes timed per model, in turns.
         output: folder for the checkpoint.
@@ -99,21 +117,30 @@ def compare_orders(
     Raises:
         PruningError: one of its kinds, naming the cause.
     """
-    run = _Run(data, metric, seed, progress)
+    if not orders or len(set(orders)) < len(orders) or not set(orders) <= set(ORDERS):
+        raise PruningError(f"orders must be A, B or both, each once, got {list(orders)}")
+    run = _Run(data, metric, seed, progress, precision)
     choice = selection if selection is not None else GlobalRatio(ratio)
     with quiet():
-        run.say("Training the dense model", dense_epochs)
         seed_everything(seed, verbose=False)
         dense_timer = EpochTimer(f"val_{metric}")
-        run.fit(task, dense_epochs, [dense_timer])
+        if dense is not None:
+            run.say(f"Dense model: {dense}")
+            load_dense(dense, task)
+        else:
+            run.say("Training the dense model", dense_epochs)
+            run.fit(task, dense_epochs, [dense_timer])
+            with atomic(Path(output) / "dense.pt") as stream:
+                torch.save(task.state_dict(), stream)
         dense_accuracy, dense_eval = run.test(task)
 
         tuned = {}
-        for order, steps in ORDERS.items():
-            run.say(f"Order {order}: {steps}", finetune_epochs)
+        for order in orders:
+            run.say(f"Order {order}: {ORDERS[order]}", finetune_epochs)
             tuned[order] = run.fine_tune(order, task, criterion, choice, coupling, finetune_epochs, finetune_lr)
+        last = tuned[orders[-1]]
         run.say("Measuring")
-        graph, plan = tuned["B"].callback.scoring.graph, tuned["B"].callback.masking.plan
+        graph, plan = last.callback.scoring.graph, last.callback.masking.plan
         assert graph is not None
         assert plan is not None
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
@@ -127,25 +154,28 @@ def compare_orders(
             RECONSTRUCTED: (run.test(small)[0], None, None),
             **{FINE_TUNED[o]: (t.accuracy, t.timing.epoch_seconds, t.eval_seconds) for o, t in tuned.items()},
         }
-        stages = _stages(models, measured, latency_repeats, metric)
-    save(Path(output) / "pruned.pt", tuned["B"].task, plan, accuracy=tuned["B"].accuracy)
+        stages = _stages(models, measured, latency_repeats, METRICS.get(metric, metric))
+        shown = (DENSE, RECONSTRUCTED, FINE_TUNED[orders[-1]])
+        predictions = run.draw({name: models[name] for name in shown})
+    save(Path(output) / "pruned.pt", last.task, plan, accuracy=last.accuracy)
     return PruneReport(
         title,
-        _settings(criterion, choice, plan, seed, dense_epochs, finetune_epochs),
+        _settings(criterion, choice, plan, seed, None if dense else dense_epochs, finetune_epochs, precision),
         stages,
         tuple(tuned[order].timing for order in tuned),
         layer_channels(graph, plan, prefix="model."),
         lossless,
-        _notes(coupling),
+        _notes(coupling, orders),
         convention="paper",
+        predictions=predictions,
     )
 
 
 class _Run(Runner):
     """What every phase of an experiment shares."""
 
-    def __init__(self, data: LightningDataModule, metric: str, seed: int, progress: bool) -> None:
-        super().__init__(data, metric, progress)
+    def __init__(self, data: LightningDataModule, metric: str, seed: int, progress: bool, precision: Precision) -> None:
+        super().__init__(data, metric, progress, precision)
         self.seed = seed
         self.console = Console()
 
@@ -155,7 +185,7 @@ class _Run(Runner):
 
     def fine_tune(
         self,
-        order: str,
+        order: Order,
         dense: LightningModule,
         criterion: Criterion,
         selection: Selection,
@@ -176,29 +206,43 @@ class _Run(Runner):
         self.fit(task, epochs, [prune], lr)
         accuracy, seconds = self.test(task)
         assert prune.reconstruction is not None
-        self.console.print(
-            f"order {order}: test {self.metric} {accuracy:.2%}, {count_params(task):,} parameters",
-            highlight=False,
-        )
+        reached = f"{METRICS.get(self.metric, self.metric)} {accuracy:.2%}"
+        self.console.print(f"order {order}: test {reached}, {count_params(task):,} parameters", highlight=False)
         timing = OrderTiming(order, tuple(prune.reconstruction.records))
         return FineTuned(task, prune, timing, seconds, accuracy)
 
-    @torch.no_grad()
     def compare(self, masked: LightningModule, small: LightningModule) -> Losslessness:
-        """Masked against reconstructed: float64 outputs of one test batch, predicted classes of all."""
-        masked.eval()
-        small.eval()
-        inputs: list[Tensor] = [batch[0] for batch in self.data.test_dataloader()]
-        report = check_lossless(masked, small, inputs[0])
-        changed = sum(int((masked(x).argmax(1) != small(x).argmax(1)).sum()) for x in inputs)
+        """Masked against reconstructed: outputs of one batch and predictions on the whole test part, in float64."""
+        images = next(iter(self.data.test_dataloader()))[0]
+        example = small.example_input_array
+        # A detector may take its images in another form than the data have.
+        inputs = images if isinstance(images, Tensor) and _alike(images, example) else example
+        report = check_lossless(masked, small, inputs)
+        pairs = zip(self.predict(masked), self.predict(small), strict=True)
+        counts = [count_changed(before, after) for before, after in pairs]
         return Losslessness(
             report.max_abs_error,
             report.max_rel_error,
             report.dtype,
             report.passed,
-            changed,
-            sum(map(len, inputs)),
+            sum(changed for changed, _ in counts),
+            sum(total for _, total in counts),
         )
+
+    def draw(self, models: dict[str, LightningModule]) -> tuple[Predictions, ...]:
+        """A few test images with what is true and what each model finds; none if the task does not draw."""
+        draw: dict[str, Any] = {name: getattr(model, "draw_predictions", None) for name, model in models.items()}
+        if None in draw.values():
+            return ()
+        batch = next(iter(self.data.test_dataloader()))
+        drawn = {"truth": next(iter(draw.values()))(batch)}
+        for name, model in models.items():
+            drawn[name] = draw[name](batch, self.predict(model)[0])
+        return tuple(Predictions(name, tuple(map(jpeg, images[:DRAWN_IMAGES]))) for name, images in drawn.items())
+
+
+def _alike(images: Tensor, example: object) -> bool:
+    return isinstance(example, Tensor) and images.shape[1:] == example.shape[1:]
 
 
 def _stages(
@@ -218,7 +262,7 @@ def _stages(
             StageResult(
                 name,
                 accuracy,
-                "accuracy" if metric == "acc" else metric,
+                metric,
                 count_params(model),
                 dict(flops_by_convention(model, inputs[name])),
                 latency[name].median,
@@ -232,7 +276,13 @@ def _stages(
 
 
 def _settings(
-    criterion: Criterion, selection: Selection, plan: Plan, seed: int, dense_epochs: int, finetune_epochs: int
+    criterion: Criterion,
+    selection: Selection,
+    plan: Plan,
+    seed: int,
+    dense_epochs: int | None,
+    finetune_epochs: int,
+    precision: Precision,
 ) -> dict[str, Any]:
     return {
         "criterion": repr(criterion),
@@ -240,7 +290,8 @@ def _settings(
         "coupling": plan.coupling,
         "channels removed": f"{plan.ratio:.1%} of those in prunable groups",
         "seed": seed,
-        "epochs": f"{dense_epochs} dense, {finetune_epochs} fine-tuning",
+        "epochs": ("" if dense_epochs is None else f"{dense_epochs} dense, ") + f"{finetune_epochs} fine-tuning",
+        "precision": precision,
         "torch": torch.__version__,
         "lightning": version("pytorch-lightning"),
         "threads": torch.get_num_threads(),
@@ -248,15 +299,16 @@ def _settings(
     }
 
 
-def _notes(coupling: Coupling) -> tuple[str, ...]:
+def _notes(coupling: Coupling, orders: Sequence[Order]) -> tuple[str, ...]:
     notes = [
-        "Both orders start from the same dense weights, seed and batches; training time excludes evaluation.",
+        *(["Both orders start from the same dense weights, seed and batches."] if len(orders) > 1 else []),
+        "Training time excludes evaluation.",
         "FLOPs by the convention of Lee et al. (Sensors 23(4):2102): 2 x (multiply-accumulates + bias, batch-norm, "
         "activation and pooling elements). Latency: one image, models timed in turns.",
         "The masked model sets its zeros anew before every layer runs, which a single image feels and a training step "
         "does not.",
     ]
-    if coupling == "joint":
+    if coupling == "joint" and len(orders) > 1:
         notes.append(
             "With joint coupling both orders compute the same in exact arithmetic; what differs is rounding, which "
             "training amplifies."

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.report import DENSE, LayerChannels, PruneReport
+from lightning_prune.report.table import capitalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,7 +173,6 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
     heights = [y for curve in curves.values() for _, y in curve] + ([] if reference is None else [reference])
     low, high = min(heights), max(heights)
     span = max(high - low, 1.0)
-    metric = dense.metric if dense else "accuracy"
     with styled(theme) as palette:
         figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI)
         axes = figure.add_axes((0.085, 0.125, 0.875, 0.68))
@@ -210,7 +210,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
         add_title(
             figure,
             palette,
-            f"{metric.capitalize()} against time (%)",
+            f"{capitalized(report.metric)} against time (%)",
             "validation, a marker per epoch; " + "; ".join(what[order] for order in sorted(curves)),
         )
     return figure

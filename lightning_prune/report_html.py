@@ -17,6 +17,7 @@ from lightning_prune.report import DENSE, FINE_TUNED, PruneReport, StageResult, 
 from lightning_prune.report.table import (
     MISSING,
     TIMES,
+    capitalized,
     columns,
     footnote,
     lossless_line,
@@ -55,12 +56,18 @@ def html_page(report: PruneReport) -> str:
         parts.append("<h2>What reconstruction saves in fine-tuning</h2>")
         parts.append(f"<p>{escape(savings[0].upper() + savings[1:])}.</p>")
     if _drawable_time(report):
-        parts.append(_picture(report, accuracy_time_figure, "Accuracy against wall-clock time in both orders"))
+        parts.append(
+            _picture(
+                report, accuracy_time_figure, f"{capitalized(report.metric)} against wall-clock time in both orders"
+            )
+        )
         parts.append(_epochs(report))
     if report.layers:
         parts.append("<h2>What was removed</h2>")
         parts.append(_picture(report, channels_figure, "Channels kept per layer", "tall"))
         parts.append(_layers(report))
+    if report.predictions:
+        parts.append("<h2>What is found in test images</h2>" + _predictions(report))
     if report.notes:
         parts.append("<h2>Notes</h2>" + "".join(f"<p>{escape(note)}</p>" for note in report.notes))
     if report.settings:
@@ -168,7 +175,7 @@ def _tiles(report: PruneReport) -> str:
     shown = [f"<div><dd>{escape(value)}</dd><dt>{escape(what)}</dt></div>" for what, value in tiles]
     if report.accuracy_change is not None:
         number, unit = points(report.accuracy_change).split(" ")
-        metric = escape(report.stages[0].metric)
+        metric = escape(report.metric)
         shown.append(f"<div><dd>{number} <small>{unit}</small></dd><dt>{metric}, fine-tuned</dt></div>")
     return f'<dl class="tiles">{"".join(shown)}</dl>' if shown else ""
 
@@ -214,13 +221,25 @@ def _epochs(report: PruneReport) -> str:
         for timing in report.timings
         for record in timing.epochs
     ]
-    head = ["Order, epoch", "Training (s)", "Evaluation (s)", "Elapsed (s)", "Accuracy (%)"]
+    head = ["Order, epoch", "Training (s)", "Evaluation (s)", "Elapsed (s)", f"{capitalized(report.metric)} (%)"]
     return _details("Every epoch as numbers", head, rows)
 
 
 def _layers(report: PruneReport) -> str:
     rows = [[layer.layer, layer.group or MISSING, str(layer.dense), str(layer.kept)] for layer in report.layers]
     return _details("Every layer as numbers", ["Layer", "Group", "Dense", "Kept"], rows)
+
+
+def _predictions(report: PruneReport) -> str:
+    """A row of images per state of the model."""
+    rows = []
+    for drawn in report.predictions:
+        images = "".join(
+            f'<img src="data:image/jpeg;base64,{escape(image)}" alt="Test image {number}, {escape(drawn.name)}">'
+            for number, image in enumerate(drawn.images, 1)
+        )
+        rows.append(f"<figure><figcaption>{escape(drawn.name)}</figcaption><div>{images}</div></figure>")
+    return f'<div class="predictions">{"".join(rows)}</div>'
 
 
 def _details(title: str, head: list[str], rows: Iterable[list[str]]) -> str:

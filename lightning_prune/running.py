@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
+import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.errors import PruningError
+
+Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
 class Runner:
@@ -21,12 +27,20 @@ class Runner:
         data: for every fit and test.
         metric: name of the logged metric; the task logs it as ``test_{metric}``.
         progress: show progress bars.
+        precision: of training, as Lightning names it; tests are always in float32.
     """
 
-    def __init__(self, data: LightningDataModule, metric: str = "acc", progress: bool = False) -> None:
+    def __init__(
+        self,
+        data: LightningDataModule,
+        metric: str = "acc",
+        progress: bool = False,
+        precision: Precision = "32-true",
+    ) -> None:
         self.data = data
         self.metric = metric
         self.progress = progress
+        self.precision = precision
 
     def fit(
         self,
@@ -52,6 +66,7 @@ class Runner:
             max_epochs=epochs,
             max_steps=max_steps,
             devices=1,
+            precision=self.precision,
             callbacks=[*callbacks, *rate, *bars],
             logger=False,
             enable_checkpointing=False,
@@ -76,6 +91,18 @@ class Runner:
         if name not in results:
             raise PruningError(f"{type(task).__name__} logs no {name!r} in test_step; it logs {', '.join(results)}")
         return float(results[name]), time.perf_counter() - started
+
+    def predict(self, task: LightningModule) -> list[Any]:
+        """What ``predict_step`` gives for every batch of the test part, in float64; forward's results without one."""
+        exact = copy.deepcopy(task).double().eval()
+        if is_overridden("predict_step", exact, LightningModule):
+            trainer = Trainer(
+                devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, precision="64-true"
+            )
+            with self._released(exact):
+                return trainer.predict(exact, self.data.test_dataloader()) or []
+        with torch.no_grad():
+            return [exact(batch[0].double()) for batch in self.data.test_dataloader()]
 
     @contextmanager
     def _released(self, task: LightningModule) -> Iterator[None]:

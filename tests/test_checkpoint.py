@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.checkpoint import CheckpointError, load, read, save
+from lightning_prune.checkpoint import CheckpointError, load, load_dense, read, save
 from lightning_prune.graph import trace
 from lightning_prune.masking import mask_
 from lightning_prune.plan import Plan
@@ -176,7 +176,7 @@ class Evil:
 def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
     path, trap = tmp_path / "evil.pt", tmp_path / "trap"
     torch.save({"format": "lightning-prune/1", "plan": Evil(trap)}, path)
-    with pytest.raises(CheckpointError, match=r"evil.pt is not a pruned checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=r"evil\.pt cannot be read: not a checkpoint") as caught:
         load(path, build("Residual"))
     assert not trap.exists()
     assert "can still be loaded" not in str(caught.value)
@@ -208,7 +208,9 @@ def test_files_that_are_no_pruned_checkpoint_are_refused(kind: str, tmp_path: Pa
     foreign(kind, tmp_path / "file.pt")
     fresh = build("Residual")
     before = copy.deepcopy(fresh.state_dict())
-    with pytest.raises(CheckpointError, match="there is no file" if kind == "missing" else "not a pruned checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="there is no file" if kind == "missing" else "not a (pruned )?checkpoint"
+    ):
         load(tmp_path / "file.pt", fresh)
     assert_untouched(fresh, before)
 
@@ -244,3 +246,28 @@ def test_a_masked_model_is_refused(saved: Path) -> None:
         load(saved, model)
     handle.remove()
     load(saved, model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dense_weights_are_loaded_from_a_state_dict_and_from_a_lightning_checkpoint(wrapped, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained, fresh = build("Residual"), build("Residual")
+    state = trained.state_dict()
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "dense.pt")
+    load_dense(tmp_path / "dense.pt", fresh)
+    assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
+
+
+def test_dense_weights_of_another_model_leave_it_as_it_was(tmp_path: Path) -> None:
+    fresh = build("Residual")
+    before = copy.deepcopy(fresh.state_dict())
+    changed = {**before, "head.fc.weight": torch.zeros(2, 12)}
+    for state, message in (
+        (changed, r"'head.fc.weight' is \[2, 12\] in the file and \[5, 12\] in the model"),
+        ({"head.fc.weight": torch.zeros(2, 12)}, r"belongs to another model: missing \['a1"),
+        ({"epoch": 3}, "holds no state dict"),
+    ):
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match=message):
+            load_dense(tmp_path / "other.pt", fresh)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())

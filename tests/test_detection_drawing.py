@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
+from lightning_prune.tasks import SegmentationTask
 from lightning_prune.tasks.drawing import draw, log_images
-from tests.helpers_detection import SIDE, loader, make_trainer, oracle_task, pictures, sure, yolo_task
+from tests.helpers_detection import SIDE, loader, make_trainer, oracle_task, pictures, stacked, sure, yolo_task
 
 
 class Gallery(WandbLogger):
@@ -37,8 +38,9 @@ def test_a_few_images_are_drawn_for_loggers_that_take_them(tmp_path):
     gallery = Gallery()
     make_trainer(tmp_path, logger=gallery).test(task, loader(samples), verbose=False)
     (drawn,) = gallery.images["test_detections"]
-    assert [image.size for image in drawn] == [(SIDE, SIDE)] * 3
-    x, top, _, bottom = (int(v) for v in samples[0][1]["boxes"][0])
+    factor = 256 // SIDE  # on small images a label would cover what it names
+    assert [image.size for image in drawn] == [(256, 256)] * 3
+    x, top, _, bottom = (factor * int(v) for v in samples[0][1]["boxes"][0])
     colour = {0: (230, 25, 75), 1: (60, 180, 75)}[int(samples[0][1]["labels"][0])]
     assert drawn[0].getpixel((x, (top + bottom) // 2 + 3)) == colour
 
@@ -66,10 +68,38 @@ def test_tensorboard_gets_every_image_under_a_name_of_its_own():
 
 def test_weak_boxes_and_grey_images():
     found = {"boxes": torch.tensor([[1.0, 1, 6, 6]]), "scores": torch.tensor([0.49]), "labels": torch.tensor([0])}
-    assert torch.equal(draw(torch.ones(1, 8, 8), found, ["a"]), torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    assert torch.equal(draw(torch.ones(1, 8, 8), found, ["a"]), torch.full((3, 256, 256), 255, dtype=torch.uint8))
     found["scores"] += 0.02
-    assert draw(torch.ones(1, 8, 8), found, ["a"]).shape == (3, 8, 8)
+    assert draw(torch.ones(1, 8, 8), found, ["a"]).shape == (3, 256, 256)
     assert draw(torch.ones(1, 8, 8), found, ["a"]).min() < 255
+
+
+def test_true_boxes_have_names_without_scores():
+    image, (_, target) = torch.ones(3, 256, 300), pictures(1)[0]
+    found = {**target, "scores": torch.ones(len(target["labels"]))}
+    plain, scored = draw(image, target, ["a", "b"]), draw(image, found, ["a", "b"])
+    assert plain.shape == scored.shape == (3, 256, 300)  # large enough as it is
+    assert (plain != 255).sum() < (scored != 255).sum()
+
+
+def test_both_tasks_draw_the_truth_and_what_they_find():
+    samples = pictures(2)
+    task, batch = yolo_task(), stacked(samples)
+    truth, found = task.draw_predictions(batch), task.draw_predictions(batch, [sure(t) for _, t in samples])
+    assert len(truth) == len(found) == 2
+    assert not torch.equal(truth[0], found[0])  # with scores
+    segmentation = SegmentationTask(torch.nn.Conv2d(3, 3, 1), 3, input_size=(3, 8, 8))
+    masks = torch.tensor([[[0, 1], [2, 255]]]).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    grey = torch.linspace(-2, 3, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8)
+    (drawn,) = segmentation.draw_predictions((grey, masks))
+    (bare,) = segmentation.draw_predictions((grey, masks), torch.zeros_like(masks))
+    assert drawn.shape == (3, 256, 256)
+    changed = (drawn != bare).any(0)
+    assert not changed[:128, :128].any()  # background
+    assert not changed[128:, 128:].any()  # 255: nothing is known
+    assert drawn[:, :128, 128:].float().mean((1, 2)).argmax() == 0  # class 1 is red
+    assert drawn[:, 128:, :128].float().mean((1, 2)).argmax() == 1  # class 2 is green
+    assert (bare.min(), bare.max()) == (0, 255)
 
 
 def test_sanity_checking_draws_nothing(tmp_path):

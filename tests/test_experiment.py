@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule
 from torch import nn
 
-from lightning_prune.checkpoint import load
+from lightning_prune.checkpoint import CheckpointError, load
 from lightning_prune.cli import main
-from lightning_prune.criteria import JRE
+from lightning_prune.cli.recipes import recipe_paths
+from lightning_prune.criteria import JRE, L1
 from lightning_prune.data import DigitsDataModule
+from lightning_prune.errors import PruningError
 from lightning_prune.experiment import compare_orders
 from lightning_prune.measurement import count_params
 from lightning_prune.report import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED
+from lightning_prune.report_html import read_report
 from lightning_prune.tasks import ClassificationTask
 from tests.zoo import Residual
 
@@ -148,6 +153,101 @@ def test_the_same_seed_gives_the_same_result(tmp_path: Path, monkeypatch: pytest
     assert states[0].shape != states[2].shape or not torch.equal(states[0], states[2])
 
 
+DETECTION = """
+title: boxes
+metric: map_50
+orders: [B]
+dense_epochs: 1
+finetune_epochs: 1
+latency_repeats: 2
+progress: false
+output: boxes
+criterion: {class_path: lightning_prune.L1}
+task:
+  class_path: lightning_prune.tasks.DetectionTask
+  init_args:
+    model: {class_path: lightning_prune.models.YoloV3Tiny, init_args: {num_classes: 10, width: 0.125}}
+    num_classes: 10
+    detector: {class_path: lightning_prune.tasks.YoloDetector, init_args: {size: 64}}
+    input_size: [3, 64, 64]
+data:
+  class_path: lightning_prune.data.ScenesDetection
+  init_args: {batch_size: 8, size: 64, lengths: [16, 6, 6]}
+"""
+
+
+def test_a_detector_is_pruned_reported_and_shown(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("boxes.yaml").write_text(DETECTION)
+    assert main(["experiment", "--config", "boxes.yaml"]) == 0
+    assert "0 of 6 predictions changed" in capsys.readouterr().out
+    report = read_report("boxes/report.json")
+    assert [stage.name for stage in report.stages] == [DENSE, MASKED, RECONSTRUCTED, FINE_TUNED["B"]]
+    assert report.stage(MASKED).accuracy == report.stage(RECONSTRUCTED).accuracy
+    assert report.metric == "mAP50"
+    assert report.losslessness.max_rel_error <= 1e-10
+    assert [drawn.name for drawn in report.predictions] == ["truth", DENSE, RECONSTRUCTED, FINE_TUNED["B"]]
+    assert all(len(drawn.images) == 4 for drawn in report.predictions)
+    assert base64.b64decode(report.predictions[0].images[0])[:3] == b"\xff\xd8\xff"
+
+
+def test_weights_of_another_run_replace_dense_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG.replace("tests.test_experiment.net", "tests.test_experiment.random_net"))
+    assert main(["experiment", "--config", "tiny.yaml", "--output", "one"]) == 0
+    assert main(["experiment", "--config", "tiny.yaml", "--output", "two", "--dense", "one/dense.pt", "--seed=5"]) == 0
+    one, two = (read_report(f"{name}/report.json") for name in ("one", "two"))
+    assert one.stage(DENSE).accuracy == two.stage(DENSE).accuracy
+    assert one.layers == two.layers
+    assert two.stage(DENSE).epoch_seconds is None
+    assert one.settings["epochs"] == "1 dense, 1 fine-tuning"
+    assert two.settings["epochs"] == "1 fine-tuning"
+    assert not Path("two/dense.pt").exists()
+
+
+def test_wrong_orders_and_foreign_weights_are_refused_before_training(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=128, size=16)
+    with pytest.raises(PruningError, match=r"orders must be A, B or both, each once, got \['A', 'A'\]"):
+        compare_orders(task(), data, JRE(), orders=("A", "A"), output=str(tmp_path))
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match=r"foreign\.pt belongs to another model: missing"):
+        compare_orders(task(), data, JRE(), dense=str(tmp_path / "foreign.pt"), output=str(tmp_path), progress=False)
+
+
+class Plain(LightningModule):
+    """A user's module: a training step, and a test step that logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.example_input_array = torch.rand(2, 3, 16, 16)
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_hits", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_module_without_predict_step_is_compared_by_its_outputs(tmp_path: Path) -> None:
+    report = compare_orders(
+        Plain(), DigitsDataModule(batch_size=128, size=16), L1(), metric="hits", orders=("B",), dense_epochs=1,
+        finetune_epochs=1, latency_repeats=1, output=str(tmp_path), progress=False,
+    )  # fmt: skip
+    assert (report.losslessness.changed, report.losslessness.total) == (0, 360)
+    assert report.predictions == ()
+    assert report.metric == "hits"
+
+
 def test_a_wrong_key_names_its_path_and_the_valid_ones(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(CONFIG + "finetune_epoch: 3\n")
@@ -156,3 +256,23 @@ def test_a_wrong_key_names_its_path_and_the_valid_ones(tmp_path: Path, monkeypat
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "'finetune_epoch' is not accepted. Did you mean 'finetune_epochs'?" in error
+
+
+TINY_RECIPES = {
+    "experiment/resnet18_digits_jre.yaml": ["--data.init_args.size=8", "--task.init_args.input_size=[3,8,8]"],
+    "experiment/fcn_resnet50_scenes_jre.yaml": ["--data.init_args.size=32", "--task.init_args.input_size=[3,32,32]"],
+    "experiment/yolov3_tiny_scenes_jre.yaml": ["--task.init_args.model.init_args.width=0.125"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_paths() if name.startswith("experiment/")])
+def test_an_experiment_recipe_runs(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [] if "digits" in name else ["--data.init_args.lengths=[8,2,2]", "--data.init_args.batch_size=2"]
+    options = ["--dense_epochs=1", "--finetune_epochs=1", "--orders=[B]", "--latency_repeats=1", "--progress=false"]
+    assert main(["experiment", "--config", name, *options, *small, *TINY_RECIPES[name], "--output=out"]) == 0
+    report = read_report("out/report.json")
+    assert report.stage(MASKED).accuracy == report.stage(RECONSTRUCTED).accuracy
+    assert report.losslessness.passed
+    assert report.losslessness.changed == 0 < report.losslessness.total
+    assert report.stage(RECONSTRUCTED).params < 0.7 * report.stage(DENSE).params

@@ -18,6 +18,7 @@ from lightning_prune.report import (
     LayerChannels,
     Losslessness,
     OrderTiming,
+    Predictions,
     PruneReport,
     StageResult,
     markdown_table,
@@ -311,3 +312,24 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(PruningError, match=r"report\.json is not the JSON of a report"):
         read_report(path)
+
+
+def test_what_the_models_find_is_shown_in_rows_and_survives_json(report, tmp_path):
+    with_images = dataclasses.replace(
+        report, predictions=(Predictions("truth", ("QUJD", "REVG")), Predictions("dense"))
+    )
+    files = write_report(with_images, tmp_path)
+    assert read_report(files["json"]) == with_images
+    page = files["html"].read_text(encoding="utf-8")
+    assert '<figcaption>truth</figcaption><div><img src="data:image/jpeg;base64,QUJD"' in page
+    assert "What is found" in page
+    assert "What is found" not in html_page(report)
+
+
+def test_a_metrics_name_keeps_its_capitals(report):
+    stages = tuple(dataclasses.replace(stage, metric="mIoU") for stage in report.stages)
+    text = table_text(dataclasses.replace(report, stages=stages))
+    assert "mIoU" in text
+    assert "Miou" not in text
+    assert "Accuracy" not in html_page(dataclasses.replace(report, stages=stages))
+    assert "Accuracy (%)" in html_page(report)

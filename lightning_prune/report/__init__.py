@@ -9,6 +9,7 @@ from lightning_prune.report.data import (
     LayerChannels,
     Losslessness,
     OrderTiming,
+    Predictions,
     PruneReport,
     StageResult,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "LayerChannels",
     "Losslessness",
     "OrderTiming",
+    "Predictions",
     "PruneReport",
     "StageResult",
     "markdown_table",

@@ -132,6 +132,22 @@ class Losslessness:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What one state of the model finds on a few images, drawn on them.
+
+    Attributes:
+        name: of the stage, or "truth".
+        images: JPEG files in base64, the same images in the same order for all.
+    """
+
+    name: str
+    images: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(self.images))
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """All that a pruning run has to tell.
 
@@ -147,6 +163,7 @@ class PruneReport:
         notes: sentences for the reader.
         convention: which of the stages' FLOPs are shown.
         device: what the latency was measured on.
+        predictions: drawn on images of the test part.
 
     Raises:
         PruningError: two stages of one name, or stages whose FLOPs lack the convention.
@@ -169,9 +186,10 @@ class PruneReport:
     notes: tuple[str, ...] = ()
     convention: str = "flops2"
     device: str = "CPU"
+    predictions: tuple[Predictions, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("stages", "timings", "layers", "notes"):
+        for name in ("stages", "timings", "layers", "predictions", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "settings", plain(self.settings))
         for what, names in (
@@ -185,6 +203,11 @@ class PruneReport:
                 raise PruningError(
                     f"{stage.name} has no FLOPs by the convention {self.convention!r}, only by {', '.join(stage.flops)}"
                 )
+
+    @property
+    def metric(self) -> str:
+        """What the stages' `accuracy` is."""
+        return " / ".join(dict.fromkeys(stage.metric for stage in self.stages)) or "accuracy"
 
     def stage(self, name: str) -> StageResult | None:
         """The stage of that name, if it was measured."""
@@ -261,6 +284,7 @@ class PruneReport:
             parts: dict[str, Any] = {
                 "stages": tuple(_read(StageResult, stage) for stage in data.get("stages", ())),
                 "layers": tuple(_read(LayerChannels, layer) for layer in data.get("layers", ())),
+                "predictions": tuple(_read(Predictions, drawn) for drawn in data.get("predictions", ())),
                 "timings": tuple(
                     _read(
                         OrderTiming,

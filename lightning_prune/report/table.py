@@ -47,10 +47,9 @@ class Column:
 def columns(report: PruneReport) -> tuple[Column, ...]:
     """The columns of the table, a cell for every stage, in the order in which they are shown."""
     stages = report.stages
-    metrics = list(dict.fromkeys(stage.metric for stage in stages)) or ["accuracy"]
     accuracy = [MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}" for s in stages]
     return (
-        Column(" / ".join(metrics).capitalize(), "%", tuple(Cell(text) for text in accuracy)),
+        Column(capitalized(report.metric), "%", tuple(Cell(text) for text in accuracy)),
         _column("Parameters", "M", [s.params for s in stages], report, scales=((1e6, "M"), (1e3, "k")), times=True),
         _column(
             "FLOPs",
@@ -119,7 +118,7 @@ def summary_line(report: PruneReport) -> str:
         _times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
     ]
     if report.accuracy_change is not None:
-        parts.append(f"{_metric(report)} {points(report.accuracy_change)} after fine-tuning")
+        parts.append(f"{report.metric} {points(report.accuracy_change)} after fine-tuning")
     return ", ".join(part for part in parts if part)
 
 
@@ -148,7 +147,7 @@ def savings_line(report: PruneReport) -> str:
         line += f", {_times(report.epoch_speedup, 'faster', 'slower')}"
     tuned = [(order, report.stage(name)) for order, name in FINE_TUNED.items()]
     reached = [f"{order} {100 * s.accuracy:.2f} %" for order, s in tuned if s and s.accuracy is not None]
-    return f"{line}; {_metric(report)} {', '.join(reached)}" if reached else line
+    return f"{line}; {report.metric} {', '.join(reached)}" if reached else line
 
 
 def points(change: float) -> str:
@@ -164,8 +163,14 @@ def _times(factor: float | None, better: str, worse: str) -> str:
     return f"{factor:.1f}{TIMES} {better}" if factor >= 1 else f"{1 / factor:.1f}{TIMES} {worse}"
 
 
-def _metric(report: PruneReport) -> str:
-    return report.stages[0].metric if report.stages else "accuracy"
+def capitalized(metric: str) -> str:
+    """A metric's name at the start of a line; mIoU and mAP stay as they are.
+
+    Example:
+        >>> capitalized("accuracy"), capitalized("mIoU")
+        ('Accuracy', 'mIoU')
+    """
+    return metric.capitalize() if metric.islower() else metric
 
 
 def footnote(report: PruneReport) -> str:

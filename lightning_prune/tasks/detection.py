@@ -131,6 +131,12 @@ class DetectionTask(LightningModule):
         labelled = isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[1], Tensor)
         return self.detector.detect(self.model, batch[0] if labelled else batch)  # type: ignore[arg-type]
 
+    def draw_predictions(self, batch: Batch, predictions: list[Detections] | None = None) -> list[Tensor]:
+        """The images of a batch with the boxes found, or with the true ones; (3, H, W) uint8, small ones enlarged."""
+        images, targets = batch
+        shown = zip(images, targets if predictions is None else predictions, strict=True)
+        return [draw(image, found, self.class_names) for image, found in shown]
+
     def on_validation_epoch_end(self) -> None:
         """Log the validation's mean average precisions."""
         self._close("val", self.val_coco, self.val_voc)

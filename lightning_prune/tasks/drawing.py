@@ -1,16 +1,20 @@
-"""Images with boxes drawn on them, for loggers that take images."""
+"""Images with predictions drawn on them, for reports and for loggers that take images."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import ImageDraw, ImageFont
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
 
+SIDE = 256  # pixels; on smaller images a label would cover what it names
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
 
 
@@ -19,31 +23,76 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
 
     Args:
         image: (C, H, W) in [0, 1], C of 1 or 3.
-        found: ``boxes``, ``scores`` and ``labels``.
+        found: ``boxes`` and ``labels``; ``scores``, unless the boxes are true.
         class_names: by label.
         min_score: boxes below it are left out (darknet draws from 0.5 on).
 
     Returns:
-        (3, H, W) uint8.
+        (3, kH, kW) uint8, enlarged by the least k that makes both sides at least 256 pixels.
 
     Example:
-        >>> box = torch.tensor([[2.0, 2.0, 9.0, 9.0]])
+        >>> box = torch.tensor([[32.0, 32.0, 144.0, 144.0]])
         >>> found = {"boxes": box, "scores": torch.ones(1), "labels": torch.tensor([0])}
-        >>> draw(torch.zeros(3, 12, 12), found, ["cat"])[:, 5, 2].tolist()  # on the left edge
+        >>> draw(torch.zeros(3, 256, 256), found, ["cat"])[:, 90, 32].tolist()  # on the left edge
         [230, 25, 75]
     """
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    kept = found["scores"] >= min_score
-    if not kept.any():
-        return pixels.expand(3, -1, -1)
-    labels = found["labels"][kept].tolist()
-    scores = found["scores"][kept].tolist()
-    return draw_bounding_boxes(
-        pixels.expand(3, -1, -1),
-        found["boxes"][kept].detach().cpu(),
-        labels=[f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
-        colors=[COLOURS[label % len(COLOURS)] for label in labels],
-    )
+    pixels, factor = _enlarged(image)
+    scores = found.get("scores", torch.ones(len(found["labels"])))
+    kept = (scores >= min_score).nonzero().view(-1).tolist()
+    picture = to_pil_image(pixels)
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    boxes = (found["boxes"].detach().float() * factor).tolist()
+    for place in sorted(kept, key=lambda at: float(scores[at])):  # the surest on top
+        label, box = int(found["labels"][place]), boxes[place]
+        text = class_names[label] + (f" {scores[place]:.2f}" if "scores" in found else "")
+        canvas.rectangle(box, outline=COLOURS[label % len(COLOURS)], width=2)
+        corner = (box[0] + 3, box[1] + 1)
+        canvas.rectangle(
+            (*box[:2], canvas.textbbox(corner, text, font)[2] + 3, box[1] + 17), COLOURS[label % len(COLOURS)]
+        )
+        canvas.text(corner, text, "white", font)
+    return pil_to_tensor(picture)
+
+
+def draw_classes(image: Tensor, classes: Tensor, *, opacity: float = 0.6) -> Tensor:
+    """An image with a colour over every pixel whose class is not 0, the background.
+
+    Args:
+        image: (C, H, W), C of 1 or 3; its own smallest value is drawn black and its largest white, since what is
+            standardised cannot be drawn as it is.
+        classes: (H, W) integers; 255 is left as it is.
+        opacity: of the colours.
+
+    Returns:
+        (3, kH, kW) uint8, enlarged as by `draw`.
+
+    Example:
+        >>> drawn = draw_classes(torch.zeros(3, 256, 256), torch.eye(256, dtype=torch.int64), opacity=1.0)
+        >>> drawn[:, 7, 7].tolist(), drawn[:, 7, 8].tolist()
+        ([230, 25, 75], [0, 0, 0])
+    """
+    low, high = image.amin(), image.amax()
+    pixels, factor = _enlarged((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny))
+    classes = classes.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    shown = [int(label) for label in classes.unique() if label not in (0, 255)]
+    if not shown:
+        return pixels
+    masks = torch.stack([classes == label for label in shown])
+    return draw_segmentation_masks(pixels, masks, opacity, [COLOURS[(label - 1) % len(COLOURS)] for label in shown])
+
+
+def jpeg(image: Tensor) -> str:
+    """An image (3, H, W) uint8 as a JPEG file in base64, for a page."""
+    stream = io.BytesIO()
+    to_pil_image(image).save(stream, "JPEG", quality=85)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _enlarged(image: Tensor) -> tuple[Tensor, int]:
+    """(3, kH, kW) uint8, and k."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().expand(3, -1, -1)
+    factor = max(1, -(-SIDE // min(pixels.shape[-2:])))
+    return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2), factor
 
 
 def log_images(loggers: Iterable[Any], name: str, images: Sequence[Tensor], step: int) -> None:

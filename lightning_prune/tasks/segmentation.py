@@ -12,6 +12,7 @@ from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from lightning_prune.tasks.drawing import draw_classes
 from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -113,6 +114,12 @@ class SegmentationTask(LightningModule):
         """Classes (N, H, W) of a batch, with or without masks."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images)[0].argmax(dim=1)
+
+    def draw_predictions(self, batch: Batch, predictions: Tensor | None = None) -> list[Tensor]:
+        """The images of a batch under the classes found, or the true ones; (3, H, W) uint8, small ones enlarged."""
+        images, masks = batch
+        shown = zip(images, masks if predictions is None else predictions, strict=True)
+        return [draw_classes(image, classes) for image, classes in shown]
 
     def on_test_epoch_end(self) -> None:
         """Log the IoU of every class."""
