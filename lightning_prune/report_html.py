@@ -166,12 +166,16 @@ def _say(value: object) -> str:
 
 def _tiles(report: PruneReport) -> str:
     factors = (
-        ("fewer parameters", report.params_cut),
-        ("fewer FLOPs", report.flops_cut),
-        (f"faster forward ({report.device})", report.latency_gain),
-        ("faster training epoch, order B against A", report.epoch_speedup),
+        ("fewer", "more", "parameters", report.params_cut),
+        ("fewer", "more", "FLOPs", report.flops_cut),
+        ("faster", "slower", f"forward ({report.device})", report.latency_gain),
+        ("faster", "slower", "training epoch, order B against A", report.epoch_speedup),
     )
-    tiles = [(what, f"{factor:.1f}{TIMES}") for what, factor in factors if factor is not None]
+    tiles = [
+        (f"{better} {what}", f"{factor:.1f}{TIMES}") if factor >= 1 else (f"{worse} {what}", f"{1 / factor:.1f}{TIMES}")
+        for better, worse, what, factor in factors
+        if factor
+    ]
     shown = [f"<div><dd>{escape(value)}</dd><dt>{escape(what)}</dt></div>" for what, value in tiles]
     if report.accuracy_change is not None:
         number, unit = points(report.accuracy_change).split(" ")

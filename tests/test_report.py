@@ -170,6 +170,7 @@ def test_what_is_worse_is_called_worse(report):
     assert "NOT lossless: max relative error 1.0e-01 in float32, 3 of 360 predictions changed" in text
     assert f"2.0{TIMES} slower" in text
     assert 'class="verdict failed"' in html_page(slow)
+    assert "2.0\u00d7</dd><dt>slower training epoch" in html_page(slow)
 
 
 def test_a_log_in_ascii_gets_ascii(report):
