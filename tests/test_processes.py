@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.errors import CallbackError
-from tests.scripts.processes import RUNS, main
+from tests.scripts.processes import RESUMED, RUNS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,8 @@ def read(folder: Path, name: str, processes: int, rank: int = 0) -> dict[str, An
     return torch.load(folder / f"{name}-{processes}-{rank}.pt", weights_only=True)
 
 
-def test_two_processes_prune_and_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_two_processes_prune_train_and_resume_as_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.scripts.processes", str(tmp_path), "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
@@ -42,6 +43,13 @@ def test_two_processes_prune_and_train_as_one(tmp_path: Path) -> None:
             assert torch.equal(first["state"][key], second["state"][key]), (name, key)
             assert first["state"][key].shape == value.shape, (name, key)
             assert torch.allclose(first["state"][key].double(), value.double(), rtol=1e-5, atol=1e-5), (name, key)
+    for name in RESUMED:
+        for processes, rank in ((1, 0), (2, 0), (2, 1)):
+            whole = read(tmp_path, name, processes, rank)["state"]
+            resumed = torch.load(tmp_path / f"{name}-{processes}-{rank}-resumed.pt", weights_only=True)
+            assert whole.keys() == resumed.keys()
+            for key, value in whole.items():
+                assert torch.equal(value, resumed[key]), (name, processes, rank, key)
     for rank in (0, 1):
         text = (tmp_path / f"refused-{rank}.txt").read_text()
         assert "processes [1] chose other channels than process 0" in text

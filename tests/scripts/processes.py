@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -31,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "unused": {"reconstruct": "during", "schedule": Gradual(2)},
     "distilled": {"reconstruct": "before"},
 }
+RESUMED = ("before", "during", "after")
 
 
 class FrozenStatistics(Task):
@@ -82,10 +84,14 @@ def new_trainer(processes: int, *callbacks: Any) -> Trainer:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         use_distributed_sampler=False,
         **(many or {"devices": 1}),
     )
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "{epoch}", auto_insert_metric_name=False, save_top_k=-1)
 
 
 def main(folder: Path, processes: int) -> None:
@@ -94,7 +100,10 @@ def main(folder: Path, processes: int) -> None:
         torch.manual_seed(0)
         task = Direct(False) if name == "distilled" else FrozenStatistics(name == "unused")
         prune = PruneCallback("jre", 0.5, **options)
-        trainer = new_trainer(processes, *([DistillationCallback()] if name == "distilled" else []), prune)
+        extra: list[Callback] = [DistillationCallback()] if name == "distilled" else []
+        if name in RESUMED:
+            extra.append(every_epoch(folder / f"{name}-{processes}"))
+        trainer = new_trainer(processes, *extra, prune)
         trainer.fit(task)
         result = {
             "state": task.state_dict(),
@@ -103,6 +112,13 @@ def main(folder: Path, processes: int) -> None:
             "lossless": prune.reconstruction.lossless.passed,
         }
         torch.save(result, folder / f"{name}-{processes}-{trainer.global_rank}.pt")
+    for name in RESUMED:
+        torch.manual_seed(7)
+        task = FrozenStatistics(False)
+        files = every_epoch(folder / f"{name}-{processes}")
+        trainer = new_trainer(processes, files, PruneCallback("jre", 0.5, **RUNS[name]))
+        trainer.fit(task, ckpt_path=folder / f"{name}-{processes}" / "0.ckpt")
+        torch.save(task.state_dict(), folder / f"{name}-{processes}-{trainer.global_rank}-resumed.pt")
     if processes > 1:
         torch.manual_seed(0)
         task = FrozenStatistics(False)
