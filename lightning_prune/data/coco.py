@@ -40,7 +40,6 @@ class COCODetection(DetectionDataModule):
         classes: names of the categories to learn, in the order of the labels; None: all of the training file.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
-        multi_scale: see `DetectionDataModule`.
         bad_boxes: see `check_boxes`; "repair" because COCO's own files hold boxes without area.
         drop_last: leave out the last, smaller training batch.
         num_workers: processes that load.
@@ -60,12 +59,11 @@ class COCODetection(DetectionDataModule):
         classes: Sequence[str] | None = None,
         size: int | None = 416,
         augment: Augmentation = "yolo",
-        multi_scale: tuple[int, int] | None = None,
         bad_boxes: BadBoxes = "repair",
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        super().__init__(batch_size, num_workers, drop_last)
         self.root = root
         self.train_on = train_on
         self.evaluate_on = evaluate_on

@@ -125,7 +125,6 @@ class VOCDetection(DetectionDataModule):
         classes: names of the classes.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
-        multi_scale: see `DetectionDataModule`.
         bad_boxes: see `check_boxes`.
         download: fetch the data if they are not there.
         drop_last: leave out the last, smaller training batch.
@@ -146,13 +145,12 @@ class VOCDetection(DetectionDataModule):
         classes: Sequence[str] = VOC_CLASSES,
         size: int | None = 416,
         augment: Augmentation = "yolo",
-        multi_scale: tuple[int, int] | None = None,
         bad_boxes: BadBoxes = "refuse",
         download: bool = False,
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        super().__init__(batch_size, num_workers, drop_last)
         self.root = root
         self.train_on = tuple(train_on)
         self.evaluate_on = tuple(evaluate_on)
