@@ -221,6 +221,12 @@ class PartsDataModule(LightningDataModule, ABC):
             self.parts = parts
 
     def train_dataloader(self) -> DataLoader[Any]:
+        part = self.parts["train"]
+        if self.drop_last and isinstance(part, Sized) and len(part) < self.batch_size:
+            raise DataError(
+                f"{type(self).__name__}: {len(part)} training images are less than one batch of {self.batch_size}, and "
+                "drop_last leaves them out: lower batch_size, or set drop_last: false"
+            )
         return self._loader("train", shuffle=True, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_b
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{path}, line {line}, column {column + 1}: no valid XML ({error}); unpack it again") from error
+    except (LookupError, ValueError) as error:  # of the encoding that the first line names
+        raise DataError(f"{path}, line 1: no valid XML ({error}); unpack it again") from error
     size = int(_number(root, "size/height", str(path))), int(_number(root, "size/width", str(path)))
     boxes, labels, difficult = [], [], []
     for number, item in enumerate(root.findall("object"), 1):
@@ -226,9 +229,12 @@ def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_b
 def _number(element: ElementTree.Element, name: str, where: str) -> float:
     text = element.findtext(name)
     try:
-        return float(text if text is not None else "")
-    except ValueError as error:
-        raise DataError(f"{where}: {name} is {'missing' if text is None else repr(text)}, not a number") from error
+        number = float(text or "")
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {name} is {'missing' if text is None else repr(text)}, not a number")
+    return number
 
 
 def _listing(kind: str, root: str, name: str, *, download: bool = False) -> tuple[list[Path], list[Path]]:

@@ -115,8 +115,10 @@ class SegmentationTask(LightningModule):
         return self._logits(images)[0].argmax(dim=1)
 
     def on_test_epoch_end(self) -> None:
-        """Log the IoU of every class."""
-        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(class_iou(self.test_miou.confmat).tolist())})
+        """Log the IoU of every class, over all processes."""
+        with self.test_miou.sync_context():
+            ious = class_iou(self.test_miou.confmat).tolist()
+        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(ious)}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""
@@ -146,12 +148,13 @@ class SegmentationTask(LightningModule):
         return heads["out"], heads.get("aux")
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()  # a sum over a million pixels
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, miou: MulticlassJaccardIndex) -> None:
         images, masks = batch
-        logits = self._logits(images, masks)[0].float()
+        logits = self._logits(images, masks)[0]
         classes = logits.argmax(dim=1)
         accuracy.update(classes, masks)
         miou.update(classes, masks)
