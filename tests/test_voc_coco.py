@@ -269,8 +269,8 @@ def test_sbd_adds_training_images(tree):
         voc_masks(tree, sbd_root=str(sbd))
 
 
-def test_voc_downloads_only_when_asked(tmp_path, monkeypatch):
-    asked = []
+def test_voc_downloads_only_when_asked_and_not_there(tree, tmp_path_factory, monkeypatch):
+    asked, empty = [], str(tmp_path_factory.mktemp("empty"))
 
     def download(url, root, **_):
         asked.append(url)
@@ -278,9 +278,12 @@ def test_voc_downloads_only_when_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", download)
     for kind in (VOCDetection, VOCSegmentation):
-        kind(str(tmp_path)).prepare_data()
+        kind(empty).prepare_data()
         with pytest.raises(DataError, match="no route to host"):
-            kind(str(tmp_path), download=True).prepare_data()
+            kind(empty, download=True).prepare_data()
+    assert len(asked) == 2
+    for kind in (VOCDetection, VOCSegmentation):
+        kind(str(tree), download=True).prepare_data()  # all there
     assert len(asked) == 2
     assert "VOCtrainval_11-May-2012" in asked[0]
 

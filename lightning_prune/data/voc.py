@@ -95,8 +95,7 @@ class VOCSegmentation(SegmentationDataModule):
 
     def prepare_data(self) -> None:
         if self.download:
-            for name in dict.fromkeys((*self.train_on, *self.evaluate_on)):
-                _listing("VOCSegmentation", self.root, name, download=True)
+            _fetch("VOCSegmentation", self.root, (*self.train_on, *self.evaluate_on))
 
     def _load(self) -> dict[str, Dataset[Any]]:
         training = segmentation_training(self.base, self.crop)
@@ -164,8 +163,7 @@ class VOCDetection(DetectionDataModule):
 
     def prepare_data(self) -> None:
         if self.download:
-            for name in dict.fromkeys((*self.train_on, *self.evaluate_on)):
-                _listing("VOCDetection", self.root, name, download=True)
+            _fetch("VOCDetection", self.root, (*self.train_on, *self.evaluate_on))
 
     def _load(self) -> dict[str, Dataset[Any]]:
         val = self._part(self.evaluate_on, self.evaluation, train=False)
@@ -257,6 +255,15 @@ def _listing(kind: str, root: str, name: str, *, download: bool = False) -> tupl
     images, targets = [Path(path) for path in found.images], [Path(path) for path in found.targets]
     check_files([*images, *targets], f"image set {name} of {folder}")
     return images, targets
+
+
+def _fetch(kind: str, root: str, names: Sequence[str]) -> None:
+    """Download the image sets that are not there; torchvision would unpack 2 GB again for each."""
+    for name in names:
+        try:
+            _listing(kind, root, name)
+        except DataError:
+            _listing(kind, root, name, download=True)
 
 
 def _archive(year: str, image_set: str) -> str:

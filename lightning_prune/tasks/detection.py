@@ -204,7 +204,7 @@ class DetectionTask(LightningModule):
                 )
             if boxes.dtype in (torch.float16, torch.bfloat16):
                 raise ValueError(
-                    f"image {place} of a batch has boxes of {boxes.dtype}, which rounds pixels; train with the Trainer's "
+                    f"image {place} of a batch has boxes of {boxes.dtype}, which rounds pixels; let the Trainer have "
                     'precision="bf16-mixed" or "16-mixed", which leaves boxes as they are.'
                 )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
