@@ -108,7 +108,9 @@ class ClassificationTask(LightningModule):
         """Cross-entropy of one batch, averaged over its images."""
         images, labels = batch
         loss = F.cross_entropy(self._logits(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(labels)
+        )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -114,9 +114,11 @@ class DetectionTask(LightningModule):
         images, targets = self._checked(batch)
         losses = self.detector.losses(self.model, images, [_plain(target) for target in targets], self.global_step)
         loss = torch.stack(list(losses.values())).sum()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(images)
+        )
         for name, part in losses.items():
-            self.log(_part_name(name), part, on_step=False, on_epoch=True, batch_size=len(images))
+            self.log(_part_name(name), part, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""Test runs of segmentation and detection in one or two processes; run by tests/test_task_processes.py.
+"""Runs of segmentation and detection in one or two processes; run by tests/test_task_processes.py.
 
 python -m tests.scripts.task_processes FOLDER PROCESSES
 """
@@ -34,7 +34,8 @@ def masked_pictures() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def runs() -> dict[str, tuple[LightningModule, list[Any], Any]]:
     """Task, samples and what makes a batch of them."""
     torch.manual_seed(0)
-    segmentation = SegmentationTask(nn.Conv2d(3, 4, 3, padding=1), 4, input_size=(3, 16, 16))
+    frozen = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0), "lr_scheduler": "constant"}
+    segmentation = SegmentationTask(nn.Conv2d(3, 4, 3, padding=1), 4, input_size=(3, 16, 16), **frozen)
     samples = pictures(8)
     answers = []
     for _, target in samples:
@@ -57,6 +58,9 @@ def main(folder: Path, processes: int) -> dict[str, dict[str, float]]:
         sampler = DistributedSampler(samples, processes, trainer.global_rank, shuffle=False)
         loader = DataLoader(samples, 2, sampler=sampler, collate_fn=collate)
         (logged[name],) = trainer.test(task, loader, verbose=False)
+        if name == "segmentation":
+            trainer.fit(task, loader, loader)
+            logged[name]["train_loss"] = trainer.callback_metrics["train_loss"].item()
     if trainer.global_rank == 0:
         (folder / f"{processes}.json").write_text(json.dumps(logged))
     return logged
