@@ -44,6 +44,15 @@ def test_training_step_returns_the_sum_of_the_losses_and_logs_each(loss):
     assert total.item() == pytest.approx(logs["train_loss"]) == pytest.approx(parts)
 
 
+@pytest.mark.parametrize("loss", ["ciou", "darknet"])
+def test_numbers_of_other_types_train_the_same(loss):
+    task = yolo_task(loss=loss).eval()
+    task.log = lambda *_, **__: None
+    images, targets = stacked(pictures(4))
+    other = [{"boxes": target["boxes"].int(), "labels": target["labels"].int()} for target in targets]
+    torch.testing.assert_close(task.training_step((images, other), 0), task.training_step((images, targets), 0))
+
+
 def test_stacked_and_listed_images_are_the_same_batch():
     task = yolo_task().eval()
     task.log = lambda *_, **__: None

@@ -225,7 +225,7 @@ def _plain(target: Target) -> Target:
     for flag in ("iscrowd", "difficult"):
         if flag in target:
             keep &= ~target[flag].bool()
-    return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep]}
+    return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
 
 
 def _in_full(found: Detections) -> Detections:
