@@ -78,12 +78,3 @@ def test_sanity_checking_draws_nothing(tmp_path):
     trainer = make_trainer(tmp_path, logger=gallery, num_sanity_val_steps=1, max_epochs=2, log_every_n_steps=1)
     trainer.fit(task, loader(pictures(4)), loader(pictures(4)))
     assert len(gallery.images["val_detections"]) == 2
-
-
-def test_images_of_many_channels_are_shown_in_grey():
-    image = torch.stack([torch.full((12, 12), share) for share in (0.0, 0.2, 0.4, 1.0)])
-    box = {"boxes": torch.tensor([[2.0, 2, 9, 9]]), "scores": torch.ones(1), "labels": torch.tensor([0])}
-    for found in (box, {name: value[:0] for name, value in box.items()}):
-        shown = draw(image, found, ["cat"])
-        assert shown.shape == (3, 12, 12)
-        assert shown[:, 0, 0].tolist() == [102] * 3

@@ -18,7 +18,7 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
     """An image with boxes, class names and scores on it.
 
     Args:
-        image: (C, H, W) in [0, 1]; shown in grey unless C is 3.
+        image: (C, H, W) in [0, 1], C of 1 or 3.
         found: ``boxes``, ``scores`` and ``labels``.
         class_names: by label.
         min_score: boxes below it are left out (darknet draws from 0.5 on).
@@ -32,7 +32,6 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
         >>> draw(torch.zeros(3, 12, 12), found, ["cat"])[:, 5, 2].tolist()  # on the left edge
         [230, 25, 75]
     """
-    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     kept = found["scores"] >= min_score
     if not kept.any():
