@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 
@@ -93,10 +93,11 @@ def torchvision_detector(name: str, classes: int = CLASSES) -> nn.Module:
     """One of torchvision's detectors, tiny; ``classes`` without background."""
     scale = {"min_size": SIDE, "max_size": SIDE}
     anchors = AnchorGenerator(((12, 20, 32),), ((0.5, 1.0, 2.0),))
-    if name == "faster_rcnn":
+    if name in ("faster_rcnn", "mask_rcnn"):
         few = {f"rpn_{n}_nms_top_n_{m}": 40 for n in ("pre", "post") for m in ("train", "test")}
         pool = {"box_detections_per_img": 10, "box_batch_size_per_image": 16}
-        return FasterRCNN(Backbone(False), classes + 1, rpn_anchor_generator=anchors, **scale, **few, **pool)
+        kind = FasterRCNN if name == "faster_rcnn" else MaskRCNN
+        return kind(Backbone(False), classes + 1, rpn_anchor_generator=anchors, **scale, **few, **pool)
     if name == "retinanet":
         return RetinaNet(Backbone(False), classes, anchor_generator=anchors, **scale, score_thresh=0.001)
     if name == "fcos":

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
 
-from lightning_prune.data import ScenesDetection
 from lightning_prune.data.modules import Objects, check_boxes, detection_batch, detection_sample, segmentation_batch
 from lightning_prune.data.transforms import (
     DarknetJitter,
     Letterbox,
     detection_evaluation,
     detection_training,
-    resize_batch,
     segmentation_evaluation,
     segmentation_training,
 )
@@ -190,46 +187,6 @@ def test_bad_boxes_can_be_repaired():
     repaired = check_boxes(objects(boxes), "a.xml", "repair")
     assert repaired.boxes.tolist() == [[0, 0, 100, 60], [1, 2, 3, 4]]
     assert repaired.labels.tolist() == [0, 4]
-
-
-def test_a_batch_at_another_size():
-    images = torch.rand(2, 3, 64, 64)
-    targets = [
-        {"boxes": torch.tensor([[8.0, 16.0, 32.0, 64.0]]), "area": torch.tensor([100.0]), "labels": torch.tensor([3])}
-    ]
-    same, _ = resize_batch(images, targets, 64)
-    assert same is images
-    larger, moved = resize_batch(images, targets, 96)
-    assert larger.shape == (2, 3, 96, 96)
-    assert moved[0]["boxes"].tolist() == [[12, 24, 48, 96]]
-    assert moved[0]["area"].tolist() == [225]
-    assert targets[0]["boxes"].tolist() == [[8, 16, 32, 64]]
-
-
-class Training:
-    training = True
-
-
-def test_multi_scale_draws_another_size_every_ten_batches():
-    module = ScenesDetection(1, size=64, lengths=(1, 1, 1), multi_scale=(32, 96))
-    module.setup()
-    module.trainer = Training()
-    batch = next(iter(module.train_dataloader()))
-    sides = [module.on_after_batch_transfer(batch, 0)[0].shape[-1] for _ in range(200)]
-    tens = np.array(sides).reshape(20, 10)
-    assert (tens == tens[:, :1]).all()
-    assert set(tens[:, 0].tolist()) == {32, 64, 96}
-    module.trainer.training = False
-    assert module.on_after_batch_transfer(batch, 0)[0].shape[-1] == 64
-    module.trainer.training = True
-    with pytest.raises(DataError, match="images of one size"):
-        module.on_after_batch_transfer(([batch[0][0]], batch[1]), 0)
-
-
-@pytest.mark.parametrize("sides", [(320, 600), (608, 320), (0, 64)])
-def test_impossible_scales_are_refused(sides):
-    with pytest.raises(DataError, match="multi_scale"):
-        ScenesDetection(multi_scale=sides)
 
 
 def test_letterbox_pads_masks_with_ignored_pixels():

@@ -12,6 +12,7 @@ from tests.helpers import random_plan
 from tests.helpers_detection import (
     CLASSES,
     SIDE,
+    TORCHVISION,
     listed,
     loader,
     make_trainer,
@@ -122,7 +123,20 @@ def test_the_callback_prunes_yolo_inside_fit(tmp_path, criterion, order):
     assert task.model.coarse.predict.out_channels == 3 * (5 + CLASSES)
 
 
-@pytest.mark.parametrize("name", ["retinanet", "ssd"])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_masked_and_reconstructed_torchvision_detectors_have_the_same_metrics(tmp_path, name):
+    task = DetectionTask(torchvision_detector(name), CLASSES, input_size=(3, SIDE, SIDE), val_loss=True).double()
+    graph = lp.trace(task, ([image.double() for image in task.example_input_array],))
+    plan = lp.GlobalRatio(0.4).select(graph, lp.score(task, graph, lp.L1()))
+    small = lp.reconstruct(task, graph, plan)
+    lp.mask_(task, graph, plan)
+    samples = [(image.double(), target) for image, target in pictures(6)]
+    logged = [make_trainer(tmp_path).test(of, loader(samples), verbose=False)[0] for of in (task, small)]
+    assert logged[0].pop("test_loss") == pytest.approx(logged[1].pop("test_loss"), rel=1e-12)
+    assert logged[0] == pytest.approx(logged[1], abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_the_callback_prunes_a_torchvision_detector(tmp_path, name):
     net = torchvision_detector(name)
     rate = {"optimizer": lambda params: torch.optim.SGD(params, lr=1e-3)}

@@ -44,6 +44,15 @@ def test_training_step_returns_the_sum_of_the_losses_and_logs_each(loss):
     assert total.item() == pytest.approx(logs["train_loss"]) == pytest.approx(parts)
 
 
+@pytest.mark.parametrize("loss", ["ciou", "darknet"])
+def test_numbers_of_other_types_train_the_same(loss):
+    task = yolo_task(loss=loss).eval()
+    task.log = lambda *_, **__: None
+    images, targets = stacked(pictures(4))
+    other = [{"boxes": target["boxes"].int(), "labels": target["labels"].int()} for target in targets]
+    torch.testing.assert_close(task.training_step((images, other), 0), task.training_step((images, targets), 0))
+
+
 def test_stacked_and_listed_images_are_the_same_batch():
     task = yolo_task().eval()
     task.log = lambda *_, **__: None
@@ -190,6 +199,19 @@ def test_overlapping_boxes_of_one_class_are_suppressed_and_clipped():
     torch.testing.assert_close(found["boxes"][0], torch.tensor([0.0, 0.0, 8 + half, 8 + half]))
 
 
+@pytest.mark.parametrize("log_width", [20.0, 100.0])
+def test_an_exploded_box_does_not_disturb_the_suppression_of_others(log_width):
+    task = yolo_task().eval()
+    maps = [torch.full((1, 21, SIDE // s, SIDE // s), -20.0) for s in task.model.strides]
+    maps[1][0, :7, 1, 1] = torch.tensor([0.0, 0, 1, 1, 3, -20, 20])
+    maps[1][0, 7:14, 1, 1] = torch.tensor([0.0, 0, 0.6, 0.6, 2, -20, 20])  # nearly the same
+    maps[1][0, 14:21, 3, 3] = torch.tensor([0.0, 0, log_width, 0, 1, 20, -20])
+    task.model.forward = lambda images: maps
+    (found,) = task.predict_step(torch.zeros(1, 3, SIDE, SIDE), 0)
+    assert found["labels"].tolist() == [1, 0]
+    assert found["boxes"][1, [0, 2]].tolist() == [0, SIDE]
+
+
 def test_few_candidates_are_the_best():
     net = YoloV3Tiny(CLASSES, width=0.25, anchors=ANCHORS)
     images = torch.rand(1, 3, SIDE, SIDE)
@@ -237,6 +259,7 @@ def test_burn_in_raises_the_learning_rate_with_the_fourth_power(tmp_path):
         ({"labels": torch.tensor([-1])}, "labels from -1"),
         ({"labels": torch.tensor([0, 1])}, r"boxes of shape \(1, 4\) and 2 labels"),
         ({"boxes": torch.tensor([[5.0, 5, 5, 9]])}, "box without area"),
+        ({"boxes": torch.tensor([[5, 5, 9, 9]]).bfloat16()}, r"boxes of torch.bfloat16.*precision=\"bf16-mixed\""),
     ],
 )
 def test_batches_in_another_form_are_refused(change, words):
@@ -258,6 +281,7 @@ def test_images_without_targets_are_refused():
         (lambda: DetectionTask(torchvision_detector("fcos"), 3), "FCOS predicts 2 classes and the task has 3"),
         (lambda: DetectionTask(nn.Identity(), 2, detector=YoloDetector()), "takes YoloV3 or YoloV3Tiny, got Identity"),
         (lambda: TorchvisionDetector().losses(nn.Identity(), [], [], 0), "Identity is none of torchvision's detectors"),
+        (lambda: DetectionTask(torchvision_detector("mask_rcnn"), 2), "MaskRCNN trains on more than boxes"),
         (lambda: yolo_task(0), "num_classes"),
         (lambda: yolo_task(burn_in=-1), "burn_in"),
         (lambda: yolo_task(class_names=["one"]), "2 names, got 1"),

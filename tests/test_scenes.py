@@ -209,6 +209,7 @@ def test_detection_batches():
         {"objects": (3, 2)},
         {"objects": (-1, 2)},
         {"extent": (0.0, 0.4)},
+        {"extent": (0.03, 0.4)},  # of 128 pixels
         {"extent": (0.5, 0.8)},
         {"hidden": 1.0},
     ],

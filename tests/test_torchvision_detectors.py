@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,3 +72,22 @@ def test_a_network_of_torchvisions_own_recipe_is_known():
     TorchvisionDetector().check(net, 3)
     with pytest.raises(ValueError, match=r"SSD predicts 3 classes and the task has 4: .* num_classes=5 \(background"):
         TorchvisionDetector().check(net, 4)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_the_validation_loss_is_a_function_of_weights_and_data(name):
+    """Faster R-CNN samples its proposals; all resize to a size that they draw in train mode."""
+    task = DetectionTask(torchvision_detector(name), CLASSES, input_size=(3, SIDE, SIDE), val_loss=True).eval()
+    task.model.transform.min_size = (SIDE // 2, SIDE)  # the last one is for evaluation
+    task.trainer = SimpleNamespace(sanity_checking=True, global_step=0)
+    logged = []
+    task.log = lambda name, value, **_: logged.append(value.item())
+    before = torch.get_rng_state()
+    task.validation_step(stacked(pictures(4)), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    task.validation_step(stacked(pictures(4)), 0)
+    assert logged[0] == logged[1]
+    task.model.transform.min_size = (SIDE,)
+    task.validation_step(stacked(pictures(4)), 0)
+    assert logged[2] == logged[0]

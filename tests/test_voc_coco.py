@@ -38,7 +38,8 @@ def tree(trees, tmp_path):
 
 
 def voc_boxes(root, **options):
-    module = VOCDetection(str(root), 2, **{"classes": DIGITS, "size": None, "num_workers": 0, **options})
+    settings = {"batch_size": 2, "classes": DIGITS, "size": None, "num_workers": 0, **options}
+    module = VOCDetection(str(root), **settings)
     module.setup()
     return module
 
@@ -142,6 +143,9 @@ def test_an_annotation_by_hand(tmp_path):
         ("<xmin>11</xmin>", "", r"a\.xml, object 1: bndbox/xmin is missing"),
         (">6.0<", ">six<", r"a\.xml, object 1: bndbox/ymin is 'six', not a number"),
         ("<width>100</width>", "", r"a\.xml: size/width is missing"),
+        ("<width>100</width>", "<width>nan</width>", r"a\.xml: size/width is 'nan', not a number"),
+        (">6.0<", ">inf<", r"a\.xml, object 1: bndbox/ymin is 'inf', not a number"),
+        ("<annotation>", "<?xml version='1.0' encoding='klingon'?><annotation>", "line 1: no valid XML .*klingon"),
         (">11<", ">21<", r"a\.xml: box 1, .* has no area"),
     ],
 )
@@ -236,6 +240,13 @@ def test_masks_of_unknown_classes_or_colours_are_refused(tree):
         voc_masks(tree).parts["val"][0]
 
 
+def test_less_than_one_batch_to_train_on_is_refused(tree):
+    """Lightning would train on nothing, and say so in a warning only."""
+    with pytest.raises(DataError, match=r"5 training images are less than one batch of 16, .* drop_last: false"):
+        voc_boxes(tree, batch_size=16).train_dataloader()
+    assert len(voc_boxes(tree, batch_size=16, drop_last=False).train_dataloader()) == 1
+
+
 def test_an_empty_image_set_is_refused(tree):
     (tree / "VOCdevkit/VOC2012/ImageSets/Main/train.txt").write_text("")
     with pytest.raises(DataError, match="train part holds no image"):
@@ -258,8 +269,8 @@ def test_sbd_adds_training_images(tree):
         voc_masks(tree, sbd_root=str(sbd))
 
 
-def test_voc_downloads_only_when_asked(tmp_path, monkeypatch):
-    asked = []
+def test_voc_downloads_only_when_asked_and_not_there(tree, tmp_path_factory, monkeypatch):
+    asked, empty = [], str(tmp_path_factory.mktemp("empty"))
 
     def download(url, root, **_):
         asked.append(url)
@@ -267,9 +278,12 @@ def test_voc_downloads_only_when_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", download)
     for kind in (VOCDetection, VOCSegmentation):
-        kind(str(tmp_path)).prepare_data()
+        kind(empty).prepare_data()
         with pytest.raises(DataError, match="no route to host"):
-            kind(str(tmp_path), download=True).prepare_data()
+            kind(empty, download=True).prepare_data()
+    assert len(asked) == 2
+    for kind in (VOCDetection, VOCSegmentation):
+        kind(str(tree), download=True).prepare_data()  # all there
     assert len(asked) == 2
     assert "VOCtrainval_11-May-2012" in asked[0]
 
@@ -308,6 +322,14 @@ def test_classes_are_unknown_before_the_file_is_read(tree):
         (lambda c: c.pop("categories"), "no instances file of COCO: it has no categories"),
         (lambda c: c["annotations"][0].update(category_id=99), "annotation 1 has the unknown category 99"),
         (lambda c: c["annotations"][1].pop("bbox"), "number 2 of its annotations has no bbox"),
+        (lambda c: c["annotations"][1].update(bbox=None), "number 2 of its annotations has no bbox, or of the wrong"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"annotation 2: bbox is \[1, 2, 3\], not \[x, y, width"),
+        (lambda c: c["annotations"][0].update(bbox=["1"] * 4), r"annotation 1: bbox is \['1', "),
+        (lambda c: c["annotations"].append(3), "of its annotations has no id, image_id, "),
+        (lambda c: c.update(annotations=None), "it has no annotations"),
+        (lambda c: c["images"][0].update(height="64"), "number 1 of its images has no height, or of the wrong type"),
+        (lambda c: c["images"].append(c["images"][0]), "its images are 6 with 5 different ids"),
+        (lambda c: c["categories"][3].update(name="0"), "two categories are called '0'"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 is of image 99, which the file does not"),
         (lambda c: c["images"][0].update(file_name="x.jpg"), r"x\.jpg does not exist \(1 of 5 files"),
     ],

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset, default_collate
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
 
+from lightning_prune.data.modules import PartsDataModule
 from lightning_prune.errors import DataError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-Batch = tuple[Tensor, Tensor]
 
 
-class CIFAR10DataModule(LightningDataModule):
+class CIFAR10DataModule(PartsDataModule):
     """CIFAR-10 as (N, 3, 32, 32) images: random crop of 32 after padding by 4, horizontal flip, standardised.
 
     Settings of Lee et al., Sensors 23(4):2102, 2023. Their published accuracies are the best test epoch; here a
@@ -38,6 +39,7 @@ class CIFAR10DataModule(LightningDataModule):
         DataError: missing or damaged files, naming the folder and the way out.
     """
 
+    collate = staticmethod(default_collate)
     num_classes = 10
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -52,64 +54,35 @@ class CIFAR10DataModule(LightningDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, drop_last)
         self.root = root
-        self.batch_size = batch_size
         self.download = download
         self.val_size = val_size
         self.seed = seed
-        self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.parts: dict[str, Dataset[Any]] = {}
 
     def prepare_data(self) -> None:
         if self.download:
-            self._load(train=True, transform=None, download=True)
+            self._files(train=True, transform=None, download=True)
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.parts:
-            return
-        from torchvision.transforms import v2
-
+    def _load(self) -> dict[str, Dataset[Any]]:
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         augmented = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *to_tensor])
         plain = v2.Compose(to_tensor)
-        train = self._load(train=True, transform=augmented)
-        test = self._load(train=False, transform=plain)
+        train = self._files(train=True, transform=augmented)
+        test = self._files(train=False, transform=plain)
         if not 0 <= self.val_size < len(train):
             raise DataError(f"val_size must be in [0, {len(train)}), got {self.val_size}")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out, rest = order[: self.val_size], order[self.val_size :]
         unaugmented = copy.copy(train)  # the same 150 MB of pixels
         unaugmented.transform = plain
-        self.parts = {
+        return {
             "train": Subset(train, sorted(rest)),
             "val": Subset(unaugmented, sorted(held_out)) if held_out else test,
             "test": test,
         }
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("train", shuffle=True, drop_last=self.drop_last)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader("test")
-
-    def _loader(self, part: str, **options: Any) -> DataLoader[Batch]:
-        return DataLoader(
-            self.parts[part],
-            self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
-
-    def _load(self, *, train: bool, transform: Callable[[Any], Tensor] | None, download: bool = False) -> Any:
-        from torchvision.datasets import CIFAR10
-
+    def _files(self, *, train: bool, transform: Callable[[Any], Tensor] | None, download: bool = False) -> Any:
         try:
             return CIFAR10(self.root, train=train, transform=transform, download=download)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

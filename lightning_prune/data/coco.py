@@ -40,7 +40,6 @@ class COCODetection(DetectionDataModule):
         classes: names of the categories to learn, in the order of the labels; None: all of the training file.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
-        multi_scale: see `DetectionDataModule`.
         bad_boxes: see `check_boxes`; "repair" because COCO's own files hold boxes without area.
         drop_last: leave out the last, smaller training batch.
         num_workers: processes that load.
@@ -60,12 +59,11 @@ class COCODetection(DetectionDataModule):
         classes: Sequence[str] | None = None,
         size: int | None = 416,
         augment: Augmentation = "yolo",
-        multi_scale: tuple[int, int] | None = None,
         bad_boxes: BadBoxes = "repair",
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        super().__init__(batch_size, num_workers, drop_last)
         self.root = root
         self.train_on = train_on
         self.evaluate_on = evaluate_on
@@ -95,7 +93,8 @@ class COCODetection(DetectionDataModule):
         images = [index.imgs[number] for number in sorted(index.imgs)]
         paths = [root / name / image["file_name"] for image in images]
         check_files(paths, path)
-        objects = [image_objects(index, image["id"], self.class_names, path, self.bad_boxes) for image in images]
+        labels = category_labels(index, self.class_names, path)
+        objects = [image_objects(index, image["id"], labels, path, self.bad_boxes) for image in images]
         return DetectionFiles(paths, [found.plain() for found in objects] if train else objects, transforms)
 
 
@@ -128,46 +127,66 @@ def read_instances(path: Path) -> Any:
     return index
 
 
-_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
-    "categories": ("id", "name"),
+_NUMBER, _ID = (int, float), (int, str)
+_ROWS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": _ID, "file_name": (str,), "height": _NUMBER, "width": _NUMBER},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (list,), "area": _NUMBER},
+    "categories": {"id": _ID, "name": (str,)},
 }
 
 
 def _check_rows(content: Any, path: Path) -> None:
-    missing = [part for part in _KEYS if not isinstance(content, dict) or part not in content]
+    missing = [part for part in _ROWS if not isinstance(content, dict) or not isinstance(content.get(part), list)]
     if missing:
         raise DataError(f"{path} is no instances file of COCO: it has no {', '.join(missing)}")
-    for part, keys in _KEYS.items():
+    for part, keys in _ROWS.items():
         for number, row in enumerate(content[part], 1):
-            if lacking := [key for key in keys if key not in row]:
-                raise DataError(f"{path}: number {number} of its {part} has no {', '.join(lacking)}")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
+            row = row if isinstance(row, dict) else {}
+            if wrong := [key for key, kinds in keys.items() if not isinstance(row.get(key), kinds)]:
+                raise DataError(
+                    f"{path}: number {number} of its {part} has no {', '.join(wrong)}, or of the wrong type"
+                )
+    images, categories = (_numbers(content[part], part, path) for part in ("images", "categories"))
     for row in content["annotations"]:
         where = f"{path}: annotation {row['id']}"
         if row["image_id"] not in images:
             raise DataError(f"{where} is of image {row['image_id']}, which the file does not list")
         if row["category_id"] not in categories:
             raise DataError(f"{where} has the unknown category {row['category_id']}, which the file does not define")
+        if len(row["bbox"]) != 4 or not all(isinstance(edge, _NUMBER) for edge in row["bbox"]):
+            raise DataError(f"{where}: bbox is {row['bbox']}, not [x, y, width, height]")
+
+
+def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str]:
+    """The ids of images or categories, each of which must be there once."""
+    numbers = {row["id"] for row in rows}
+    if len(numbers) < len(rows):
+        raise DataError(f"{path}: its {part} are {len(rows)} with {len(numbers)} different ids")
+    return numbers
+
+
+def category_labels(index: Any, classes: Sequence[str], path: Path) -> dict[int | str, int]:
+    """The label of every category that is one of ``classes``.
+
+    Raises:
+        DataError: a class that the file does not have, or has twice.
+    """
+    names = [row["name"] for row in index.cats.values()]
+    for name in classes:
+        if names.count(name) != 1:
+            found = "unknown class" if name not in names else "two categories are called"
+            raise DataError(f"{path}: {found} {name!r}; the file's are {', '.join(sorted(names))}")
+    return {number: classes.index(row["name"]) for number, row in index.cats.items() if row["name"] in classes}
 
 
 def image_objects(
-    index: Any, image_id: int, classes: Sequence[str], path: Path, bad_boxes: BadBoxes = "repair"
+    index: Any, image_id: int, labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes = "repair"
 ) -> Objects:
-    """The objects of one image whose category is one of ``classes``; boxes (x, y, width, height) become corners.
+    """The objects of one image whose category has a label; boxes (x, y, width, height) become corners.
 
     Raises:
-        DataError: a class that the file does not have, or a bad box.
+        DataError: a bad box.
     """
-    labels = {row["id"]: classes.index(name) for row in index.cats.values() if (name := row["name"]) in classes}
-    if len(labels) < len(classes):
-        known = {row["name"] for row in index.cats.values()}
-        raise DataError(
-            f"{path}: unknown class {next(name for name in classes if name not in known)!r}; the file's are "
-            f"{', '.join(sorted(known))}"
-        )
     rows = [row for row in index.imgToAnns[image_id] if row["category_id"] in labels]
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transform
 
-from lightning_prune.data.transforms import IGNORE, Target, resize_batch
+from lightning_prune.data.transforms import IGNORE, Target
 from lightning_prune.errors import DataError
 
 BadBoxes = Literal["refuse", "repair"]
@@ -221,6 +221,12 @@ class PartsDataModule(LightningDataModule, ABC):
             self.parts = parts
 
     def train_dataloader(self) -> DataLoader[Any]:
+        part = self.parts["train"]
+        if self.drop_last and isinstance(part, Sized) and len(part) < self.batch_size:
+            raise DataError(
+                f"{type(self).__name__}: {len(part)} training images are less than one batch of {self.batch_size}, and "
+                "drop_last leaves them out: lower batch_size, or set drop_last: false"
+            )
         return self._loader("train", shuffle=True, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -252,37 +258,6 @@ class DetectionDataModule(PartsDataModule):
 
     A target holds ``boxes`` (n, 4) x1 y1 x2 y2 in pixels, ``labels`` (n,) from 0, ``difficult`` and ``iscrowd`` (n,)
     bool, ``area`` (n,), ``image_id`` and ``orig_size`` (height, width).
-
-    Args:
-        batch_size: images per batch.
-        num_workers: processes that load.
-        drop_last: leave out the last, smaller training batch.
-        multi_scale: smallest and largest side in pixels; every ten training batches another multiple of 32 between
-            them is drawn (darknet: 320 and 608). None: always the same.
     """
 
     collate = staticmethod(detection_batch)
-
-    def __init__(
-        self, batch_size: int, num_workers: int, drop_last: bool, multi_scale: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(batch_size, num_workers, drop_last)
-        if multi_scale is not None and not (
-            32 <= multi_scale[0] <= multi_scale[1] and not any(s % 32 for s in multi_scale)
-        ):
-            raise DataError(f"multi_scale must be (smallest, largest), multiples of 32, got {multi_scale}")
-        self.multi_scale = multi_scale
-        self._batches = 0
-        self._side = 0
-
-    def on_after_batch_transfer(self, batch: DetectionBatch, dataloader_idx: int) -> DetectionBatch:
-        if self.multi_scale is None or self.trainer is None or not self.trainer.training:
-            return batch
-        images, targets = batch
-        if not isinstance(images, Tensor):
-            raise DataError("multi_scale needs images of one size: set size, so that they are letterboxed")
-        if self._batches % 10 == 0:
-            low, high = (side // 32 for side in self.multi_scale)
-            self._side = 32 * int(torch.randint(low, high + 1, ()))
-        self._batches += 1
-        return resize_batch(images, targets, self._side)

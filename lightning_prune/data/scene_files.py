@@ -22,7 +22,8 @@ def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str
     Args:
         scenes: what to write.
         root: folder in which ``VOCdevkit/VOCyear`` is made, or added to.
-        image_set: "train", "val", "trainval" or "test"; the lists of this name are made.
+        image_set: "train", "val", "trainval" or "test"; the lists of this name are made. `VOCDetection` and
+            `VOCSegmentation` read "test" of 2007 alone, as VOC's later ones were never published.
         year: of the folder's name.
 
     Returns:

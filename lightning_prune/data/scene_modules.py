@@ -65,7 +65,6 @@ class ScenesDetection(DetectionDataModule):
         objects: fewest and most digits per scene.
         extent: smallest and largest height of a digit as a share of ``size``.
         seed: of the scenes.
-        multi_scale: see `DetectionDataModule`.
         drop_last: leave out the last, smaller training batch.
         num_workers: processes that render; 0 is right, a scene takes a millisecond.
 
@@ -85,11 +84,10 @@ class ScenesDetection(DetectionDataModule):
         objects: tuple[int, int] = (1, 5),
         extent: tuple[float, float] = (0.2, 0.45),
         seed: int = 0,
-        multi_scale: tuple[int, int] | None = None,
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        super().__init__(batch_size, num_workers, drop_last)
         self.scenes = _scenes(lengths, size=size, objects=objects, extent=extent, seed=seed)
 
     def _load(self) -> dict[str, Dataset[Any]]:

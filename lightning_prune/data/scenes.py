@@ -60,7 +60,7 @@ class Scenes:
         length: number of scenes.
         size: height and width in pixels, at least 32.
         objects: fewest and most digits per scene; some are left out where they would hide another.
-        extent: smallest and largest height of a digit as a share of ``size``.
+        extent: smallest and largest height of a digit as a share of ``size``; at least 4 pixels.
         hidden: largest share of a digit's ink that later ones may cover.
         seed: of everything, the split of the digits included.
 
@@ -90,8 +90,11 @@ class Scenes:
             raise DataError(f"length must be at least 1 and size at least 32 pixels, got {length} and {size}")
         if not 0 <= objects[0] <= objects[1] <= 100:
             raise DataError(f"objects must be (fewest, most) within 0 and 100, got {objects}")
-        if not 0 < extent[0] <= extent[1] <= 0.7:
-            raise DataError(f"extent must be (smallest, largest) share of the size within 0 and 0.7, got {extent}")
+        if not 4 / size <= extent[0] <= extent[1] <= 0.7:
+            raise DataError(
+                f"extent must be (smallest, largest) share of the size, within {4 / size:g} (4 pixels) and 0.7, "
+                f"got {extent}"
+            )
         if not 0 <= hidden < 1:
             raise DataError(f"hidden must lie in [0, 1), got {hidden}")
         self.part = part

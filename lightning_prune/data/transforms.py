@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -150,19 +149,3 @@ def _letterbox(size: int | None) -> list[nn.Module]:
 def _rows(sample: tuple[Any, Target]) -> tuple[Tensor, ...]:
     """What goes with a box when it goes."""
     return tuple(sample[1][name] for name in ("labels", "iscrowd", "difficult", "area"))
-
-
-def resize_batch(images: Tensor, targets: list[Target], side: int) -> tuple[Tensor, list[Target]]:
-    """The same batch of square images at another size, boxes with it: one step of multi-scale training.
-
-    Args:
-        images: (N, 3, S, S).
-        targets: as detection batches carry them.
-        side: new height and width in pixels.
-    """
-    scale = side / images.shape[-1]
-    if scale == 1:
-        return images, targets
-    resized = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=scale < 1)
-    moved = [{**target, "boxes": target["boxes"] * scale, "area": target["area"] * scale**2} for target in targets]
-    return resized, moved

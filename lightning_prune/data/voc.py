@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,7 @@ class VOCSegmentation(SegmentationDataModule):
 
     def prepare_data(self) -> None:
         if self.download:
-            for name in dict.fromkeys((*self.train_on, *self.evaluate_on)):
-                _listing("VOCSegmentation", self.root, name, download=True)
+            _fetch("VOCSegmentation", self.root, (*self.train_on, *self.evaluate_on))
 
     def _load(self) -> dict[str, Dataset[Any]]:
         training = segmentation_training(self.base, self.crop)
@@ -125,7 +125,6 @@ class VOCDetection(DetectionDataModule):
         classes: names of the classes.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
-        multi_scale: see `DetectionDataModule`.
         bad_boxes: see `check_boxes`.
         download: fetch the data if they are not there.
         drop_last: leave out the last, smaller training batch.
@@ -146,13 +145,12 @@ class VOCDetection(DetectionDataModule):
         classes: Sequence[str] = VOC_CLASSES,
         size: int | None = 416,
         augment: Augmentation = "yolo",
-        multi_scale: tuple[int, int] | None = None,
         bad_boxes: BadBoxes = "refuse",
         download: bool = False,
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last, multi_scale)
+        super().__init__(batch_size, num_workers, drop_last)
         self.root = root
         self.train_on = tuple(train_on)
         self.evaluate_on = tuple(evaluate_on)
@@ -165,8 +163,7 @@ class VOCDetection(DetectionDataModule):
 
     def prepare_data(self) -> None:
         if self.download:
-            for name in dict.fromkeys((*self.train_on, *self.evaluate_on)):
-                _listing("VOCDetection", self.root, name, download=True)
+            _fetch("VOCDetection", self.root, (*self.train_on, *self.evaluate_on))
 
     def _load(self) -> dict[str, Dataset[Any]]:
         val = self._part(self.evaluate_on, self.evaluation, train=False)
@@ -201,6 +198,8 @@ def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_b
     except ElementTree.ParseError as error:
         line, column = error.position
         raise DataError(f"{path}, line {line}, column {column + 1}: no valid XML ({error}); unpack it again") from error
+    except (LookupError, ValueError) as error:  # of the encoding that the first line names
+        raise DataError(f"{path}, line 1: no valid XML ({error}); unpack it again") from error
     size = int(_number(root, "size/height", str(path))), int(_number(root, "size/width", str(path)))
     boxes, labels, difficult = [], [], []
     for number, item in enumerate(root.findall("object"), 1):
@@ -228,9 +227,12 @@ def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_b
 def _number(element: ElementTree.Element, name: str, where: str) -> float:
     text = element.findtext(name)
     try:
-        return float(text if text is not None else "")
-    except ValueError as error:
-        raise DataError(f"{where}: {name} is {'missing' if text is None else repr(text)}, not a number") from error
+        number = float(text or "")
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {name} is {'missing' if text is None else repr(text)}, not a number")
+    return number
 
 
 def _listing(kind: str, root: str, name: str, *, download: bool = False) -> tuple[list[Path], list[Path]]:
@@ -253,6 +255,15 @@ def _listing(kind: str, root: str, name: str, *, download: bool = False) -> tupl
     images, targets = [Path(path) for path in found.images], [Path(path) for path in found.targets]
     check_files([*images, *targets], f"image set {name} of {folder}")
     return images, targets
+
+
+def _fetch(kind: str, root: str, names: Sequence[str]) -> None:
+    """Download the image sets that are not there; torchvision would unpack 2 GB again for each."""
+    for name in names:
+        try:
+            _listing(kind, root, name)
+        except DataError:
+            _listing(kind, root, name, download=True)
 
 
 def _archive(year: str, image_set: str) -> str:

@@ -55,8 +55,8 @@ def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, lis
     squares, placements = [], []
     for image in images:
         height, width = image.shape[-2:]
-        factor = size / max(height, width)
-        inner = max(1, int(height * factor)), max(1, int(width * factor))
+        longer = max(height, width)
+        inner = max(1, height * size // longer), max(1, width * size // longer)
         top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
         if inner != (height, width):
             image = F.interpolate(image[None], size=inner, mode="bilinear", align_corners=False)[0]

@@ -108,7 +108,9 @@ class ClassificationTask(LightningModule):
         """Cross-entropy of one batch, averaged over its images."""
         images, labels = batch
         loss = F.cross_entropy(self._logits(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(labels)
+        )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -127,13 +129,14 @@ class ClassificationTask(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compute the validation curves and log the macro AUC."""
         self.val_roc = self._close_curve(self._val_curve)
-        self.log("val_auc", self.val_roc.macro_auc)
+        self.log("val_auc", self.val_roc.macro_auc, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Compute the test curves and log the AUC, macro and of every class."""
         self.test_roc = self._close_curve(self._test_curve)
-        self.log("test_auc", self.test_roc.macro_auc)
-        self.log_dict({f"test_auc_class_{c}": area for c, area in enumerate(self.test_roc.auc.tolist())})
+        self.log("test_auc", self.test_roc.macro_auc, sync_dist=True)
+        areas = self.test_roc.auc.tolist()
+        self.log_dict({f"test_auc_class_{c}": area for c, area in enumerate(areas)}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""

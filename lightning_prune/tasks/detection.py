@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
@@ -113,9 +114,11 @@ class DetectionTask(LightningModule):
         images, targets = self._checked(batch)
         losses = self.detector.losses(self.model, images, [_plain(target) for target in targets], self.global_step)
         loss = torch.stack(list(losses.values())).sum()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(images)
+        )
         for name, part in losses.items():
-            self.log(_part_name(name), part, on_step=False, on_epoch=True, batch_size=len(images))
+            self.log(_part_name(name), part, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -144,11 +147,11 @@ class DetectionTask(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the test's mean average precisions, also of every class and at a high score."""
         results = self._close("test", self.test_coco, self.test_voc)
-        self.log_dict({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
+        self._log_same({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
         self.test_voc_high.reset()
         per_class = torch.full((self.num_classes,), torch.nan)
         per_class[results["classes"].view(-1).long().cpu()] = _defined(results["map_per_class"]).view(-1).cpu()
-        self.log_dict({f"test_map_class_{label}": value for label, value in enumerate(per_class.tolist())})
+        self._log_same({f"test_map_class_{label}": value for label, value in enumerate(per_class)})
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""
@@ -174,7 +177,9 @@ class DetectionTask(LightningModule):
             metric.update(found, targets)
         if self.val_loss:
             plain = [_plain(target) for target in targets]
-            losses = self.detector.losses(self.model, images, plain, self.global_step)
+            with isolate_rng():  # Faster R-CNN samples its proposals: alike every time, and training goes on as without
+                torch.manual_seed(batch_idx)
+                losses = self.detector.losses(self.model, images, plain, self.global_step)
             loss = torch.stack(list(losses.values())).sum()
             self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
         if batch_idx == 0 and not self.trainer.sanity_checking:
@@ -184,11 +189,15 @@ class DetectionTask(LightningModule):
 
     def _close(self, stage: str, coco: MeanAveragePrecision, voc: VocMeanAveragePrecision) -> dict[str, Tensor]:
         results: dict[str, Tensor] = coco.compute()
-        self.log_dict({f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES})
-        self.log_dict({f"{stage}_map_{name}": value for name, value in voc.compute().items()})
+        logged = {f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES}
+        self._log_same(logged | {f"{stage}_map_{name}": value for name, value in voc.compute().items()})
         coco.reset()
         voc.reset()
         return results
+
+    def _log_same(self, values: dict[str, Tensor]) -> None:
+        """Log what is over all processes already; saying so keeps Lightning from advising otherwise."""
+        self.log_dict({name: float(value) for name, value in values.items()}, sync_dist=True)
 
     def _checked(self, batch: Batch) -> Batch:
         images, targets = batch
@@ -200,6 +209,11 @@ class DetectionTask(LightningModule):
                 raise ValueError(
                     f"image {place} of a batch has boxes of shape {tuple(boxes.shape)} and {len(labels)} labels; "
                     "boxes are (n, 4) and labels (n,)."
+                )
+            if boxes.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"image {place} of a batch has boxes of {boxes.dtype}, which rounds pixels; let the Trainer have "
+                    'precision="bf16-mixed" or "16-mixed", which leaves boxes as they are.'
                 )
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(
@@ -217,7 +231,7 @@ def _plain(target: Target) -> Target:
     for flag in ("iscrowd", "difficult"):
         if flag in target:
             keep &= ~target[flag].bool()
-    return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep]}
+    return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
 
 
 def _in_full(found: Detections) -> Detections:

@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
@@ -151,6 +149,8 @@ class YoloDetector(Detector):
         found = zip(*decode(_in_full(model(batch)), _yolo(model)), placements, strict=True)
         results = []
         for boxes, scores, placement in found:
+            # Suppression keeps classes apart by shifts beyond the largest box, which an exploded one would void.
+            boxes = boxes.clamp(-self.size, 2 * self.size)
             place, label = (scores > self.min_score).nonzero(as_tuple=True)
             score = scores[place, label]
             if len(score) > self.max_candidates:
@@ -176,6 +176,8 @@ class TorchvisionDetector(Detector):
         self.background = background
 
     def check(self, model: nn.Module, num_classes: int) -> None:
+        if isinstance(model, MaskRCNN | KeypointRCNN):
+            raise ValueError(f"{type(model).__name__} trains on more than boxes, which is all that targets hold here")
         outputs = _outputs(model)
         if outputs is not None:
             _same_classes(model, outputs - self._offset(model), num_classes, outputs - self._offset(model) != outputs)
@@ -262,11 +264,10 @@ def _same_classes(model: nn.Module, has: int, wanted: int, background: bool = Fa
 
 @contextmanager
 def _returning_losses(model: nn.Module) -> Iterator[None]:
-    """Train mode for all that decides what is returned; batch norm and dropout stay as they are."""
+    """Train mode for the modules that call others, which decide what is returned; batch norm, dropout... stay."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
-        if not isinstance(module, _BatchNorm | _DropoutNd):
-            module.training = True
+        module.training |= module is model or any(True for _ in module.children())
     try:
         yield
     finally:

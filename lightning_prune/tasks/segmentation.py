@@ -99,7 +99,9 @@ class SegmentationTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         loss = self.loss(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch[1])
+        )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -122,8 +124,10 @@ class SegmentationTask(LightningModule):
         return [draw_classes(image, classes) for image, classes in shown]
 
     def on_test_epoch_end(self) -> None:
-        """Log the IoU of every class."""
-        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(class_iou(self.test_miou.confmat).tolist())})
+        """Log the IoU of every class, over all processes."""
+        with self.test_miou.sync_context():
+            ious = class_iou(self.test_miou.confmat).tolist()
+        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(ious)}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule in the form that Lightning expects."""
@@ -153,12 +157,13 @@ class SegmentationTask(LightningModule):
         return heads["out"], heads.get("aux")
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()  # a sum over a million pixels
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, miou: MulticlassJaccardIndex) -> None:
         images, masks = batch
-        logits = self._logits(images, masks)[0].float()
+        logits = self._logits(images, masks)[0]
         classes = logits.argmax(dim=1)
         accuracy.update(classes, masks)
         miou.update(classes, masks)
