@@ -106,7 +106,7 @@ def test_score_batches_and_epochs_limit_the_pass() -> None:
             calls.append(batch_idx)
             return super().training_step(batch, batch_idx)
 
-    fit(Counting(), ScoringCallback(LRE(), score_batches=3, score_epochs=2), epochs=0)
+    fit(Counting(), ScoringCallback(LRE(), score_batches=3.0, score_epochs=2), epochs=0)  # as YAML may have it
     assert calls == [0, 1, 2] * 2
 
 

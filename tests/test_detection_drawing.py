@@ -6,7 +6,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_prune.tasks import SegmentationTask
-from lightning_prune.tasks.drawing import draw, log_images
+from lightning_prune.tasks.drawing import draw, draw_classes, log_images
 from tests.helpers_detection import SIDE, loader, make_trainer, oracle_task, pictures, stacked, sure, yolo_task
 
 
@@ -72,6 +72,12 @@ def test_weak_boxes_and_grey_images():
     found["scores"] += 0.02
     assert draw(torch.ones(1, 8, 8), found, ["a"]).shape == (3, 256, 256)
     assert draw(torch.ones(1, 8, 8), found, ["a"]).min() < 255
+
+
+def test_images_of_more_channels_are_drawn_in_grey():
+    drawn = draw_classes(torch.rand(6, 256, 256), torch.zeros(256, 256, dtype=torch.int64))
+    assert drawn.shape == (3, 256, 256)
+    assert torch.equal(drawn[0], drawn[2])
 
 
 def test_true_boxes_have_names_without_scores():

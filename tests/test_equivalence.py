@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.criteria import L1
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import ReconstructionError
+from lightning_prune.graph import trace
+from lightning_prune.masking import mask_
+from lightning_prune.reconstruction import reconstruct
+from lightning_prune.scoring import score
+from lightning_prune.selection import LayerRatio
+from tests.helpers_detection import SIDE, torchvision_detector
 from tests.zoo import build, images
 
 
@@ -195,3 +202,26 @@ def test_a_model_that_insists_on_its_type_is_compared_in_it() -> None:
     assert (report.dtype, report.tolerance) == ("float32", 1e-5)
     with pytest.raises(TypeError, match="float32 expected"):
         check_lossless(model, model, torch.randn(2, 3).half(), dtype=None)
+
+
+def test_detectors_that_find_nothing_are_compared_by_what_their_modules_compute() -> None:
+    x = ([torch.rand(3, SIDE, SIDE)],)
+    torch.manual_seed(0)
+    detector, other = torchvision_detector("fcos").eval(), torchvision_detector("fcos").eval()
+    detector.score_thresh = other.score_thresh = 0.99
+    assert not detector(*x)[0]["boxes"].numel()
+    assert check_lossless(detector, copy.deepcopy(detector), x).max_rel_error == 0
+    assert not check_lossless(detector, other, x).passed  # nothing of the two is alike but the emptiness
+    graph = trace(detector, x)
+    plan = LayerRatio(0.5).select(graph, score(detector, graph, L1()))
+    small = reconstruct(detector, graph, plan)
+    assert not check_lossless(detector, small, x).passed
+    with mask_(detector, graph, plan):
+        report = check_lossless(detector, small, x)
+    assert report.passed
+    assert report.outputs > 5  # the heads' maps
+
+
+def test_emptiness_without_modules_is_refused() -> None:
+    with pytest.raises(ReconstructionError, match="nothing but empty tensors"):
+        compare(torch.zeros(0, 4), torch.zeros(0, 4))

@@ -19,18 +19,21 @@ from lightning_prune.errors import CallbackError, ScoreError
 Amount = int | float | None
 
 
-def check_amount(name: str, amount: Amount) -> None:
-    """Refuse anything but a number of batches, a share of them, or None for all.
+def checked_amount(name: str, amount: Amount) -> Amount:
+    """A number of batches, a share of them, or None for all; configurations may turn 32 into 32.0, which is a number.
 
     Raises:
-        CallbackError: names the argument and what it got.
+        CallbackError: anything else; names the argument and what it got.
     """
+    if isinstance(amount, float) and amount > 1 and amount.is_integer():
+        return int(amount)
     count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
     share = isinstance(amount, float) and 0 < amount < 1
     if amount is not None and not count and not share:
         raise CallbackError(
             f"{name} must be at least 1 (batches), a share in (0, 1), or None for all batches, got {amount!r}"
         )
+    return amount
 
 
 def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) -> Iterator[tuple[int, Any]]:

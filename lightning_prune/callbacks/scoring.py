@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs, same_module, uncompiled
-from lightning_prune.callbacks.passes import Amount, check_amount, loss_of, training_batches, training_step_alone
+from lightning_prune.callbacks.passes import Amount, checked_amount, loss_of, training_batches, training_step_alone
 from lightning_prune.callbacks.processes import sum_over_processes_
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
@@ -64,13 +64,12 @@ class ScoringCallback(Callback):
         statistics: bool = False,
         baseline: dict[str, Tensor] | None = None,
     ) -> None:
-        check_amount("score_batches", score_batches)
         if score_epochs < 1:
             raise CallbackError(f"score_epochs must be at least 1, got {score_epochs!r}")
         if start != "end" and (not isinstance(start, int) or isinstance(start, bool) or start < 0):
             raise CallbackError(f"start must be an epoch (0, 1, ...) or 'end', got {start!r}")
         self.criterion = criterion_from(criterion)
-        self.score_batches = score_batches
+        self.score_batches = checked_amount("score_batches", score_batches)
         self.score_epochs = score_epochs
         self.update_weights = update_weights
         self.bn_mode = bn_mode

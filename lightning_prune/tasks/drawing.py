@@ -22,7 +22,7 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
     """An image with boxes, class names and scores on it.
 
     Args:
-        image: (C, H, W) in [0, 1], C of 1 or 3.
+        image: (C, H, W) in [0, 1]; drawn in grey unless it is RGB.
         found: ``boxes`` and ``labels``; ``scores``, unless the boxes are true.
         class_names: by label.
         min_score: boxes below it are left out (darknet draws from 0.5 on).
@@ -58,7 +58,7 @@ def draw_classes(image: Tensor, classes: Tensor, *, opacity: float = 0.6) -> Ten
     """An image with a colour over every pixel whose class is not 0, the background.
 
     Args:
-        image: (C, H, W), C of 1 or 3; its own smallest value is drawn black and its largest white, since what is
+        image: (C, H, W); its own smallest value is drawn black and its largest white, since what is
             standardised cannot be drawn as it is.
         classes: (H, W) integers; 255 is left as it is.
         opacity: of the colours.
@@ -89,7 +89,8 @@ def jpeg(image: Tensor) -> str:
 
 
 def _enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """(3, kH, kW) uint8, and k."""
+    """(3, kH, kW) uint8, and k; images that are neither grey nor RGB become grey."""
+    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().expand(3, -1, -1)
     factor = max(1, -(-SIDE // min(pixels.shape[-2:])))
     return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2), factor
