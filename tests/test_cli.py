@@ -125,6 +125,23 @@ def test_an_unknown_command_is_answered_with_the_closest(capsys):
     assert "Did you mean 'fit'?" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_prune.cli.recipes.show", stop)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_modules_beside_the_user_are_found_by_the_script(tmp_path):
+    (tmp_path / "own.py").write_text("from torch import nn\n\ndef net():\n    return nn.Conv2d(3, 4, 1)\n")
+    code = "import sys; sys.path.remove(''); from lightning_prune.cli import main; sys.exit(main())"
+    argv = [sys.executable, "-c", code, "graph", "own.net"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_and_recipes_start_without_torch():
     code = (
         "import sys; from lightning_prune.cli import main; main(['--help']); main(['recipes']);"

@@ -171,7 +171,11 @@ def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
         (["prune", "no.pt", *MODEL], "there is no file no.pt"),
         (["prune", "task.yaml", *MODEL], "task.yaml cannot be read"),
         (["prune", "dense.pt", "--model", "resnet19"], "Did you mean 'resnet1"),
-        (["prune", "dense.pt", "--model", "resnet18"], "belongs to another model: missing ["),
+        (["prune", "dense.pt", "--model", "resnet18"], "another model: 122 missing (bn1.bias, "),
+        (["prune", "cut.pt", *MODEL], "cut.pt cannot be read: damaged, cut short, or no checkpoint"),
+        (["prune", "task.pt", *MODEL], "names have 'model.' in front; it is of the whole task"),
+        (["prune", "dense.pt", "--config", "task.yaml"], "names lack 'model.' in front; it is of a part"),
+        (["prune", "dense.pt", "--config", "task.yaml", "--ration", "0.4"], "--ration. Did you mean '--ratio'?"),
         (
             ["prune", "dense.pt", *MODEL, "--arg", "width=8"],
             "'0.weight' is [16, 3, 3, 3] in the file and [8, 3, 3, 3] in the model",
@@ -199,12 +203,16 @@ def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
 )
 @pytest.mark.filterwarnings("ignore::lightning_prune.errors.NoEffectWarning")
 def test_errors_are_one_line_and_nothing_is_written(capsys, argv, said) -> None:
+    torch.save({f"model.{name}": value for name, value in tiny_net().state_dict().items()}, "task.pt")
+    Path("cut.pt").write_bytes(Path("dense.pt").read_bytes()[:500])
     assert said in refused(capsys, *argv)
 
 
 def test_a_file_that_holds_code_is_not_run(capsys) -> None:
     torch.save({"model": tiny_net()}, "pickled.pt")
-    assert "save the weights alone" in refused(capsys, "prune", "pickled.pt", *MODEL)
+    said = refused(capsys, "prune", "pickled.pt", *MODEL)
+    assert "it holds a torch.nn.modules.container.Sequential" in said
+    assert "save the weights alone" in said
 
 
 def test_a_missing_checkpoint_is_said_beside_an_older_result(capsys) -> None:
