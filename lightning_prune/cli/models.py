@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_prune.checkpoint import FORMAT, KEY, CheckpointError, load
 from lightning_prune.cli.graph import ModelError, build_model
 from lightning_prune.errors import PruningError
+from lightning_prune.measurement import samples_in, with_samples
 from lightning_prune.plan import Plan
 
 if TYPE_CHECKING:
@@ -106,12 +107,17 @@ def architecture(options: argparse.Namespace, rest: Sequence[str], prog: str, hi
 
 
 def example_inputs(shape: Sequence[int] | None, known: Architecture, *paths: str) -> Any:
-    """Random numbers of the shape that was asked for, else the task's inputs, else what a pruned file was made with."""
+    """Random numbers of the shape that was asked for, else the task's inputs, else as a pruned file was made with."""
     if shape is None and known.inputs is not None:
         return known.inputs
     noted = (read(path).get("extra", {}).get("input") for path in paths if Path(path).is_file())
     shape = shape or next(filter(None, noted), IMAGE)
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
+def one_sample(shape: Sequence[int] | None, inputs: Any) -> Any:
+    """What a deployed model gets, unless a shape was asked for; a task has two samples to be traced with."""
+    return with_samples(inputs, 1) if shape is None and samples_in(inputs) else inputs
 
 
 def read(path: str) -> dict[str, Any]:
