@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import PruningError
+from lightning_prune.files import check_writable
 from lightning_prune.graph.inputs import as_args
 from lightning_prune.measurement import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.preservation import copy_without_masks
@@ -91,8 +92,8 @@ def export(
         repeats: passes timed, in turns with the model.
 
     Raises:
-        ExportError: an unknown format or suffix, a missing package, a model that cannot be exported, or one whose file
-            computes something else.
+        ExportError: an unknown format or suffix, a path that cannot be written, a missing package, a model that cannot
+            be exported, or one whose file computes something else.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -156,6 +157,10 @@ def _check(path: Path, format: str) -> None:
         raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
     if path.suffix != SUFFIX[format]:
         raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     missing = [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')

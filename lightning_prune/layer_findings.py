@@ -12,6 +12,7 @@ from lightning_prune.layer_timing import LayerTime, Machine, ModelTime
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for
+TIMES = "\N{MULTIPLICATION SIGN}"
 LEAST = 0.01  # share of the time below which nothing is said
 POOLS = ("MaxPool2d", "AvgPool2d")  # of PyTorch: element by element, but over channels where those come last
 Kind = Literal[
@@ -164,11 +165,11 @@ def _outside(times: ModelTime) -> Finding:
 
 def _speed(before: ModelTime, after: ModelTime) -> Finding:
     gain = before.latency.median / after.latency.median
-    text = f"{gain:.2f}× faster" if gain >= 1 else f"{1 / gain:.2f}× SLOWER"
+    text = f"{gain:.2f}{TIMES} faster" if gain >= 1 else f"{1 / gain:.2f}{TIMES} SLOWER"
     if before.flops and after.flops:
         promised = before.flops / after.flops
         moved = _bytes(before.layers) / _bytes(after.layers)
-        text += f" with {promised:.2f}× fewer FLOPs and {moved:.2f}× fewer bytes"
+        text += f" with {promised:.2f}{TIMES} fewer FLOPs and {moved:.2f}{TIMES} fewer bytes"
         if promised > 1:
             text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
     return Finding("speed", 1.0, text)

@@ -76,7 +76,7 @@ def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Call the class or function at an import path; models of torchvision go by short names too.
 
     Args:
-        path: such as ``resnet18`` or ``package.module.Net``; weights are downloaded only where an argument asks for them.
+        path: such as ``resnet18`` or ``package.module.Net``; weights are downloaded only if asked for.
         arguments: keyword arguments as ``key=value``; a value that is neither JSON nor a Python literal is text.
 
     Raises:

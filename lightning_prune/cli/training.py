@@ -13,6 +13,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.wrong_key import explain
 from lightning_prune.errors import PruningError
+from lightning_prune.running import quiet
 
 _COMMANDS = ("fit", "validate", "test")
 
@@ -113,14 +114,15 @@ def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
         SystemExit: With status 2 for a wrong key or value.
     """
     resolved, stems = resolve(argv)
-    cli = _TaskCLI(
-        args=resolved,
-        run=False,
-        parser_class=ExplainingParser,
-        parser_kwargs={"prog": prog, "allow_abbrev": False},
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
-    )
+    with quiet():  # about the seed
+        cli = _TaskCLI(
+            args=resolved,
+            run=False,
+            parser_class=ExplainingParser,
+            parser_kwargs={"prog": prog, "allow_abbrev": False},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+        )
     config = json.loads(cli.parser.dump(cli.config, format="json"))
     return BuiltTask(cli.model, cli.datamodule, "-".join(stems), config)
 
