@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import PruningError
@@ -180,7 +180,43 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.onnx.export(program, f=path, dynamo=True, external_data=False, verbose=False)
+    names = _output_names(program)
+    torch.onnx.export(
+        program,
+        f=path,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        output_names=names,
+        dynamic_shapes=_open_dimensions(program),
+    )
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+    """Keys of a dict, numbers in a sequence; None leaves the operators' names, where these would be ambiguous."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
+    names = [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+    taken = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    outputs = program.graph_signature.user_outputs
+    return names if len({*names} - taken) == len(outputs) == len({*outputs}) else None
+
+
+def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
+    """What the open first dimension of the inputs is called in the file."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    if not all(argument.is_leaf() for arguments in spec.children() for argument in arguments.children()):
+        return None
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
+    batched = [
+        name for name, x in given.items() if isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int)
+    ]
+    # Named once: the other inputs share the dimension, and with it the name.
+    return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
