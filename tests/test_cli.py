@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,13 +153,28 @@ def test_help_and_recipes_start_without_torch():
 
 
 def test_recipes_lists_each_with_its_first_line(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")  # no terminal: nothing is wrapped, for grep
     assert main(["recipes"]) == 0
-    out = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     for name, path in recipe_paths().items():
         description = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        assert f"{name}  " in out
-        assert description in out
+        (line,) = [line for line in lines if line.startswith(f"{name.removesuffix('.yaml')}  ")]
+        assert line.endswith(f"  {description}")
+
+
+def test_recipes_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
+    assert max(map(len, shown)) <= 80
+    assert len(shown) < 2.3 * len(recipe_paths())  # hardly any needs three lines
+
+
+def test_recipes_takes_no_options(capsys):
+    assert main(["recipes", "jre"]) == 2
+    assert capsys.readouterr().err == "error: recipes takes no options, got jre\n"
 
 
 def test_a_pruning_error_ends_with_its_message_and_no_traceback(configs, capsys):
