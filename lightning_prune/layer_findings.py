@@ -44,7 +44,7 @@ class Finding:
             for, which then explains nothing; ``pooling`` where that is the reason), ``lanes`` (channel counts that are
             no multiple of `LANES`, though pruning chose them), ``outside`` (between the layers), ``timers`` (their
             overhead).
-        share: of a pass of the (pruned) model; 1 for ``speed``.
+        share: of a pass of the (pruned) model; 1 for ``speed``, and of ``lanes`` what filling them could save at most.
         text: in words.
         layers: that it is about, slowest first.
     """
@@ -136,13 +136,16 @@ def _chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
 
 
 def _lanes(times: ModelTime, layers: Sequence[LayerTime], pruned: bool) -> Finding:
-    whole = sum(layer.latency.median for layer in layers) or 1.0
-    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / whole
+    if not layers:
+        return Finding("lanes", 0.0, "")
+    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers)
+    names, lost = tuple(layer.name for layer in layers), empty / times.total
     text = (
-        f"channel counts that are no multiple of {LANES} leave up to {100 * empty:.0f} % of the SIMD lanes empty"
+        f"up to {_percent(lost)} in {shortened(names, 50)}: channel counts that are no multiple of {LANES} leave up to "
+        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty"
         f"{f'; pruning with round_to={LANES} (--round-to {LANES}) fills them' if pruned else ''}"
     )
-    return _about("lanes", times, layers, text)
+    return Finding("lanes", lost, text, names)
 
 
 def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
