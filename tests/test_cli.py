@@ -363,3 +363,13 @@ def test_a_wrong_value_keeps_its_path(configs, capsys):
 def test_a_value_that_a_class_refuses_is_told_in_its_words(configs, capsys):
     assert main(["fit", "--config", "dense.yaml", "--model.label_smoothing=1.5"]) == 1
     assert capsys.readouterr().err.endswith("error: label_smoothing must lie in [0, 1), got 1.5.\n")
+
+
+def test_fit_says_where_the_weights_are(configs, capsys):
+    task = dense()
+    task["trainer"]["callbacks"] = [{"class_path": "pytorch_lightning.callbacks.ModelCheckpoint"}]
+    configs("dense.yaml", task)
+    assert main(["fit", "--config", "dense.yaml"]) == 0
+    (said,) = re.findall(r"^checkpoint: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert Path(said).is_file()
+    assert not Path(said).is_absolute()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.wrong_key import explain
@@ -128,8 +130,12 @@ def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
 
 
 def fit(argv: Sequence[str]) -> None:
-    """`lightning-prune fit`."""
-    run_lightning("fit", argv)
+    """`lightning-prune fit`; says at the end where the best weights are, for `prune` and `test` to be given."""
+    trainer = run_lightning("fit", argv).trainer
+    saved = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    if trainer.is_global_zero and saved.is_file():
+        shown = saved.relative_to(Path.cwd()) if saved.is_relative_to(Path.cwd()) else saved
+        Console().print(f"checkpoint: {shown}", highlight=False, markup=False, soft_wrap=True)
 
 
 def validate(argv: Sequence[str]) -> None:
