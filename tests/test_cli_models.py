@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import re
@@ -142,6 +143,14 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys, monk
     Path("folder").mkdir()
     assert "cannot write folder: Is a directory" in refused(capsys, "prune", "dense.pt", *MODEL, "--out", "folder")
     assert "cannot write" in refused(capsys, "prune", "dense.pt", *MODEL, "--out", "dense.pt/x/y.pt")
+
+
+def test_a_full_disk_is_said_in_one_line(capsys, monkeypatch) -> None:
+    def full(*args, **extra):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prune_command, "save", full)
+    assert "cannot write pruned.pt: No space left" in refused(capsys, "prune", "dense.pt", *MODEL)
 
 
 def test_a_seed_of_the_recipe_is_not_announced(monkeypatch, trained) -> None:

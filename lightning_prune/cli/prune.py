@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
     if Path(options.checkpoint).exists() and out.exists() and out.samefile(options.checkpoint):
         raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
     if not options.explain:
-        _check_writable(out)
+        with _writing(out):
+            check_writable(out)
     known = architecture(options, rest, _PROG, origin_of(options.checkpoint))
     model, plan = known.load(options.checkpoint)
     if plan is not None:
@@ -76,7 +78,8 @@ def run(argv: Sequence[str]) -> int:
     _show(console, graph, plan, lossless, options)
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
-    save(out, small, plan, input=shape, origin=known.origin, settings=settings)
+    with _writing(out):
+        save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
     return 0
 
@@ -231,8 +234,9 @@ def _show(
         print_line(console, f"left whole: {group}: {why}", indent="  ")
 
 
-def _check_writable(out: Path) -> None:
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        check_writable(out)
+        yield
     except OSError as error:
         raise PruningError(f"cannot write {out}: {error.strerror or error}") from error
