@@ -16,7 +16,7 @@ from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction import reconstruct
 from lightning_prune.selection import Reach
 
-HEAD = ("group", "layers", "channels", "kept", "removed", "params saved", "MACs saved", "note")
+HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,20 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [HEAD, *map(_row, self.groups)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD) - 1)]
-        rows.insert(1, tuple("-" * width for width in (*widths, len(HEAD[-1]))))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+        rows.insert(1, tuple("-" * width for width in widths))
         channels, kept = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
         totals = {"channels": (channels, kept), "params": self.params, "MACs": self.macs}
-        lines = [_aligned(row, widths) for row in rows] + [""]
+        lines = [_aligned(row, widths) for row in rows]
+        lines += [
+            "saved: what comes back if that group alone is left whole; they do not add up",
+            "",
+        ]
+        noted: dict[str, list[str]] = {}
+        for group in self.groups:
+            noted.setdefault(group.note, []).append(group.name)
+        notes = [f"{', '.join(names)}: {note}" for note, names in noted.items() if note]
+        lines += [*notes, ""] if notes else []
         for name, (before, after) in totals.items():
             lines.append(f"{name}: {after:,} of {before:,} remain ({percent(after, before)})")
         lines.append("lossless: " + ("yes, by construction" if self.lossless else "NO, by choice of the plan"))
@@ -105,10 +114,13 @@ def explain(
         >>> graph = lp.trace(model, images)
         >>> plan = lp.LayerRatio(0.5).select(graph, lp.score(model, graph, "l1"))
         >>> print(explain(graph, plan, model, images))
-        group  layers  channels  kept  removed  params saved  MACs saved  note
-        -----  ------  --------  ----  -------  ------------  ----------  ----
-        0           1         8     4        4           128       4,464
-        2           1         4     4        0             0           0  not prunable: reaches the model's output
+        group  channels  kept  params saved  MACs saved
+        -----  --------  ----  ------------  ----------
+        0             8     4           128       4,464
+        2             4     4             0           0
+        saved: what comes back if that group alone is left whole; they do not add up
+        <BLANKLINE>
+        2: not prunable: reaches the model's output
         <BLANKLINE>
         channels: 8 of 12 remain (67 %)
         params: 132 of 260 remain (51 %)
@@ -159,12 +171,12 @@ def _note(group: Group, planned: GroupPlan | None) -> str:
 
 
 def _row(group: GroupExplanation) -> tuple[str, ...]:
-    numbers = (group.channels, group.kept, group.removed, group.params_saved, group.macs_saved)
-    return group.name, str(len(group.layers)), *(f"{number:,}" for number in numbers), group.note
+    numbers = (group.channels, group.kept, group.params_saved, group.macs_saved)
+    return group.name, *(f"{number:,}" for number in numbers)
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Name and note to the left, numbers to the right."""
-    name, *numbers, note = row
+    """The name to the left, numbers to the right."""
+    name, *numbers = row
     cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-    return "  ".join([name.ljust(widths[0]), *cells, note]).rstrip()
+    return "  ".join([name.ljust(widths[0]), *cells])

@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import PruningError
+from lightning_prune.files import check_writable
 from lightning_prune.graph.inputs import as_args
 from lightning_prune.measurement import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.preservation import copy_without_masks
@@ -91,8 +92,8 @@ def export(
         repeats: passes timed, in turns with the model.
 
     Raises:
-        ExportError: an unknown format or suffix, a missing package, a model that cannot be exported, or one whose file
-            computes something else.
+        ExportError: an unknown format or suffix, a path that cannot be written, a missing package, a model that cannot
+            be exported, or one whose file computes something else.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -156,6 +157,10 @@ def _check(path: Path, format: str) -> None:
         raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
     if path.suffix != SUFFIX[format]:
         raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     missing = [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')
@@ -175,7 +180,43 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.onnx.export(program, f=path, dynamo=True, external_data=False, verbose=False)
+    names = _output_names(program)
+    torch.onnx.export(
+        program,
+        f=path,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        output_names=names,
+        dynamic_shapes=_open_dimensions(program),
+    )
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+    """Keys of a dict, numbers in a sequence; None leaves the operators' names, where these would be ambiguous."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
+    names = [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+    taken = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    outputs = program.graph_signature.user_outputs
+    return names if len({*names} - taken) == len(outputs) == len({*outputs}) else None
+
+
+def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
+    """What the open first dimension of the inputs is called in the file."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    if not all(argument.is_leaf() for arguments in spec.children() for argument in arguments.children()):
+        return None
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
+    batched = [
+        name for name, x in given.items() if isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int)
+    ]
+    # Named once: the other inputs share the dimension, and with it the name.
+    return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:

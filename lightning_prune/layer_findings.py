@@ -12,13 +12,21 @@ from lightning_prune.layer_timing import LayerTime, Machine, ModelTime
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for
+TIMES = "\N{MULTIPLICATION SIGN}"
 LEAST = 0.01  # share of the time below which nothing is said
-Kind = Literal["speed", "not shrunk", "slower", "memory", "call", "far", "lanes", "outside", "timers"]
+POOLS = ("MaxPool2d", "AvgPool2d")  # of PyTorch: element by element, but over channels where those come last
+Kind = Literal[
+    "speed", "shortfall", "not shrunk", "slower", "memory", "call", "pooling", "far", "lanes", "outside", "timers"
+]
 
 _CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
 _FAR = (
-    f"over {FAR} times as long as FLOPs, bytes or calls ask for: a kernel that does not suit the shape, such as a "
-    "small map of a single sample; other batch sizes, and ONNX Runtime, bring in other kernels"
+    f"over {FAR} times as long as FLOPs, bytes or calls ask for: kernels that do not suit the shape, as is common with "
+    "few channels or small maps; other batch sizes, and ONNX Runtime, bring in other kernels"
+)
+_POOLING = (
+    f"pooling, over {FAR} times as long as its bytes ask for: PyTorch goes element by element unless channels come "
+    "last in memory; model.to(memory_format=torch.channels_last), or ONNX Runtime, goes many at a time"
 )
 _WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
 _SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
@@ -30,11 +38,13 @@ class Finding:
     """One answer to where the time goes.
 
     Attributes:
-        kind: ``speed`` (the whole model), ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more
-            time), ``memory`` and ``call`` (what limits the layers, see `LayerTime.bound`), ``far`` (more than `FAR`
-            times as long as any limit asks for, which then explains nothing), ``lanes`` (channel counts that are no
-            multiple of `LANES`), ``outside`` (between the layers), ``timers`` (their overhead).
-        share: of a pass of the (pruned) model; 1 for ``speed``.
+        kind: ``speed`` (the whole model), ``shortfall`` (the time that the FLOPs promised to save, by class of layer),
+            ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more time), ``memory`` and ``call``
+            (what limits the layers, see `LayerTime.bound`), ``far`` (more than `FAR` times as long as any limit asks
+            for, which then explains nothing; ``pooling`` where that is the reason), ``lanes`` (channel counts that are
+            no multiple of `LANES`, though pruning chose them), ``outside`` (between the layers), ``timers`` (their
+            overhead).
+        share: of a pass of the (pruned) model; 1 for ``speed``, and of ``lanes`` what filling them could save at most.
         text: in words.
         layers: that it is about, slowest first.
     """
@@ -56,7 +66,8 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
         before: of the dense model, from the same call of `time_layers`.
 
     Returns:
-        The whole model's speed if there is a ``before``, then what takes the largest share first, the timers last.
+        The whole model's speed and shortfall if there is a ``before``, then what takes the largest share first, the
+        timers last.
 
     Example:
         >>> from torch import nn, zeros
@@ -68,17 +79,19 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     layers = sorted(after.layers, key=lambda layer: -layer.latency.median)
     dense = {} if before is None else {layer.name: layer for layer in before.layers}
     near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
+    far = [layer for layer in layers if layer not in near]
     found = [
         _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], _memory(machine)),
         _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
-        _about("far", after, [layer for layer in layers if layer not in near], _FAR),
-        _lanes(after, [layer for layer in layers if empty_lanes(layer)]),
+        _about("pooling", after, [layer for layer in far if layer.kind in POOLS], _POOLING),
+        _about("far", after, [layer for layer in far if layer.kind not in POOLS], _FAR),
+        _lanes(after, [layer for layer in layers if empty_lanes(layer) and _chosen(layer, dense)], bool(dense)),
         _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
         _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),
         _outside(after),
     ]
     said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
-    overall = () if before is None else (_speed(before, after),)
+    overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
     return (*overall, *said, _timers(before, after))
 
 
@@ -114,14 +127,25 @@ def _memory(machine: Machine) -> str:
     )
 
 
-def _lanes(times: ModelTime, layers: Sequence[LayerTime]) -> Finding:
-    whole = sum(layer.latency.median for layer in layers) or 1.0
-    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / whole
+def _chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    """Whether pruning, where there was one, left a number of channels that does not fill the lanes."""
+    twin = dense.get(layer.name)
+    if twin is None:
+        return True
+    return any(now != was and now % LANES for now, was in zip(layer.channels, twin.channels, strict=True))
+
+
+def _lanes(times: ModelTime, layers: Sequence[LayerTime], pruned: bool) -> Finding:
+    if not layers:
+        return Finding("lanes", 0.0, "")
+    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers)
+    names, lost = tuple(layer.name for layer in layers), empty / times.total
     text = (
-        f"channel counts that are no multiple of {LANES} leave up to {100 * empty:.0f} % of the SIMD lanes empty; "
-        f"pruning with round_to={LANES} fills them"
+        f"up to {_percent(lost)} in {shortened(names, 50)}: channel counts that are no multiple of {LANES} leave up to "
+        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty"
+        f"{f'; pruning with round_to={LANES} (--round-to {LANES}) fills them' if pruned else ''}"
     )
-    return _about("lanes", times, layers, text)
+    return Finding("lanes", lost, text, names)
 
 
 def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
@@ -144,14 +168,32 @@ def _outside(times: ModelTime) -> Finding:
 
 def _speed(before: ModelTime, after: ModelTime) -> Finding:
     gain = before.latency.median / after.latency.median
-    text = f"{gain:.2f}x faster" if gain >= 1 else f"{1 / gain:.2f}x SLOWER"
+    text = f"{gain:.2f}{TIMES} faster" if gain >= 1 else f"{1 / gain:.2f}{TIMES} SLOWER"
     if before.flops and after.flops:
         promised = before.flops / after.flops
         moved = _bytes(before.layers) / _bytes(after.layers)
-        text += f" with {promised:.2f}x fewer FLOPs and {moved:.2f}x fewer bytes"
+        text += f" with {promised:.2f}{TIMES} fewer FLOPs and {moved:.2f}{TIMES} fewer bytes"
         if promised > 1:
             text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
     return Finding("speed", 1.0, text)
+
+
+def _shortfall(before: ModelTime, after: ModelTime) -> tuple[Finding, ...]:
+    """Of a pass, what is more than the dense time by the ratio of FLOPs, and the classes of layers that it is in."""
+    if not before.flops or not after.flops:
+        return ()
+    left = after.flops / before.flops
+    late = after.total - left * before.total
+    if late < LEAST * after.total:
+        return ()
+    parts: dict[str, float] = {"between the layers": after.outside - left * before.outside}
+    for times, share in ((after, 1.0), (before, -left)):
+        for layer in times.layers:
+            parts[f"in {layer.kind}"] = parts.get(f"in {layer.kind}", 0.0) + share * layer.latency.median
+    most = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    told = ", ".join(f"{milliseconds:,.2f} {where}" for where, milliseconds in most if milliseconds > 0)
+    text = f"{late:,.2f} of {after.total:,.2f} ms are more than the FLOPs promise: {told}"
+    return (Finding("shortfall", late / after.total, text),)
 
 
 def _bytes(layers: Iterable[LayerTime]) -> int:
@@ -159,6 +201,7 @@ def _bytes(layers: Iterable[LayerTime]) -> int:
 
 
 def _timers(before: ModelTime | None, after: ModelTime) -> Finding:
-    added = [f"{100 * times.overhead:+.1f} %" for times in (before, after) if times is not None]
+    sides = {"": after} if before is None else {"dense ": before, "pruned ": after}
+    added = [f"{side}{100 * times.overhead:+.1f} %" for side, times in sides.items()]
     text = "timers around the layers changed a pass by " + ", ".join(added) + "; nothing was subtracted"
     return Finding("timers", max(0.0, after.overhead), text)

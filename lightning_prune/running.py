@@ -130,10 +130,11 @@ class _LearningRate(Callback):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Lightning says about devices and loaders at every start."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Leave out what Lightning says about devices, seeds and loaders at every start."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -142,4 +143,5 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

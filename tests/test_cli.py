@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,23 @@ def test_an_unknown_command_is_answered_with_the_closest(capsys):
     assert "Did you mean 'fit'?" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_prune.cli.recipes.show", stop)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_modules_beside_the_user_are_found_by_the_script(tmp_path):
+    (tmp_path / "own.py").write_text("from torch import nn\n\ndef net():\n    return nn.Conv2d(3, 4, 1)\n")
+    code = "import sys; sys.path.remove(''); from lightning_prune.cli import main; sys.exit(main())"
+    argv = [sys.executable, "-c", code, "graph", "own.net"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_and_recipes_start_without_torch():
     code = (
         "import sys; from lightning_prune.cli import main; main(['--help']); main(['recipes']);"
@@ -135,13 +153,28 @@ def test_help_and_recipes_start_without_torch():
 
 
 def test_recipes_lists_each_with_its_first_line(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")  # no terminal: nothing is wrapped, for grep
     assert main(["recipes"]) == 0
-    out = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     for name, path in recipe_paths().items():
         description = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        assert f"{name}  " in out
-        assert description in out
+        (line,) = [line for line in lines if line.startswith(f"{name.removesuffix('.yaml')}  ")]
+        assert line.endswith(f"  {description}")
+
+
+def test_recipes_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
+    assert max(map(len, shown)) <= 80
+    assert len(shown) < 2.3 * len(recipe_paths())  # hardly any needs three lines
+
+
+def test_recipes_takes_no_options(capsys):
+    assert main(["recipes", "jre"]) == 2
+    assert capsys.readouterr().err == "error: recipes takes no options, got jre\n"
 
 
 def test_a_pruning_error_ends_with_its_message_and_no_traceback(configs, capsys):
@@ -330,3 +363,13 @@ def test_a_wrong_value_keeps_its_path(configs, capsys):
 def test_a_value_that_a_class_refuses_is_told_in_its_words(configs, capsys):
     assert main(["fit", "--config", "dense.yaml", "--model.label_smoothing=1.5"]) == 1
     assert capsys.readouterr().err.endswith("error: label_smoothing must lie in [0, 1), got 1.5.\n")
+
+
+def test_fit_says_where_the_weights_are(configs, capsys):
+    task = dense()
+    task["trainer"]["callbacks"] = [{"class_path": "pytorch_lightning.callbacks.ModelCheckpoint"}]
+    configs("dense.yaml", task)
+    assert main(["fit", "--config", "dense.yaml"]) == 0
+    (said,) = re.findall(r"^checkpoint: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert Path(said).is_file()
+    assert not Path(said).is_absolute()

@@ -147,7 +147,7 @@ def test_an_unknown_recipe_is_answered_with_the_closest(capsys) -> None:
         ([], "required: MODEL"),
         ([f"{__name__}.tiny_nt"], "Did you mean 'tiny_net'?"),
         (["no.such.module"], "No module named 'no'"),
-        (["resnet18"], "no import path"),
+        (["resnet19"], "Did you mean 'resnet1"),
         (["math.pi"], "no class or function, but a float"),
         ([f"{__name__}.no_net"], "returns a str, which is no torch.nn.Module"),
         ([HERE, "--arg", "wide=3"], "It takes: inputs, width, kind"),
@@ -191,3 +191,23 @@ def test_help_names_both_ways(capsys) -> None:
     out = capsys.readouterr().out
     assert "graph MODEL" in out
     assert "--config" in out
+
+
+def test_short_names_of_torchvision_download_nothing(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
+    assert main(["graph", "lraspp_mobilenet_v3_large", "--input", "1", "3", "64", "64"]) == 0
+    assert "channels (" in capsys.readouterr().out
+
+
+class OwnTask(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.example_input_array = tiny_net(inputs=1), torch.zeros(2, 1, 9, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_a_task_by_import_path_brings_its_input(capsys) -> None:
+    assert main(["graph", f"{__name__}.OwnTask"]) == 0
+    assert "net.0" in capsys.readouterr().out

@@ -42,13 +42,19 @@ def test_the_table_of_a_residual_network() -> None:
     graph = lp.trace(model, x)
     plan = lp.LayerRatio(0.5, ignore="a1.0").select(graph, RandomScores(graph))
     expected = """\
-group    layers  channels  kept  removed  params saved  MACs saved  note
--------  ------  --------  ----  -------  ------------  ----------  ----
-stem.0        2         8     4        4           940      47,616  together with a2.0
-a1.0          1         8     8        0             0           0  not in the plan: ignored, or no candidate
-b1.0          1        12     6        6           552       8,640
-b2.0          2        12     6        6           402       5,598  together with down.0
-head.fc       1         5     5        0             0           0  not prunable: reaches the model's output
+group    channels  kept  params saved  MACs saved
+-------  --------  ----  ------------  ----------
+stem.0          8     4           940      47,616
+a1.0            8     8             0           0
+b1.0           12     6           552       8,640
+b2.0           12     6           402       5,598
+head.fc         5     5             0           0
+saved: what comes back if that group alone is left whole; they do not add up
+
+stem.0: together with a2.0
+a1.0: not in the plan: ignored, or no candidate
+b2.0: together with down.0
+head.fc: not prunable: reaches the model's output
 
 channels: 29 of 45 remain (64 %)
 params: 1,351 of 3,809 remain (35 %)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune import exporting
@@ -157,3 +158,22 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
         export(nn.ReLU(), torch.randn(1, 3), path, format="torch_export")
     assert path.read_bytes() == b"what was there"
     assert list(Path(tmp_path).iterdir()) == [path]
+
+
+def test_an_onnx_file_names_its_outputs_and_its_batch(tmp_path) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: Tensor, scale: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+            x = self.layer(images) * scale
+            return {"out": x, "aux": (x.mean(1), x.mean(2))}
+
+    inputs = {"images": torch.rand(2, 3, 8, 8), "scale": torch.rand(2, 1, 1, 1)}
+    lp.export(Heads(), inputs, tmp_path / "net.onnx", dynamic_batch=True, repeats=1)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert [(one.name, one.shape[0]) for one in session.get_inputs()] == [("images", "batch"), ("scale", "batch")]
+    assert [one.name for one in session.get_outputs()] == ["out", "aux_0", "aux_1"]
+    lp.export(nn.Conv2d(3, 4, 1), torch.rand(1, 3, 4, 4), tmp_path / "net.onnx", repeats=1)
+    assert [one.name for one in onnxruntime.InferenceSession(tmp_path / "net.onnx").get_outputs()] == ["output"]

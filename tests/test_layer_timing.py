@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.layer_findings import empty_lanes, explain_speed
+from lightning_prune.layer_findings import TIMES, empty_lanes, explain_speed
 from lightning_prune.layer_timing import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measurement import Latency, count_flops, with_samples
 
@@ -126,8 +126,8 @@ def test_the_machine_is_measured() -> None:
 # --- words
 
 
-def layer(name="conv", ms=1.0, flops=10**8, moved=10**6, channels=(8, 8), iqr=0.0) -> LayerTime:
-    return LayerTime(name, "Conv2d", channels, 1, flops, moved, Latency(ms, iqr, (ms,)))
+def layer(name="conv", ms=1.0, flops=10**8, moved=10**6, channels=(8, 8), iqr=0.0, kind="Conv2d") -> LayerTime:
+    return LayerTime(name, kind, channels, 1, flops, moved, Latency(ms, iqr, (ms,)))
 
 
 def model(*layers: LayerTime, rest: float = 0.0) -> ModelTime:
@@ -148,8 +148,10 @@ def test_the_limit_is_what_asks_for_most() -> None:
 
 def test_a_lossless_gain_is_compared_with_its_promise() -> None:
     said = kinds(model(layer(ms=1.0, flops=10**8)), model(layer(ms=2.0, flops=4 * 10**8)))
-    assert said["speed"] == "2.00x faster with 4.00x fewer FLOPs and 1.00x fewer bytes: 50 % of what the FLOPs promise"
-    assert "1.25x SLOWER" in kinds(model(layer(ms=2.5)), model(layer(ms=2.0, flops=10**9)))["speed"]
+    assert said["speed"] == (
+        f"2.00{TIMES} faster with 4.00{TIMES} fewer FLOPs and 1.00{TIMES} fewer bytes: 50 % of what the FLOPs promise"
+    )
+    assert f"1.25{TIMES} SLOWER" in kinds(model(layer(ms=2.5)), model(layer(ms=2.0, flops=10**9)))["speed"]
     assert "speed" not in kinds(model(layer()))
 
 
@@ -178,7 +180,33 @@ def test_empty_lanes() -> None:
     assert empty_lanes(layer(channels=(12, 8))) == pytest.approx(1 - 12 / 16)
     assert empty_lanes(layer(channels=(12, 4))) == pytest.approx(1 - 12 / 16 * 4 / 8)
     assert empty_lanes(layer(channels=())) == 0
-    assert "up to 25 % of the SIMD lanes empty" in kinds(model(layer(channels=(12, 8))))["lanes"]
+    said = kinds(model(layer(channels=(12, 8)), rest=1.0))["lanes"]
+    assert said.startswith("up to 12 % of the time in conv: ")  # a quarter of half of the time
+    assert "up to 25 % of the SIMD lanes empty" in said
+
+
+def test_lanes_are_told_where_pruning_chose_the_channels() -> None:
+    dense = model(layer("odd", channels=(64, 45)), layer("even", channels=(64, 64)))
+    pruned = model(layer("odd", channels=(32, 45)), layer("even", channels=(64, 33)))
+    (found,) = [finding for finding in explain_speed(pruned, MACHINE, dense) if finding.kind == "lanes"]
+    assert found.layers == ("even",)
+    assert "--round-to 8" in found.text
+    assert "round" not in kinds(pruned)["lanes"]
+
+
+def test_pooling_is_not_blamed_on_its_shape() -> None:
+    said = kinds(model(layer("pool", ms=9.0, flops=0, channels=(), kind="MaxPool2d")))
+    assert "channels_last" in said["pooling"]
+    assert "far" not in said
+
+
+def test_the_shortfall_is_what_is_later_than_the_flops_promise() -> None:
+    pool = {"flops": 0, "channels": (), "kind": "MaxPool2d"}
+    dense = model(layer("a", ms=8.0, flops=4 * 10**8), layer("pool", ms=4.0, **pool), rest=2.0)
+    pruned = model(layer("a", ms=2.5), layer("pool", ms=2.0, **pool), rest=0.5)
+    said = kinds(pruned, dense)["shortfall"]
+    assert said == "1.50 of 5.00 ms are more than the FLOPs promise: 1.00 in MaxPool2d, 0.50 in Conv2d"
+    assert "shortfall" not in kinds(model(layer("a", ms=2.0)), model(layer("a", ms=8.0, flops=4 * 10**8)))
 
 
 def test_what_takes_most_comes_first_and_trifles_are_left_out() -> None:

@@ -42,12 +42,14 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage.
+    """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C.
 
     Example:
         >>> main(["fitt"])  # on standard error: did you mean 'fit'?
         2
     """
+    if argv is None:
+        sys.path.append("")  # the user's own modules, which a script in bin/ would not see; last, to shadow nothing
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         _show_help()
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), status=2)
     except PruningError as error:
         return _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)  # as shells say it
     return int(status or 0)
 
 

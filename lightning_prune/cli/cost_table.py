@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,20 +24,22 @@ from lightning_prune.report.table import MISSING, TIMES
 
 DENSE, PRUNED = "dense", "pruned"
 
+COSTS = (
+    "parameters\n{}",
+    "MACs\n{}",
+    "FLOPs\nptflops, {}",
+    "FLOPs\npaper, {}",
+    "activations\n{}B",
+    "on disk\n{}B",
+)
+SPARE = ("FLOPs\nptflops, {}", "activations\n{}B")  # left out first where the terminal is narrow
+SMALL = 1e5  # below, thousands are counted instead of millions
+
 Models = dict[str, nn.Module]
 
 
 def print_costs(console: Console, models: Models, inputs: Any) -> None:
     """Print what follows from the shapes of one model, or of a dense and a pruned one."""
-    heads = [
-        Head(""),
-        Head("parameters\nM"),
-        Head("MACs\nM"),
-        Head("FLOPs\nptflops, M", optional=True),
-        Head("FLOPs\npaper, M"),
-        Head("activations\nMB", optional=True),
-        Head("on disk\nMB"),
-    ]
     flops = {name: flops_by_convention(model, inputs) for name, model in models.items()}
     costs = [
         (
@@ -47,7 +50,12 @@ def print_costs(console: Console, models: Models, inputs: Any) -> None:
         )
         for name, model in models.items()
     ]
-    rows = [[name, *(f"{value / 1e6:,.2f}" for value in cost)] for name, cost in zip(models, costs, strict=True)]
+    units = ["k" if min(column) < SMALL else "M" for column in zip(*costs, strict=True)]
+    heads = [Head(""), *(Head(title.format(unit), title in SPARE) for title, unit in zip(COSTS, units, strict=True))]
+    rows = [
+        [name, *(f"{value / (1e3 if unit == 'k' else 1e6):,.2f}" for value, unit in zip(cost, units, strict=True))]
+        for name, cost in zip(models, costs, strict=True)
+    ]
     if len(costs) > 1:
         pairs = zip(*costs, strict=True)
         rows.append(["times less", *(f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairs)])
@@ -85,8 +93,22 @@ def print_latency(
     print_table(console, heads, rows)
     note = f"latency on the CPU: median ± half the interquartile range of {repeats} passes"
     print_line(console, f"{note}{', models timed in turns' if both else ''}", "dim")
+    cores = core_count()
+    if max(int(row[1]) for row in rows) > cores:
+        text = f"more threads than the {cores} {plural('core', cores)} of this process wait for one another"
+        print_line(console, text, "yellow")
 
 
 def latency_cell(latency: Latency) -> str:
     """Median and half the distance of the quartiles: a ± promises half a width."""
     return f"{latency.median:,.2f} ± {latency.iqr / 2:.2f}"
+
+
+def core_count() -> int:
+    """Cores that this process may use; not of the machine, where a container has fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plural(noun: str, count: int) -> str:
+    """The noun, with an s unless there is one."""
+    return noun if count == 1 else f"{noun}s"

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     from_config = any(word.partition("=")[0] in ("--config", "-c") for word in argv)
     parser = _parser()
     if not from_config:
-        parser.add_argument("model", metavar="MODEL", help="import path of a class or function that returns a model")
+        parser.add_argument("model", metavar="MODEL", help="of torchvision such as resnet18, or an import path")
         parser.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of MODEL; repeat")
     options, rest = parser.parse_known_args(argv)
     if rest and not from_config:
@@ -61,7 +61,8 @@ def run(argv: Sequence[str]) -> int:
     if from_config:
         model, given, title = _task(rest)
     else:
-        model, given, title = build_model(options.model, options.arg), None, options.model
+        model, title = build_model(options.model, options.arg), options.model
+        given = getattr(model, "example_input_array", None)
     graph = _traced(model, given, options.input)
     console = Console()
     console.print(describe(graph), highlight=False, markup=False, soft_wrap=True)
@@ -72,10 +73,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
-    """Call the class or function at an import path.
+    """Call the class or function at an import path; models of torchvision go by short names too.
 
     Args:
-        path: such as ``torchvision.models.resnet18``.
+        path: such as ``resnet18`` or ``package.module.Net``; weights are downloaded only if asked for.
         arguments: keyword arguments as ``key=value``; a value that is neither JSON nor a Python literal is text.
 
     Raises:
@@ -85,7 +86,13 @@ def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
         >>> build_model("torch.nn.Linear", ["in_features=3", "out_features=2"])
         Linear(in_features=3, out_features=2, bias=True)
     """
-    factory, keywords = _import(path), dict(_parsed(argument) for argument in arguments)
+    keywords = dict(_parsed(argument) for argument in arguments)
+    if "." in path:
+        factory = _import(path)
+    else:
+        factory = _of_torchvision(path)
+        if "weights_backbone" in inspect.signature(factory).parameters:
+            keywords.setdefault("weights_backbone", None)
     if not callable(factory):
         raise ModelError(f"'{path}' is no class or function, but {_kind(factory)}.")
     try:
@@ -134,8 +141,6 @@ def _parser() -> Parser:
 def _import(path: str) -> Any:
     """The object at an import path, or an error that says which part of the path is wrong."""
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ModelError(f"'{path}' is no import path, such as torchvision.models.resnet18 is one.")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -146,6 +151,19 @@ def _import(path: str) -> Any:
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ModelError(f"there is no '{name}' in {module_name}.{hint}")
     return getattr(module, name)
+
+
+def _of_torchvision(name: str) -> Any:
+    from torchvision import models
+
+    try:
+        return models.get_model_builder(name)
+    except ValueError as error:
+        close = difflib.get_close_matches(name, models.list_models(), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ModelError(
+            f"torchvision has no model '{name}'.{hint} Others go by import path, such as package.module.Net"
+        ) from error
 
 
 def _parsed(argument: str) -> tuple[str, Any]:

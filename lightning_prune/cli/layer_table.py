@@ -38,7 +38,7 @@ def print_layers(
     rows.append(_sum("together", after.total, None if before is None else before.total, after, before))
 
     compared = before is not None
-    heads = [Head("layer"), Head("channels", optional=True)]
+    heads = [Head("layer"), Head("channels\nor kind", optional=True)]
     heads += [Head("dense\nms"), Head("pruned\nms"), Head("times\nfaster")] if compared else [Head("ms")]
     heads += [Head("share")]
     heads += [Head("FLOPs\nfewer"), Head("bytes\nfewer", optional=True)] if compared else [Head("MFLOPs")]
@@ -67,7 +67,7 @@ def _row(
     rate = f"{layer.flops / now / 1e6:,.1f}" if now and layer.flops else ""
     return [
         layer.name,
-        "→".join(map(str, layer.channels)),
+        "→".join(map(str, layer.channels)) or layer.kind,
         *_times(now, None if twin is None else twin.latency.median, before is not None),
         f"{100 * after.share(layer):.1f} %",
         *(

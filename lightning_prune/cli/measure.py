@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, print_costs, print_latency
+from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.graph import ModelError, Parser
 from lightning_prune.cli.layer_table import print_layers
-from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, origin_of, read
+from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of, read
 from lightning_prune.cli.tables import print_line
 from lightning_prune.layer_findings import explain_speed
 from lightning_prune.layer_timing import measure_machine, thread_count, time_layers
@@ -44,6 +44,8 @@ def run(argv: Sequence[str]) -> int:
         *before, after = times.values()
         dense = before[0] if before else None
         console.print()
+        size = f"batch size {sizes[0]}, " if sizes[0] else ""
+        print_line(console, f"layer by layer, {size}{machine.threads} {plural('thread', machine.threads)}", "bold")
         print_layers(console, after, machine, dense, most=options.top)
         console.print()
         for finding in explain_speed(after, machine, dense):
@@ -70,7 +72,7 @@ def models_of(paths: Sequence[str], options: argparse.Namespace, rest: Sequence[
         options.model, paths = paths[0], paths[1:]
     contents = [read(path) for path in paths]
     known = architecture(options, rest, prog, "".join(origin_of(path) for path in paths))
-    inputs = example_inputs(options.input, known, *paths)
+    inputs = one_sample(options.input, example_inputs(options.input, known, *paths))
     loaded = [known.load(path)[0] for path in paths]
     if len(loaded) == 2:
         return {DENSE: loaded[0], PRUNED: loaded[1]}, inputs
@@ -94,7 +96,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a model's name or a checkpoint; then a pruned one")
-    parser.add_argument("--batch-sizes", type=_counts, metavar="1,8", help="default: that of the input")
+    parser.add_argument("--batch-sizes", type=_counts, metavar="1,8", help="default: that of --input, or 1")
     parser.add_argument("--threads", type=_counts, metavar="1,2", help="default: as torch is set")
     parser.add_argument("--repeats", type=_count, default=20, metavar="N", help="passes timed per model; default: 20")
     parser.add_argument("--layers", action="store_true", help="layer by layer, and what sets the pace")

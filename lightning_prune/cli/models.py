@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
-import inspect
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from lightning_prune.checkpoint import FORMAT, KEY, CheckpointError, load
 from lightning_prune.cli.graph import ModelError, build_model
 from lightning_prune.errors import PruningError
+from lightning_prune.measurement import samples_in, with_samples
 from lightning_prune.plan import Plan
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
 
 IMAGE = (1, 3, 224, 224)
+_FIT = re.compile(r"--(model\.|data\b|trainer\b|seed_everything\b)")  # its options, which configurations take
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,16 @@ def architecture(options: argparse.Namespace, rest: Sequence[str], prog: str, hi
         hint: said where neither is given.
 
     Raises:
-        ModelError: neither, both, or a model that cannot be built.
+        ModelError: an unknown option, neither, both, or a model that cannot be built.
     """
     if options.input is not None and min(options.input) < 1:
         raise ModelError(f"--input takes positive numbers, got {' '.join(map(str, options.input))}")
+    unknown = [word for word in rest if not options.config or (word.startswith("--") and not _FIT.match(word))]
+    if unknown:
+        own = [f"--{name.replace('_', '-')}" for name in vars(options)]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], own, n=1)
+        hint = f". Did you mean '{close[0]}'?" if close else ""
+        raise ModelError(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if bool(options.config) == (options.model is not None):
         said = "--config and --model exclude each other" if options.config else "a checkpoint holds weights, not code"
         raise ModelError(f"{said}: pass --config TASK.yaml or --model NAME.{hint}")
@@ -93,19 +101,23 @@ def architecture(options: argparse.Namespace, rest: Sequence[str], prog: str, hi
         argv = [*(word for name in options.config for word in ("--config", name)), *rest]
         built = build_task(argv, prog)
         return Architecture(built.task, built.task.example_input_array, built.data, shlex.join(argv), built.name)
-    if rest:
-        raise ModelError(f"unrecognized arguments: {' '.join(rest)}")
     origin = shlex.join(["--model", options.model, *(word for arg in options.arg for word in ("--arg", arg))])
-    return Architecture(_named(options.model, options.arg), None, None, origin, options.model)
+    model = build_model(options.model, options.arg)
+    return Architecture(model, getattr(model, "example_input_array", None), None, origin, options.model)
 
 
 def example_inputs(shape: Sequence[int] | None, known: Architecture, *paths: str) -> Any:
-    """Random numbers of the shape that was asked for, else the task's inputs, else what a pruned file was made with."""
+    """Random numbers of the shape that was asked for, else the task's inputs, else as a pruned file was made with."""
     if shape is None and known.inputs is not None:
         return known.inputs
     noted = (read(path).get("extra", {}).get("input") for path in paths if Path(path).is_file())
     shape = shape or next(filter(None, noted), IMAGE)
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
+def one_sample(shape: Sequence[int] | None, inputs: Any) -> Any:
+    """What a deployed model gets, unless a shape was asked for; a task has two samples to be traced with."""
+    return with_samples(inputs, 1) if shape is None and samples_in(inputs) else inputs
 
 
 def read(path: str) -> dict[str, Any]:
@@ -119,9 +131,12 @@ def read(path: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if "Weights only" not in str(error):
+            raise CheckpointError(f"{path} cannot be read: damaged, cut short, or no checkpoint at all") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path} cannot be read: no checkpoint, or one that holds more than tensors and plain data, which would "
-            "run code from the file; save the weights alone, torch.save(model.state_dict(), ...)"
+            f"{path} cannot be read: it holds {f'a {found[1]}' if found else 'more than tensors and plain data'}, and "
+            "reading that would run code from the file; save the weights alone, torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
@@ -141,37 +156,13 @@ def origin_of(path: str) -> str:
     return f" It was pruned with: {origin}" if origin else ""
 
 
-def _named(name: str, arguments: Sequence[str]) -> nn.Module:
-    """A model of torchvision by its short name, or whatever is at an import path; nothing is downloaded."""
-    if "." in name:
-        return build_model(name, arguments)
-    from torchvision import models
-
-    try:
-        builder = models.get_model_builder(name)
-    except ValueError as error:
-        close = difflib.get_close_matches(name, models.list_models(), n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ModelError(
-            f"torchvision has no model '{name}'.{hint} Others go by import path, such as package.module.Net"
-        ) from error
-    given = {argument.partition("=")[0] for argument in arguments}
-    backbone = "weights_backbone" in inspect.signature(builder).parameters and "weights_backbone" not in given
-    return build_model(
-        f"{builder.__module__}.{builder.__name__}", [*arguments, *(["weights_backbone=null"] if backbone else [])]
-    )
-
-
 def _load_state(model: nn.Module, state: Any, path: str) -> None:
     own = model.state_dict()
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict")
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise CheckpointError(
-            f"{path} belongs to another model: missing {missing[:3]}, unexpected {unexpected[:3]} (of "
-            f"{len(missing)} and {len(unexpected)})"
-        )
+        raise CheckpointError(f"{path} belongs to another model: {_difference(missing, unexpected)}")
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape != own[name].shape:
             raise CheckpointError(
@@ -182,3 +173,20 @@ def _load_state(model: nn.Module, state: Any, path: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PruningError(f"{path} cannot be loaded: {error}") from error
+
+
+def _difference(missing: list[str], unexpected: list[str]) -> str:
+    """Names that do not fit, of a model and of a file, both sorted."""
+    for longer, shorter, way_out in (
+        (unexpected, missing, "it is of the whole task: name that with --model, or its recipe with --config"),
+        (missing, unexpected, "it is of a part of this model: name that part with --model"),
+    ):
+        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
+        if prefix and [f"{prefix}{name}" for name in shorter] == longer:
+            return f"its names {'have' if longer is unexpected else 'lack'} '{prefix}' in front; {way_out}"
+    lists = {"missing": missing, "unexpected": unexpected}
+    return ", ".join(f"{len(names)} {what} ({_some(names)})" for what, names in lists.items() if names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,21 @@ from torch import Tensor, nn
 from lightning_prune.checkpoint import save
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
 from lightning_prune.cli.graph import ModelError, Parser
-from lightning_prune.cli.models import Architecture, add_options, architecture, example_inputs, origin_of
+from lightning_prune.cli.models import Architecture, add_options, architecture, example_inputs, one_sample, origin_of
 from lightning_prune.cli.tables import print_line
 from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.errors import PlanError, PruningError
+from lightning_prune.equivalence import LosslessReport
+from lightning_prune.errors import NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
 from lightning_prune.explanation import explain
-from lightning_prune.graph import trace
+from lightning_prune.files import check_writable
+from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.measurement import samples_in
-from lightning_prune.pipeline import PruneResult, prune
+from lightning_prune.plan import Plan
+from lightning_prune.preservation import copy_without_masks
+from lightning_prune.reconstruction import reconstruct_
 from lightning_prune.running import quiet
 from lightning_prune.scoring import Scores, score
-from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
+from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection
 
 REPEATS = 20  # passes timed
 
@@ -40,22 +46,40 @@ def run(argv: Sequence[str]) -> int:
     out = Path(options.out)
     if Path(options.checkpoint).exists() and out.exists() and out.samefile(options.checkpoint):
         raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
+    if not options.explain:
+        with _writing(out):
+            check_writable(out)
     known = architecture(options, rest, _PROG, origin_of(options.checkpoint))
     model, plan = known.load(options.checkpoint)
     if plan is not None:
         raise ModelError(f"{options.checkpoint} is pruned already; prune the dense checkpoint it came from, further")
     inputs = example_inputs(options.input, known)
-    scores = _scores(model, known, criterion, inputs, options.score_batches)
-    if options.explain:
-        _explain(model, inputs, criterion, scores, selection, options)
-        return 0
-    result = prune(model, inputs, criterion=criterion, selection=selection, coupling=options.coupling, scores=scores)
-    if not result.plan:
-        raise PlanError(f"nothing is removed by {selection!r}: there is nothing to write")
-    settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
+    scores = _scores(model, known, criterion, inputs, options)
+    graph = trace(model, inputs)
+    scores = score(model, graph, criterion) if scores is None else scores
+    deployed = one_sample(options.input, inputs)  # what a latency is of
+    plan, reach = _plan(graph, scores, selection, model, deployed, options)
     console = Console()
-    _show(console, model, result, inputs, settings)
-    _save(out, result, inputs, known, settings)
+    if options.explain:
+        told = explain(graph, plan, model, inputs, reach=reach)
+        console.print(f"{told}\n\nNothing was done.", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    small = copy_without_masks(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReconstructedWarning)  # told below
+        lossless = reconstruct_(small, graph, plan, example_inputs=inputs)
+    assert lossless is not None
+    console.print()
+    models = {DENSE: model, PRUNED: small}
+    print_costs(console, models, deployed)
+    console.print()
+    print_latency(console, models, deployed, [samples_in(deployed)], [None], REPEATS)
+    console.print()
+    _show(console, graph, plan, lossless, options)
+    settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
+    shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
+    with _writing(out):
+        save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
     return 0
 
@@ -75,7 +99,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--ratio", type=float, metavar="SHARE", help="of channels removed; default: 0.5")
     parser.add_argument("--per-layer", action="store_true", help="that share of every layer, not of the network")
-    parser.add_argument("--budget", metavar="COST=N", help="flops= or params= (share that remains), latency_ms=")
+    parser.add_argument(
+        "--budget", metavar="COST=N", help="flops=, params= (share that remains); latency_ms= (of a sample)"
+    )
     parser.add_argument(
         "--coupling", choices=("joint", "union", "intersection"), default="joint", help="default: joint"
     )
@@ -105,21 +131,21 @@ def _selection(options: argparse.Namespace) -> Selection:
             raise PlanError(f"--budget takes COST=NUMBER, such as flops=0.5, got '{part}'") from error
         if name not in ("flops", "params", "latency_ms"):
             raise PlanError(f"--budget knows flops, params and latency_ms, got '{name}'")
-    return Budget(**costs, **constraints)
+    return Budget(**costs, **constraints, repeats=REPEATS)
 
 
 def _scores(
-    model: nn.Module, known: Architecture, criterion: Criterion, inputs: Any, batches: int | None
+    model: nn.Module, known: Architecture, criterion: Criterion, inputs: Any, options: argparse.Namespace
 ) -> Scores | None:
     """By passes over the recipe's training data, as `fit` does it; None for criteria that look at weights only."""
     if not criterion.needs_forward:
         return None
     if not isinstance(model, LightningModule) or known.data is None:
         raise ModelError(
-            f"{criterion!r} is computed on data and a loss, which come from a recipe: pass --config TASK.yaml, or use "
-            "a criterion that looks at weights only, such as l1"
+            f"{options.criterion} is computed on data and a loss, which come from a recipe: pass --config TASK.yaml "
+            "with a data: section, or use a criterion that looks at weights only, such as l1"
         )
-    return _scored_on(known.data, model, criterion, inputs, batches)
+    return _scored_on(known.data, model, criterion, inputs, options.score_batches)
 
 
 def _scored_on(
@@ -155,52 +181,62 @@ def _scored_on(
     return scoring.scores
 
 
-def _explain(
+def _plan(
+    graph: ChannelGraph,
+    scores: Scores,
+    selection: Selection,
     model: nn.Module,
     inputs: Any,
-    criterion: Criterion,
-    scores: Scores | None,
-    selection: Selection,
     options: argparse.Namespace,
-) -> None:
-    graph = trace(model, inputs)
-    scores = score(model, graph, criterion) if scores is None else scores
-    console, reach = Console(), None
+) -> tuple[Plan, Reach | None]:
+    """What is kept, and how far a budget reaches.
+
+    Raises:
+        PlanError: the budget cannot be met, or nothing is removed.
+    """
+    reach = None
     if isinstance(selection, Budget):
         reach = selection.reach(graph, scores, model=model, example_inputs=inputs, coupling=options.coupling)
         if not reach.met:
-            console.print(str(reach), highlight=False, markup=False, soft_wrap=True)
-            raise PlanError(f"the budget cannot be met; the nearest that can: {_budget(reach.nearest)}")
-    plan = selection.select(graph, scores, coupling=options.coupling, model=model, example_inputs=inputs)
-    told = explain(graph, plan, model, inputs, reach=reach)
-    console.print(f"{told}\n\nNothing was done.", highlight=False, markup=False, soft_wrap=True)
+            nearest = ",".join(f"{name}={value:g}" for name, value in reach.nearest.items())
+            found = "; ".join(str(reach).splitlines())
+            raise PlanError(f"the budget cannot be met; the nearest that can: --budget {nearest} ({found})")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        plan = selection.select(graph, scores, coupling=options.coupling, model=model, example_inputs=inputs)
+    if not plan:
+        raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
+    return plan, reach
 
 
-def _budget(nearest: dict[str, float]) -> str:
-    return f"--budget {','.join(f'{name}={value:g}' for name, value in nearest.items())}"
+def _asked(options: argparse.Namespace) -> str:
+    """What decides how many channels go, in the command line's words."""
+    ratio = 0.5 if options.ratio is None else options.ratio
+    words = [f"--ratio {ratio:g}" if options.budget is None else f"--budget {options.budget}"]
+    words += ["--per-layer"] * options.per_layer
+    words += [f"--round-to {options.round_to}"] * (options.round_to != 1)
+    return " ".join([*words, *(f"--ignore {layer}" for layer in options.ignore)])
 
 
-def _show(console: Console, model: nn.Module, result: PruneResult, inputs: Any, settings: str) -> None:
-    models = {DENSE: model, PRUNED: result.model}
-    console.print()
-    print_costs(console, models, inputs)
-    console.print()
-    print_latency(console, models, inputs, [1] if samples_in(inputs) else [0], [None], REPEATS)
-    console.print()
-    found = result.lossless
-    verdict = f"max relative error {found.max_rel_error:.1e} in {found.dtype}, against the masked model"
-    if result.plan.lossless:
+def _show(
+    console: Console, graph: ChannelGraph, plan: Plan, lossless: LosslessReport, options: argparse.Namespace
+) -> None:
+    verdict = f"max relative error {lossless.max_rel_error:.1e} in {lossless.dtype}, against the masked model"
+    if plan.lossless:
         print_line(console, f"lossless: {verdict}", "green")
     else:
         print_line(console, f"NOT lossless, by choice of the plan: {verdict}", "yellow")
-    print_line(console, settings)
-    for group, why in found.left.items():
+    gone = sum(len(group.removed) for name, group in plan.groups.items() if name not in lossless.left)
+    total = sum(group.size for group in graph.groups)
+    by = f"{options.criterion}, {_asked(options)}, coupling {options.coupling}"
+    print_line(console, f"{gone:,} of {total:,} channels removed by {by}")
+    for group, why in lossless.left.items():
         print_line(console, f"left whole: {group}: {why}", indent="  ")
 
 
-def _save(out: Path, result: PruneResult, inputs: Any, known: Architecture, settings: str) -> None:
-    shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        save(out, result.model, result.plan, input=shape, origin=known.origin, settings=settings)
+        yield
     except OSError as error:
         raise PruningError(f"cannot write {out}: {error.strerror or error}") from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from lightning_prune.errors import PruningError
 
@@ -87,18 +90,27 @@ def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def show(argv: Sequence[str]) -> int:
-    """`lightning-prune recipes`: list them with their descriptions."""
+    """`lightning-prune recipes`: list them with their descriptions; a line each where no terminal limits it."""
+    if argv and argv[0] not in ("-h", "--help"):
+        sys.stderr.write(f"error: recipes takes no options, got {' '.join(argv)}\n")
+        return 2
     console = Console()
     if argv:
         console.print("usage: lightning-prune recipes\n\nLists the shipped recipes; it takes no options.")
-        return 0 if argv[0] in ("-h", "--help") else 2
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, path in recipe_paths().items():
-        table.add_row(f"[bold]{name}[/bold]", describe(path))
-    console.print(table)
+        return 0
+    described = {name.removesuffix(".yaml"): describe(path) for name, path in recipe_paths().items()}
+    for _, group in itertools.groupby(described, key=lambda name: name.partition("/")[0]):
+        names = list(group)
+        column = max(map(len, names)) + 2
+        for name in names:
+            text = described[name]
+            lines = textwrap.wrap(text, max(20, console.width - column)) if console.is_terminal else [text]
+            listed = f"\n{' ' * column}".join(lines)
+            console.print(Text.assemble((name.ljust(column), "bold"), listed), soft_wrap=True)
+        console.print()
     console.print(
-        "\nUse one task, and any prune recipe after it; the file order counts:\n"
-        "  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml",
+        "Use one task, and any prune recipe after it; the file order counts:\n"
+        "  lightning-prune fit --config task/resnet18_digits --config prune/jre",
         highlight=False,
         soft_wrap=True,
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.wrong_key import explain
 from lightning_prune.errors import PruningError
+from lightning_prune.running import quiet
 
 _COMMANDS = ("fit", "validate", "test")
 
@@ -113,21 +116,26 @@ def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
         SystemExit: With status 2 for a wrong key or value.
     """
     resolved, stems = resolve(argv)
-    cli = _TaskCLI(
-        args=resolved,
-        run=False,
-        parser_class=ExplainingParser,
-        parser_kwargs={"prog": prog, "allow_abbrev": False},
-        seed_everything_default=False,
-        auto_configure_optimizers=False,
-    )
+    with quiet():  # about the seed
+        cli = _TaskCLI(
+            args=resolved,
+            run=False,
+            parser_class=ExplainingParser,
+            parser_kwargs={"prog": prog, "allow_abbrev": False},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+        )
     config = json.loads(cli.parser.dump(cli.config, format="json"))
     return BuiltTask(cli.model, cli.datamodule, "-".join(stems), config)
 
 
 def fit(argv: Sequence[str]) -> None:
-    """`lightning-prune fit`."""
-    run_lightning("fit", argv)
+    """`lightning-prune fit`; says at the end where the best weights are, for `prune` and `test` to be given."""
+    trainer = run_lightning("fit", argv).trainer
+    saved = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    if trainer.is_global_zero and saved.is_file():
+        shown = saved.relative_to(Path.cwd()) if saved.is_relative_to(Path.cwd()) else saved
+        Console().print(f"checkpoint: {shown}", highlight=False, markup=False, soft_wrap=True)
 
 
 def validate(argv: Sequence[str]) -> None:
