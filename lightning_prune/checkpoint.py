@@ -6,6 +6,7 @@ Lightning checkpoints that were written while a model was pruned are read as wel
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,12 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
         raise CheckpointError(f"{path} holds no state dict")
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise CheckpointError(
-            f"{path} belongs to another model: missing {missing[:3]}, unexpected {unexpected[:3]} (of "
-            f"{len(missing)} and {len(unexpected)})"
-        )
+        raise CheckpointError(f"{path} belongs to another model: {_difference(missing, unexpected)}")
     for name, value in state.items():
         if _shape(value) != _shape(own[name]):
             raise CheckpointError(
                 f"{path} belongs to another model: {name!r} is {_shape(value)} in the file and {_shape(own[name])} in "
-                "the model"
+                "the model; its arguments may differ"
             )
     model.load_state_dict(state)
 
@@ -213,10 +211,12 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise CheckpointError(f"{path} cannot be read: damaged, cut short, or not a checkpoint at all") from error
         raise CheckpointError(
-            f"{path} cannot be read: not a checkpoint, or one that holds more than tensors and plain data, which would "
-            f"run code from the file; save the weights alone, torch.save(model.state_dict(), ...) "
-            f"({_first_line(error)})"
+            f"{path} cannot be read: it holds a {found[1]}, and reading that would run code from the file; save the "
+            "weights alone, torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, it is not a checkpoint or a state dict")
@@ -245,3 +245,24 @@ def _shape(value: Any) -> list[int] | str:
 def _first_line(error: Exception) -> str:
     """Torch's errors go on to recommend ``weights_only=False``, which would run code from the file."""
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+def _difference(missing: list[str], unexpected: list[str]) -> str:
+    """Names that do not fit, of a model and of a file, both sorted."""
+    for longer, shorter, way_out in (
+        (
+            unexpected,
+            missing,
+            "it is of the whole task (on the command line: --config)",
+        ),
+        (missing, unexpected, "it is of a part of this model (on the command line: --model)"),
+    ):
+        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
+        if prefix and [f"{prefix}{name}" for name in shorter] == longer:
+            return f"its names {'have' if longer is unexpected else 'lack'} '{prefix}' in front; {way_out}"
+    lists = {"missing": missing, "unexpected": unexpected}
+    return ", ".join(f"{len(names)} {what} ({_some(names)})" for what, names in lists.items() if names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -213,7 +213,7 @@ def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
         (["prune", "task.yaml", *MODEL], "task.yaml cannot be read"),
         (["prune", "dense.pt", "--model", "resnet19"], "Did you mean 'resnet1"),
         (["prune", "dense.pt", "--model", "resnet18"], "another model: 122 missing (bn1.bias, "),
-        (["prune", "cut.pt", *MODEL], "cut.pt cannot be read: damaged, cut short, or no checkpoint"),
+        (["prune", "cut.pt", *MODEL], "cut.pt cannot be read: damaged, cut short, or not a checkpoint"),
         (["prune", "task.pt", *MODEL], "names have 'model.' in front; it is of the whole task"),
         (["prune", "dense.pt", "--config", "task.yaml"], "names lack 'model.' in front; it is of a part"),
         (["prune", "dense.pt", "--config", "task.yaml", "--ration", "0.4"], "--ration. Did you mean '--ratio'?"),

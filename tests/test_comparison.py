@@ -29,7 +29,7 @@ from lightning_prune.comparison import (
     trained_once,
     write_comparison,
 )
-from lightning_prune.comparison.run import load_weights_, weights_digest
+from lightning_prune.comparison.run import weights_digest
 from lightning_prune.criteria import JRE, L1, Random
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.errors import PlanError, PruningError, ScoreError
@@ -322,21 +322,6 @@ def test_trained_once(tmp_path: Path) -> None:
     assert not trained_once(second, data(), 1, tmp_path, note="a")
     assert weights_digest(first) == weights_digest(second) != weights_digest(task())
     assert trained_once(other, data(), 1, tmp_path, note="b")
-
-
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "dense.ckpt"
-    torch.save({"state_dict": task(norm=False).state_dict()}, path)
-    own = task()
-    before = weights_digest(own)
-    with pytest.raises(PruningError, match=r"another model.*model\.1\.weight"):
-        load_weights_(own, path)
-    assert weights_digest(own) == before
-    with pytest.raises(PruningError, match="no checkpoint"):
-        load_weights_(own, tmp_path / "none.ckpt")
-    path.write_bytes(b"nonsense")
-    with pytest.raises(PruningError, match="no checkpoint that can be read"):
-        load_weights_(own, path)
 
 
 # --- the command ---

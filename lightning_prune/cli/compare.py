@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
+from lightning_prune.checkpoint import load_dense
 from lightning_prune.cli.training import BuiltTask, build_task
 from lightning_prune.comparison import (
     Cell,
@@ -19,7 +20,7 @@ from lightning_prune.comparison import (
     trained_once,
     write_comparison,
 )
-from lightning_prune.comparison.run import SelectionName, check_request, load_weights_
+from lightning_prune.comparison.run import SelectionName, check_request
 from lightning_prune.errors import PruningError
 from lightning_prune.plan import Coupling
 
@@ -47,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     note = {part: built.config.get(part) for part in ("model", "data")}  # what a cell depends on besides weights
     if options.checkpoint:
-        load_weights_(built.task, options.checkpoint)
+        load_dense(options.checkpoint, built.task)
     else:
         _train(built, options, note, console)
 

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from lightning_prune.checkpoint import read_file
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.graph import ModelError, Parser
 from lightning_prune.cli.layer_table import print_layers
-from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of, read
+from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of
 from lightning_prune.cli.tables import print_line
 from lightning_prune.layer_findings import explain_speed
 from lightning_prune.layer_timing import measure_machine, thread_count, time_layers
@@ -70,7 +71,7 @@ def models_of(paths: Sequence[str], options: argparse.Namespace, rest: Sequence[
         raise ModelError(f"at most two models, dense and pruned, can be measured at once, got {' '.join(paths)}")
     if paths and options.model is None and not options.config and not _is_file(paths[0]):
         options.model, paths = paths[0], paths[1:]
-    contents = [read(path) for path in paths]
+    contents = [read_file(path) for path in paths]
     known = architecture(options, rest, prog, "".join(origin_of(path) for path in paths))
     inputs = one_sample(options.input, example_inputs(options.input, known, *paths))
     loaded = [known.load(path)[0] for path in paths]

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_prune.checkpoint import FORMAT, KEY, CheckpointError, load
+from lightning_prune.checkpoint import FORMAT, KEY, load, load_dense, read_file
 from lightning_prune.cli.graph import ModelError, build_model
-from lightning_prune.errors import PruningError
 from lightning_prune.measurement import samples_in, with_samples
 from lightning_prune.plan import Plan
 
@@ -52,12 +51,12 @@ class Architecture:
         Raises:
             CheckpointError: the file cannot be read, or belongs to another model.
         """
-        model, content = copy.deepcopy(self.dense).eval(), read(path)
+        model, content = copy.deepcopy(self.dense).eval(), read_file(path)
         plan = None
         if is_pruned(content):
             plan = load(path, model)
         else:
-            _load_state(model, content.get("state_dict", content), path)
+            load_dense(path, model)
         return model, plan or None
 
 
@@ -110,7 +109,7 @@ def example_inputs(shape: Sequence[int] | None, known: Architecture, *paths: str
     """Random numbers of the shape that was asked for, else the task's inputs, else as a pruned file was made with."""
     if shape is None and known.inputs is not None:
         return known.inputs
-    noted = (read(path).get("extra", {}).get("input") for path in paths if Path(path).is_file())
+    noted = (read_file(path).get("extra", {}).get("input") for path in paths if Path(path).is_file())
     shape = shape or next(filter(None, noted), IMAGE)
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
 
@@ -118,29 +117,6 @@ def example_inputs(shape: Sequence[int] | None, known: Architecture, *paths: str
 def one_sample(shape: Sequence[int] | None, inputs: Any) -> Any:
     """What a deployed model gets, unless a shape was asked for; a task has two samples to be traced with."""
     return with_samples(inputs, 1) if shape is None and samples_in(inputs) else inputs
-
-
-def read(path: str) -> dict[str, Any]:
-    """What a checkpoint holds: of this package, of Lightning, or a state dict alone. No code in it is run.
-
-    Raises:
-        CheckpointError: there is no such file, or it cannot be read that way.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if "Weights only" not in str(error):
-            raise CheckpointError(f"{path} cannot be read: damaged, cut short, or no checkpoint at all") from error
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(
-            f"{path} cannot be read: it holds {f'a {found[1]}' if found else 'more than tensors and plain data'}, and "
-            "reading that would run code from the file; save the weights alone, torch.save(model.state_dict(), ...)"
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict or a checkpoint")
-    return content
 
 
 def is_pruned(content: Mapping[str, Any]) -> bool:
@@ -152,41 +128,5 @@ def is_pruned(content: Mapping[str, Any]) -> bool:
 
 def origin_of(path: str) -> str:
     """A hint on how the dense model of a pruned file was built, where it says so."""
-    origin = read(path).get("extra", {}).get("origin") if Path(path).is_file() else None
+    origin = read_file(path).get("extra", {}).get("origin") if Path(path).is_file() else None
     return f" It was pruned with: {origin}" if origin else ""
-
-
-def _load_state(model: nn.Module, state: Any, path: str) -> None:
-    own = model.state_dict()
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict")
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(f"{path} belongs to another model: {_difference(missing, unexpected)}")
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape != own[name].shape:
-            raise CheckpointError(
-                f"{path} belongs to another model: {name!r} is {list(value.shape)} in the file and "
-                f"{list(own[name].shape)} in the model; --arg sets its arguments"
-            )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise PruningError(f"{path} cannot be loaded: {error}") from error
-
-
-def _difference(missing: list[str], unexpected: list[str]) -> str:
-    """Names that do not fit, of a model and of a file, both sorted."""
-    for longer, shorter, way_out in (
-        (unexpected, missing, "it is of the whole task: name that with --model, or its recipe with --config"),
-        (missing, unexpected, "it is of a part of this model: name that part with --model"),
-    ):
-        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
-        if prefix and [f"{prefix}{name}" for name in shorter] == longer:
-            return f"its names {'have' if longer is unexpected else 'lack'} '{prefix}' in front; {way_out}"
-    lists = {"missing": missing, "unexpected": unexpected}
-    return ", ".join(f"{len(names)} {what} ({_some(names)})" for what, names in lists.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

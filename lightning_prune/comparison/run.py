@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.callbacks import ScoringCallback
+from lightning_prune.checkpoint import load_dense
 from lightning_prune.comparison.cells import Cell, CellStore, Comparison, Dense, Refusal, digest
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.errors import PlanError, PruningError
@@ -183,39 +183,12 @@ def trained_once(task: LightningModule, data: LightningDataModule, epochs: int, 
         key = digest({"start": weights_digest(task), "data": _looks(data), "epochs": epochs, "note": note})
         path = Path(folder) / f"dense-{key[:12]}.ckpt"
         if path.is_file():
-            load_weights_(task, path)
+            load_dense(path, task)
             return False
         Runner(data, progress=True).fit(task, epochs)
     with atomic(path) as stream:
         torch.save({"state_dict": task.state_dict()}, stream)
     return True
-
-
-def load_weights_(task: LightningModule, path: str | Path) -> None:
-    """Fill a task from a Lightning checkpoint, or a file with its state dict.
-
-    Raises:
-        PruningError: no such file, no weights in it, or those of another model; the task is as it was then.
-    """
-    if not Path(path).is_file():
-        raise PruningError(f"there is no checkpoint {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise PruningError(f"{path} is no checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    own = task.state_dict()
-    differing = [
-        name
-        for name in dict.fromkeys([*own, *state])
-        if not isinstance(state.get(name), Tensor) or name not in own or state[name].shape != own[name].shape
-    ]
-    if differing:
-        raise PruningError(
-            f"{path} holds the weights of another model than {type(task).__name__}: they differ at "
-            f"{', '.join(map(str, differing[:3]))}{' and more' if differing[3:] else ''}"
-        )
-    task.load_state_dict(state)
 
 
 def weights_digest(task: LightningModule) -> str:
