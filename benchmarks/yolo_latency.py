@@ -11,6 +11,7 @@ head stay whole, as in Lee et al., Sensors 23(4):2102, unless ``--all-layers`` i
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import logging
@@ -39,6 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     costs = {name: (lp.count_params(net), lp.count_flops(net, images, "paper")) for name, net in models.items()}
     timed: dict[str, tuple[nn.Module, Any]] = {name: (net, images) for name, net in models.items()}
     engines = {"torch": timed}
+    if options.channels_last:
+        last = {"memory_format": torch.channels_last}
+        engines["torch, last"] = {
+            name: (copy.deepcopy(net).to(**last), images.to(**last)) for name, net in models.items()
+        }
     if not options.no_onnx and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
         with tempfile.TemporaryDirectory() as folder:
             engines["onnxruntime"] = {
@@ -135,6 +141,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-layers", action="store_true", help="prune the heads' 3x3 convolutions too")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--channels-last", action="store_true", help="time PyTorch in that memory format too")
     parser.add_argument("--no-onnx", action="store_true")
     parser.add_argument("--out", help="JSON file for the figures")
     return parser.parse_args(argv)

@@ -18,7 +18,7 @@ MISSING = "\u2013"  # what was not measured
 MINUS = "\u2212"
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 TIMES = "\u00d7"
-IN_ASCII = {TIMES: "x", "±": "+-", MINUS: "-", MISSING: "-", "→": ">", "µ": "u", "…": "..."}
+IN_ASCII = {TIMES: "x", "±": "+-", MINUS: "-", MISSING: "-", "→": "->", "µ": "u", "…": "..."}
 
 
 @dataclass(frozen=True)
