@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_prune.report.table import head_rule, printable
+from lightning_prune.plots import shorten
+from lightning_prune.report.table import head_rule, is_ascii, printable
 
 
 class Head(NamedTuple):
@@ -22,7 +23,8 @@ class Head(NamedTuple):
 def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence[str]], last: str = "") -> None:
     """Print rows under their heads, the first column to the left.
 
-    What does not fit goes in this order: the padding, the optional columns from the right, the first column's width.
+    What does not fit goes in this order: the padding, the optional columns from the right, the beginnings of long module
+    paths in the first column.
 
     Args:
         console: where to.
@@ -39,9 +41,18 @@ def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence
             break
         optional = [number for number in columns if heads[number].optional]
         if not optional:
+            excess = console.measure(table, options=unlimited).maximum - console.width
+            rows = _shortened(rows, excess + (2 if is_ascii(console) else 0))
+            table = _table(console, heads, rows, columns, last, padding=0)
             break
         columns.remove(optional[-1])
     console.print(table)
+
+
+def _shortened(rows: Sequence[Sequence[str]], excess: int) -> list[list[str]]:
+    """Rows whose module paths are that much shorter than the longest; texts of several words are wrapped instead."""
+    limit = max(max(len(row[0]) for row in rows) - excess, 12)
+    return [[row[0] if " " in row[0] else shorten(row[0], limit), *row[1:]] for row in rows]
 
 
 def _table(
