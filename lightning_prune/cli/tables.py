@@ -23,8 +23,8 @@ class Head(NamedTuple):
 def print_table(console: Console, heads: Sequence[Head], rows: Sequence[Sequence[str]], last: str = "") -> None:
     """Print rows under their heads, the first column to the left.
 
-    What does not fit goes in this order: the padding, the optional columns from the right, the beginnings of long module
-    paths in the first column.
+    What does not fit goes in this order: the padding, the optional columns from the right, the beginnings of long
+    module paths in the first column.
 
     Args:
         console: where to.
