@@ -183,6 +183,8 @@ def time_layers(
             model.eval()
         for round_ in range(warmup + repeats):
             for name, (model, inputs) in models.items():
+                if len(models) > 1:
+                    _run(model, inputs)  # the model before has left the caches full of its own weights
                 alone = _seconds(lambda: _run(model, inputs))  # noqa: B023
                 with _timers(model, counted[name]) as spent:
                     together = _seconds(lambda: _run(model, inputs))  # noqa: B023
