@@ -150,7 +150,7 @@ def _drawable_time(report: PruneReport) -> bool:
 def _subtitle(report: PruneReport) -> str:
     said = [
         f"{key} {_say(report.settings[key])}" if key != "criterion" else _say(report.settings[key])
-        for key in ("criterion", "ratio", "coupling", "machine")
+        for key in ("criterion", "channels removed", "coupling", "machine")
         if key in report.settings
     ]
     return f'<p class="quiet">{escape(" · ".join(said))}</p>' if said else ""
