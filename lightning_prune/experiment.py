@@ -132,6 +132,7 @@ def compare_orders(
             run.fit(task, dense_epochs, [dense_timer])
             with atomic(Path(output) / "dense.pt") as stream:
                 torch.save(task.state_dict(), stream)
+        dense_validation = run.validate(task)
         dense_accuracy, dense_eval = run.test(task)
 
         tuned = {}
@@ -168,6 +169,7 @@ def compare_orders(
         _notes(coupling, orders),
         convention="paper",
         predictions=predictions,
+        dense_validation=dense_validation,
     )
 
 

@@ -166,8 +166,7 @@ def accuracy_time_figure(report: PruneReport, theme: Theme = "light") -> Figure:
         raise PruningError("the report has no epoch with an accuracy, so there is nothing to draw against time")
     from matplotlib.figure import Figure
 
-    dense = report.stage(DENSE)
-    reference = None if dense is None or dense.accuracy is None else 100 * dense.accuracy
+    reference = None if report.dense_validation is None else 100 * report.dense_validation
     longest = max(curve[-1][0] for curve in curves.values())
     unit, divisor = time_unit(longest)
     heights = [y for curve in curves.values() for _, y in curve] + ([] if reference is None else [reference])

@@ -92,6 +92,17 @@ class Runner:
             raise PruningError(f"{type(task).__name__} logs no {name!r} in test_step; it logs {', '.join(results)}")
         return float(results[name]), time.perf_counter() - started
 
+    def validate(self, task: LightningModule) -> float | None:
+        """The metric on the validation part, logged as ``val_{metric}``; None if there is none."""
+        loaded = is_overridden("val_dataloader", self.data, LightningDataModule)
+        if not loaded or not is_overridden("validation_step", task, LightningModule):
+            return None
+        trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        with self._released(task):
+            results = trainer.validate(task, self.data, verbose=False)
+        found = results[0].get(f"val_{self.metric}") if results else None
+        return None if found is None else float(found)
+
     def predict(self, task: LightningModule) -> list[Any]:
         """What ``predict_step`` gives for every batch of the test part, in float64; forward's results without one."""
         exact = copy.deepcopy(task).double().eval()

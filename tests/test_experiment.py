@@ -77,6 +77,16 @@ def test_masked_and_reconstructed_agree_to_the_last_image(outcome) -> None:
     assert report.stage(MASKED).accuracy == report.stage(RECONSTRUCTED).accuracy
 
 
+def test_the_dense_model_is_validated_for_the_curves(outcome) -> None:
+    report, folder, data = outcome
+    dense = task()
+    dense.load_state_dict(torch.load(folder / "dense.pt", weights_only=True))
+    dense.eval()
+    hits = [(dense(x).argmax(1) == y).float() for x, y in data.val_dataloader()]
+    assert report.dense_validation == pytest.approx(torch.cat(hits).mean().item(), abs=1e-6)
+    assert report.dense_validation != report.stage(DENSE).accuracy
+
+
 def test_both_orders_are_timed_epoch_by_epoch(outcome) -> None:
     report, _, _ = outcome
     for order in "AB":

@@ -164,6 +164,7 @@ class PruneReport:
         convention: which of the stages' FLOPs are shown.
         device: what the latency was measured on.
         predictions: drawn on images of the test part.
+        dense_validation: the dense model's metric on the validation part, as the epochs of the timings have it.
 
     Raises:
         PruningError: two stages of one name, or stages whose FLOPs lack the convention.
@@ -187,6 +188,7 @@ class PruneReport:
     convention: str = "flops2"
     device: str = "CPU"
     predictions: tuple[Predictions, ...] = ()
+    dense_validation: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "timings", "layers", "predictions", "notes"):

@@ -129,7 +129,7 @@ def lossless_line(report: PruneReport) -> str:
         return "losslessness: not checked"
     verdict = "lossless" if found.passed else "NOT lossless"
     line = f"{verdict}: max relative error {found.max_rel_error:.1e} in {found.dtype}"
-    return f"{line}, {found.changed} of {found.total} predictions changed" if found.total else line
+    return f"{line}, {found.changed:,} of {found.total:,} predictions changed" if found.total else line
 
 
 def savings_line(report: PruneReport) -> str:
