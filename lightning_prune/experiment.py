@@ -20,7 +20,7 @@ from lightning_prune.checkpoint import load_dense, save
 from lightning_prune.criteria import Criterion
 from lightning_prune.equivalence import check_lossless
 from lightning_prune.errors import PruningError
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, check_writable
 from lightning_prune.masking import mask_
 from lightning_prune.measurement import (
     Latency,
@@ -119,6 +119,7 @@ def compare_orders(
     """
     if not orders or len(set(orders)) < len(orders) or not set(orders) <= set(ORDERS):
         raise PruningError(f"orders must be A, B or both, each once, got {list(orders)}")
+    check_writable(Path(output) / "pruned.pt")
     run = _Run(data, metric, seed, progress, precision)
     choice = selection if selection is not None else GlobalRatio(ratio)
     with quiet():

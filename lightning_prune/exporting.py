@@ -157,10 +157,7 @@ def _check(path: Path, format: str) -> None:
         raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
     if path.suffix != SUFFIX[format]:
         raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    check_writable(path)
     missing = [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')

@@ -215,8 +215,11 @@ def test_weights_of_another_run_replace_dense_training(tmp_path: Path, monkeypat
     assert not Path("two/dense.pt").exists()
 
 
-def test_wrong_orders_and_foreign_weights_are_refused_before_training(tmp_path: Path) -> None:
+def test_wrong_orders_outputs_and_weights_are_refused_before_training(tmp_path: Path) -> None:
     data = DigitsDataModule(batch_size=128, size=16)
+    (tmp_path / "file").touch()
+    with pytest.raises(PruningError, match=r"cannot write .*pruned\.pt: Not a directory"):
+        compare_orders(task(), data, JRE(), output=str(tmp_path / "file" / "out"))
     with pytest.raises(PruningError, match=r"orders must be A, B or both, each once, got \['A', 'A'\]"):
         compare_orders(task(), data, JRE(), orders=("A", "A"), output=str(tmp_path))
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")

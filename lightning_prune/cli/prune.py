@@ -47,8 +47,7 @@ def run(argv: Sequence[str]) -> int:
     if Path(options.checkpoint).exists() and out.exists() and out.samefile(options.checkpoint):
         raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
     if not options.explain:
-        with _writing(out):
-            check_writable(out)
+        check_writable(out)
     known = architecture(options, rest, _PROG, origin_of(options.checkpoint))
     model, plan = known.load(options.checkpoint)
     if plan is not None:
