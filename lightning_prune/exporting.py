@@ -92,8 +92,9 @@ def export(
         repeats: passes timed, in turns with the model.
 
     Raises:
-        ExportError: an unknown format or suffix, a path that cannot be written, a missing package, a model that cannot
-            be exported, or one whose file computes something else.
+        ExportError: an unknown format or suffix, a missing package, a model that cannot be exported, or one whose file
+            computes something else.
+        PruningError: the path cannot be written.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
