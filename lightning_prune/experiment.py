@@ -43,14 +43,13 @@ from lightning_prune.report import (
     PruneReport,
     StageResult,
 )
-from lightning_prune.running import Precision, Runner, quiet
+from lightning_prune.running import Precision, Runner, metric_name, quiet
 from lightning_prune.selection import GlobalRatio, Selection
 from lightning_prune.tasks.drawing import jpeg
 from lightning_prune.tracking import layer_channels
 
 Order = Literal["A", "B"]
 ORDERS: dict[Order, str] = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
-METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
 DRAWN_IMAGES = 4
 
 
@@ -156,7 +155,7 @@ def compare_orders(
             RECONSTRUCTED: (run.test(small)[0], None, None),
             **{FINE_TUNED[o]: (t.accuracy, t.timing.epoch_seconds, t.eval_seconds) for o, t in tuned.items()},
         }
-        stages = _stages(models, measured, latency_repeats, METRICS.get(metric, metric))
+        stages = _stages(models, measured, latency_repeats, metric_name(metric))
         shown = (DENSE, RECONSTRUCTED, FINE_TUNED[orders[-1]])
         predictions = run.draw({name: models[name] for name in shown})
     save(Path(output) / "pruned.pt", last.task, plan, accuracy=last.accuracy)
@@ -209,7 +208,7 @@ class _Run(Runner):
         self.fit(task, epochs, [prune], lr)
         accuracy, seconds = self.test(task)
         assert prune.reconstruction is not None
-        reached = f"{METRICS.get(self.metric, self.metric)} {accuracy:.2%}"
+        reached = f"{metric_name(self.metric)} {accuracy:.2%}"
         self.console.print(f"order {order}: test {reached}, {count_params(task):,} parameters", highlight=False)
         timing = OrderTiming(order, tuple(prune.reconstruction.records))
         return FineTuned(task, prune, timing, seconds, accuracy)
@@ -240,7 +239,7 @@ class _Run(Runner):
         batch = next(iter(self.data.test_dataloader()))
         drawn = {"truth": next(iter(draw.values()))(batch)}
         for name, model in models.items():
-            drawn[name] = draw[name](batch, self.predict(model)[0])
+            drawn[name] = draw[name](batch, self.predict(model, 1)[0])
         return tuple(Predictions(name, tuple(map(jpeg, images[:DRAWN_IMAGES]))) for name, images in drawn.items())
 
 

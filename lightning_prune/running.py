@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 import warnings
@@ -17,6 +18,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.errors import PruningError
 
+METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
@@ -84,8 +86,7 @@ class Runner:
             PruningError: the task does not log the metric.
         """
         started = time.perf_counter()
-        trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        with self._released(task):
+        with self._evaluating(task) as trainer:
             results = trainer.test(task, self.data, verbose=False)[0]
         name = f"test_{self.metric}"
         if name not in results:
@@ -97,23 +98,30 @@ class Runner:
         loaded = is_overridden("val_dataloader", self.data, LightningDataModule)
         if not loaded or not is_overridden("validation_step", task, LightningModule):
             return None
-        trainer = Trainer(devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        with self._released(task):
+        with self._evaluating(task) as trainer:
             results = trainer.validate(task, self.data, verbose=False)
         found = results[0].get(f"val_{self.metric}") if results else None
         return None if found is None else float(found)
 
-    def predict(self, task: LightningModule) -> list[Any]:
-        """What ``predict_step`` gives for every batch of the test part, in float64; forward's results without one."""
+    def predict(self, task: LightningModule, batches: int | None = None) -> list[Any]:
+        """What ``predict_step`` gives for batches of the test part, in float64; forward's results without one.
+
+        Args:
+            task: left as it is.
+            batches: how many; None: all.
+        """
         exact = copy.deepcopy(task).double().eval()
         if is_overridden("predict_step", exact, LightningModule):
-            trainer = Trainer(
-                devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, precision="64-true"
-            )
-            with self._released(exact):
+            with self._evaluating(exact, precision="64-true", limit_predict_batches=batches) as trainer:
                 return trainer.predict(exact, self.data.test_dataloader()) or []
         with torch.no_grad():
-            return [exact(batch[0].double()) for batch in self.data.test_dataloader()]
+            return [exact(batch[0].double()) for batch in itertools.islice(self.data.test_dataloader(), batches)]
+
+    @contextmanager
+    def _evaluating(self, task: LightningModule, **options: Any) -> Iterator[Trainer]:
+        settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        with self._released(task):
+            yield Trainer(devices=1, **settings, **options)
 
     @contextmanager
     def _released(self, task: LightningModule) -> Iterator[None]:
@@ -137,6 +145,11 @@ class _LearningRate(Callback):
                 group["lr"] = group["initial_lr"] = self.lr
         for config in trainer.lr_scheduler_configs:
             config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
+
+
+def metric_name(metric: str) -> str:
+    """What readers call a logged metric."""
+    return METRICS.get(metric, metric)
 
 
 @contextmanager

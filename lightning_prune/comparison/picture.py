@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_prune.comparison.cells import Comparison, Row
 from lightning_prune.errors import PruningError
 from lightning_prune.plots import DPI, Palette, Theme, add_title, styled
+from lightning_prune.report.table import capitalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
         )
         seeds = max(row.seeds for row in comparison.rows)
         bars = f"mean of {seeds} seeds, bars: ± one standard deviation" if seeds > 1 else "one seed"
-        add_title(figure, palette, f"{comparison.metric.capitalize()} against FLOPs (%)", bars)
+        add_title(figure, palette, f"{capitalized(comparison.metric)} against FLOPs (%)", bars)
     return figure
 
 

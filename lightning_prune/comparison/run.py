@@ -23,7 +23,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.measurement import count_flops, count_params
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction import reconstruct
-from lightning_prune.running import Runner, quiet
+from lightning_prune.running import Runner, metric_name, quiet
 from lightning_prune.scoring import Scores
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from lightning_prune.selection.base import check_ratio
@@ -126,8 +126,7 @@ def compare_criteria(
                         found.append(outcome)
                     if told is not None:
                         told(outcome)
-    told_metric = "accuracy" if metric == "acc" else metric
-    return Comparison(dense, tuple(found), tuple(refusals.values()), settings, told_metric)
+    return Comparison(dense, tuple(found), tuple(refusals.values()), settings, metric_name(metric))
 
 
 def check_request(

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_prune.tasks.detectors import Detections, Detector, Images, Target, detector_for
-from lightning_prune.tasks.drawing import draw, log_images
+from lightning_prune.tasks.drawing import draw, image_loggers, log_images
 from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
 from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 
@@ -182,9 +182,9 @@ class DetectionTask(LightningModule):
                 losses = self.detector.losses(self.model, images, plain, self.global_step)
             loss = torch.stack(list(losses.values())).sum()
             self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
-        if batch_idx == 0 and not self.trainer.sanity_checking:
-            shown = zip(images[: self.drawn_images], found, strict=False)
-            drawn = [draw(image, boxes, self.class_names) for image, boxes in shown]
+        if batch_idx == 0 and not self.trainer.sanity_checking and image_loggers(self.loggers):
+            some = slice(self.drawn_images)
+            drawn = self.draw_predictions((images[some], targets[some]), found[some])
             log_images(self.loggers, f"{stage}_detections", drawn, self.global_step)
 
     def _close(self, stage: str, coco: MeanAveragePrecision, voc: VocMeanAveragePrecision) -> dict[str, Tensor]:

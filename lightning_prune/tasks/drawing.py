@@ -96,11 +96,16 @@ def _enlarged(image: Tensor) -> tuple[Tensor, int]:
     return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2), factor
 
 
+def image_loggers(loggers: Iterable[Any]) -> list[Any]:
+    """Those that take images."""
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger)]
+
+
 def log_images(loggers: Iterable[Any], name: str, images: Sequence[Tensor], step: int) -> None:
     """Hand images (3, H, W) uint8 to those loggers that take any."""
-    for logger in loggers if images else ():
+    for logger in image_loggers(loggers) if images else ():
         if isinstance(logger, TensorBoardLogger):
             for place, image in enumerate(images):
                 logger.experiment.add_image(f"{name}/{place}", image, step)
-        elif isinstance(logger, WandbLogger):
+        else:
             logger.log_image(name, [to_pil_image(image) for image in images])
