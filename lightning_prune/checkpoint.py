@@ -250,11 +250,7 @@ def _first_line(error: Exception) -> str:
 def _difference(missing: list[str], unexpected: list[str]) -> str:
     """Names that do not fit, of a model and of a file, both sorted."""
     for longer, shorter, way_out in (
-        (
-            unexpected,
-            missing,
-            "it is of the whole task (on the command line: --config)",
-        ),
+        (unexpected, missing, "it is of the whole task (on the command line: --config)"),
         (missing, unexpected, "it is of a part of this model (on the command line: --model)"),
     ):
         prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""

@@ -75,6 +75,13 @@ def mask_(
     return MaskHandle(model, masked_entries(graph, plan), plain, undoable)
 
 
+def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
+    """Set what a plan masks to zero, without holding it there."""
+    parameters = dict(model.named_parameters())
+    for item in masked_entries(graph, plan):
+        item.clear_(parameters[item.parameter].data)
+
+
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
     """Every parameter entry that a plan sets to zero."""
     entries: dict[tuple[str, int], list[Tensor]] = {}

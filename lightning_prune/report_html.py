@@ -16,13 +16,13 @@ from lightning_prune.plots import Theme, accuracy_time_figure, channels_figure, 
 from lightning_prune.report import DENSE, FINE_TUNED, PruneReport, StageResult, markdown_table, print_report
 from lightning_prune.report.table import (
     MISSING,
-    TIMES,
     capitalized,
     columns,
     footnote,
     lossless_line,
     points,
     savings_line,
+    times,
 )
 
 if TYPE_CHECKING:
@@ -166,17 +166,13 @@ def _say(value: object) -> str:
 
 def _tiles(report: PruneReport) -> str:
     factors = (
-        ("fewer", "more", "parameters", report.params_cut),
-        ("fewer", "more", "FLOPs", report.flops_cut),
-        ("faster", "slower", f"forward ({report.device})", report.latency_gain),
-        ("faster", "slower", "training epoch, order B against A", report.epoch_speedup),
+        times(report.params_cut, "fewer parameters", "more parameters"),
+        times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
+        times(report.latency_gain, f"faster forward ({report.device})", f"slower forward ({report.device})"),
+        times(report.epoch_speedup, *(f"{word} training epoch, order B against A" for word in ("faster", "slower"))),
     )
-    tiles = [
-        (f"{better} {what}", f"{factor:.1f}{TIMES}") if factor >= 1 else (f"{worse} {what}", f"{1 / factor:.1f}{TIMES}")
-        for better, worse, what, factor in factors
-        if factor
-    ]
-    shown = [f"<div><dd>{escape(value)}</dd><dt>{escape(what)}</dt></div>" for what, value in tiles]
+    tiles = [text.split(" ", 1) for text in factors if text]
+    shown = [f"<div><dd>{escape(value)}</dd><dt>{escape(what)}</dt></div>" for value, what in tiles]
     if report.accuracy_change is not None:
         number, unit = points(report.accuracy_change).split(" ")
         metric = escape(report.metric)

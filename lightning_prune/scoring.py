@@ -18,7 +18,7 @@ from lightning_prune.criteria.heads import AuxiliaryHeads
 from lightning_prune.criteria.recording import Recorder, key_of
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph import ChannelGraph, Group, Layer, call_model
+from lightning_prune.graph import ChannelGraph, Group, Layer, call_model, on_device
 from lightning_prune.masking import check_model
 from lightning_prune.preservation import preserved, random_state, set_random_state
 
@@ -334,12 +334,11 @@ def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Modul
             f"{criterion!r} needs gradients: pass loss=..., a function of (model, batch) returning a scalar"
         )
     run: Callable[[nn.Module, Any], Any] = loss if loss is not None else call_model
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for see in scorer.passes:
         empty = True
         for batch in batches:
             empty = False
-            see(partial(run, model, to_device(batch, device)))
+            see(partial(run, model, on_device(batch, model)))
         if empty:
             again = ", several times" if len(scorer.passes) > 1 else ""
             raise ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
@@ -369,14 +368,3 @@ def _check_finite(member: Member, scores: Tensor) -> None:
     else:
         cause = "its weights are too large"
     raise ScoreError(f"{member.layer.name}: {bad} of {len(scores)} scores are NaN or infinite; {cause}")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device, in the containers that loaders make; others as they are."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if type(batch) in (list, tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch

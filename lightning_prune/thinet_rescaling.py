@@ -14,12 +14,11 @@ from lightning_prune.criteria.sampling import SampledReaderWatcher
 from lightning_prune.criteria.thinet import GramTerm, check_rows
 from lightning_prune.criteria.watching import Ledger, Place
 from lightning_prune.errors import PlanError, ScoreError
-from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph import ChannelGraph, call_model, on_device
 from lightning_prune.masking import check_model, check_plan
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import preserved
 from lightning_prune.reconstruction import cuts
-from lightning_prune.scoring import to_device
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,10 @@ def _grams(
 ) -> dict[str, tuple[Tensor, int]]:
     """X^T X and number of rows of everything that is watched."""
     grams: dict[str, tuple[Tensor, int]] = {}
-    device = next((parameter.device for parameter in dense.parameters()), torch.device("cpu"))
     with preserved(dense):
         dense.eval()
         for batch in batches:
-            for key, total, count in _watched(watcher, dense, to_device(batch, device), run):
+            for key, total, count in _watched(watcher, dense, on_device(batch, dense), run):
                 gram, rows = grams.get(key, (torch.zeros_like(total), 0))
                 grams[key] = (gram + total, rows + count)
     return grams

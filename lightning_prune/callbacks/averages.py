@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import masked_entries
+from lightning_prune.masking import mask_once_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction import reconstruct_
 
@@ -26,9 +26,7 @@ def averages(trainer: Trainer) -> list[LightningModule]:
 def mask_averages_(trainer: Trainer, graph: ChannelGraph, plan: Plan) -> None:
     """Set the masked entries to zero there as well: the average of zeros from then on is zero."""
     for average in averages(trainer):
-        parameters = dict(average.named_parameters())
-        for item in masked_entries(graph, plan):
-            item.clear_(parameters[item.parameter].data)
+        mask_once_(average, graph, plan)
 
 
 def reconstruct_averages_(trainer: Trainer, graph: ChannelGraph, plan: Plan) -> None:

@@ -33,6 +33,12 @@ def predecessor(trainer: Trainer, callback: Callback, kind: type[C]) -> C:
     )
 
 
+def find(trainer: Trainer, kind: type[C]) -> C | None:
+    """The first callback of a kind, if there is one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
 def check_trainer(trainer: Trainer, callback: Callback) -> None:
     """Refuse Trainers in which pruning would go wrong.
 

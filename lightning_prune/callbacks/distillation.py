@@ -15,10 +15,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.callbacks.common import check_before_pruning, same_module
+from lightning_prune.callbacks.common import check_before_pruning, find, same_module
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.checkpoint import CheckpointError, load_dense
 from lightning_prune.distillation import DistillationError, check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError
 from lightning_prune.preservation import copy_without_masks
@@ -120,7 +121,7 @@ class DistillationCallback(Callback):
     def _take_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._given:
             return
-        masking = _masking(trainer)
+        masking = find(trainer, MaskingCallback)
         if masking is None:
             raise CallbackError(
                 "DistillationCallback: no callback prunes here, so the model would be its own teacher; add "
@@ -140,9 +141,8 @@ class DistillationCallback(Callback):
         if not path.is_file():
             raise CallbackError(f"teacher: there is no file {path}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            dense.load_state_dict(content.get("state_dict", content))
-        except Exception as error:
+            load_dense(path, dense)
+        except CheckpointError as error:
             raise CallbackError(
                 f"teacher: {path} does not hold the weights of a dense {type(dense).__name__}: {error}"
             ) from error
@@ -160,7 +160,7 @@ class DistillationCallback(Callback):
 
     def _step(self, trainer: Trainer, training_step: Any, *args: Any, **kwargs: Any) -> Any:
         """The strategy's training_step, with the distillation in its loss."""
-        masking = _masking(trainer)
+        masking = find(trainer, MaskingCallback)
         if masking is not None and masking.plan is None:
             return training_step(*args, **kwargs)
         module = trainer.lightning_module
@@ -219,11 +219,6 @@ class DistillationCallback(Callback):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _masking(trainer: Trainer) -> MaskingCallback | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, MaskingCallback)), None)
 
 
 def _copied(value: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
-from lightning_prune.callbacks.common import check_before_pruning, example_inputs
+from lightning_prune.callbacks.common import check_before_pruning, example_inputs, find
 from lightning_prune.callbacks.loggers import Sink, sinks_of
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
@@ -23,8 +23,6 @@ from lightning_prune.plots import channels_figure
 from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
 from lightning_prune.scoring import Scores
 from lightning_prune.tracking import channels_table, layer_channels, scores_figure, share_removed, summary_table
-
-C = TypeVar("C", bound=Callback)
 
 
 class TrackingCallback(EpochTimer):
@@ -74,7 +72,7 @@ class TrackingCallback(EpochTimer):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sinks:
             return
-        scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
+        scoring, masking = find(trainer, ScoringCallback), find(trainer, MaskingCallback)
         if scoring is None:
             raise CallbackError("TrackingCallback: nothing scores channels here; add PruneCallback after it")
         if self._now or (masking is not None and masking.built is not None):
@@ -97,7 +95,7 @@ class TrackingCallback(EpochTimer):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        masking = _find(trainer, MaskingCallback)
+        masking = find(trainer, MaskingCallback)
         phase = DENSE
         if masking is not None and masking.plan is not None:
             phase = MASKED if masking.built is None else RECONSTRUCTED
@@ -107,7 +105,7 @@ class TrackingCallback(EpochTimer):
         if not self._sinks:
             return
         self._track(trainer, pl_module)
-        masking = _find(trainer, MaskingCallback)
+        masking = find(trainer, MaskingCallback)
         built = None if masking is None else masking.built
         if built is not None:
             self._stages[RECONSTRUCTED] = self._measure(trainer, pl_module, RECONSTRUCTED)
@@ -143,7 +141,7 @@ class TrackingCallback(EpochTimer):
 
     def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the other callbacks did since the last time."""
-        scoring, masking = _find(trainer, ScoringCallback), _find(trainer, MaskingCallback)
+        scoring, masking = find(trainer, ScoringCallback), find(trainer, MaskingCallback)
         if not self._sinks or scoring is None:
             return
         plan, built, rounds = (None, None, 0) if masking is None else (masking.plan, masking.built, masking.round)
@@ -160,7 +158,7 @@ class TrackingCallback(EpochTimer):
         if built != self._built:
             self._built = built
             self._measure(trainer, pl_module, RECONSTRUCTED)
-            rebuilding = _find(trainer, ReconstructionCallback)
+            rebuilding = find(trainer, ReconstructionCallback)
             if rebuilding is not None and rebuilding.lossless is not None and rebuilding.seconds is not None:
                 self._now["prune/lossless_error"] = rebuilding.lossless.max_rel_error
                 self._now["prune/reconstruction_seconds"] = rebuilding.seconds
@@ -171,7 +169,7 @@ class TrackingCallback(EpochTimer):
         """Log epochs that are over; the timer that starts after reconstruction knows them best."""
         if not self._sinks:
             return
-        timer: EpochTimer = _find(trainer, ReconstructionCallback) or self
+        timer: EpochTimer = find(trainer, ReconstructionCallback) or self
         for record in timer.records[self._timed :]:
             self._seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
             self._log(trainer, {**self._now, "prune/epoch_seconds": record.train_seconds, "epoch": record.epoch})
@@ -206,7 +204,7 @@ class TrackingCallback(EpochTimer):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, name: str) -> StageResult:
         """Measure the model as it is, for the scalars and for the summary."""
-        scoring = _find(trainer, ScoringCallback)
+        scoring = find(trainer, ScoringCallback)
         assert scoring is not None
         flops = flops_by_convention(pl_module, example_inputs(pl_module, scoring.example_inputs))
         params = count_params(pl_module)
@@ -214,7 +212,7 @@ class TrackingCallback(EpochTimer):
         return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(pl_module))
 
     def _report(self, trainer: Trainer) -> PruneReport:
-        rebuilding = _find(trainer, ReconstructionCallback)
+        rebuilding = find(trainer, ReconstructionCallback)
         found = None if rebuilding is None else rebuilding.lossless
         lossless = (
             None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
@@ -225,14 +223,7 @@ class TrackingCallback(EpochTimer):
             stages[MASKED] = StageResult(MASKED, params=dense.params, flops=dense.flops)
         known = [stages[name] for name in (DENSE, MASKED, RECONSTRUCTED) if name in stages]
         timed = [
-            StageResult(**{**asdict(stage), "epoch_seconds": median(self._seconds[stage.name])})
-            if stage.name in self._seconds
-            else stage
+            replace(stage, epoch_seconds=median(self._seconds[stage.name])) if stage.name in self._seconds else stage
             for stage in known
         ]
         return PruneReport("Pruning", stages=tuple(timed), losslessness=lossless)
-
-
-def _find(trainer: Trainer, kind: type[C]) -> C | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
 from lightning_prune.checkpoint import load_dense
+from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.training import BuiltTask, build_task
 from lightning_prune.comparison import (
     Cell,
@@ -27,12 +28,6 @@ from lightning_prune.plan import Coupling
 T = TypeVar("T")
 TASK = "task/resnet18_digits.yaml"
 _PROG = "lightning-prune compare"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print the cause alone: the usage is what --help is for."""
-        self.exit(2, f"error: {message}. See {_PROG} --help.\n")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -100,8 +95,8 @@ def _listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parse
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog=_PROG,
         description="Prune one trained model by several criteria, fine-tune in the same way, compare.",
         epilog="Everything else is an option of lightning-prune fit, such as --config task/vgg16_cifar10.yaml or "

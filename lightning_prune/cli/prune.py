@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,10 @@ def run(argv: Sequence[str]) -> int:
     _show(console, graph, plan, lossless, options)
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
-    with _writing(out):
+    try:
         save(out, small, plan, input=shape, origin=known.origin, settings=settings)
+    except OSError as error:
+        raise PruningError(f"cannot write {out}: {error.strerror or error}") from error
     print_line(console, f"pruned model: {out}", "bold")
     return 0
 
@@ -231,11 +232,3 @@ def _show(
     print_line(console, f"{gone:,} of {total:,} channels removed by {by}")
     for group, why in lossless.left.items():
         print_line(console, f"left whole: {group}: {why}", indent="  ")
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PruningError(f"cannot write {out}: {error.strerror or error}") from error

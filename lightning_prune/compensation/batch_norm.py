@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.compensation.common import Forward, on_device
+from lightning_prune.compensation.common import Forward
 from lightning_prune.errors import CompensationError
-from lightning_prune.graph import call_model
+from lightning_prune.graph import call_model, on_device
 from lightning_prune.preservation import random_state, set_random_state
 
 

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria.effects import input_dim, is_computable
 from lightning_prune.errors import CompensationError, NoEffectWarning
-from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph import ChannelGraph, on_device
 from lightning_prune.masking import check_model, check_plan, masked_entries
 from lightning_prune.plan import Plan
 from lightning_prune.preservation import knows_shapes, random_state, set_random_state
@@ -124,13 +123,6 @@ def repairing(model: nn.Module) -> Iterator[nn.Module]:
         set_random_state(before)
 
 
-def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
-    """Set what a plan masks to zero, without holding it there."""
-    parameters = dict(model.named_parameters())
-    for item in masked_entries(graph, plan):
-        item.clear_(parameters[item.parameter].data)
-
-
 def listed(batches: Iterable[Any], model: nn.Module) -> list[Any]:
     """Batches that can be gone through more than once, on the model's device.
 
@@ -143,18 +135,6 @@ def listed(batches: Iterable[Any], model: nn.Module) -> list[Any]:
     if not found:
         raise CompensationError("there is no batch to measure on (a used-up generator?)")
     return found
-
-
-def on_device(batch: Any, model: nn.Module) -> Any:
-    """A batch with its tensors where the model's are."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called on."""
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
 
 
 def unreached(paths: list[str]) -> CompensationError:

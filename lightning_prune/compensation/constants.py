@@ -14,16 +14,16 @@ from lightning_prune.compensation.common import (
     Forward,
     Missing,
     Reader,
-    first_input,
     listed,
-    mask_once_,
     repairable,
     repairing,
     unreached,
     warn_of_nothing,
 )
+from lightning_prune.criteria.effects import first_input
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.masking import mask_once_
 from lightning_prune.plan import Plan
 
 

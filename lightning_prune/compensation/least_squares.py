@@ -15,17 +15,17 @@ from lightning_prune.compensation.common import (
     Forward,
     Missing,
     Reader,
-    first_input,
     hooked,
     listed,
-    mask_once_,
     repairable,
     repairing,
     unreached,
     warn_of_nothing,
 )
+from lightning_prune.criteria.effects import first_input
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.masking import mask_once_
 from lightning_prune.plan import Plan
 
 CHUNK = 2**22  # entries of a matrix of inputs held at once: 32 MiB in float64

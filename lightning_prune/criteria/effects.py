@@ -33,6 +33,27 @@ def is_computable(module: nn.Module) -> bool:
     return type(module).forward in _FORWARDS and "forward" not in vars(module)
 
 
+def computable(model: nn.Module, path: str, way_out: str) -> nn.Module:
+    """The layer at a path, whose output follows from its weight.
+
+    Raises:
+        ScoreError: it has a forward of its own; with the way out.
+    """
+    module = model.get_submodule(path)
+    if not is_computable(module):
+        raise ScoreError(
+            f"{path}: a {type(module).__name__} with a forward of its own reads channels, so what each adds to its "
+            f"output is not known; use {way_out}"
+        )
+    return module
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called on."""
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
+
+
 def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     """W[:, c] * a_c for several channels c: (N, ...) and (K, r) to (N, K, outputs of a sample).
 

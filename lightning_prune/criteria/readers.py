@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.effects import channel_effects, input_dim, is_computable
+from lightning_prune.criteria.effects import channel_effects, computable, first_input, input_dim
 from lightning_prune.criteria.watching import Ledger, Place, Seen, Watcher, twice
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
@@ -71,12 +71,7 @@ class ReaderWatcher(Watcher):
         Raises:
             ScoreError: its output is not what torch's own layer makes of its weight.
         """
-        module = self._model.get_submodule(path)
-        if not is_computable(module):
-            raise ScoreError(
-                f"{path}: a {type(module).__name__} with a forward of its own reads channels, so what each adds to its "
-                "output is not known; use NextLayerTaylor(form='weight'), or another criterion such as Taylor"
-            )
+        computable(self._model, path, "NextLayerTaylor(form='weight'), or another criterion such as Taylor")
         self._audience.setdefault(path, []).append(_Listener(tuple(keys), tap, place.index))
 
     @override
@@ -99,7 +94,7 @@ class ReaderWatcher(Watcher):
         if not torch.is_grad_enabled():
             self.ledger.without_grad.update(key for listener in listeners for key in listener.keys)
             return None
-        value = args[0] if args else next(iter(kwargs.values()))
+        value = first_input(args, kwargs)
         weight_dims = module.weight.ndim if isinstance(module.weight, Tensor) else 0
         if value.ndim < 2 or (weight_dims > 2 and value.ndim != weight_dims):
             raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")

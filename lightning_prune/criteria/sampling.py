@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.effects import channel_effects, is_computable
+from lightning_prune.criteria.effects import channel_effects, computable, first_input
 from lightning_prune.criteria.watching import Ledger, Place, Seen, Watcher
 from lightning_prune.errors import ScoreError
 
@@ -44,12 +44,7 @@ class SampledReaderWatcher(Watcher):
         Raises:
             ScoreError: its output is not what torch's own layer makes of its weight.
         """
-        module = self._model.get_submodule(path)
-        if not is_computable(module):
-            raise ScoreError(
-                f"{path}: a {type(module).__name__} with a forward of its own reads channels, so what each adds to its "
-                "output is not known; use another criterion, such as Taylor"
-            )
+        computable(self._model, path, "another criterion, such as Taylor")
         self._audience.setdefault(path, []).append((key, tap, place.index))
 
     @override
@@ -64,7 +59,7 @@ class SampledReaderWatcher(Watcher):
     ) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing repeats the forward pass inside the backward pass
-        value = args[0] if args else next(iter(kwargs.values()))
+        value = first_input(args, kwargs)
         if value.ndim < 2 or (isinstance(module, _ConvNd) and value.ndim != module.weight.ndim):
             raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")
         call = self._calls[path]

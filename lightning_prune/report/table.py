@@ -113,9 +113,9 @@ def _decimals(values: list[float]) -> int:
 def summary_line(report: PruneReport) -> str:
     """What pruning bought: parameters, FLOPs, latency, and the accuracy it cost."""
     parts = [
-        _times(report.params_cut, "fewer parameters", "more parameters"),
-        _times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
-        _times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
+        times(report.params_cut, "fewer parameters", "more parameters"),
+        times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
+        times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
     ]
     if report.accuracy_change is not None:
         parts.append(f"{report.metric} {points(report.accuracy_change)} after fine-tuning")
@@ -144,7 +144,7 @@ def savings_line(report: PruneReport) -> str:
     ]
     line = f"fine-tuning: {' against '.join(shown)}"
     if report.epoch_speedup is not None:
-        line += f", {_times(report.epoch_speedup, 'faster', 'slower')}"
+        line += f", {times(report.epoch_speedup, 'faster', 'slower')}"
     tuned = [(order, report.stage(name)) for order, name in FINE_TUNED.items()]
     reached = [f"{order} {100 * s.accuracy:.2f} %" for order, s in tuned if s and s.accuracy is not None]
     return f"{line}; {report.metric} {', '.join(reached)}" if reached else line
@@ -157,7 +157,8 @@ def points(change: float) -> str:
     return f"{text} points"
 
 
-def _times(factor: float | None, better: str, worse: str) -> str:
+def times(factor: float | None, better: str, worse: str) -> str:
+    """A factor with what it is of: "4.0× fewer parameters"; empty where there is none."""
     if factor is None:
         return ""
     return f"{factor:.1f}{TIMES} {better}" if factor >= 1 else f"{1 / factor:.1f}{TIMES} {worse}"
