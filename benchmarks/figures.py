@@ -15,7 +15,7 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune import models
 from tests.helpers import RandomScores, random_plan
-from tests.test_published_rows import HEADS, ROWS, SEEDS, cost, traced
+from tests.measure.test_published_rows import HEADS, ROWS, SEEDS, cost, traced
 from tests.zoo import randomise_
 
 LOSSLESS: dict[str, Callable[[], nn.Module]] = {

@@ -14,8 +14,15 @@ import torch
 from pytorch_lightning import seed_everything
 
 import lightning_prune as lp
-from lightning_prune.comparison import Cell, Refusal, compare_criteria, print_comparison, trained_once, write_comparison
 from lightning_prune.data import DigitsDataModule
+from lightning_prune.experiments.comparison import (
+    Cell,
+    Refusal,
+    compare_criteria,
+    print_comparison,
+    trained_once,
+    write_comparison,
+)
 from lightning_prune.models import vgg16_bn
 from lightning_prune.tasks import ClassificationTask
 
@@ -24,11 +31,11 @@ FORMS = {
     "JRE, layer": lp.JRE(),
     "JRE, network, sum": lp.JRE(scope="network"),
     "JRE, network, mean": lp.JRE(scope="network", spatial="mean"),
-    "GRE, layer": lp.GRE(),
-    "GRE, network": lp.GRE(scope="network"),
-    "LRE, layer": lp.LRE(),
-    "LRE, network, sum": lp.LRE(scope="network"),
-    "LRE, network, mean": lp.LRE(scope="network", spatial="mean"),
+    "GRE, layer": lp.criteria.GRE(),
+    "GRE, network": lp.criteria.GRE(scope="network"),
+    "LRE, layer": lp.criteria.LRE(),
+    "LRE, network, sum": lp.criteria.LRE(scope="network"),
+    "LRE, network, mean": lp.criteria.LRE(scope="network", spatial="mean"),
 }
 OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 

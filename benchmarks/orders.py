@@ -18,12 +18,13 @@ import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
-from lightning_prune import GlobalRatio, LayerRatio, PruneCallback, count_params
-from lightning_prune.callbacks import EpochTimer
+from lightning_prune import GlobalRatio, LayerRatio, PruneCallback
+from lightning_prune.callbacks import EpochTimerCallback
 from lightning_prune.data import DigitsDataModule
+from lightning_prune.experiments.runner import Runner, quiet
+from lightning_prune.measure import count_params
 from lightning_prune.models import resnet34
 from lightning_prune.report import EpochRecord
-from lightning_prune.running import Runner, quiet
 from lightning_prune.tasks import ClassificationTask
 
 RATIOS = (0.4, 0.6, 0.8)
@@ -46,7 +47,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found: Records = {}
     with quiet():
-        timer = EpochTimer("val_acc")
+        timer = EpochTimerCallback("val_acc")
         run.fit(task, options.dense_epochs, [timer])
         dense = _seconds(timer.records)
         print(

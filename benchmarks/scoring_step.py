@@ -63,12 +63,12 @@ def _steps(batch: int) -> dict[str, Callable[[], object]]:
         model.zero_grad()
         loss().backward()
 
-    def scoring(criterion: lp.Criterion) -> Callable[[], object]:
-        scorer = lp.Scorer(model, graph, criterion)
+    def scoring(criterion: lp.criteria.Criterion) -> Callable[[], object]:
+        scorer = lp.criteria.Scorer(model, graph, criterion)
         return lambda: scorer.update(loss)
 
-    def training(criterion: lp.Criterion) -> Callable[[], object]:
-        scorer = lp.Scorer(model, graph, criterion)
+    def training(criterion: lp.criteria.Criterion) -> Callable[[], object]:
+        scorer = lp.criteria.Scorer(model, graph, criterion)
 
         def step() -> None:
             with scorer.batch():
@@ -80,10 +80,10 @@ def _steps(batch: int) -> dict[str, Callable[[], object]]:
         "plain": plain,
         "JRE": scoring(lp.JRE()),
         "JRE while training": training(lp.JRE()),
-        "LRE": scoring(lp.LRE()),
-        "GRE": scoring(lp.GRE()),
+        "LRE": scoring(lp.criteria.LRE()),
+        "GRE": scoring(lp.criteria.GRE()),
         "Taylor": scoring(lp.Taylor()),
-        "NextLayerTaylor": scoring(lp.NextLayerTaylor()),
+        "NextLayerTaylor": scoring(lp.criteria.NextLayerTaylor()),
     }
 
 
@@ -107,7 +107,7 @@ def _peak_here(batch: int, chunk: int | None) -> int:
     if chunk is None:
         F.cross_entropy(model(images), labels).backward()
     else:
-        scorer = lp.Scorer(model, graph, lp.NextLayerTaylor(chunk=chunk))
+        scorer = lp.criteria.Scorer(model, graph, lp.criteria.NextLayerTaylor(chunk=chunk))
         scorer.update(lambda: F.cross_entropy(model(images), labels))
     # Linux's own count: getrusage would start from the parent's peak.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

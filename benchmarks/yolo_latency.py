@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.measurement import Latency
+from lightning_prune.measure.measurement import Latency
 from lightning_prune.models import YoloV3, YoloV3Tiny
 
 PUBLISHED = {0.5: 3.2, 0.7: 4.3, 0.9: 8.2}  # speed-ups of the paper's Raspberry Pi
@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     images = torch.rand(1, 3, options.size, options.size)
     models = build(options)
-    costs = {name: (lp.count_params(net), lp.count_flops(net, images, "paper")) for name, net in models.items()}
+    costs = {
+        name: (lp.measure.count_params(net), lp.measure.count_flops(net, images, "paper"))
+        for name, net in models.items()
+    }
     timed: dict[str, tuple[nn.Module, Any]] = {name: (net, images) for name, net in models.items()}
     engines = {"torch": timed}
     if options.channels_last:
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             }
     rows = []
     for engine, entries in engines.items():
-        latencies = lp.compare_latency(entries, warmup=2, repeats=options.repeats, threads=options.threads)
+        latencies = lp.measure.compare_latency(entries, warmup=2, repeats=options.repeats, threads=options.threads)
         rows += _rows(engine, latencies, costs)
     _show(rows, options)
     if options.out:
@@ -63,7 +66,7 @@ def build(options: argparse.Namespace) -> dict[str, nn.Module]:
     """Dense YOLOv3, pruned at every ratio, and YOLOv3-tiny; 20 classes."""
     dense = YoloV3(20, width=options.width).eval()
     graph = lp.trace(dense, torch.rand(1, 3, 64, 64))
-    scores = lp.score(dense, graph, lp.Random(seed=0) if options.criterion == "random" else lp.L1())
+    scores = lp.score(dense, graph, lp.criteria.Random(seed=0) if options.criterion == "random" else lp.L1())
     ignored = () if options.all_layers else dense.predictors
     models: dict[str, nn.Module] = {"yolov3": dense}
     for ratio in options.ratios:

@@ -37,6 +37,34 @@ class DataError(PruningError):
     """Data that are missing, damaged, or not what they should be."""
 
 
+class CheckpointError(PruningError):
+    """A file that is not a pruned checkpoint, or belongs to another model."""
+
+
+class ExportError(PruningError):
+    """A model that cannot be exported, or whose file computes something else."""
+
+
+class WeightsError(PruningError):
+    """Weights that do not belong to the model."""
+
+
+class ConfigurationError(PruningError, ValueError):
+    """A configuration that parses, but holds a value that a class refuses."""
+
+
+class UnknownRecipeError(PruningError, ValueError):
+    """A configuration that is neither a file here nor a shipped recipe."""
+
+
+class ModelError(PruningError, ValueError):
+    """A model that cannot be found or built from what the command line says."""
+
+
+class DistillationError(PruningError, ValueError):
+    """A student that cannot be compared with its teacher, or settings without meaning."""
+
+
 class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 

@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_prune.errors import PlanError
 from lightning_prune.files import atomic
+
+if TYPE_CHECKING:
+    from lightning_prune.graph import ChannelGraph
 
 Coupling = Literal["joint", "union", "intersection"]
 FORMAT = "lightning-prune-plan/1"
@@ -99,6 +102,27 @@ class Plan:
         """Share of the planned groups' channels that the reconstructed model loses."""
         total = sum(group.size for group in self.groups.values())
         return sum(len(group.removed) for group in self.groups.values()) / total if total else 0.0
+
+    def check(self, graph: ChannelGraph) -> None:
+        """Refuse a graph that cannot carry out this plan.
+
+        Raises:
+            PlanError: unknown or unprunable group, wrong size, unknown layer, or a group that would lose all channels.
+        """
+        for name, planned in self.groups.items():
+            group = graph.group(name)
+            if not group.prunable and len(planned.keep) < planned.size:
+                raise PlanError(f"group {name!r} cannot be pruned: it {group.reason}")
+            if planned.size != group.size:
+                raise PlanError(f"group {name!r} has {group.size} channels, the plan is for {planned.size}")
+            if not planned.keep:
+                raise PlanError(
+                    f"the plan leaves no channel of group {name!r}; raise min_channels, lower the ratio, or use "
+                    f"coupling='union' instead of {self.coupling!r}"
+                )
+            unknown = set(planned.layers) - {layer.name for layer in group.layers}
+            if unknown:
+                raise PlanError(f"group {name!r} has no layer {', '.join(sorted(unknown))}")
 
     def within(self, done: Plan) -> Plan:
         """The same plan in the channel numbers of a model that was already reconstructed with an earlier one.

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import Plan
-from lightning_prune.scoring import Scores
 from lightning_prune.selection import GlobalRatio, Selection
 
 Shape = Literal["cubic", "linear"]

@@ -12,9 +12,9 @@ import torch
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import trace
-from lightning_prune.masking import mask_
 from lightning_prune.plan import GroupPlan, Plan
-from lightning_prune.reconstruction import reconstruct
+from lightning_prune.reconstruction.masks import mask_
+from lightning_prune.reconstruction.small_model import reconstruct
 from tests.helpers import random_plan
 from tests.zoo import build, images
 

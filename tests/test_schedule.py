@@ -10,22 +10,22 @@ import torch
 from pytorch_lightning import Callback
 
 from lightning_prune.callbacks import (
-    EpochTimer,
+    EpochTimerCallback,
     PruneCallback,
     ScoringCallback,
 )
 from lightning_prune.criteria import JRE, L1, LRE
 from lightning_prune.criteria.base import WeightCriterion
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import CallbackError, NoEffectWarning, PlanError
 from lightning_prune.graph import trace
-from lightning_prune.masking import masked_entries
-from lightning_prune.measurement import count_flops
-from lightning_prune.reconstruction import reconstruct
+from lightning_prune.measure.measurement import count_flops
+from lightning_prune.reconstruction.masks import masked_entries
+from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.schedule import Gradual, Rounds, Soft
-from lightning_prune.scoring import score
 from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio
-from tests.helpers_fit import Task, fit, params
-from tests.test_callbacks_refusals import refused
+from tests.callbacks.helpers import Task, fit, params
+from tests.callbacks.test_refusals import refused
 from tests.zoo import images
 
 
@@ -34,7 +34,7 @@ def test_rounds_remove_a_fixed_number_and_score_again() -> None:
     callback = PruneCallback(JRE(), ratio=0.5, schedule=Rounds(8, epochs=2), reconstruct="before")
     seen = []
 
-    class Watch(EpochTimer):
+    class Watch(EpochTimerCallback):
         def on_train_epoch_start(self, trainer, pl_module):
             plan = callback.masking.plan
             groups = callback.scoring.graph

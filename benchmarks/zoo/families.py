@@ -2,7 +2,7 @@
 
 The timm names were chosen once by building every model of timm 1.0.31 on the meta device and taking the one with the
 fewest parameters (timm's own ``test_*`` miniatures left out); further names of the same file stand where it holds
-another architecture. `tests/test_zoo_benchmark.py` checks that no file of the installed timm is missing.
+another architecture. `tests/benchmarks/test_zoo.py` checks that no file of the installed timm is missing.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _peer(session: Session) -> Row:
 def _ours(session: Session, case: Case) -> str:
     """Fill the row; returns the outcome."""
     row, model, inputs = session.row, case.model, case.inputs
-    row["params"] = lp.count_params(model, trainable=False)
+    row["params"] = lp.measure.count_params(model, trainable=False)
     before = session.timed("forward", lambda: outputs(model, inputs))
     graph = _trace(session, model, inputs, before)
     _describe(row, graph)
@@ -134,11 +134,11 @@ def _ours(session: Session, case: Case) -> str:
 def _check_small(session: Session, case: Case, small: nn.Module, graph: lp.ChannelGraph, plan: Any) -> None:
     """Everything that the reconstructed model must be able to do in float32."""
     model, inputs = case.model, case.inputs
-    session.row["params_after"] = lp.count_params(small, trainable=False)
+    session.row["params_after"] = lp.measure.count_params(small, trainable=False)
     after = outputs(small, inputs)
     session.check("copies", lambda: _copies(model, small, inputs, after, lambda: lp.reconstruct(model, graph, plan)))
     # A detector's own count depends on how many boxes it happens to find.
-    session.check("flops", lambda: [lp.count_flops(session.heads(m), inputs) for m in (model, small)])
+    session.check("flops", lambda: [lp.measure.count_flops(session.heads(m), inputs) for m in (model, small)])
     session.check("train_step", lambda: _train(case, small))
     if session.options.export:
         session.check("export", lambda: _export(model, small.eval(), inputs))

@@ -42,7 +42,7 @@ def compare(case: Case, entry: Entry, options: Options) -> dict[str, Any]:
         theirs.append(time.perf_counter() - start)
     result["ours_seconds"] = median(mine) if all(mine) else None
     if "outcome" not in result:
-        result |= {"seconds": median(theirs), "params_after": lp.count_params(pruned, trainable=False)}
+        result |= {"seconds": median(theirs), "params_after": lp.measure.count_params(pruned, trainable=False)}
         result |= _outcome(model, pruned, case)
     return result
 
@@ -106,7 +106,7 @@ def _heads(model: nn.Module) -> int | None:
 
 
 def _outcome(model: nn.Module, pruned: nn.Module, case: Case) -> dict[str, Any]:
-    if lp.count_params(pruned, trainable=False) >= lp.count_params(model, trainable=False):
+    if lp.measure.count_params(pruned, trainable=False) >= lp.measure.count_params(model, trainable=False):
         return {"outcome": "removes nothing"}
     try:
         outputs(pruned, case.inputs)

@@ -9,7 +9,7 @@ from lightning_prune.criteria import add_bn_sparsity_
 from lightning_prune.criteria.base import check_weight
 
 
-class BNSparsity(Callback):
+class BNSparsityCallback(Callback):
     """Trains with ``strength * sum |gamma|`` over all batch norms, so that `BNScale` can tell channels apart.
 
     Liu et al., Network Slimming (2017): the subgradient is added to the gradients before every optimizer step
@@ -25,7 +25,7 @@ class BNSparsity(Callback):
         ScoreError: the strength is negative or not finite.
 
     Example:
-        >>> BNSparsity(1e-5).strength
+        >>> BNSparsityCallback(1e-5).strength
         1e-05
     """
 

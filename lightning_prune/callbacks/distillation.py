@@ -19,10 +19,10 @@ from lightning_prune.callbacks.common import check_before_pruning, find, same_mo
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.scoring import ScoringCallback
-from lightning_prune.checkpoint import CheckpointError, load_dense
-from lightning_prune.distillation import DistillationError, check_temperature, distillation_loss, logits_of
-from lightning_prune.errors import CallbackError
-from lightning_prune.preservation import copy_without_masks
+from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
+from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
+from lightning_prune.model_state.preservation import copy_without_masks
+from lightning_prune.reconstruction.checkpoint import load_dense
 
 
 class DistillationCallback(Callback):
@@ -91,7 +91,7 @@ class DistillationCallback(Callback):
         if not pl_module.automatic_optimization:
             raise CallbackError(
                 "DistillationCallback adds to the loss that training_step returns, which manual optimization does not "
-                "use; add lightning_prune.distillation.distillation_loss to your own loss"
+                "use; add lightning_prune.compensation.distillation.distillation_loss to your own loss"
             )
         if not self._given:
             check_before_pruning(trainer, self, ScoringCallback)

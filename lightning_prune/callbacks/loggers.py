@@ -13,8 +13,8 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from lightning_prune.files import atomic
-from lightning_prune.plots import save_figure
-from lightning_prune.tracking import Table
+from lightning_prune.report.figures import save_figure
+from lightning_prune.report.tracking import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,16 +11,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_prune.callbacks.averages import mask_averages_
 from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, same_module, uncompiled
-from lightning_prune.callbacks.passes import check_fresh_iterators
 from lightning_prune.callbacks.processes import check_same_plan
 from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
+from lightning_prune.callbacks.weight_averages import mask_averages_
 from lightning_prune.errors import CallbackError, NoEffectWarning
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.masking import MaskHandle, mask_
+from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.plan import Coupling, Plan, check_coupling
-from lightning_prune.preservation import copy_sharing_tensors
+from lightning_prune.reconstruction.masks import MaskHandle, mask_
 from lightning_prune.schedule import Schedule, Step, keep_removed, spread
 from lightning_prune.selection import GlobalRatio, Selection
 

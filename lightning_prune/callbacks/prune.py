@@ -9,16 +9,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.common import check_trainer
 from lightning_prune.callbacks.masking import MaskingCallback
-from lightning_prune.callbacks.passes import Amount
-from lightning_prune.callbacks.random_state import KeepRandomState
+from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback, Start
+from lightning_prune.callbacks.scoring_pass import Amount
 from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.criteria import Criterion
+from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
 from lightning_prune.plan import Coupling
 from lightning_prune.schedule import Schedule
-from lightning_prune.scoring import Scores
 from lightning_prune.selection import GlobalRatio, Selection
 
 Reconstruct = Literal["before", "during", "after", "never"]
@@ -28,7 +28,7 @@ class PruneCallback(Callback):
     """Prunes a model inside ``Trainer.fit``: score, mask, reconstruct, fine-tune.
 
     It adds a `TrackingCallback`, a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a
-    `KeepRandomState` to the Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
+    `RandomStateCallback` to the Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
 
     Args:
         criterion: an instance, or a name such as "jre".
@@ -106,7 +106,7 @@ class PruneCallback(Callback):
             else ReconstructionCallback(reconstruct, example_inputs=example_inputs, monitor=monitor)
         )
 
-        self.random_state = KeepRandomState()
+        self.random_state = RandomStateCallback()
         self.tracking = TrackingCallback() if track else None
 
     @property

@@ -9,10 +9,10 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.processes import gathered
-from lightning_prune.preservation import random_state, set_random_state
+from lightning_prune.model_state.preservation import random_state, set_random_state
 
 
-class KeepRandomState(Callback):
+class RandomStateCallback(Callback):
     """Keeps the state of the random generators in checkpoints, so that a resumed run draws what the first would have.
 
     Lightning saves none. With it, a run resumed from a checkpoint of an epoch's end goes on bit for bit (where the
@@ -20,7 +20,7 @@ class KeepRandomState(Callback):
     restarts the shuffled loader from its beginning, which no random state can mend.
 
     Example:
-        >>> KeepRandomState().state_dict().keys()
+        >>> RandomStateCallback().state_dict().keys()
         dict_keys(['processes'])
     """
 

@@ -9,24 +9,24 @@ from typing import Any, Literal, get_args
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_prune.callbacks.averages import reconstruct_averages_
+from lightning_prune.callbacks.checkpoint_shapes import Shapes
 from lightning_prune.callbacks.common import check_trainer, example_inputs, predecessor, uncompiled
-from lightning_prune.callbacks.loading import Shapes
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.processes import unwrapped
 from lightning_prune.callbacks.scoring import ScoringCallback
-from lightning_prune.callbacks.timing import EpochTimer
-from lightning_prune.equivalence import LosslessReport
+from lightning_prune.callbacks.timing import EpochTimerCallback
+from lightning_prune.callbacks.weight_averages import reconstruct_averages_
 from lightning_prune.errors import CallbackError
-from lightning_prune.measurement import count_params
-from lightning_prune.optimizers import check_sliceable, unwrap
+from lightning_prune.measure.measurement import count_params
+from lightning_prune.model_state.optimizer_state import check_sliceable, unwrap
 from lightning_prune.plan import GroupPlan, Plan
-from lightning_prune.reconstruction import reconstruct_
+from lightning_prune.reconstruction.lossless import LosslessReport
+from lightning_prune.reconstruction.small_model import reconstruct_
 
 When = Literal["before", "during", "after"]
 
 
-class ReconstructionCallback(EpochTimer):
+class ReconstructionCallback(EpochTimerCallback):
     """Replaces the masked model by the physically smaller one, in place, and records what an epoch costs.
 
     Optimizers keep working: parameters stay the same objects and their state is cut along. So are averages of the
@@ -45,7 +45,7 @@ class ReconstructionCallback(EpochTimer):
     Attributes:
         lossless: the comparison, once reconstructed; of several the one with the largest error.
         seconds: what reconstruction took, all steps together.
-        records: wall time of every epoch, evaluation apart (from `EpochTimer`).
+        records: wall time of every epoch, evaluation apart (from `EpochTimerCallback`).
 
     Raises:
         CallbackError: no MaskingCallback before it, an unknown moment, or a `Soft` schedule with ``during``.

@@ -9,12 +9,18 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.callbacks.common import check_trainer, example_inputs, same_module, uncompiled
-from lightning_prune.callbacks.passes import Amount, checked_amount, loss_of, training_batches, training_step_alone
 from lightning_prune.callbacks.processes import sum_over_processes_
+from lightning_prune.callbacks.scoring_pass import (
+    Amount,
+    checked_amount,
+    loss_of,
+    training_batches,
+    training_step_alone,
+)
 from lightning_prune.criteria import Criterion, criterion_from
+from lightning_prune.criteria.scoring import Scorer, Scores
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.scoring import Scorer, Scores
 
 Start = int | Literal["end"]
 

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_prune.report import EpochRecord
 
 
-class EpochTimer(Callback):
+class EpochTimerCallback(Callback):
     """Records an `EpochRecord` per epoch in ``records``.
 
     Args:

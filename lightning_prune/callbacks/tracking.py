@@ -14,18 +14,18 @@ from lightning_prune.callbacks.loggers import Sink, sinks_of
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
-from lightning_prune.callbacks.timing import EpochTimer
-from lightning_prune.checkpoint import save
+from lightning_prune.callbacks.timing import EpochTimerCallback
+from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
-from lightning_prune.measurement import count_params, flops_by_convention, state_size
+from lightning_prune.measure.measurement import count_params, flops_by_convention, state_size
 from lightning_prune.plan import Plan
-from lightning_prune.plots import channels_figure
+from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
-from lightning_prune.scoring import Scores
-from lightning_prune.tracking import channels_table, layer_channels, scores_figure, share_removed, summary_table
+from lightning_prune.report.figures import channels_figure
+from lightning_prune.report.tracking import channels_table, layer_channels, scores_figure, share_removed, summary_table
 
 
-class TrackingCallback(EpochTimer):
+class TrackingCallback(EpochTimerCallback):
     """Logs pruning to all of the Trainer's loggers.
 
     Scalars go to every logger after every epoch, and when the model has been masked or reconstructed: ``prune/params``,
@@ -169,7 +169,7 @@ class TrackingCallback(EpochTimer):
         """Log epochs that are over; the timer that starts after reconstruction knows them best."""
         if not self._sinks:
             return
-        timer: EpochTimer = find(trainer, ReconstructionCallback) or self
+        timer: EpochTimerCallback = find(trainer, ReconstructionCallback) or self
         for record in timer.records[self._timed :]:
             self._seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
             self._log(trainer, {**self._now, "prune/epoch_seconds": record.train_seconds, "epoch": record.epoch})

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_prune.cli.recipes import UnknownRecipeError
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import PruningError, UnknownRecipeError
 
 
 class Command(NamedTuple):

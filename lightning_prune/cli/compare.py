@@ -10,10 +10,10 @@ from typing import Any, TypeVar, get_args
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
-from lightning_prune.checkpoint import load_dense
 from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.training import BuiltTask, build_task
-from lightning_prune.comparison import (
+from lightning_prune.errors import PruningError
+from lightning_prune.experiments.comparison import (
     Cell,
     Refusal,
     compare_criteria,
@@ -21,9 +21,9 @@ from lightning_prune.comparison import (
     trained_once,
     write_comparison,
 )
-from lightning_prune.comparison.run import SelectionName, check_request
-from lightning_prune.errors import PruningError
+from lightning_prune.experiments.comparison.run import SelectionName, check_request
 from lightning_prune.plan import Coupling
+from lightning_prune.reconstruction.checkpoint import load_dense
 
 T = TypeVar("T")
 TASK = "task/resnet18_digits.yaml"

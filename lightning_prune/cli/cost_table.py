@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune.cli.tables import Head, print_line, print_table
-from lightning_prune.layer_timing import thread_count
-from lightning_prune.measurement import (
+from lightning_prune.measure.layers import thread_count
+from lightning_prune.measure.measurement import (
     Latency,
     compare_latency,
     count_params,

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.training import ExplainingParser
-from lightning_prune.experiment import compare_orders
+from lightning_prune.experiments.orders import compare_orders
 from lightning_prune.report import print_report
-from lightning_prune.report_html import write_report
+from lightning_prune.report.html import write_report
 
 DEMO = "experiment/resnet18_digits_jre.yaml"
 

@@ -17,20 +17,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.errors import ModelError, PruningError, TraceError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.describe import describe
-from lightning_prune.graph_picture import graph_html, graph_svg
+from lightning_prune.report.graph_picture import graph_html, graph_svg
 
 _INPUT = (1, 3, 224, 224)
 _USAGE = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
        lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
 _PICTURES = {".html": graph_html, ".svg": graph_svg}
-
-
-class ModelError(PruningError, ValueError):
-    """A model that cannot be found or built from what the command line says."""
 
 
 class Parser(argparse.ArgumentParser):

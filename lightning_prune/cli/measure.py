@@ -10,15 +10,16 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.checkpoint import read_file
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
-from lightning_prune.cli.graph import ModelError, Parser
+from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of
 from lightning_prune.cli.tables import print_line
-from lightning_prune.layer_findings import explain_speed
-from lightning_prune.layer_timing import measure_machine, thread_count, time_layers
-from lightning_prune.measurement import samples_in, with_samples
+from lightning_prune.errors import ModelError
+from lightning_prune.measure.layer_findings import explain_speed
+from lightning_prune.measure.layers import measure_machine, thread_count, time_layers
+from lightning_prune.measure.measurement import samples_in, with_samples
+from lightning_prune.reconstruction.checkpoint import read_file
 
 _PROG = "lightning-prune measure"
 _USAGE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]

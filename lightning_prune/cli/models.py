@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_prune.checkpoint import FORMAT, KEY, load, load_dense, read_file
-from lightning_prune.cli.graph import ModelError, build_model
-from lightning_prune.measurement import samples_in, with_samples
+from lightning_prune.cli.graph import build_model
+from lightning_prune.errors import ModelError
+from lightning_prune.measure.measurement import samples_in, with_samples
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.checkpoint import FORMAT, KEY, load, load_dense, read_file
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule

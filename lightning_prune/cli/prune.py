@@ -12,24 +12,24 @@ from pytorch_lightning import LightningDataModule, LightningModule, seed_everyth
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_prune.checkpoint import save
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
-from lightning_prune.cli.graph import ModelError, Parser
+from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.models import Architecture, add_options, architecture, example_inputs, one_sample, origin_of
 from lightning_prune.cli.tables import print_line
 from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.equivalence import LosslessReport
-from lightning_prune.errors import NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
-from lightning_prune.explanation import explain
+from lightning_prune.criteria.scoring import Scores, score
+from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
+from lightning_prune.experiments.runner import quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measurement import samples_in
+from lightning_prune.measure.measurement import samples_in
+from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
-from lightning_prune.preservation import copy_without_masks
-from lightning_prune.reconstruction import reconstruct_
-from lightning_prune.running import quiet
-from lightning_prune.scoring import Scores, score
+from lightning_prune.reconstruction.checkpoint import save
+from lightning_prune.reconstruction.lossless import LosslessReport
+from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection
+from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed
 
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     plan, reach = _plan(graph, scores, selection, model, deployed, options)
     console = Console()
     if options.explain:
-        told = explain(graph, plan, model, inputs, reach=reach)
+        told = explain(model, graph, plan, inputs, reach=reach)
         console.print(f"{told}\n\nNothing was done.", highlight=False, markup=False, soft_wrap=True)
         return 0
     small = copy_without_masks(model)

@@ -13,13 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import UnknownRecipeError
 
 _CONFIG_FLAGS = ("--config", "-c")
-
-
-class UnknownRecipeError(PruningError, ValueError):
-    """A configuration that is neither a file here nor a shipped recipe."""
 
 
 def recipe_paths() -> dict[str, Path]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_prune.plots import shorten
+from lightning_prune.report.figures import shorten
 from lightning_prune.report.table import head_rule, is_ascii, printable
 
 

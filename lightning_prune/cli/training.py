@@ -12,16 +12,12 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
+from lightning_prune.cli.config_errors import explain
 from lightning_prune.cli.recipes import resolve
-from lightning_prune.cli.wrong_key import explain
-from lightning_prune.errors import PruningError
-from lightning_prune.running import quiet
+from lightning_prune.errors import ConfigurationError, PruningError
+from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
-
-
-class ConfigurationError(PruningError, ValueError):
-    """A configuration that parses, but holds a value that a class refuses."""
 
 
 class ExplainingParser(LightningArgumentParser):

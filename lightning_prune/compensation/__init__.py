@@ -2,6 +2,8 @@
 
 from lightning_prune.compensation.batch_norm import recalibrate_bn_
 from lightning_prune.compensation.constants import fold_constants_
+from lightning_prune.compensation.distillation import distillation_loss
 from lightning_prune.compensation.least_squares import least_squares_
+from lightning_prune.compensation.thinet_rescaling import Rescaling, rescale_
 
-__all__ = ["fold_constants_", "least_squares_", "recalibrate_bn_"]
+__all__ = ["Rescaling", "distillation_loss", "fold_constants_", "least_squares_", "recalibrate_bn_", "rescale_"]

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_prune.compensation.common import Forward
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import call_model, on_device
-from lightning_prune.preservation import random_state, set_random_state
+from lightning_prune.model_state.preservation import random_state, set_random_state
 
 
 def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, forward: Forward = call_model) -> None:

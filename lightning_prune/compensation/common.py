@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.criteria.effects import input_dim, is_computable
+from lightning_prune.criteria.channel_contributions import input_dim, is_computable
 from lightning_prune.errors import CompensationError, NoEffectWarning
 from lightning_prune.graph import ChannelGraph, on_device
-from lightning_prune.masking import check_model, check_plan, masked_entries
+from lightning_prune.model_state.preservation import knows_shapes, random_state, set_random_state
 from lightning_prune.plan import Plan
-from lightning_prune.preservation import knows_shapes, random_state, set_random_state
+from lightning_prune.reconstruction.masks import masked_entries
 
 Forward = Callable[[nn.Module, Any], Any]
 Missing = Literal["refuse", "skip"]
@@ -81,8 +81,8 @@ def repairable(
     """
     if missing not in ("refuse", "skip"):
         raise CompensationError(f"missing must be 'refuse' or 'skip', got {missing!r}")
-    check_plan(graph, plan)
-    check_model(model, graph)
+    plan.check(graph)
+    graph.check(model)
     if knows_shapes(model) or _is_masked(model, graph, plan):
         raise CompensationError(
             "the removed channels are zero already, so there is nothing left to measure; compensate the dense model, "

@@ -20,11 +20,11 @@ from lightning_prune.compensation.common import (
     unreached,
     warn_of_nothing,
 )
-from lightning_prune.criteria.effects import first_input
+from lightning_prune.criteria.channel_contributions import first_input
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
-from lightning_prune.masking import mask_once_
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.masks import mask_once_
 
 
 def fold_constants_(

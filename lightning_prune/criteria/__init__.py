@@ -7,6 +7,8 @@ from lightning_prune.criteria.dcp import DCP
 from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
+from lightning_prune.criteria.scores import Scores
+from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.criteria.taylor import Taylor, TaylorFO
 from lightning_prune.criteria.thinet import ThiNet
 from lightning_prune.criteria.weights import FPGM, L1, L2
@@ -25,6 +27,8 @@ __all__ = [
     "Member",
     "NextLayerTaylor",
     "Random",
+    "Scorer",
+    "Scores",
     "Tap",
     "Taylor",
     "TaylorFO",
@@ -32,4 +36,5 @@ __all__ = [
     "WeightCriterion",
     "add_bn_sparsity_",
     "criterion_from",
+    "score",
 ]

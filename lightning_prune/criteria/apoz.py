@@ -55,7 +55,7 @@ class APoZ(Criterion):
     Example:
         >>> from torch import nn
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
         >>> inputs = torch.tensor([[1.0], [2.0], [3.0], [-1.0]])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.errors import ScoreError
-from lightning_prune.preservation import without_masks
+from lightning_prune.model_state.preservation import without_masks
 
 
 def fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class BNScale(Criterion):
     """Absolute batch-norm scale of a channel, |gamma_c|.
 
     Liu et al., Learning Efficient Convolutional Networks through Network Slimming (2017). Needs no data, but
-    says little unless the model was trained with the L1 penalty on the scales: `BNSparsity` in a Trainer,
+    says little unless the model was trained with the L1 penalty on the scales: `BNSparsityCallback` in a Trainer,
     `add_bn_sparsity_` in a loop of your own. Scores are compared over the network as they are.
 
     A channel of k filters scores the mean over them. A layer without a batch norm of its own is scored by those
@@ -37,7 +37,7 @@ class BNScale(Criterion):
 
     Example:
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 1)).eval()
         >>> _ = model[1].weight.data.copy_(torch.tensor([0.5, -2.0]))
         >>> score(model, trace(model, torch.randn(1, 1, 4, 4)), BNScale())["0"].tolist()

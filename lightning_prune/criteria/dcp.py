@@ -67,7 +67,7 @@ class DCP(Criterion):
 
     Example:
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[3.0], [4.0]]))
         >>> inputs, criterion = torch.ones(4, 1), DCP(heads=0, normalize="none")

@@ -177,7 +177,7 @@ def normalize_scores(raw: Sequence[Tensor], how: Normalizer, scope: Scope = "lay
     Raises:
         ScoreError: unknown normaliser or scope.
     """
-    check_choice("normalizer", how, Normalizer)
+    check_choice("normalize", how, Normalizer)
     check_choice("scope", scope, Scope)
     if scope == "layer" or not raw:
         return [normalize(scores, how) for scores in raw]

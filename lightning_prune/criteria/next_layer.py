@@ -86,7 +86,7 @@ class NextLayerTaylor(Criterion):
 
     Example:
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]]))
         >>> _ = model[1].weight.data.copy_(torch.tensor([[3.0, -4.0]]))

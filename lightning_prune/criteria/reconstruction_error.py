@@ -61,7 +61,7 @@ class GRE(Criterion):
         site: tensor h. ``bn``: after batch norm, what masking zeroes; ``conv``: before it; ``activation``:
             what enters the first reading layer, with the gradient from everything that reads it.
         scope: normalise within each ``layer`` or over the ``network``.
-        normalizer: ``minmax`` (eq. 10) or another one of `functional.normalize`.
+        normalize: ``minmax`` (eq. 10) or another one of `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -79,18 +79,18 @@ class GRE(Criterion):
         reduce: Reduce = "sample",
         site: Site = "bn",
         scope: Scope = "layer",
-        normalizer: Normalizer = "minmax",
+        normalize: Normalizer = "minmax",
         combine: Combine = "mean",
     ) -> None:
         check_choice("magnitude", magnitude, Magnitude)
         check_choice("reduce", reduce, Reduce)
         check_choice("site", site, Site)
-        _check_normalization(scope, normalizer, combine)
+        _check_normalization(scope, normalize, combine)
         self.magnitude = magnitude
         self.reduce = reduce
         self.site = site
         self.scope = scope
-        self.normalizer = normalizer
+        self.normalize = normalize
         self.combine = combine
 
     @property
@@ -105,7 +105,7 @@ class GRE(Criterion):
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         raw = [self._term.score(member.means["global"]) for member in members]
-        return normalize_scores(raw, self.normalizer, self.scope)
+        return normalize_scores(raw, self.normalize, self.scope)
 
 
 @final
@@ -121,7 +121,7 @@ class LRE(Criterion):
         reference: ``self``: z of the current model. ``baseline``: z of the frozen dense model; equal in round
             one.
         scope: normalise within each ``layer`` or over the ``network``.
-        normalizer: ``minmax`` (eq. 11) or another one of `functional.normalize`.
+        normalize: ``minmax`` (eq. 11) or another one of `functional.normalize`.
         combine: see `Criterion`.
 
     Raises:
@@ -138,16 +138,16 @@ class LRE(Criterion):
         spatial: Spatial = "sum",
         reference: Reference = "self",
         scope: Scope = "layer",
-        normalizer: Normalizer = "minmax",
+        normalize: Normalizer = "minmax",
         combine: Combine = "mean",
     ) -> None:
         check_choice("spatial", spatial, Spatial)
         check_choice("reference", reference, Reference)
-        _check_normalization(scope, normalizer, combine)
+        _check_normalization(scope, normalize, combine)
         self.spatial = spatial
         self.reference = reference
         self.scope = scope
-        self.normalizer = normalizer
+        self.normalize = normalize
         self.combine = combine
 
     @property
@@ -157,7 +157,7 @@ class LRE(Criterion):
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        return normalize_scores([member.means["local"] for member in members], self.normalizer, self.scope)
+        return normalize_scores([member.means["local"] for member in members], self.normalize, self.scope)
 
 
 @final
@@ -177,7 +177,7 @@ class JRE(Criterion):
         spatial: as `LRE`.
         reference: as `LRE`.
         scope: extremes of each ``layer`` or of the ``network``.
-        normalizer: ``minmax`` or another one of `functional.normalize`.
+        normalize: ``minmax`` or another one of `functional.normalize`.
         alpha: weight of the global term.
         beta: weight of the local term.
         combine: see `Criterion`.
@@ -199,7 +199,7 @@ class JRE(Criterion):
         spatial: Spatial = "sum",
         reference: Reference = "self",
         scope: Scope = "layer",
-        normalizer: Normalizer = "minmax",
+        normalize: Normalizer = "minmax",
         alpha: float = 1.0,
         beta: float = 1.0,
         combine: Combine = "mean",
@@ -209,7 +209,7 @@ class JRE(Criterion):
         check_choice("site", site, Site)
         check_choice("spatial", spatial, Spatial)
         check_choice("reference", reference, Reference)
-        _check_normalization(scope, normalizer, combine)
+        _check_normalization(scope, normalize, combine)
         check_weight("alpha", alpha)
         check_weight("beta", beta)
         if alpha == beta == 0:
@@ -220,7 +220,7 @@ class JRE(Criterion):
         self.spatial = spatial
         self.reference = reference
         self.scope = scope
-        self.normalizer = normalizer
+        self.normalize = normalize
         self.alpha = alpha
         self.beta = beta
         self.combine = combine
@@ -240,14 +240,14 @@ class JRE(Criterion):
         parts = []
         if self.alpha:
             raw = [self._term.score(member.means["global"]) for member in members]
-            parts.append([self.alpha * x for x in normalize_scores(raw, self.normalizer, self.scope)])
+            parts.append([self.alpha * x for x in normalize_scores(raw, self.normalize, self.scope)])
         if self.beta:
             raw = [member.means["local"] for member in members]
-            parts.append([self.beta * x for x in normalize_scores(raw, self.normalizer, self.scope)])
+            parts.append([self.beta * x for x in normalize_scores(raw, self.normalize, self.scope)])
         return [first + second for first, second in zip(*parts, strict=True)] if len(parts) == 2 else parts[0]
 
 
-def _check_normalization(scope: str, normalizer: str, combine: str) -> None:
+def _check_normalization(scope: str, normalize: str, combine: str) -> None:
     check_choice("scope", scope, Scope)
-    check_choice("normalizer", normalizer, Normalizer)
+    check_choice("normalize", normalize, Normalizer)
     check_choice("combine", combine, Combine)

@@ -86,7 +86,7 @@ class Scores(dict[str, Tensor]):
             >>> graph = lp.trace(model, torch.zeros(1, 1))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     lp.score(model, graph, "l1").save(f"{folder}/scores.pt")
-            ...     scores = lp.Scores.load(f"{folder}/scores.pt", graph)
+            ...     scores = lp.criteria.Scores.load(f"{folder}/scores.pt", graph)
             >>> [len(lp.LayerRatio(ratio).select(graph, scores).groups["0"].keep) for ratio in (0.0, 0.5)]
             [2, 1]
         """
@@ -134,14 +134,14 @@ class Scores(dict[str, Tensor]):
         self,
         how: functional.Combine = "mean",
         *,
-        normalizer: functional.Normalizer = "none",
+        normalize: functional.Normalizer = "none",
         scope: functional.Scope = "layer",
     ) -> Scores:
         """The same scores with the members of each group normalised, then combined, in another way; no new pass.
 
         Args:
             how: see `Criterion`.
-            normalizer: see `lightning_prune.criteria.functional.normalize`.
+            normalize: see `lightning_prune.criteria.functional.normalize`.
             scope: over the scores of each ``layer``, or of all layers of the ``network`` together.
 
         Raises:
@@ -150,13 +150,13 @@ class Scores(dict[str, Tensor]):
         Example:
             >>> of = {"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([3.0, 0.0])}
             >>> scores = Scores({"a": torch.tensor([2.0, 2.0])}, {"a": of})
-            >>> scores.combined("max")["a"].tolist(), scores.combined("sum", normalizer="max")["a"].tolist()
+            >>> scores.combined("max")["a"].tolist(), scores.combined("sum", normalize="max")["a"].tolist()
             ([3.0, 4.0], [1.25, 1.0])
         """
         functional.check_choice("how", how, functional.Combine)
         names = [(group, layer) for group, of in self.layers.items() for layer in of]
         raw = [self.layers[group][layer] for group, layer in names]
         layers: dict[str, dict[str, Tensor]] = {}
-        for (group, layer), values in zip(names, functional.normalize_scores(raw, normalizer, scope), strict=True):
+        for (group, layer), values in zip(names, functional.normalize_scores(raw, normalize, scope), strict=True):
             layers.setdefault(group, {})[layer] = values
         return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)

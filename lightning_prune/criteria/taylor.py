@@ -49,7 +49,7 @@ class Taylor(Criterion):
     Example:
         >>> import torch
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
         >>> inputs = torch.ones(1, 1)
@@ -142,7 +142,7 @@ class TaylorFO(Criterion):
     Example:
         >>> import torch
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
         >>> inputs = torch.ones(4, 1)

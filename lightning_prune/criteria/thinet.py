@@ -52,7 +52,7 @@ class ThiNet(Criterion):
     group score alike.
     Deviations: all layers are scored in one pass on the same model, not one after the other with fine-tuning in
     between (rescore in rounds for that); samples are those of the batches (the paper: 10 images per class). The
-    least-squares scaling of what stays is a step of its own, `lightning_prune.rescale_`.
+    least-squares scaling of what stays is a step of its own, `lightning_prune.compensation.rescale_`.
 
     Args:
         rows: outputs drawn per sample and next layer, with replacement (published: 10); None: all of them.
@@ -64,7 +64,7 @@ class ThiNet(Criterion):
 
     Example:
         >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.scoring import score
+        >>> from lightning_prune.criteria.scoring import score
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 3, bias=False), torch.nn.Linear(3, 1))
         >>> _ = model[0].weight.data.fill_(1.0)
         >>> _ = model[1].weight.data.copy_(torch.tensor([[3.0, -2.0, 2.5]]))

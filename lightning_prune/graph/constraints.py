@@ -3,7 +3,7 @@
 A view that splits channels into (heads, width), a chunk, a grouped convolution: their sizes are integers that no
 tracer sees through. A *grid* lays such channels out; only whole slices along one of its axes may go. Which axis,
 and whether an integer attribute of the module has to follow, is chosen per module type by a `Choice`, tried out in
-`lightning_prune.graph.trial`.
+`lightning_prune.graph.rehearse`.
 """
 
 from __future__ import annotations

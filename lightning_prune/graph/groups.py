@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
-from lightning_prune.surgery import Cut, NewSize
+from lightning_prune.model_state.cutting import Cut, NewSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +164,22 @@ class ChannelGraph:
         if name not in self._by_name:
             raise PlanError(f"the model has no channel group {name!r}; its groups are {', '.join(self._by_name)}")
         return self._by_name[name]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that is not the traced one.
+
+        Raises:
+            PlanError: names or shapes differ.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        for name, shape in self.shapes.items():
+            if name not in shapes:
+                raise PlanError(f"the graph was traced on another model: this one has no tensor {name!r}")
+            if shapes[name] != shape:
+                raise PlanError(
+                    f"the graph was traced on another model: {name!r} is {list(shapes[name])} here and was "
+                    f"{list(shape)}; trace the model again"
+                )
 
     def cuts(self, removed: dict[str, Tensor]) -> list[Cut]:
         """What survives of every tensor dimension when these channels ({group: indices}) go."""

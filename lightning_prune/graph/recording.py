@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.labels import Info
-from lightning_prune.preservation import preserved
+from lightning_prune.model_state.preservation import preserved
 
 Observe = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
 

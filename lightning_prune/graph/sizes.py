@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.graph.constraints import Cut, Size
 from lightning_prune.graph.groups import SizeAttribute
 from lightning_prune.graph.labels import NO_LABEL, Freeze, ids_of
-from lightning_prune.surgery import sizes_of
+from lightning_prune.model_state.cutting import sizes_of
 
 Key = tuple[str, str, int | None]  # module path, attribute, position
 

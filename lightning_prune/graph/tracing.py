@@ -11,13 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules, sizes
-from lightning_prune.graph.assemble import Classes, build_groups
+from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.constraints import Cut, resolve
-from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import ChannelGraph
 from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.labels import Freeze, Info, LabelSpace, region, signature
+from lightning_prune.graph.operator_call import Context, tensors_out
 from lightning_prune.graph.recording import (
     Recorder,
     module_names,
@@ -26,8 +26,8 @@ from lightning_prune.graph.recording import (
     untouched,
     watch_training_flag,
 )
-from lightning_prune.graph.trial import Decisions, Draft, places_of, settle
-from lightning_prune.preservation import without_masks
+from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
+from lightning_prune.model_state.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
 
@@ -37,7 +37,7 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
 
     The model runs once in eval mode under a dispatch mode that sees every operator, and once more in train mode if
     its code asks which one it is in (auxiliary heads exist only there; batch norm and dropout stay in eval). Then it
-    is tried out with fewer channels, see `lightning_prune.graph.trial`. Modes, buffers, gradients and random state
+    is tried out with fewer channels, see `lightning_prune.graph.rehearse`. Modes, buffers, gradients and random state
     are left as they were.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.models.weights import WeightsError
+from lightning_prune.errors import WeightsError
 from lightning_prune.models.yolo_parts import BOXES_PER_CELL, Convolution, YoloNetwork
 
 FLOAT = 4

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import PruningError
-
-
-class WeightsError(PruningError):
-    """Weights that do not belong to the model."""
+from lightning_prune.errors import WeightsError
 
 
 def load_torchvision_weights(

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, final, get_args
 from torch import nn
 from typing_extensions import override
 
-from lightning_prune.cost import CostModel
 from lightning_prune.errors import NotReconstructedWarning, PlanError, TraceError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measurement import Convention, count_params, flops_by_convention, measure_latency
+from lightning_prune.measure.cost_model import CostModel
+from lightning_prune.measure.measurement import Convention, count_params, flops_by_convention, measure_latency
 from lightning_prune.plan import Coupling, Plan
-from lightning_prune.reconstruction import reconstruct
+from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection.base import Kept, Question, Scores, Selection, changed
 from lightning_prune.selection.network import Order
 
@@ -77,7 +77,7 @@ class Budget(Selection):
     Where the last one overshoots by more than the tolerance (a wide group, ``round_to``), the strongest of the
     removed that still fit come back.
 
-    The number of channels is found by bisection on costs that follow from shapes (`lightning_prune.cost.CostModel`),
+    The number of channels is found by bisection on costs that follow from shapes (`lightning_prune.measure.CostModel`),
     and the model of the resulting plan is built and counted; where the two disagree (attention, other FLOPs
     conventions) the search goes on with models that are built and counted, as it does for latency.
 
@@ -86,7 +86,7 @@ class Budget(Selection):
         params: share of the dense parameters (frozen ones included) that may remain, in (0, 1).
         latency_ms: median milliseconds of a forward pass on the example inputs, as a whole, on the model's device
             and with torch's present number of threads. Machines differ: select on the one that will serve.
-        convention: how FLOPs are counted, see `lightning_prune.count_flops`.
+        convention: how FLOPs are counted, see `lightning_prune.measure.count_flops`.
         repeats: passes timed per model.
         min_channels: see `Selection`.
         round_to: see `Selection`.

@@ -175,7 +175,7 @@ class ChannelsPerRound(NetworkSelection):
     The plan of a round is that of all rounds so far: what earlier ones removed has to come last in the scores, see
     `lightning_prune.schedule.keep_removed`. It never removes more than asked, and less only where ``min_channels``
     leaves no more, or where the next channel counts for several filters and one of them would be too many. To run
-    rounds up to a ratio inside a fit, use `lightning_prune.Rounds`.
+    rounds up to a ratio inside a fit, use `lightning_prune.schedule.Rounds`.
 
     Args:
         channels: removed per round.
@@ -193,7 +193,7 @@ class ChannelsPerRound(NetworkSelection):
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> graph = lp.trace(model, torch.zeros(1, 3))
         >>> first = ChannelsPerRound(3).select(graph, lp.score(model, graph, "l1"))
-        >>> later = lp.keep_removed(lp.score(model, graph, "fpgm"), first)  # after fine-tuning
+        >>> later = lp.schedule.keep_removed(lp.score(model, graph, "fpgm"), first)  # after fine-tuning
         >>> second = ChannelsPerRound(3, round=2).select(graph, later)
         >>> len(second.groups["0"].removed), set(first.groups["0"].removed) < set(second.groups["0"].removed)
         (6, True)

@@ -1,4 +1,4 @@
-"""Kills a run at given moments, resumes it every time, and runs it once in one go; run by tests/test_killed.py.
+"""Kills a run at given moments, resumes it every time, and runs it once in one go; run by callbacks/test_killed.py.
 
 python -m tests.scripts.killed FOLDER
 """
@@ -18,12 +18,12 @@ from fsspec.implementations.local import LocalFileOpener
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-import lightning_prune.masking
-import lightning_prune.reconstruction
-import lightning_prune.scoring
+import lightning_prune.criteria.scoring
+import lightning_prune.reconstruction.masks
+import lightning_prune.reconstruction.small_model
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.schedule import Gradual
-from tests.helpers_fit import Task, loader
+from tests.callbacks.helpers import Task, loader
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -46,12 +46,12 @@ def at_call(owner: Any, name: str, number: int, first: Callable[..., Any] | None
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "first scoring": lambda: at_call(lightning_prune.scoring.Scorer, "update", 2),
-    "first masking": lambda: at_call(lightning_prune.masking.MaskHandle, "apply_", 1),
+    "first scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 2),
+    "first masking": lambda: at_call(lightning_prune.reconstruction.masks.MaskHandle, "apply_", 1),
     "first fine-tuning": lambda: at_call(Task, "training_step", 6),
-    "later scoring": lambda: at_call(lightning_prune.scoring.Scorer, "update", 6),
-    "later masking": lambda: at_call(lightning_prune.masking.MaskHandle, "_hold", 14),
-    "reconstruction": lambda: at_call(lightning_prune.reconstruction, "cut_", 1),
+    "later scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 6),
+    "later masking": lambda: at_call(lightning_prune.reconstruction.masks.MaskHandle, "_hold", 14),
+    "reconstruction": lambda: at_call(lightning_prune.reconstruction.small_model, "cut_", 1),
     "writing": lambda: at_call(
         LocalFileOpener, "write", 1, lambda file, data: (file.f.write(data[: len(data) // 2]), file.f.flush())
     ),

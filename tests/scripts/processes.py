@@ -1,4 +1,4 @@
-"""Fits in one or two processes and writes what came out; run by tests/test_processes.py.
+"""Fits in one or two processes and writes what came out; run by tests/callbacks/test_processes.py.
 
 python -m tests.scripts.processes FOLDER PROCESSES
 """
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_prune.callbacks import DistillationCallback, MaskingCallback, PruneCallback, ScoringCallback
 from lightning_prune.errors import CallbackError
 from lightning_prune.schedule import Gradual
-from tests.helpers_fit import Task, loader
+from tests.callbacks.helpers import Task, loader
 
 RUNS: dict[str, dict[str, Any]] = {
     "before": {"reconstruct": "before"},

@@ -1,4 +1,4 @@
-"""Runs of segmentation and detection in one or two processes; run by tests/test_task_processes.py.
+"""Runs of segmentation and detection in one or two processes; run by tests/tasks/test_task_processes.py.
 
 python -m tests.scripts.task_processes FOLDER PROCESSES
 """
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.data.modules import segmentation_batch
 from lightning_prune.tasks import SegmentationTask
-from tests.helpers_detection import listed, make_trainer, oracle_task, pictures, sure
+from tests.tasks.helpers import listed, make_trainer, oracle_task, pictures, sure
 
 
 def masked_pictures() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightning_prune.graph.context import Context
 from lightning_prune.graph.labels import Info
+from lightning_prune.graph.operator_call import Context
 from lightning_prune.graph.rules import movement, pointwise, spatial, statistics, sums
 
 Rule = Callable[["Context"], "Info | list[Info]"]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import Cut, Grid, Merge
-from lightning_prune.graph.context import Context
 from lightning_prune.graph.contraction import fold
 from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import NO_LABEL, Info, collapse, region, signature, spread
+from lightning_prune.graph.operator_call import Context
 
 
 def movement(c: Context) -> Info:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import Info, collapse, region, signature
+from lightning_prune.graph.operator_call import Context, tensors_out
 
 
 def elementwise(c: Context) -> Info | list[Info]:

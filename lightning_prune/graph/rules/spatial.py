@@ -6,9 +6,9 @@ import re
 
 from torch import Tensor
 
-from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import fold
 from lightning_prune.graph.labels import Info, region, signature, spread
+from lightning_prune.graph.operator_call import Context, tensors_out
 
 
 def pooling(c: Context) -> list[Info]:

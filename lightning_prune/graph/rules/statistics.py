@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import Grid, Size
-from lightning_prune.graph.context import Context, tensors_out
 from lightning_prune.graph.contraction import fold
 from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import Info, region, signature
+from lightning_prune.graph.operator_call import Context, tensors_out
 
 
 def batch_norm(c: Context) -> list[Info]:

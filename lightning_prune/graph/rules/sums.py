@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph import contraction
-from lightning_prune.graph.context import Context
 from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import Info
+from lightning_prune.graph.operator_call import Context
 
 
 def convolution(c: Context) -> Info:

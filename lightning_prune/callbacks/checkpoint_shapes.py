@@ -1,0 +1,95 @@
+"""Checkpoints of a run in which the model changes shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_prune.callbacks.common import predecessor
+from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.weight_averages import averages
+from lightning_prune.model_state.cutting import CHANGED, set_data_, sizes_of, update_attributes_
+from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
+
+NOTHING = Plan({})
+
+
+class Shapes:
+    """Writes the model's shapes into Lightning checkpoints, and gives the module those of the one that is loaded.
+
+    Lightning restores weights before it calls a callback's own ``on_load_checkpoint``, so the strategy, which loads
+    them, is watched; on the module itself the Trainer would be copied along with every copy.
+    """
+
+    def __init__(self) -> None:
+        self._dense: dict[str, torch.Size] | None = None
+        self._sizes: dict[str, dict[str, Any]] = {}
+
+    def watch(self, trainer: Trainer, callback: Callback) -> None:
+        """From now on fit the module's shapes to every checkpoint whose weights the Trainer loads into it."""
+        strategy = trainer.strategy
+        if not isinstance(vars(strategy).get("load_model_state_dict"), partial):
+            load = partial(self._load, trainer, callback, strategy.load_model_state_dict)
+            strategy.load_model_state_dict = load  # type: ignore[method-assign]
+
+    def forget(self, trainer: Trainer) -> None:
+        """Leave the Trainer as it was found."""
+        vars(trainer.strategy).pop("load_model_state_dict", None)
+
+    def remember(self, module: LightningModule) -> None:
+        """Note the dense shapes, before the first reconstruction."""
+        if self._dense is None:
+            self._dense = {name: tensor.shape for name, tensor in _tensors(module).items()}
+            self._sizes = {path: sizes_of(part) for path, part in module.named_modules()}
+
+    def save(self, module: LightningModule, built: Plan | None, checkpoint: dict[str, Any]) -> None:
+        """Add the plan that the module was built with, and its sizes: plain data."""
+        checkpoint[KEY] = shapes_of(module, built or NOTHING)
+
+    def _load(
+        self,
+        trainer: Trainer,
+        callback: Callback,
+        load: Callable[..., None],
+        checkpoint: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        module = trainer.lightning_module
+        content = checkpoint.get(KEY)
+        built = content is not None and content["plan"]["groups"]
+        masking = predecessor(trainer, callback, MaskingCallback)
+        if content is not None:
+            masking.release()  # its state, which is restored next, says whether masks are held
+        if self._dense is not None or built:
+            self._grow(module)
+        if content is not None and built:
+            if trainer.training:
+                self.remember(module)
+                masking.keep_dense(module)
+                predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
+            for other in (module, *averages(trainer)):
+                reshape_(other, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
+        load(checkpoint, **options)
+
+    def _grow(self, module: LightningModule) -> None:
+        """Back to the dense shapes; the values come from the checkpoint."""
+        if self._dense is None:
+            return
+        for name, tensor in _tensors(module).items():
+            if tensor.shape != self._dense[name]:
+                tensor.grad = None
+                set_data_(tensor, tensor.new_zeros(self._dense[name]))
+        for path, part in module.named_modules():
+            for name in vars(part).pop(CHANGED, ()):
+                setattr(part, name, self._sizes[path][name])
+        update_attributes_(module)
+
+
+def _tensors(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,1 @@
+"""Every hook on the user's model while it is scored."""

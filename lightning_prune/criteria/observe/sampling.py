@@ -1,0 +1,159 @@
+"""What each channel adds to outputs, drawn at random, of the layers that read it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from typing_extensions import override
+
+from lightning_prune.criteria import functional
+from lightning_prune.criteria.base import Tap
+from lightning_prune.criteria.channel_contributions import channel_effects, computable, first_input
+from lightning_prune.criteria.observe.watching import Ledger, Place, Seen, Watcher
+from lightning_prune.errors import ScoreError
+
+_ELEMENTS = 2**21  # of the largest tensor made at once: 16 MiB in float64
+
+
+class SampledReaderWatcher(Watcher):
+    """Shows taps `Tap.rows` outputs of every sample, of every layer that reads a group, split by channel.
+
+    Which outputs is fixed by `Tap.seed`, the key, the reader, and the number of samples that it has seen: neither by
+    the global random state nor by how samples are split into batches.
+    """
+
+    def __init__(self, ledger: Ledger, model: nn.Module) -> None:
+        super().__init__(ledger)
+        self._model = model
+        self._audience: dict[str, list[tuple[str, Tap, Tensor]]] = {}
+        self._generators: dict[tuple[str, str, int], torch.Generator] = {}
+        self._calls: Counter[str] = Counter()
+
+    def listen(self, key: str, tap: Tap, path: str, place: Place) -> None:
+        """Let a tap see a reader; a key may have several.
+
+        Raises:
+            ScoreError: its output is not what torch's own layer makes of its weight.
+        """
+        computable(self._model, path, "another criterion, such as Taylor")
+        self._audience.setdefault(path, []).append((key, tap, place.index))
+
+    @override
+    def start(self) -> None:
+        self._calls.clear()
+        for path in self._audience:
+            hook = partial(self._leave, path)
+            self._handles.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+
+    def _leave(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing repeats the forward pass inside the backward pass
+        value = first_input(args, kwargs)
+        if value.ndim < 2 or (isinstance(module, _ConvNd) and value.ndim != module.weight.ndim):
+            raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")
+        call = self._calls[path]
+        self._calls[path] += 1
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+            value = functional.widened(value.detach())
+            for key, tap, index in self._audience[path]:
+                chosen = self._draw(key, tap, path, call, output.shape).to(value.device)
+                seen = self.seen.get(key)
+                if seen is None:
+                    empty = torch.zeros(len(index), len(index), dtype=torch.float64, device=value.device)
+                    seen = self.seen[key] = Seen(tap, empty)
+                for rows in sampled_effects(module, value, index, output.shape, chosen):
+                    seen.partial = seen.partial + tap.partial(rows, None).to(seen.partial.device)
+                    seen.positions += len(rows)
+
+    def _draw(self, key: str, tap: Tap, path: str, call: int, shape: torch.Size) -> Tensor:
+        """Outputs of every sample, (N, rows)."""
+        outputs = math.prod(shape[1:])
+        if tap.rows is None:
+            return torch.arange(outputs).expand(shape[0], -1)
+        generator = self._generators.get((key, path, call))
+        if generator is None:
+            # The CPU generator sees 32 bits of its seed: they have to be mixed, not concatenated.
+            digest = hashlib.sha256(f"{tap.seed}/{key}/{path}/{call}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            self._generators[key, path, call] = generator
+        return torch.randint(outputs, (shape[0], tap.rows), generator=generator)
+
+
+def sampled_effects(
+    module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size, chosen: Tensor
+) -> Iterator[Tensor]:
+    """What each channel adds to chosen outputs of a layer, bias left out: some (rows, channels) after others.
+
+    Only the windows behind the chosen outputs are looked at; no tensor has more than about two million elements.
+
+    Args:
+        module: a convolution or linear layer.
+        inputs: what entered it.
+        index: (channels, r) entries of its weight's input dimension that belong to each channel.
+        output: shape of what it returned.
+        chosen: (N, rows) outputs of each sample, as positions in its flattened output.
+
+    Example:
+        >>> layer = nn.Conv2d(4, 3, 3)
+        >>> images = torch.randn(2, 4, 5, 5)
+        >>> outputs = layer(images)
+        >>> each, first = torch.arange(4).unsqueeze(1), torch.zeros(2, 1, dtype=torch.int64)
+        >>> (rows,) = sampled_effects(layer, images, each, outputs.shape, first)
+        >>> rows.shape, torch.allclose(rows.sum(1) + layer.bias[0], outputs[:, 0, 0, 0], atol=1e-5)
+        (torch.Size([2, 4]), True)
+    """
+    index = index.to(inputs.device)
+    if isinstance(module, _ConvTransposeNd):
+        parts = [
+            channel_effects(module, inputs, some, output).gather(2, chosen.unsqueeze(1).expand(-1, len(some), -1))
+            for some in index.split(max(1, _ELEMENTS // math.prod(output)))
+        ]
+        yield torch.cat(parts, 1).transpose(1, 2).flatten(0, 1)
+        return
+    weight = getattr(module, "weight").detach().to(inputs.dtype)  # noqa: B009
+    window = math.prod(weight.shape[2:]) * index.numel()
+    samples = torch.arange(len(inputs), device=inputs.device).repeat_interleave(chosen.shape[1])
+    if isinstance(module, _ConvNd):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    limit = max(1, _ELEMENTS // window)
+    for sample, row in zip(samples.split(limit), chosen.flatten().split(limit), strict=True):
+        if isinstance(module, _ConvNd):
+            yield _windows(module, inputs, weight, index, output, sample, row)
+        else:
+            tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+            out = row % output[-1]
+            entering = tokens[sample, row // output[-1]][:, index]
+            yield (entering * weight[out][:, index]).sum(-1)
+
+
+def _windows(
+    module: _ConvNd, padded: Tensor, weight: Tensor, index: Tensor, output: torch.Size, sample: Tensor, row: Tensor
+) -> Tensor:
+    """(rows, channels) of a convolution, from its padded inputs."""
+    positions = math.prod(output[2:])
+    out, place = row // positions, row % positions
+    corner, offsets = torch.zeros_like(row), torch.zeros(1, dtype=torch.int64, device=row.device)
+    step = positions
+    for dim, size in enumerate(output[2:]):
+        step //= size
+        width = padded.shape[2 + dim]
+        taps = torch.arange(weight.shape[2 + dim], device=row.device) * module.dilation[dim]
+        corner = corner * width + place // step % size * module.stride[dim]
+        offsets = (offsets[:, None] * width + taps).flatten()
+    group = out // (weight.shape[0] // module.groups)
+    entering = group[:, None, None] * weight.shape[1] + index  # rows, channels, r
+    where = (corner[:, None] + offsets)[:, None, None]  # rows, 1, 1, kernel
+    values = padded.flatten(2)[sample[:, None, None, None], entering.unsqueeze(-1), where]
+    return (values * weight.flatten(2)[out][:, index]).sum((-2, -1))

@@ -1,0 +1,138 @@
+"""Accuracy against FLOPs: a line per criterion through its ratios, error bars over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+from lightning_prune.errors import PruningError
+from lightning_prune.experiments.comparison.cells import Comparison, Row
+from lightning_prune.report.figures import DPI, Palette, Theme, add_title, styled
+from lightning_prune.report.table import capitalized
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, safe for the colour-blind; markers tell them apart too, and go on where colours repeat.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#59636e")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+PANELS = {"before": "before fine-tuning", "after": "after fine-tuning"}
+
+
+def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
+    """Draw accuracy against the multiply-accumulates that are left, before and after fine-tuning.
+
+    Points are means, bars a standard deviation over seeds in either direction. The legend names criteria from the
+    most accurate to the least, by the mean over ratios after fine-tuning. Where one lost several times what the others
+    did, the right panel names it at its lower edge, lest it flatten the rest.
+
+    Args:
+        comparison: what was measured.
+        theme: "light" or "dark".
+
+    Raises:
+        PruningError: it has no cell.
+    """
+    if not comparison.cells:
+        raise PruningError("the comparison has no cell, so there is nothing to draw")
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[Row]] = {}
+    for row in comparison.rows:
+        curves.setdefault(row.criterion, []).append(row)
+    looks = {
+        criterion: (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
+        for number, criterion in enumerate(dict.fromkeys(cell.criterion for cell in comparison.cells))
+    }
+    ranked = sorted(curves, key=lambda criterion: -_mean_after(curves[criterion]))
+    with styled(theme) as palette:
+        height = max(4.6, 1.5 + 0.23 * (len(curves) + 1))
+        figure = Figure(figsize=(11.0, height), dpi=DPI)
+        right = 1 - (0.6 + 0.09 * max(map(len, curves))) / 11
+        grid = {"left": 0.06, "right": right, "top": 1 - 0.95 / height, "bottom": 0.55 / height, "wspace": 0.14}
+        panels = figure.subplots(1, 2, gridspec_kw=grid)
+        for axes, (when, title) in zip(panels, PANELS.items(), strict=True):
+            for criterion in ranked:
+                _curve(axes, curves[criterion], when, comparison, looks[criterion])
+            _finish(axes, comparison, title, palette)
+        _below(panels[1], comparison, {name: color for name, (color, _) in looks.items()})
+        handles = {line.get_label(): line for line in panels[1].get_lines()}
+        shown = [handles[name] for name in (*ranked, "dense")]
+        figure.legend(
+            shown,
+            [*ranked, "dense"],
+            loc="center left",
+            bbox_to_anchor=(right + 0.005, 0.5),
+            frameon=False,
+            handlelength=2.2,
+        )
+        seeds = max(row.seeds for row in comparison.rows)
+        bars = f"mean of {seeds} seeds, bars: ± one standard deviation" if seeds > 1 else "one seed"
+        add_title(figure, palette, f"{capitalized(comparison.metric)} against FLOPs (%)", bars)
+    return figure
+
+
+def _curve(axes: Axes, rows: list[Row], when: str, comparison: Comparison, look: tuple[str, str]) -> None:
+    rows = sorted(rows, key=lambda row: row.macs.mean)
+    spreads = [getattr(row, when) for row in rows]
+    share = 100 / comparison.dense.macs
+    axes.errorbar(
+        [row.macs.mean * share for row in rows],
+        [100 * spread.mean for spread in spreads],
+        xerr=[(row.macs.deviation or 0) * share for row in rows],
+        yerr=[100 * (spread.deviation or 0) for spread in spreads],
+        color=look[0],
+        marker=look[1],
+        ms=7,
+        mec=axes.get_figure().get_facecolor(),  # type: ignore[union-attr]
+        mew=0.5,
+        lw=1.5,
+        elinewidth=1.0,
+        capsize=2,
+        zorder=3,
+    )[0].set_label(rows[0].criterion)
+
+
+def _finish(axes: Axes, comparison: Comparison, title: str, palette: Palette) -> None:
+    accuracy = 100 * comparison.dense.accuracy
+    axes.axhline(accuracy, color=palette.quiet, lw=1.2, ls=(0, (5, 3)), zorder=1, label="dense")
+    axes.set_title(title, loc="left", size=10, color=palette.ink)
+    axes.set_xlabel("multiply-accumulates left (% of dense)")
+    axes.grid(color=palette.track, lw=0.6, alpha=0.5)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0, colors=palette.quiet)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2.0), min(high, 101.0) if high > 100 else high)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+
+
+def _below(axes: Axes, comparison: Comparison, colors: dict[str, str]) -> None:
+    """Let the axis begin where most rows are, and say at its edge what lies below."""
+    dense = comparison.dense.accuracy
+    lost = {row: dense - row.after.mean for row in comparison.rows}
+    limit = max(4 * statistics.median(lost.values()), 0.05)
+    outside = sorted((row for row, loss in lost.items() if loss > limit), key=lambda row: row.macs.mean)
+    inside = [row for row in lost if row not in outside]
+    if not outside or not inside:
+        return
+    low = min(row.after.mean - (row.after.deviation or 0) for row in inside)
+    high = max(dense, *(row.after.mean + (row.after.deviation or 0) for row in inside))
+    span = 100 * max(high - low, 0.01)
+    axes.set_ylim(100 * low - (0.12 + 0.06 * len(outside)) * span, min(100 * high + 0.08 * span, 101.0))
+    for line, row in enumerate(outside):
+        axes.annotate(
+            f"\N{DOWNWARDS ARROW} {row.criterion} {100 * row.after.mean:.1f}",
+            (100 * row.macs.mean / comparison.dense.macs, 0),
+            (0, 6 + 13 * line),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            size=9,
+            color=colors[row.criterion],
+        )
+
+
+def _mean_after(rows: list[Row]) -> float:
+    return math.fsum(row.after.mean for row in rows) / len(rows)

@@ -1,0 +1,275 @@
+"""A model as a file that runs without this package: ONNX or torch.export, checked by running it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import os
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+
+from lightning_prune.errors import ExportError
+from lightning_prune.files import check_writable
+from lightning_prune.graph.inputs import as_args
+from lightning_prune.measure.measurement import Latency, compare_latency, samples_in, with_samples
+from lightning_prune.model_state.preservation import copy_without_masks
+from lightning_prune.reconstruction.lossless import check_lossless
+
+Format = Literal["onnx", "torch_export"]
+SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch_export": ()}
+_VALUES = (
+    "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
+    "part without such decisions"
+)
+MODEL, EXPORTED = "PyTorch", "exported"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A file that was written, and how it compares with the model; both ran on the CPU.
+
+    Attributes:
+        path: of the file.
+        format: ``onnx`` or ``torch_export``.
+        max_abs_error: largest absolute difference of any output element.
+        max_rel_error: that difference relative to the largest element of the same output.
+        tolerance: largest relative error that was accepted.
+        batch_sizes: that were compared.
+        model_latency: of the model in eager PyTorch.
+        exported_latency: of the file, in ONNX Runtime or as the loaded program; timed in turns with the model.
+        size_bytes: of the file.
+    """
+
+    path: Path
+    format: Format
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    batch_sizes: tuple[int, ...]
+    model_latency: Latency
+    exported_latency: Latency
+    size_bytes: int
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: Format = "onnx",
+    dynamic_batch: bool = False,
+    tolerance: float = 1e-4,
+    repeats: int = 10,
+) -> ExportReport:
+    """Write a model in eval mode to a file of its own, once the file is seen to compute the same; it is for the CPU.
+
+    ``torch_export`` files load with ``torch.export.load(path).module()`` where this package is not installed.
+    The model is left as it is. On failure nothing is written.
+
+    Args:
+        model: dense or reconstructed; a LightningModule too.
+        example_inputs: a tensor, a tuple or a dict; the more varied, the stronger the check.
+        path: of the file, ending in ``.onnx`` or ``.pt2``.
+        format: ``onnx`` (needs ``lightning-prune[export]``) or ``torch_export``.
+        dynamic_batch: leave the number of samples open, instead of fixing that of the example inputs.
+        tolerance: largest relative error of the outputs.
+        repeats: passes timed, in turns with the model.
+
+    Raises:
+        ExportError: an unknown format or suffix, a missing package, a model that cannot be exported, or one whose file
+            computes something else.
+        PruningError: the path cannot be written.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export(model, torch.randn(1, 3, 8, 8), f"{folder}/net.pt2", format="torch_export")
+        >>> report.max_rel_error <= report.tolerance
+        True
+    """
+    path = Path(path)
+    _check(path, format)
+    dense = copy_without_masks(model).cpu().eval()
+    inputs = tree_map(_on_cpu, example_inputs)
+    checked = [inputs]
+    if dynamic_batch:
+        if not samples_in(inputs):
+            raise ExportError("dynamic_batch: the example inputs are no batch, no first dimension is left to be open")
+        checked.append(with_samples(inputs, samples_in(inputs) + 1))  # and never 1, which is taken for a constant
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        try:
+            with _silence():
+                _WRITERS[format](_program(dense, checked[-1], dynamic_batch), draft)
+        except Exception as error:
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported to {format}: {type(error).__name__}: {_first_line(error)}"
+                f"{_VALUES if 'data-dependent' in str(error) else ''}"
+            ) from error
+        try:
+            runner = _RUNNERS[format](draft)
+            reports = [check_lossless(dense, runner, each, dtype=None, tolerance=tolerance) for each in checked]
+        except Exception as error:
+            raise ExportError(
+                f"the exported model does not run: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        worst = max(report.max_rel_error for report in reports)
+        if not all(report.passed for report in reports):
+            raise ExportError(
+                f"the exported model computes something else: relative error {worst:.1e}, accepted {tolerance:.1e}; "
+                f"nothing was written to {path}"
+            )
+        latency = compare_latency({MODEL: (dense, inputs), EXPORTED: (runner, inputs)}, repeats=repeats)
+        size = draft.stat().st_size
+        del runner  # an open file cannot be moved everywhere
+        draft.replace(path)
+    return ExportReport(
+        path,
+        format,
+        max(report.max_abs_error for report in reports),
+        worst,
+        tolerance,
+        tuple(samples_in(each) for each in checked),
+        latency[MODEL],
+        latency[EXPORTED],
+        size,
+    )
+
+
+def _check(path: Path, format: str) -> None:
+    if format not in get_args(Format):
+        raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    if path.suffix != SUFFIX[format]:
+        raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
+    check_writable(path)
+    missing = [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')
+
+
+def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    args, kwargs = as_args(inputs)
+    shapes = None
+    if dynamic_batch:
+        samples, batch = samples_in(inputs), torch.export.Dim("batch")
+        shapes = torch.export.ShapesCollection()
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples:
+                shapes[leaf] = {0: batch}
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    names = _output_names(program)
+    torch.onnx.export(
+        program,
+        f=path,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        output_names=names,
+        dynamic_shapes=_open_dimensions(program),
+    )
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+    """Keys of a dict, numbers in a sequence; None leaves the operators' names, where these would be ambiguous."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
+    names = [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+    taken = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    outputs = program.graph_signature.user_outputs
+    return names if len({*names} - taken) == len(outputs) == len({*outputs}) else None
+
+
+def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
+    """What the open first dimension of the inputs is called in the file."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    if not all(argument.is_leaf() for arguments in spec.children() for argument in arguments.children()):
+        return None
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
+    batched = [
+        name for name, x in given.items() if isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int)
+    ]
+    # Named once: the other inputs share the dimension, and with it the name.
+    return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+class _Loaded(nn.Module):
+    """A loaded program; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._program = [torch.export.load(path).module()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._program[0](*args, **kwargs)
+
+
+class _Session(nn.Module):
+    """An ONNX file in ONNX Runtime, with as many threads as torch has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors; warnings are about graph cleaning
+        self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        given = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = self._session.run(None, dict(zip(self._names, given, strict=True)))
+        return [torch.from_numpy(output) for output in outputs]
+
+
+_WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path], None]] = {
+    "onnx": _write_onnx,
+    "torch_export": _write_program,
+}
+_RUNNERS: dict[str, Callable[[Path], nn.Module]] = {"onnx": _Session, "torch_export": _Loaded}
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without the graph that torch.export dumps on standard error when it fails; the exception says why."""
+    disabled = logging.root.manager.disable
+    try:
+        with redirect_stderr(io.StringIO()):
+            logging.disable(logging.CRITICAL)
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return textwrap.shorten(line, 160, placeholder=" ...") or "no reason given"

@@ -1,0 +1,132 @@
+"""What a plan leaves of a model's parameters and multiply-accumulates, from shapes alone: milliseconds per plan."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.measure.measurement import OperatorCounter, count_params, run_observed, samples_in
+from lightning_prune.plan import Plan
+
+
+class CostModel:
+    r"""Cost of the reconstructed model of any plan, after one forward pass of the dense one.
+
+    A parameter keeps :math:`\prod_d (n_d - r_d)` entries, where :math:`r_d` are those that its dimension loses: exact.
+    A convolution or linear layer costs positions times entries of its weight,
+    :math:`k^2 C_{in}/g \, C_{out} H W`, so its multiply-accumulates shrink as the weight does: exact too. Products of
+    two activations (attention), and weights that are computed anew at each call (weight norm), keep their dense cost
+    here; there it is an upper bound, and `lightning_prune.measure` on the reconstructed model has the last word.
+
+    Args:
+        model: the traced model; left as it is.
+        graph: its channel graph.
+        example_inputs: as for `lightning_prune.trace`.
+
+    Attributes:
+        params: of the dense model, frozen ones included.
+        macs: of the dense model, per sample.
+        fixed_macs: those among them that no plan changes here.
+
+    Raises:
+        PlanError: the graph belongs to another model.
+        TraceError: the model does not run on the inputs.
+
+    Example:
+        >>> import lightning_prune as lp
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> graph = lp.trace(model, torch.zeros(1, 4))
+        >>> plan = lp.LayerRatio(0.5).select(graph, lp.score(model, graph, "l1"))
+        >>> cost = CostModel(model, graph, torch.zeros(1, 4))
+        >>> (cost.params, cost.macs), cost.of(plan)
+        ((58, 48), (30, 24))
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> None:
+        graph.check(model)
+        self.params = count_params(model, trainable=False)
+        self._macs, self.fixed_macs = macs_by_parameter(model, example_inputs)
+        self.macs = sum(self._macs.values()) + self.fixed_macs
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._offsets: dict[str, int] = {}
+        channels = 0
+        for group in graph.groups:
+            self._offsets[group.name] = channels
+            channels += group.size
+        self._channels = channels
+        self._dims: list[tuple[str, int]] = []
+        self._entry_dim, self._entry_channel = self._entries(graph)
+
+    def of(self, plan: Plan) -> tuple[int, int]:
+        """Parameters and multiply-accumulates of the reconstructed model."""
+        removed = torch.zeros(self._channels, dtype=torch.bool)
+        for name, group in plan.groups.items():
+            removed[self._offsets[name] + torch.tensor(group.removed, dtype=torch.int64)] = True
+        gone = torch.bincount(self._entry_dim[removed[self._entry_channel]], minlength=len(self._dims)).tolist()
+        shapes: dict[str, list[int]] = {}
+        for (name, dim), count in zip(self._dims, gone, strict=True):
+            if count:
+                shapes.setdefault(name, list(self._shapes[name]))[dim] -= count
+        params, macs = self.params, self.macs
+        for name, shape in shapes.items():
+            before, after = prod(self._shapes[name]), prod(shape)
+            params -= before - after
+            dense = self._macs.get(name, 0)
+            macs -= dense - dense * after // before
+        return params, macs
+
+    def _entries(self, graph: ChannelGraph) -> tuple[Tensor, Tensor]:
+        """Where every parameter entry of a channel lies, by (parameter, dimension), and whose it is."""
+        owners: dict[tuple[str, int], Tensor] = {}
+        for group in graph.groups:
+            channels = self._offsets[group.name] + torch.arange(group.size).unsqueeze(1)
+            for part in group.slices:
+                if part.tensor in self._shapes:
+                    nobody = torch.full((self._shapes[part.tensor][part.dim],), -1)
+                    owner = owners.setdefault((part.tensor, part.dim), nobody)
+                    owner[part.index.flatten()] = channels.expand(part.index.shape).flatten()
+        self._dims = list(owners)
+        found_dims, found_channels = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+        for position, owner in enumerate(owners.values()):
+            owned = owner[owner >= 0]
+            found_channels.append(owned)
+            found_dims.append(torch.full_like(owned, position))
+        return torch.cat(found_dims), torch.cat(found_channels)
+
+
+def macs_by_parameter(model: nn.Module, example_inputs: Any) -> tuple[dict[str, int], int]:
+    """{parameter: multiply-accumulates per sample of the operators that use it, or a view of it}, and all others.
+
+    Raises:
+        TraceError: the model does not run on the inputs.
+
+    Example:
+        >>> macs_by_parameter(nn.Linear(4, 2), torch.zeros(1, 4))
+        ({'weight': 8}, 0)
+    """
+    mode = _ParameterCounter(model)
+    run_observed(model, example_inputs, mode)
+    batch = samples_in(example_inputs) or 1
+    found = {name: macs // batch for name, macs in mode.found.items()}
+    return found, mode.macs // batch - sum(found.values())
+
+
+class _ParameterCounter(OperatorCounter):
+    """Notes which parameter the multiply-accumulates of an operator belong to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
+        self.found: dict[str, int] = {}
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = self.macs
+        super().observe(func, args, kwargs, output)
+        tensors = [tensor for tensor in args if isinstance(tensor, Tensor) and tensor.dim() > 1]  # no bias
+        name = next((self._names[k] for t in tensors if (k := t.untyped_storage()._cdata) in self._names), None)
+        if name is not None and self.macs > before:
+            self.found[name] = self.found.get(name, 0) + self.macs - before

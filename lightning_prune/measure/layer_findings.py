@@ -1,0 +1,207 @@
+"""Is the pruned model faster, and if not, why: said in words from the times of its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_prune.graph.describe import shortened
+from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
+
+LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
+FAR = 3  # times as long as any limit asks for
+TIMES = "\N{MULTIPLICATION SIGN}"
+LEAST = 0.01  # share of the time below which nothing is said
+POOLS = ("MaxPool2d", "AvgPool2d")  # of PyTorch: element by element, but over channels where those come last
+Kind = Literal[
+    "speed", "shortfall", "not shrunk", "slower", "memory", "call", "pooling", "far", "lanes", "outside", "timers"
+]
+
+_CALL = "so little is done there that the call takes longer than the arithmetic or the memory would"
+_FAR = (
+    f"over {FAR} times as long as FLOPs, bytes or calls ask for: kernels that do not suit the shape, as is common with "
+    "few channels or small maps; other batch sizes, and ONNX Runtime, bring in other kernels"
+)
+_POOLING = (
+    f"pooling, over {FAR} times as long as its bytes ask for: PyTorch goes element by element unless channels come "
+    "last in memory; model.to(memory_format=torch.channels_last), or ONNX Runtime, goes many at a time"
+)
+_WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
+_SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
+_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer to where the time goes.
+
+    Attributes:
+        kind: ``speed`` (the whole model), ``shortfall`` (the time that the FLOPs promised to save, by class of layer),
+            ``not shrunk`` (layers with all their FLOPs), ``slower`` (fewer FLOPs, more time), ``memory`` and ``call``
+            (what limits the layers, see `LayerTime.bound`), ``far`` (more than `FAR` times as long as any limit asks
+            for, which then explains nothing; ``pooling`` where that is the reason), ``lanes`` (channel counts that are
+            no multiple of `LANES`, though pruning chose them), ``outside`` (between the layers), ``timers`` (their
+            overhead).
+        share: of a pass of the (pruned) model; 1 for ``speed``, and of ``lanes`` what filling them could save at most.
+        text: in words.
+        layers: that it is about, slowest first.
+    """
+
+    kind: Kind
+    share: float
+    text: str
+    layers: tuple[str, ...] = ()
+
+
+def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None = None) -> tuple[Finding, ...]:
+    """Say what sets the pace of a model, and how much of what pruning promises it delivers.
+
+    Findings overlap: a layer may be bound by memory and not have shrunk.
+
+    Args:
+        after: of the pruned model, or of the only one.
+        machine: from `measure_machine`, with the same number of threads.
+        before: of the dense model, from the same call of `time_layers`.
+
+    Returns:
+        The whole model's speed and shortfall if there is a ``before``, then what takes the largest share first, the
+        timers last.
+
+    Example:
+        >>> from torch import nn, zeros
+        >>> from lightning_prune.measure.layers import measure_machine, time_layers
+        >>> times = time_layers({"": (nn.Sequential(nn.Conv2d(3, 9, 3)), zeros(1, 3, 64, 64))})[""]
+        >>> [finding.layers for finding in explain_speed(times, measure_machine()) if finding.kind == "lanes"]
+        [('0',)]
+    """
+    layers = sorted(after.layers, key=lambda layer: -layer.latency.median)
+    dense = {} if before is None else {layer.name: layer for layer in before.layers}
+    near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
+    far = [layer for layer in layers if layer not in near]
+    found = [
+        _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], _memory(machine)),
+        _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
+        _about("pooling", after, [layer for layer in far if layer.kind in POOLS], _POOLING),
+        _about("far", after, [layer for layer in far if layer.kind not in POOLS], _FAR),
+        _lanes(after, [layer for layer in layers if empty_lanes(layer) and _chosen(layer, dense)], bool(dense)),
+        _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
+        _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),
+        _outside(after),
+    ]
+    said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
+    overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
+    return (*overall, *said, _timers(before, after))
+
+
+def empty_lanes(layer: LayerTime) -> float:
+    """Share of a layer's arithmetic that is padding of its channels to whole registers, at most.
+
+    Three colours coming in are given, not chosen, and do not count.
+    """
+    used = 1.0
+    for place, channels in enumerate(layer.channels):
+        if place or channels > LANES:
+            used *= channels / (LANES * math.ceil(channels / LANES))
+    return 1 - used
+
+
+def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str) -> Finding:
+    names = tuple(layer.name for layer in layers)
+    if not names:
+        return Finding(kind, 0.0, "")
+    share = times.share(*layers)
+    return Finding(kind, share, f"{_percent(share)} in {shortened(names, 50)}: {text}", names)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} % of the time"
+
+
+def _memory(machine: Machine) -> str:
+    return (
+        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; only fewer bytes "
+        "help: larger batches where weights are most of them, norms and activations fused into convolutions elsewhere "
+        "(ONNX Runtime, torch.compile)"
+    )
+
+
+def _chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    """Whether pruning, where there was one, left a number of channels that does not fill the lanes."""
+    twin = dense.get(layer.name)
+    if twin is None:
+        return True
+    return any(now != was and now % LANES for now, was in zip(layer.channels, twin.channels, strict=True))
+
+
+def _lanes(times: ModelTime, layers: Sequence[LayerTime], pruned: bool) -> Finding:
+    if not layers:
+        return Finding("lanes", 0.0, "")
+    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers)
+    names, lost = tuple(layer.name for layer in layers), empty / times.total
+    text = (
+        f"up to {_percent(lost)} in {shortened(names, 50)}: channel counts that are no multiple of {LANES} leave up to "
+        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty"
+        f"{f'; pruning with round_to={LANES} (--round-to {LANES}) fills them' if pruned else ''}"
+    )
+    return Finding("lanes", lost, text, names)
+
+
+def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    twin = dense.get(layer.name)
+    return twin is not None and bool(twin.flops) and layer.flops >= twin.flops
+
+
+def _slower(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+    twin = dense.get(layer.name)
+    if twin is None or layer.flops >= twin.flops:
+        return False
+    spread = (layer.latency.iqr + twin.latency.iqr) / 2
+    return layer.latency.median > twin.latency.median + spread
+
+
+def _outside(times: ModelTime) -> Finding:
+    share = times.outside / times.total
+    return Finding("outside", share, f"{_percent(share)} {_OUTSIDE}")
+
+
+def _speed(before: ModelTime, after: ModelTime) -> Finding:
+    gain = before.latency.median / after.latency.median
+    text = f"{gain:.2f}{TIMES} faster" if gain >= 1 else f"{1 / gain:.2f}{TIMES} SLOWER"
+    if before.flops and after.flops:
+        promised = before.flops / after.flops
+        moved = _bytes(before.layers) / _bytes(after.layers)
+        text += f" with {promised:.2f}{TIMES} fewer FLOPs and {moved:.2f}{TIMES} fewer bytes"
+        if promised > 1:
+            text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
+    return Finding("speed", 1.0, text)
+
+
+def _shortfall(before: ModelTime, after: ModelTime) -> tuple[Finding, ...]:
+    """Of a pass, what is more than the dense time by the ratio of FLOPs, and the classes of layers that it is in."""
+    if not before.flops or not after.flops:
+        return ()
+    left = after.flops / before.flops
+    late = after.total - left * before.total
+    if late < LEAST * after.total:
+        return ()
+    parts: dict[str, float] = {"between the layers": after.outside - left * before.outside}
+    for times, share in ((after, 1.0), (before, -left)):
+        for layer in times.layers:
+            parts[f"in {layer.kind}"] = parts.get(f"in {layer.kind}", 0.0) + share * layer.latency.median
+    most = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    told = ", ".join(f"{milliseconds:,.2f} {where}" for where, milliseconds in most if milliseconds > 0)
+    text = f"{late:,.2f} of {after.total:,.2f} ms are more than the FLOPs promise: {told}"
+    return (Finding("shortfall", late / after.total, text),)
+
+
+def _bytes(layers: Iterable[LayerTime]) -> int:
+    return sum(layer.bytes for layer in layers) or 1
+
+
+def _timers(before: ModelTime | None, after: ModelTime) -> Finding:
+    sides = {"": after} if before is None else {"dense ": before, "pruned ": after}
+    added = [f"{side}{100 * times.overhead:+.1f} %" for side, times in sides.items()]
+    text = "timers around the layers changed a pass by " + ", ".join(added) + "; nothing was subtracted"
+    return Finding("timers", max(0.0, after.overhead), text)

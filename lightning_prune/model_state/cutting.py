@@ -1,0 +1,192 @@
+"""Cutting a model's tensors and size attributes in place, and putting everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import Optimizer
+
+from lightning_prune.model_state.optimizer_state import change_state_
+
+CHANGED = "_sizes_changed_by_pruning"
+DENSE = "_shapes_before_pruning"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The entries of one dimension of one tensor that survive."""
+
+    tensor: str
+    dim: int
+    keep: Tensor
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A smaller copy."""
+        return tensor.index_select(self.dim, self.keep.to(tensor.device))
+
+
+@dataclass(frozen=True)
+class NewSize:
+    """An integer attribute, or one item of a list or tuple, that changes."""
+
+    module: str
+    attribute: str
+    position: int | None
+    value: int
+
+
+def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
+    """Cut tensors; parameters stay the same objects, their gradients and optimizer state are cut along."""
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            homes.setdefault(id(buffer), []).append((module, name))  # one buffer may be registered in several places
+    for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
+        parameter = parameters.get(cut.tensor)
+        if parameter is None:
+            old = buffers[cut.tensor]
+            smaller = buffers[cut.tensor] = cut.apply(old)
+            homes[id(smaller)] = homes.pop(id(old))
+            for module, name in homes[id(smaller)]:
+                module._buffers[name] = smaller
+            continue
+        shape = parameter.shape
+        # The gradient goes first: torch refuses a .data whose shape differs from .grad.
+        gradient, parameter.grad = parameter.grad, None
+        set_data_(parameter, cut.apply(parameter.data))
+        if gradient is not None:
+            parameter.grad = cut.apply(gradient)
+        change_state_(optimizers, parameter, shape, cut.apply)
+
+
+def set_data_(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter without a gradient other data, of another shape perhaps.
+
+    An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
+    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way.
+    """
+    if data.shape != tensor.shape:
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+
+
+def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
+    """Set size attributes, then make those of torch's own layers say what their weights are."""
+    for size in sizes:
+        module = model.get_submodule(size.module)
+        old = getattr(module, size.attribute)
+        new: Any = size.value
+        if size.position is not None:
+            new = type(old)([*old[: size.position], size.value, *old[size.position + 1 :]])
+        if new != old:
+            set_size_(module, size.attribute, new)
+    update_attributes_(model)
+    drop_caches_(model)
+
+
+def drop_caches_(model: nn.Module) -> None:
+    """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
+
+
+def set_size_(module: nn.Module, name: str, value: Any) -> None:
+    """Set one size attribute and remember that it was set, for `changed_sizes`."""
+    setattr(module, name, value)
+    vars(module)[CHANGED] = tuple(sorted({*getattr(module, CHANGED, ()), name}))
+
+
+def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{module path: {attribute: value}} of the size attributes that reconstruction set and no tensor's shape tells."""
+    return {
+        path: {name: getattr(module, name) for name in getattr(module, CHANGED)}
+        for path, module in model.named_modules()
+        if hasattr(module, CHANGED)
+    }
+
+
+def update_attributes_(model: nn.Module) -> None:
+    """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels = weight.shape[0]
+            module.out_channels = weight.shape[1] * module.groups
+        elif isinstance(module, _ConvNd):
+            module.out_channels, per_group = weight.shape[:2]
+            module.in_channels = per_group * module.groups
+        elif isinstance(module, (nn.Linear, nn.Bilinear)):
+            module.out_features = weight.shape[0]
+            if isinstance(module, nn.Linear):
+                module.in_features = weight.shape[1]
+        elif isinstance(module, _NormBase):
+            sized = weight if weight is not None else module.running_mean
+            if sized is not None:
+                module.num_features = len(sized)
+        elif isinstance(module, nn.GroupNorm) and weight is not None:
+            module.num_channels = len(weight)
+        elif isinstance(module, nn.LayerNorm) and weight is not None:
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = weight.shape
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = weight.numel()
+
+
+class Undo:
+    """Parameters, buffers, integer attributes and optimizer state of a model, to be put back."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        self.parameters = [(p, p.data, p.grad) for p in model.parameters()]
+        self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.states = [
+            (optimizer.state[parameter], dict(optimizer.state[parameter]))
+            for optimizer in optimizers
+            for parameter in optimizer.state
+        ]
+
+    def __call__(self) -> None:
+        """Put them back."""
+        for parameter, data, gradient in self.parameters:
+            parameter.grad = None
+            set_data_(parameter, data)
+            parameter.grad = gradient
+        for module, buffers in self.buffers:
+            module._buffers.update(buffers)
+        for module, sizes in self.attributes:
+            vars(module).pop(CHANGED, None)
+            vars(module).update(sizes)
+        for state, before in self.states:
+            state.update(before)
+
+
+def dense_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """{tensor: its shape before anything was cut from the model}, of the tensors that were cut."""
+    return dict(getattr(model, DENSE, {}))
+
+
+def remember_dense_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Note shapes from before a cut, for `dense_shapes`; those of an earlier cut stay."""
+    vars(model)[DENSE] = {**{name: list(shape) for name, shape in shapes.items()}, **dense_shapes(model)}
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes that are integers, or lists or tuples of integers."""
+    return {name: value for name, value in vars(module).items() if _is_size(value) or name == CHANGED}
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_size(item) and isinstance(item, int) for item in value)
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,127 @@
+"""Leaving a model as it was found, also on failure; taking away for a while, or for a copy, what holds masks."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put back train and eval modes, buffers, gradients, ``requires_grad`` flags and random states on leaving.
+
+    Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    before = random_state(model)
+    for parameter, *_ in flags:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
+        set_random_state(before)
+
+
+def random_state(model: nn.Module) -> tuple[Any, ...]:
+    """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Put back what `random_state` returned."""
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    for device, device_state in cuda:
+        torch.cuda.set_rng_state(device_state, device)
+
+
+@contextmanager
+def without_masks(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks that hold masked entries at zero (`HoldZero`) for a while."""
+    hooks = [(module._forward_pre_hooks, dict(module._forward_pre_hooks)) for module in model.modules()]
+    for registered, before in hooks:
+        for key, hook in before.items():
+            if getattr(hook, "holds_masks", False):
+                del registered[key]
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.clear()
+            registered.update(before)
+
+
+def copy_without_masks(model: M) -> M:
+    """A deep copy whose masked entries may change again."""
+    with without_masks(model):
+        return copy.deepcopy(model)
+
+
+def copy_sharing_tensors(model: M) -> M:
+    """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            twin.grad = parameter.grad
+            memo[id(parameter)] = twin
+    for buffer in model.buffers():
+        if type(buffer) is torch.Tensor:
+            memo[id(buffer)] = buffer.detach()
+    with without_masks(model):
+        return copy.deepcopy(model, memo)
+
+
+def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
+    """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
+    shared = {t.untyped_storage()._cdata for t in _with_gradients(model)}
+    for parameter in copied.parameters():
+        if parameter.untyped_storage()._cdata in shared:
+            parameter.data = parameter.data.clone()
+        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata in shared:
+            parameter.grad = parameter.grad.clone()
+    for buffer in copied.buffers():
+        if buffer.untyped_storage()._cdata in shared:
+            buffer.data = buffer.data.clone()
+
+
+def _with_gradients(model: nn.Module) -> Iterator[torch.Tensor]:
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor
+        if tensor.grad is not None:
+            yield tensor.grad
+
+
+def knows_shapes(model: nn.Module) -> bool:
+    """Whether masks or other gradient hooks are registered that would break if parameters changed their shape."""
+    return any(parameter._backward_hooks for parameter in model.parameters()) or any(
+        getattr(hook, "holds_masks", False) for module in model.modules() for hook in module._forward_pre_hooks.values()
+    )

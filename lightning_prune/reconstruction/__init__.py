@@ -1,0 +1,22 @@
+"""From a plan to a small model: masks, cutting, the comparison that proves it lossless, and files.
+
+Here: what carries a plan out. Not here: choosing it (selection/), what any model's tensors allow (model_state/).
+"""
+
+from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints, load, load_dense, save
+from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
+from lightning_prune.reconstruction.masks import MaskHandle, mask_
+from lightning_prune.reconstruction.small_model import reconstruct, reconstruct_
+
+__all__ = [
+    "LosslessReport",
+    "MaskHandle",
+    "PrunedCheckpoints",
+    "check_lossless",
+    "load",
+    "load_dense",
+    "mask_",
+    "reconstruct",
+    "reconstruct_",
+    "save",
+]

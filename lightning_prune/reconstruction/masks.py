@@ -1,0 +1,212 @@
+"""Masks: set the channels that a plan removes to exactly zero, and keep them there while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.errors import PlanError
+from lightning_prune.graph import ChannelGraph, Slice
+from lightning_prune.model_state.optimizer_state import change_state_, unwrap
+from lightning_prune.plan import GroupPlan, Plan
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Entries of one dimension of one parameter that are held at zero."""
+
+    parameter: str
+    dim: int
+    entries: Tensor
+
+    def clear_(self, tensor: Tensor) -> Tensor:
+        """Zero these entries in place; returns the tensor."""
+        return tensor.index_fill_(self.dim, self.entries.to(tensor.device), 0)
+
+    def cleared(self, tensor: Tensor) -> Tensor:
+        """A copy with these entries zero."""
+        return tensor.index_fill(self.dim, self.entries.to(tensor.device), 0)
+
+
+def mask_(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    undoable: bool = True,
+) -> MaskHandle:
+    r"""Zero the planned channels in place and hold them at zero: filters, biases, batch-norm :math:`\gamma, \beta`.
+
+    Held means: gradients of masked entries are zeroed as they arrive, and the entries are set to zero again before
+    every forward of their module, so they are exactly 0.0 in every forward whatever optimizer, weight decay,
+    clipping or averaging does in between. See Lee et al., "Lossless Reconstruction of CNNs for Channel-Based
+    Network Pruning", Sensors 23(4):2102, 2023.
+
+    Args:
+        model: the traced model.
+        graph: from `lightning_prune.trace`.
+        plan: which channels to keep.
+        optimizers: their state of masked entries is zeroed too (old momentum would move them).
+        undoable: keep the values of masked entries for `MaskHandle.undo`; without them masks take next to no memory.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model; nothing has been changed then.
+
+    Example:
+        >>> from lightning_prune import L1, LayerRatio, score, trace
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
+        >>> plan = LayerRatio(0.5).select(graph, score(model, graph, L1()))
+        >>> handle = mask_(model, graph, plan)
+        >>> int((model[0].weight.flatten(1).abs().sum(1) == 0).sum())
+        4
+        >>> handle.undo()
+    """
+    plan.check(graph)
+    graph.check(model)
+    plain = unwrap(optimizers)
+    return MaskHandle(model, masked_entries(graph, plan), plain, undoable)
+
+
+def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
+    """Set what a plan masks to zero, without holding it there."""
+    parameters = dict(model.named_parameters())
+    for item in masked_entries(graph, plan):
+        item.clear_(parameters[item.parameter].data)
+
+
+def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
+    """Every parameter entry that a plan sets to zero."""
+    entries: dict[tuple[str, int], list[Tensor]] = {}
+    for name, group_plan in plan.groups.items():
+        for part in graph.group(name).slices:
+            if part.masked and (plan.batch_norm or not part.norm):
+                gone = removed_channels(group_plan, part)
+                if len(gone):
+                    entries.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
+    return [Zeros(name, dim, torch.cat(found).unique()) for (name, dim), found in entries.items()]
+
+
+def removed_channels(group_plan: GroupPlan, part: Slice) -> Tensor:
+    """Channels of a group that are zero in one slice: its layer's own choice, or the whole group's."""
+    kept = group_plan.layers.get(part.layer, group_plan.keep) if part.layer else group_plan.keep
+    gone = torch.ones(group_plan.size, dtype=torch.bool)
+    gone[list(kept)] = False
+    return gone.nonzero().flatten()
+
+
+class HoldZero:
+    """Module pre-hook that clears masked entries. Finds parameters through the module, so copies keep working."""
+
+    holds_masks = True
+
+    def __init__(self, zeros: dict[str, list[Zeros]]) -> None:
+        self.zeros = zeros
+
+    def __call__(self, module: nn.Module, _args: Any) -> None:
+        """Clear the masked entries of the module's own parameters."""
+        for name, items in self.zeros.items():
+            parameter = getattr(module, name)
+            for item in items:
+                # .data: a module may run twice before backward, and autograd must not see a new version.
+                item.clear_(parameter.data)
+
+
+@dataclass
+class MaskHandle:
+    """Masks in force on a model; a context manager that undoes them.
+
+    Attributes:
+        zeros: what is held at zero.
+        undoable: whether the values from before are kept.
+    """
+
+    model: nn.Module
+    zeros: list[Zeros]
+    optimizers: list[Optimizer] = field(default_factory=list)
+    undoable: bool = True
+    _before: list[Tensor] = field(default_factory=list, init=False)
+    _hooks: list[RemovableHandle] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        by_parameter: dict[str, list[Zeros]] = {}
+        for item in self.zeros:
+            tensor = parameters[item.parameter]
+            if self.undoable:
+                self._before.append(tensor.detach().index_select(item.dim, item.entries.to(tensor.device)))
+            by_parameter.setdefault(item.parameter, []).append(item)
+        for name, items in by_parameter.items():
+            self._hold(parameters[name], items)
+        self._hook_modules(by_parameter)
+        self.apply_()
+
+    def apply_(self) -> None:
+        """Set every masked entry, its gradient and its optimizer state to zero now."""
+        parameters = dict(self.model.named_parameters())
+        for item in self.zeros:
+            parameter = parameters[item.parameter]
+            item.clear_(parameter.data)
+            if parameter.grad is not None:
+                item.clear_(parameter.grad)
+            change_state_(self.optimizers, parameter, parameter.shape, item.clear_)
+
+    def remove(self) -> None:
+        """Stop holding; the entries stay zero but train again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def undo(self) -> None:
+        """Stop holding and put the values from before masking back.
+
+        Raises:
+            PlanError: they were not kept.
+        """
+        if not self.undoable:
+            raise PlanError("the values from before masking were not kept: mask_(..., undoable=True)")
+        self.remove()
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for item, before in zip(self.zeros, self._before, strict=True):
+                parameter = parameters[item.parameter]
+                parameter.data.index_copy_(item.dim, item.entries.to(parameter.device), before.to(parameter.device))
+
+    def is_zero(self) -> bool:
+        """Whether every masked entry is exactly 0.0."""
+        parameters = dict(self.model.named_parameters())
+        return all(
+            not parameters[z.parameter].detach().index_select(z.dim, z.entries.to(parameters[z.parameter].device)).any()
+            for z in self.zeros
+        )
+
+    def __enter__(self) -> MaskHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _hold(self, parameter: nn.Parameter, items: list[Zeros]) -> None:
+        if not parameter.requires_grad:
+            return
+
+        def clear(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            for item in items:
+                item.clear_(gradient)
+            return gradient
+
+        self._hooks.append(parameter.register_hook(clear))
+
+    def _hook_modules(self, by_parameter: dict[str, list[Zeros]]) -> None:
+        identity = {id(p): items for name, p in self.model.named_parameters() if (items := by_parameter.get(name))}
+        for module in self.model.modules():
+            owned = {name: identity[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in identity}
+            if owned:
+                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))

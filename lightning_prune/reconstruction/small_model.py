@@ -1,0 +1,226 @@
+"""Reconstruct: build the physically smaller model that computes exactly what the masked one computes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
+from lightning_prune.model_state.optimizer_state import change_state_, unwrap
+from lightning_prune.model_state.preservation import (
+    copy_sharing_tensors,
+    copy_without_masks,
+    knows_shapes,
+    own_tensors_,
+)
+from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
+from lightning_prune.reconstruction.masks import Zeros, masked_entries
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> M:
+    r"""A smaller copy of a model without the channels that a plan removes; the model itself is untouched.
+
+    Every tensor keeps the entries :math:`\{0..n\} \setminus R`, where :math:`R` unites what all groups remove from
+    it. Residual additions keep the union of their members' channels and concatenations keep aligned indices, since
+    groups already say which entries go together (Lee et al., Sensors 23(4):2102, 2023). The entries that the plan
+    masks are zero in the copy, whether or not `mask_` ran before.
+
+    Args:
+        model: the traced model, masked or not.
+        graph: from `lightning_prune.trace`.
+        plan: which channels to keep.
+        example_inputs: if given, the smaller model is compared with the masked one on them in float64.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model.
+        ReconstructionError: the smaller model does not run on ``example_inputs``, or is not equal.
+
+    Example:
+        >>> from lightning_prune import L1, LayerRatio, score, trace
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
+        >>> plan = LayerRatio(0.5).select(graph, score(model, graph, L1()))
+        >>> reconstruct(model, graph, plan)[0]
+        Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+    """
+    small = copy_sharing_tensors(model)  # most are cut, and copied by that
+    reconstruct_(small, graph, plan, example_inputs=example_inputs)
+    own_tensors_(small, model)
+    return small
+
+
+def reconstruct_(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    example_inputs: Any = None,
+) -> LosslessReport | None:
+    """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
+
+    Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were. If the model's code
+    cannot run with fewer channels of some group, which tracing did not find out, only that group keeps its width,
+    with its masked channels at zero; a warning and the report name it.
+
+    Args:
+        model: the traced model, masked or not.
+        graph: from `lightning_prune.trace`.
+        plan: which channels to keep.
+        optimizers: their state is cut along.
+        example_inputs: if given, the result is compared with the masked model on them in float64 and the
+            comparison returned. What is lossy by choice (`Plan.lossless`, `Group.statistics`) is compared, not
+            refused.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model.
+        ReconstructionError: masks are still held, the smaller model does not run on ``example_inputs``, or is not
+            equal to the masked one.
+    """
+    plan.check(graph)
+    graph.check(model)
+    if knows_shapes(model):
+        raise ReconstructionError(
+            "masks or gradient hooks are registered on the model; they know the old shapes. Call "
+            "MaskHandle.remove() first"
+        )
+    plain = unwrap(optimizers)
+    before = _shapes(model)
+    left: dict[str, str] = {}
+    try:
+        report = _attempt(model, graph, plan, plain, example_inputs)
+    except ReconstructionError:
+        left = _at_fault(model, graph, plan, example_inputs)
+        if not left:
+            raise
+        report = _attempt(model, graph, plan, plain, example_inputs, left)
+    after = _shapes(model)
+    remember_dense_(model, {name: shape for name, shape in before.items() if after[name] != shape})
+    for name, reason in left.items():
+        warnings.warn(
+            f"group {name!r} keeps its {graph.group(name).size} channels, the masked ones at zero: {reason}",
+            NotReconstructedWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _attempt(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    optimizers: list[Optimizer],
+    example_inputs: Any,
+    left: Mapping[str, str] | None = None,
+) -> LosslessReport | None:
+    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
+    undo = Undo(model, optimizers)
+    removed = {name: gone for name, gone in _removed(plan).items() if name not in (left or {})}
+    try:
+        found = graph.cuts(removed)
+        zeros = masked_entries(graph, plan)
+        if example_inputs is None:
+            zeros = _surviving(zeros, found)
+        named = dict(model.named_parameters())
+        for item in zeros:
+            parameter = named[item.parameter]
+            parameter.data = item.cleared(parameter.data)
+            change_state_(optimizers, parameter, parameter.shape, item.cleared)
+        masked = None if example_inputs is None else copy.deepcopy(model)
+        cut_(model, found, optimizers)
+        resize_(model, graph.new_sizes(removed))
+        if masked is None:
+            return None
+        report = _verify(masked, model, example_inputs, lossless=plan.lossless and not _lossy(graph, plan))
+        return replace(report, left=dict(left or {}))
+    except BaseException:
+        undo()
+        raise
+
+
+def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> dict[str, str]:
+    """{group: why} of those that cannot be cut although the plan asks for it, by halving."""
+
+    def failure(names: list[str]) -> str | None:
+        try:
+            others = {name: "" for name in plan.groups if name not in names}
+            _attempt(copy_without_masks(model), graph, plan, [], example_inputs, others)
+        except ReconstructionError as error:
+            return str(error)
+        return None
+
+    def search(names: list[str]) -> dict[str, str]:
+        reason = failure(names)
+        if reason is None:
+            return {}
+        if len(names) == 1:
+            return {names[0]: reason}
+        middle = len(names) // 2
+        return search(names[:middle]) | search(names[middle:]) or dict.fromkeys(names, reason)
+
+    names = [name for name, group in plan.groups.items() if group.removed]
+    return {} if failure([]) else search(names)
+
+
+def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
+    """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
+    keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
+    left = []
+    for item in zeros:
+        keep = keeps.get((item.parameter, item.dim))
+        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
+        if len(entries):
+            left.append(Zeros(item.parameter, item.dim, entries))
+    return left
+
+
+def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
+    """What survives of every tensor dimension that loses entries."""
+    return graph.cuts(_removed(plan))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters and buffers, under every name that shared ones have."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.shape for name, tensor in named}
+
+
+def _removed(plan: Plan) -> dict[str, Tensor]:
+    """{group: channels that the reconstructed model no longer has}."""
+    return {name: torch.tensor(group.removed, dtype=torch.int64) for name, group in plan.groups.items()}
+
+
+def _lossy(graph: ChannelGraph, plan: Plan) -> bool:
+    """Whether channels go that a statistic still counts, which `lightning_prune.trace` was told to allow."""
+    return any(graph.group(name).statistics and group.removed for name, group in plan.groups.items())
+
+
+def _verify(masked: nn.Module, small: nn.Module, example_inputs: Any, *, lossless: bool) -> LosslessReport:
+    try:
+        report = check_lossless(masked, small, example_inputs)
+    except ReconstructionError:
+        raise
+    except Exception as error:
+        raise ReconstructionError(
+            f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the model's "
+            "Python code (a view, a split); leave the layers before it out with ignore=[...]"
+        ) from error
+    if lossless and not report.passed:
+        raise ReconstructionError(
+            f"the reconstructed model differs from the masked one: relative error {report.max_rel_error:.1e} in "
+            f"{report.dtype}, allowed {report.tolerance:.0e}. Nothing was changed. Find the layers at fault with "
+            "ignore=[...] and please report the model"
+        )
+    return report

@@ -1,0 +1,181 @@
+"""What a plan would do to a model, group by group, said before anything is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.graph import ChannelGraph, Group
+from lightning_prune.graph.describe import percent, shortened
+from lightning_prune.measure.cost_model import CostModel
+from lightning_prune.measure.measurement import count_flops, count_params
+from lightning_prune.plan import GroupPlan, Plan
+from lightning_prune.reconstruction.small_model import reconstruct
+from lightning_prune.selection import Reach
+
+HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
+
+
+@dataclass(frozen=True)
+class GroupExplanation:
+    """What a plan does to one group.
+
+    Attributes:
+        name: of the group.
+        layers: its member layers.
+        channels: of the dense model.
+        kept: that the reconstructed model has.
+        params_saved: parameters that come back if only this group is left whole. A weight between two groups that both
+            lose channels is saved by both of them together, so the column does not add up to the total.
+        macs_saved: multiply-accumulates per sample, likewise.
+        note: why nothing goes, or what else there is to know; may be empty.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    channels: int
+    kept: int
+    params_saved: int
+    macs_saved: int
+    note: str
+
+    @property
+    def removed(self) -> int:
+        """Channels that go."""
+        return self.channels - self.kept
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan in words; ``str`` tabulates it.
+
+    Attributes:
+        groups: every group of the graph, in the order the model runs.
+        params: of the dense and of the reconstructed model, frozen ones included.
+        macs: multiply-accumulates per sample of both.
+        lossless: whether the reconstructed model equals the masked one by construction.
+        reach: whether a budget can be met at all, if one was asked about.
+    """
+
+    groups: tuple[GroupExplanation, ...]
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    lossless: bool
+    reach: Reach | None = None
+
+    def __str__(self) -> str:
+        rows = [HEAD, *map(_row, self.groups)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+        rows.insert(1, tuple("-" * width for width in widths))
+        channels, kept = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
+        totals = {"channels": (channels, kept), "params": self.params, "MACs": self.macs}
+        lines = [_aligned(row, widths) for row in rows]
+        lines += [
+            "saved: what comes back if that group alone is left whole; they do not add up",
+            "",
+        ]
+        noted: dict[str, list[str]] = {}
+        for group in self.groups:
+            noted.setdefault(group.note, []).append(group.name)
+        notes = [f"{', '.join(names)}: {note}" for note, names in noted.items() if note]
+        lines += [*notes, ""] if notes else []
+        for name, (before, after) in totals.items():
+            lines.append(f"{name}: {after:,} of {before:,} remain ({percent(after, before)})")
+        lines.append("lossless: " + ("yes, by construction" if self.lossless else "NO, by choice of the plan"))
+        return "\n".join([*lines, *(str(self.reach).splitlines() if self.reach else ())])
+
+
+def explain(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any, *, reach: Reach | None = None
+) -> Explanation:
+    """Say what a plan would do; the model is left as it is.
+
+    The totals are counted on a reconstructed copy, the shares of the groups follow from shapes, see
+    `lightning_prune.measure.cost_model.CostModel`.
+
+    Args:
+        model: the traced model.
+        graph: from `lightning_prune.trace`.
+        plan: from `Selection.select`, or loaded.
+        example_inputs: as for `lightning_prune.trace`.
+        reach: from `Budget.reach`, to be told along.
+
+    Raises:
+        PlanError: the plan or the graph does not belong to this model.
+        TraceError: the model, or the reconstructed one, does not run on the inputs.
+
+    Example:
+        >>> import torch, lightning_prune as lp
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> images = torch.zeros(1, 3, 8, 8)
+        >>> graph = lp.trace(model, images)
+        >>> plan = lp.LayerRatio(0.5).select(graph, lp.score(model, graph, "l1"))
+        >>> print(explain(model, graph, plan, images))
+        group  channels  kept  params saved  MACs saved
+        -----  --------  ----  ------------  ----------
+        0             8     4           128       4,464
+        2             4     4             0           0
+        saved: what comes back if that group alone is left whole; they do not add up
+        <BLANKLINE>
+        2: not prunable: reaches the model's output
+        <BLANKLINE>
+        channels: 8 of 12 remain (67 %)
+        params: 132 of 260 remain (51 %)
+        MACs: 4,464 of 8,928 remain (50 %)
+        lossless: yes, by construction
+    """
+    plan.check(graph)
+    cost = CostModel(model, graph, example_inputs)
+    small = reconstruct(model, graph, plan)
+    return Explanation(
+        tuple(_explained(group, plan, cost) for group in graph.groups),
+        (cost.params, count_params(small, trainable=False)),
+        (cost.macs, count_flops(small, example_inputs)),
+        plan.lossless and not any(graph.group(name).statistics and g.removed for name, g in plan.groups.items()),
+        reach,
+    )
+
+
+def _explained(group: Group, plan: Plan, cost: CostModel) -> GroupExplanation:
+    planned = plan.groups.get(group.name)
+    layers = tuple(layer.name for layer in group.layers)
+    if planned is None or not planned.removed:
+        return GroupExplanation(group.name, layers, group.size, group.size, 0, 0, _note(group, planned))
+    others = {name: of for name, of in plan.groups.items() if name != group.name}
+    whole, with_it = cost.of(Plan(others, plan.coupling, plan.batch_norm)), cost.of(plan)
+    saved = whole[0] - with_it[0], whole[1] - with_it[1]
+    return GroupExplanation(group.name, layers, group.size, len(planned.keep), *saved, _note(group, planned))
+
+
+def _note(group: Group, planned: GroupPlan | None) -> str:
+    if group.reason is not None:
+        return f"not prunable: {group.reason}"
+    if planned is None:
+        return "not in the plan: ignored, or no candidate"
+    notes = []
+    if not planned.removed:
+        notes.append("keeps all its channels")
+    if group.statistics and planned.removed:
+        notes.append(f"with loss: {group.statistics}")
+    kept = set(planned.keep)
+    zero = sum(len(kept - set(own)) for own in planned.layers.values())
+    if zero:
+        notes.append(f"{zero:,} zero filters stay for an addition")
+    others = [layer.name for layer in group.layers[1:]]  # the first one is the group's name
+    if others:
+        notes.append(f"together with {shortened(others)}")
+    return "; ".join(notes)
+
+
+def _row(group: GroupExplanation) -> tuple[str, ...]:
+    numbers = (group.channels, group.kept, group.params_saved, group.macs_saved)
+    return group.name, *(f"{number:,}" for number in numbers)
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    """The name to the left, numbers to the right."""
+    name, *numbers = row
+    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+    return "  ".join([name.ljust(widths[0]), *cells])

@@ -1,0 +1,70 @@
+"""Two processes prune and train as one does on the same global batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
+
+from lightning_prune.callbacks import PruneCallback
+from lightning_prune.callbacks.processes import check_strategy
+from lightning_prune.errors import CallbackError
+from tests.scripts.processes import RESUMED, RUNS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(folder: Path, name: str, processes: int, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"{name}-{processes}-{rank}.pt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_two_processes_prune_train_and_resume_as_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.scripts.processes", str(tmp_path), "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    main(tmp_path, 1)
+    for name in RUNS:
+        one, first, second = read(tmp_path, name, 1), read(tmp_path, name, 2), read(tmp_path, name, 2, 1)
+        assert first["plan"] == second["plan"] == one["plan"], name
+        assert one["lossless"], name
+        assert first["lossless"], name
+        for group, scores in one["scores"]["groups"].items():
+            assert torch.allclose(first["scores"]["groups"][group], scores, rtol=1e-6, atol=0), (name, group)
+            assert torch.equal(first["scores"]["groups"][group], second["scores"]["groups"][group]), (name, group)
+        for key, value in one["state"].items():
+            assert torch.equal(first["state"][key], second["state"][key]), (name, key)
+            assert first["state"][key].shape == value.shape, (name, key)
+            assert torch.allclose(first["state"][key].double(), value.double(), rtol=1e-5, atol=1e-5), (name, key)
+    for name in RESUMED:
+        for processes, rank in ((1, 0), (2, 0), (2, 1)):
+            whole = read(tmp_path, name, processes, rank)["state"]
+            resumed = torch.load(tmp_path / f"{name}-{processes}-{rank}-resumed.pt", weights_only=True)
+            assert whole.keys() == resumed.keys()
+            for key, value in whole.items():
+                assert torch.equal(value, resumed[key]), (name, processes, rank, key)
+    for rank in (0, 1):
+        text = (tmp_path / f"refused-{rank}.txt").read_text()
+        assert "processes [1] chose other channels than process 0" in text
+
+
+class Fake:
+    """A Trainer, as far as `check_strategy` looks at it."""
+
+    def __init__(self, strategy: Any, processes: int) -> None:
+        self.strategy, self.world_size = strategy, processes
+
+
+def test_strategies_that_shard_or_copy_are_refused() -> None:
+    with pytest.raises(CallbackError, match=r"PruneCallback: FSDPStrategy is not supported: .* strategy='ddp'"):
+        check_strategy(Fake(FSDPStrategy(), 2), PruneCallback.__name__)
+    with pytest.raises(CallbackError, match="strategy='ddp_spawn' prunes a copy of the module that is lost"):
+        check_strategy(Fake(DDPStrategy(start_method="spawn"), 2), PruneCallback.__name__)
+    check_strategy(Fake(DDPStrategy(), 2), PruneCallback.__name__)

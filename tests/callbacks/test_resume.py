@@ -1,0 +1,218 @@
+"""Checkpoints of pruned runs: resuming goes on bit for bit, and every file finds its shapes again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lightning_prune as lp
+from lightning_prune.callbacks import PruneCallback
+from lightning_prune.criteria import JRE
+from lightning_prune.errors import CallbackError, CheckpointError
+from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints
+from lightning_prune.schedule import Gradual, Rounds, Soft
+from tests.callbacks.helpers import Task, fit, loader, params, trainer
+from tests.zoo import images
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # resuming does that
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "before": {"reconstruct": "before"},
+    "after": {"reconstruct": "after"},
+    "never": {"reconstruct": "never"},
+    "union": {"reconstruct": "before", "coupling": "union"},
+    "warm-up": {"reconstruct": "before", "start": 2},
+    "while training": {"reconstruct": "before", "update_weights": True, "score_epochs": 2},
+    "ramp": {"reconstruct": "before", "schedule": Gradual(3)},
+    "ramp, each": {"reconstruct": "during", "schedule": Gradual(3)},
+    "ramp, after": {"reconstruct": "after", "schedule": Gradual(3)},
+    "rounds of batches": {"reconstruct": "during", "schedule": Rounds(8, batches=3)},
+    "soft": {"reconstruct": "before", "schedule": Soft(3)},
+    "soft, held": {"reconstruct": "before", "schedule": Soft(3, hold=True)},
+}
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+class Interrupt(Callback):
+    """Ends the run in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, 1):
+            raise Stop
+
+
+def prune(**options: Any) -> PruneCallback:
+    return PruneCallback(JRE(), 0.5, **options)
+
+
+def each_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True, monitor="val_loss")
+
+
+def run(task: Task, callback: PruneCallback, folder: Path, *others: Callback, seed: int = 0, ckpt: Any = None) -> Any:
+    torch.manual_seed(seed)
+    runner = trainer(callback, each_epoch(folder), *others, epochs=5, enable_checkpointing=True)
+    runner.fit(task, loader(), loader(8, shuffle=False), ckpt_path=ckpt)
+    return runner
+
+
+def state(task: Task) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in task.state_dict().items()}
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind: str, epoch: int, tmp_path: Path) -> None:
+    options = RUNS[kind]
+    start = state(Task("adamw"))
+    whole, broken, resumed = Task("adamw"), Task("adamw"), Task("adamw")
+    for task in (whole, broken, resumed):
+        task.load_state_dict(start)
+    first = prune(**options)
+    run(whole, first, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(broken, prune(**options), tmp_path / "broken", Interrupt(epoch))
+    second = prune(**options)
+    run(resumed, second, tmp_path / "broken", seed=1, ckpt=tmp_path / "broken" / "last.ckpt")
+    assert second.masking.plan == first.masking.plan
+    assert second.masking.done
+    assert {k: v.shape for k, v in resumed.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+    assert len(second.scoring.history) == len(first.scoring.history)
+    if first.reconstruction is not None:
+        assert second.reconstruction.lossless.passed
+        assert [record.epoch for record in second.reconstruction.records] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "ramp, each"])
+def test_every_checkpoint_can_be_tested_and_loaded(kind: str, tmp_path: Path) -> None:
+    task = Task()
+    runner = run(task, prune(**RUNS[kind]), tmp_path)
+    end = params(task)
+    losses = {}
+    for epoch in range(5):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        (found,) = runner.validate(task, loader(8, shuffle=False), ckpt_path=path, verbose=False)
+        sizes, losses[epoch] = params(task), found["val_loss"]
+        fresh = Task()
+        plan = lp.load(path, fresh)
+        assert params(fresh) == sizes
+        assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in task.state_dict().items())
+        (alone,) = trainer().validate(fresh, loader(8, shuffle=False), verbose=False)
+        assert alone["val_loss"] == losses[epoch]
+        assert sizes >= end
+        assert bool(plan.groups) == (sizes < params(Task()))
+    best = min(losses, key=losses.get)
+    (found,) = runner.validate(task, loader(8, shuffle=False), ckpt_path="best", verbose=False)
+    assert found["val_loss"] == losses[best]
+
+
+class Loadable(PrunedCheckpoints, Task):
+    """With the mixin."""
+
+
+def test_load_from_checkpoint_builds_the_small_model(tmp_path: Path) -> None:
+    task = Loadable()
+    run(task, prune(reconstruct="before"), tmp_path)
+    again = Loadable.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert params(again) == params(task) < params(Task())
+    assert torch.equal(again.eval()(images(2)), task.eval()(images(2)))
+    again.train()
+    fit(again, epochs=1)
+
+
+def test_a_pruned_checkpoint_says_which_shapes_do_not_fit(tmp_path: Path) -> None:
+    task = Task()
+    run(task, prune(reconstruct="before"), tmp_path)
+    wide = Task()
+    wide.net.head.fc = torch.nn.Linear(wide.net.head.fc.in_features, 9).double()
+    before = state(wide)
+    with pytest.raises(CheckpointError, match=re.escape("is [5, 4] in the file (cut from [5, 12]) and [9, 12] in")):
+        lp.load(tmp_path / "last.ckpt", wide)
+    with pytest.raises(CheckpointError, match=re.escape("(cut from [5, 12]) and [9, 12] in the dense model")):
+        run(wide, prune(reconstruct="before"), tmp_path, ckpt=tmp_path / "last.ckpt")
+    other = Task(name="Vgg")
+    with pytest.raises(CheckpointError, match="belongs to another model: missing"):
+        lp.load(tmp_path / "last.ckpt", other)
+    assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
+
+
+def test_other_settings_than_the_first_runs_are_refused(tmp_path: Path) -> None:
+    task = Task()
+    with pytest.raises(Stop):
+        run(task, prune(schedule=Gradual(3)), tmp_path, Interrupt(1))
+    with pytest.raises(CallbackError, match="was written with 3 steps, and"):
+        run(Task(), prune(schedule=Gradual(4)), tmp_path, ckpt=tmp_path / "last.ckpt")
+
+
+def test_checkpoints_hold_tensors_and_plain_data_only(tmp_path: Path) -> None:
+    run(Task(), prune(reconstruct="before"), tmp_path)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["lightning_prune"]["format"] == "lightning-prune/1"
+    assert any(key.startswith("MaskingCallback") for key in content["callbacks"])
+
+
+def test_fit_goes_on_when_called_twice() -> None:
+    task, callback = Task(), prune(reconstruct="before")
+    runner = fit(task, callback, epochs=2)
+    size, plan = params(task), callback.masking.plan
+    runner.fit_loop.max_epochs = 4
+    runner.fit(task, loader(), loader(8, shuffle=False))
+    assert (params(task), callback.masking.plan) == (size, plan)
+    assert [record.epoch for record in callback.reconstruction.records] == [0, 1, 2, 3]
+    with pytest.raises(CallbackError, match="was used on another module"):
+        trainer(callback).fit(Task(), loader(), loader(8))
+
+
+@pytest.mark.parametrize("kind", ["before", "never", "ramp, each"])
+def test_going_back_to_a_checkpoint_in_the_same_process(kind: str, tmp_path: Path) -> None:
+    task, callback = Task("adamw"), prune(**RUNS[kind])
+    runner = run(task, callback, tmp_path)
+    end, plan = state(task), callback.masking.plan
+    for epoch in (3, 1):
+        runner.fit(task, loader(), loader(8, shuffle=False), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert callback.masking.plan == plan
+        assert all(torch.equal(value, end[name]) for name, value in task.state_dict().items())
+
+
+def test_a_budget_in_steps_is_resumed(tmp_path: Path) -> None:
+    def budget() -> PruneCallback:
+        selection = lp.Budget(flops=0.5)
+        return PruneCallback("l1", selection=selection, schedule=Gradual(3), reconstruct="during")
+
+    whole, broken, resumed = (Task() for _ in range(3))
+    for task in (broken, resumed):
+        task.load_state_dict(whole.state_dict())
+    run(whole, budget(), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(broken, budget(), tmp_path / "broken", Interrupt(1))
+    run(resumed, budget(), tmp_path / "broken", ckpt=tmp_path / "broken" / "last.ckpt")
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_a_dense_checkpoint_is_loaded_and_then_pruned(tmp_path: Path) -> None:
+    dense = Task()
+    runner = trainer(epochs=2)
+    runner.fit(dense, loader(), loader(8, shuffle=False))
+    runner.save_checkpoint(tmp_path / "dense.ckpt")
+    task, callback = Task(), prune(reconstruct="before")
+    trainer(callback, epochs=4).fit(task, loader(), loader(8, shuffle=False), ckpt_path=tmp_path / "dense.ckpt")
+    assert params(task) < params(dense)
+    assert [record.epoch for record in callback.reconstruction.records] == [2, 3]
+    assert callback.reconstruction.lossless.passed

@@ -1,0 +1,336 @@
+"""Whatever a Trainer can do besides: it works with pruning, or is refused before any weight is touched."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from pytorch_lightning.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from lightning_prune.callbacks import PruneCallback
+from lightning_prune.errors import CallbackError, OptimizerError, ScoreError
+from lightning_prune.schedule import Gradual
+from tests.callbacks.helpers import Task, loader, params, trainer
+from tests.zoo import images
+
+WHENS = ("before", "during", "after")
+
+
+def prune(when: str = "during", **options: Any) -> PruneCallback:
+    return PruneCallback("jre", 0.5, schedule=Gradual(2), reconstruct=when, **options)
+
+
+def run(task: Task, callback: PruneCallback, *others: Callback, epochs: int = 3, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    runner = trainer(callback, *others, epochs=epochs, **options)
+    runner.fit(task, loader(), loader(8, shuffle=False))
+    return runner
+
+
+def assert_pruned(task: Task, callback: PruneCallback) -> None:
+    assert callback.masking.done
+    assert callback.reconstruction.lossless.passed
+    assert params(task) < 0.8 * params(Task())
+    assert all(parameter.isfinite().all() for parameter in task.parameters())
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        assert not any(getattr(module, hooks) for module in task.modules())
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling:UserWarning")
+@pytest.mark.parametrize("when", WHENS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"overfit_batches": 2},
+        {"limit_train_batches": 2, "limit_val_batches": 1},
+        {"num_sanity_val_steps": -1},
+        {"detect_anomaly": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_trainer_options(options: dict[str, Any], when: str) -> None:
+    task, callback = Task("adamw"), prune(when)
+    run(task, callback, **options)
+    assert_pruned(task, callback)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_fast_dev_run_prunes_once(when: str) -> None:
+    task, callback = Task(), PruneCallback("jre", 0.5, reconstruct=when)
+    run(task, callback, fast_dev_run=True)
+    assert_pruned(task, callback)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_mixed_precision(when: str) -> None:
+    task, callback = Task(), prune(when)
+    task.net.float()
+    task.example_input_array = images(2).float()
+    torch.manual_seed(0)
+    data = DataLoader([(x.float(), y) for x, y in loader().dataset], 4)
+    trainer(callback, epochs=3, precision="bf16-mixed").fit(task, data, data)
+    assert_pruned(task, callback)
+    assert callback.reconstruction.lossless.dtype == "float64"
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_true_double_precision_of_a_single_precision_module(when: str) -> None:
+    task, callback = Task(), prune(when)
+    task.net.float()
+    task.example_input_array = images(2).float()
+    data = DataLoader([(x.float(), y) for x, y in loader().dataset], 4)
+    trainer(callback, epochs=3, precision="64-true").fit(task, data, data)
+    assert_pruned(task, callback)
+    assert next(task.parameters()).dtype == torch.float64
+
+
+class Manual(Task):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        second.step()
+        return loss
+
+    def configure_optimizers(self):
+        head = list(self.net.head.parameters())
+        body = [parameter for name, parameter in self.net.named_parameters() if not name.startswith("head")]
+        return torch.optim.AdamW(body, 0.005), torch.optim.SGD(head, 0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_manual_optimization_with_two_optimizers(when: str) -> None:
+    task, callback = Manual(), PruneCallback("l1", 0.5, schedule=Gradual(2), reconstruct=when)
+    runner = run(task, callback)
+    assert_pruned(task, callback)
+    for optimizer in runner.optimizers:
+        for parameter, state in optimizer.state.items():
+            assert all(value.shape in (parameter.shape, torch.Size([])) for value in state.values())
+
+
+def test_manual_optimization_is_scored_while_it_trains() -> None:
+    task, callback = Manual(), PruneCallback("jre", 0.5, update_weights=True)
+    run(task, callback)
+    assert_pruned(task, callback)
+
+
+def test_a_scoring_pass_that_would_train_is_refused() -> None:
+    task = Manual()
+    before = copy.deepcopy(task.state_dict())
+    with pytest.raises(CallbackError, match="uses manual optimization"):
+        run(task, prune())
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_frozen_layers_stay_frozen(when: str) -> None:
+    task, callback = Task("adamw"), prune(when)
+    task.net.stem.requires_grad_(False)
+    run(task, callback)
+    assert_pruned(task, callback)
+    assert not any(parameter.requires_grad for parameter in task.net.stem.parameters())
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_early_stopping_and_best_checkpoint(when: str, tmp_path: Path) -> None:
+    task, callback = Task("adamw"), PruneCallback("l1", 0.5, reconstruct=when)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    stopping = EarlyStopping("val_loss", patience=1, min_delta=10)
+    runner = run(task, callback, stopping, best, epochs=9, enable_checkpointing=True)
+    assert runner.current_epoch == 2
+    assert_pruned(task, callback)
+    (found,) = runner.validate(task, loader(8, shuffle=False), ckpt_path="best", verbose=False)
+    assert abs(found["val_loss"] - float(best.best_model_score)) < 1e-9
+
+
+class Average(WeightAveraging):
+    """Says what the average is when training ends."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.average = copy.deepcopy(self._average_model.module)
+        super().on_train_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_moving_average_is_masked_and_cut_along(first: bool) -> None:
+    """What is left of the average is the same whenever the model was cut."""
+    start, ends = Task("adamw").state_dict(), []
+    for when in WHENS:
+        task = Task("adamw")
+        task.load_state_dict(start)
+        prune = PruneCallback("bn_scale", 0.5, schedule=Gradual(2), reconstruct=when)
+        average = Average(avg_fn=lambda a, b, n: 0.5 * a + 0.5 * b)
+        torch.manual_seed(0)
+        callbacks = (average, prune) if first else (prune, average)
+        trainer(*callbacks, epochs=3).fit(task, loader(), loader(8, shuffle=False))
+        assert prune.masking.done
+        ends.append(task.state_dict())
+        assert all(value.shape == ends[0][name].shape for name, value in ends[-1].items()), when
+    for end in ends[1:]:
+        for name, value in end.items():
+            assert torch.allclose(value.double(), ends[0][name].double(), rtol=1e-8, atol=1e-8), name
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used:UserWarning")
+def test_a_run_with_a_moving_average_is_resumed(tmp_path: Path) -> None:
+    task, prune_ = Task("adamw"), PruneCallback("l1", 0.5)
+    run(task, prune_, WeightAveraging(), ModelCheckpoint(tmp_path, save_last=True), epochs=2, enable_checkpointing=True)
+    again, callback = Task("adamw"), PruneCallback("l1", 0.5)
+    trainer(callback, WeightAveraging(), epochs=3).fit(
+        again, loader(), loader(8, shuffle=False), ckpt_path=tmp_path / "last.ckpt"
+    )
+    assert params(again) == params(task)
+    assert callback.masking.plan == prune_.masking.plan
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_stochastic_weight_averaging(when: str) -> None:
+    task, callback = Task(), prune(when)
+    run(task, callback, StochasticWeightAveraging(0.01, swa_epoch_start=1), epochs=4)
+    assert params(task) < 0.8 * params(Task())
+    assert callback.reconstruction.lossless.passed
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by torch.compile
+@pytest.mark.parametrize("when", WHENS)
+def test_a_compiled_module_is_pruned(when: str) -> None:
+    task, callback = Task(), prune(when)
+    compiled = torch.compile(task, backend="eager")
+    torch.manual_seed(0)
+    trainer(callback, epochs=3).fit(compiled, loader(), loader(8, shuffle=False))
+    assert_pruned(task, callback)
+    plain, other = Task(), prune(when)
+    run(plain, other)
+    assert other.masking.plan.ratio == callback.masking.plan.ratio
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_optimizer_state_that_belongs_to_no_channel_is_refused_before_training(optimizer: type) -> None:
+    class Other(Task):
+        def configure_optimizers(self):
+            return optimizer(self.parameters(), 0.01)
+
+    for when in ("during", "after"):
+        task = Other()
+        before = copy.deepcopy(task.state_dict())
+        with pytest.raises(OptimizerError, match=rf"{optimizer.__name__} keeps '\w+' .* cannot be cut"):
+            run(task, prune(when))
+        assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+    task, callback = Other(), PruneCallback("l1", 0.5)
+    run(task, callback)
+    assert_pruned(task, callback)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "RMSprop", "Adagrad", "NAdam", "Rprop", "ASGD", "foreach", "amsgrad"])
+def test_optimizers_whose_state_is_cut(kind: str) -> None:
+    options = {"foreach": {"foreach": True}, "amsgrad": {"amsgrad": True}}.get(kind, {})
+
+    class Other(Task):
+        def configure_optimizers(self):
+            return getattr(torch.optim, kind if not options else "AdamW")(self.parameters(), lr=0.005, **options)
+
+    masked, small = Other(), Other()
+    small.load_state_dict(masked.state_dict())
+    once = {"schedule": Gradual(2), "selection": None}
+    after, during = (PruneCallback("bn_scale", 0.5, reconstruct=when, **once) for when in ("after", "during"))
+    run(masked, after)
+    runner = run(small, during)
+    for name, value in small.state_dict().items():
+        assert torch.allclose(masked.state_dict()[name].double(), value.double(), rtol=1e-8, atol=1e-8), name
+    state = runner.optimizers[0].state
+    assert all(
+        v.shape in (p.shape, torch.Size([]), (1,)) for p, s in state.items() for v in s.values() if torch.is_tensor(v)
+    )
+
+
+def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_masked() -> None:
+    class Broken(Task):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx)["loss"] * torch.nan}
+
+    task = Broken()
+    before = copy.deepcopy(task.state_dict())
+    with pytest.raises(ScoreError, match="NaN"):
+        run(task, prune())
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+def test_two_prune_callbacks_are_refused() -> None:
+    task = Task()
+    with pytest.raises(CallbackError, match="has PruneCallback twice"):
+        run(task, prune(), prune())
+
+
+def test_learning_rate_schedules_keep_their_steps() -> None:
+    class Scheduled(Task):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)}
+
+    task, plain = Scheduled("adamw"), Scheduled("adamw")
+    first = run(task, prune())
+    second = trainer(epochs=3)
+    second.fit(plain, loader(), loader(8, shuffle=False))
+    assert first.lr_scheduler_configs[0].scheduler.state_dict() == second.lr_scheduler_configs[0].scheduler.state_dict()
+
+
+def test_several_loaders_are_scored_as_they_train() -> None:
+    class Several(Task):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)["loss"] + super().training_step(batch["b"], 0)["loss"]
+
+    task, callback = Several(), prune()
+    trainer(callback, epochs=3).fit(task, {"a": loader(), "b": loader()}, loader(8, shuffle=False))
+    assert_pruned(task, callback)
+
+
+def test_tuning_leaves_the_model_unpruned_for_the_fit(tmp_path: Path) -> None:
+    class Tunable(Task):
+        lr = 0.001
+        batch_size = 2
+
+        def train_dataloader(self):
+            return loader(16, self.batch_size)
+
+        def val_dataloader(self):
+            return loader(8, shuffle=False)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    task, callback = Tunable(), prune()
+    dense = params(task)
+    before = copy.deepcopy(task.state_dict())
+    runner = trainer(callback, epochs=3, default_root_dir=tmp_path)
+    tuner = Tuner(runner)
+    tuner.scale_batch_size(task, max_trials=1, steps_per_trial=1)
+    tuner.lr_find(task, num_training=4)
+    assert params(task) == dense
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+    runner.fit(task)
+    assert_pruned(task, callback)

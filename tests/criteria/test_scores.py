@@ -1,0 +1,175 @@
+"""Scores kept for later: the same after a trip to disk, refused for another model, combined in other ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.criteria import functional
+from lightning_prune.criteria.scoring import Scores
+from lightning_prune.errors import ScoreError
+from tests.zoo import build, images
+
+
+@pytest.fixture
+def graph() -> lp.ChannelGraph:
+    return lp.trace(build("Residual"), images())
+
+
+@pytest.fixture
+def scores(graph) -> Scores:
+    return lp.score(build("Residual"), graph, "l1")
+
+
+def test_saved_scores_serve_many_selections(tmp_path, graph, scores) -> None:
+    scores.save(tmp_path / "new" / "scores.pt")
+    again = Scores.load(str(tmp_path / "new" / "scores.pt"), graph)
+    for selection in (lp.GlobalRatio(0.3), lp.LayerRatio(0.7)):
+        for coupling in ("joint", "union"):
+            assert selection.select(graph, again, coupling=coupling) == selection.select(
+                graph, scores, coupling=coupling
+            )
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.pt"]
+    assert torch.load(tmp_path / "new" / "scores.pt", weights_only=True)["format"] == "lightning-prune-scores/1"
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, graph, scores, monkeypatch) -> None:
+    path = tmp_path / "scores.pt"
+    scores.save(path)
+
+    def fail(content, stream) -> None:
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scores.save(path)
+    assert Scores.load(path, graph).keys() == scores.keys()
+    assert [found.name for found in tmp_path.iterdir()] == ["scores.pt"]
+
+
+def test_scores_of_another_model_are_refused(tmp_path, scores) -> None:
+    scores.save(tmp_path / "scores.pt")
+    other = lp.trace(build("Vgg"), images())
+    with pytest.raises(ScoreError, match=r"another model: there are none for group 'features\.0\.0'"):
+        Scores.load(tmp_path / "scores.pt", other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("b1.0"), "there are none for group 'b1.0'"),
+        (lambda s: s.layers.pop("b1.0"), "there are none for group 'b1.0'"),
+        (lambda s: s.update(conv=torch.ones(3)), "it has no prunable group 'conv'"),
+        (lambda s: s.layers.update(conv={}), "it has no prunable group 'conv'"),
+        (lambda s: s.layers["b2.0"].pop("down.0"), "group 'b2.0' consists of b2.0, down.0 here and of b2.0 there"),
+        (lambda s: s.update({"b1.0": torch.ones(11)}), r"'b1.0' has 12 channels here and scores of shape \[11\]"),
+        (lambda s: s.layers["b1.0"].update({"b1.0": torch.ones(1, 12)}), r"and scores of shape \[1, 12\]"),
+        (lambda s: s.update({"b1.0": [1.0] * 12}), "scores of shape list"),
+    ],
+)
+def test_the_first_difference_is_named(graph, scores, change, message: str) -> None:
+    scores.check(graph)
+    change(scores)
+    with pytest.raises(ScoreError, match=message):
+        scores.check(graph)
+
+
+def test_a_file_that_holds_no_scores_is_refused(tmp_path, graph) -> None:
+    path = tmp_path / "scores.pt"
+    with pytest.raises(ScoreError, match="there is no file"):
+        Scores.load(path, graph)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ScoreError, match="holds no scores"):
+        Scores.load(path, graph)
+    torch.save({"groups": {}, "layers": {}}, path)
+    with pytest.raises(ScoreError, match="holds no scores of format lightning-prune-scores/1"):
+        Scores.load(path, graph)
+    torch.save({"format": "lightning-prune-scores/1"}, path)
+    with pytest.raises(ScoreError, match="not scores"):
+        Scores.load(path, graph)
+    torch.save(build("Plain"), path)  # a pickle that could run anything
+    with pytest.raises(ScoreError, match="holds no scores") as error:
+        Scores.load(path, graph)
+    assert "weights_only=False" not in str(error.value)
+
+
+# Members of a group
+
+
+MEMBERS = {"a": torch.tensor([1.0, 4.0, 0.0]).double(), "b": torch.tensor([30.0, 10.0, 20.0]).double()}
+
+
+@pytest.mark.parametrize(
+    ("normalize", "a", "b"),
+    [
+        ("none", [1, 4, 0], [30, 10, 20]),
+        ("max", [0.25, 1, 0], [1, 1 / 3, 2 / 3]),
+        ("mean", [0.6, 2.4, 0], [1.5, 0.5, 1]),
+        ("l2", [1 / 17**0.5, 4 / 17**0.5, 0], [3 / 14**0.5, 1 / 14**0.5, 2 / 14**0.5]),
+        ("minmax", [0.25, 1, 0], [1, 0, 0.5]),
+        ("rank", [0.5, 1, 0], [1, 0, 0.5]),
+    ],
+)
+def test_members_are_normalised_then_combined(normalize, a, b) -> None:
+    scores = Scores({"a": MEMBERS["a"]}, {"a": MEMBERS})
+    for how, combine in (
+        ("sum", lambda x, y: x + y),
+        ("mean", lambda x, y: (x + y) / 2),
+        ("max", max),
+    ):
+        found = scores.combined(how, normalize=normalize)
+        assert found["a"].tolist() == pytest.approx([combine(x, y) for x, y in zip(a, b, strict=True)])
+        assert found.layers["a"]["b"].tolist() == pytest.approx(b)
+    assert scores.layers["a"]["a"].tolist() == [1, 4, 0]
+
+
+@pytest.mark.parametrize("normalize", ["none", "max", "mean", "l2", "minmax", "rank"])
+def test_over_the_network_the_order_of_all_channels_stays(normalize) -> None:
+    scores = Scores({"a": MEMBERS["a"], "b": MEMBERS["b"]}, {"a": {"a": MEMBERS["a"]}, "b": {"b": MEMBERS["b"]}})
+    network = scores.combined(normalize=normalize, scope="network")
+    raw, found = (torch.cat([s["a"], s["b"]]) for s in (scores, network))
+    assert torch.equal(raw.argsort(), found.argsort())
+    if normalize != "none":
+        assert not torch.equal(found[:3], scores.combined(normalize=normalize)["a"])
+
+
+def test_combining_anew_is_what_the_criterion_would_have_done(graph, scores) -> None:
+    model = build("Residual")
+    for how in ("sum", "mean", "max"):
+        for normalize in ("max", "l2", "minmax"):
+            direct = lp.score(model, graph, lp.L1(normalize=normalize, combine=how))
+            raw = lp.score(model, graph, lp.L1(normalize="none"))
+            anew = raw.combined(how, normalize=normalize)
+            assert all(torch.allclose(anew[name], direct[name]) for name in direct)
+
+
+def test_unknown_ways_are_refused(scores) -> None:
+    with pytest.raises(ScoreError, match="how must be one of 'mean', 'sum', 'max', got 'min'"):
+        scores.combined("min")
+    with pytest.raises(ScoreError, match="normalize must be one of 'none', 'max', 'mean', 'l2'"):
+        scores.combined(normalize="z")
+    with pytest.raises(ScoreError, match="scope must be one of 'layer', 'network', got 'group'"):
+        scores.combined(scope="group")
+
+
+@pytest.mark.parametrize("how", ["none", "max", "mean", "l2", "minmax", "rank", "percentile"])
+def test_normalisers_keep_the_order_and_leave_no_nan(how) -> None:
+    for values in ([-3.0, -1.0, -2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [2.0], []):
+        tensor = torch.tensor(values, dtype=torch.float64)
+        found = functional.normalize(tensor, how)
+        assert found.isfinite().all()
+        assert found.argsort(stable=True).tolist() == tensor.argsort(stable=True).tolist()
+    broken = torch.tensor([1.0, float("nan")])
+    assert functional.normalize(broken, how) is broken
+
+
+@pytest.mark.parametrize("normalize", ["none", "max", "mean", "l2", "minmax", "rank", "percentile"])
+@pytest.mark.parametrize("kind", [lp.L1, lp.L2, lp.FPGM])
+def test_what_is_already_zero_ranks_below_every_live_channel(kind, normalize) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    model[0].weight.data[[2, 5]] = 0
+    found = lp.score(model, lp.trace(model, torch.zeros(1, 3)), kind(normalize=normalize))["0"]
+    assert set(found.argsort()[:2].tolist()) == {2, 5}
+    assert found[[2, 5]].max() < found[[0, 1, 3, 4, 6, 7]].min()

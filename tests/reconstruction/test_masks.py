@@ -1,0 +1,140 @@
+"""Masks stay exactly zero through training, and masked training is reconstructed training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.errors import ReconstructionError
+from lightning_prune.graph import trace
+from lightning_prune.reconstruction.masks import mask_
+from lightning_prune.reconstruction.small_model import cuts, reconstruct, reconstruct_
+from tests.helpers import random_plan
+from tests.zoo import build, images
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.05, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "adam-foreach": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+}
+
+
+def train_(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, clip: float | None = None, watch=None
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+        y = torch.randint(5, (4,), generator=generator)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        if watch:
+            watch()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_masked_entries_are_exactly_zero_at_every_forward(make) -> None:
+    model = build("InvertedResidual").train()
+    graph = trace(model, images())
+    optimizer = make(model.parameters())
+    train_(model, optimizer, 3)  # momentum that would move masked entries
+    handle = mask_(model, graph, random_plan(graph), optimizers=[optimizer])
+    seen = []
+    train_(model, optimizer, 6, clip=1.0, watch=lambda: seen.append(handle.is_zero()))
+    assert seen == [True] * 6
+    assert handle.is_zero()
+    parameters = dict(model.named_parameters())
+    for zeros in handle.zeros:
+        for value in optimizer.state[parameters[zeros.parameter]].values():
+            if value.dim() > 0:
+                assert not value.index_select(zeros.dim, zeros.entries).any()
+
+
+def test_masks_win_over_whatever_writes_into_the_weights() -> None:
+    model, x = build("Residual"), images()
+    graph = trace(model, x)
+    handle = mask_(model, graph, random_plan(graph))
+    masked = model(x)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for zeros in handle.zeros:
+            parameter = model.get_parameter(zeros.parameter)
+            parameter.index_fill_(zeros.dim, zeros.entries, 0.3)  # an average, a loaded checkpoint, noise
+    assert not handle.is_zero()
+    assert torch.equal(model(x), masked)
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_a_module_called_twice_can_still_go_backward() -> None:
+    model = build("Shared").train()
+    graph = trace(model, images())
+    mask_(model, graph, random_plan(graph))
+    train_(model, torch.optim.SGD(model.parameters(), 0.1), 2)
+
+
+def test_a_copy_of_a_masked_model_stays_masked() -> None:
+    model, x = build("Residual"), images()
+    graph = trace(model, x)
+    handle = mask_(model, graph, random_plan(graph))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for zeros in handle.zeros:
+            twin.get_parameter(zeros.parameter).index_fill_(zeros.dim, zeros.entries, 0.3)
+    assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], OPTIMIZERS["adamw"]], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "name", ["Residual", "InvertedResidual", "Dense", "Grouped", "PreActivation", "SigmoidConstant"]
+)
+def test_fine_tuning_masked_and_reconstructed_is_the_same_computation(name: str, make) -> None:
+    model = build(name).train()
+    graph = trace(model, images())
+    plan = random_plan(graph)
+    small = reconstruct(model, graph, plan)
+    mask_(model, graph, plan)
+    train_(model, make(model.parameters()), 20, clip=5.0)
+    train_(small, make(small.parameters()), 20, clip=5.0)
+    state = model.state_dict()
+    for cut in cuts(graph, plan):
+        state[cut.tensor] = cut.apply(state[cut.tensor])
+    for key, value in small.state_dict().items():
+        assert torch.allclose(state[key].double(), value.double(), rtol=1e-8, atol=1e-8), key
+
+
+def test_reconstructing_in_place_asks_for_the_masks_to_be_released() -> None:
+    model = build("Residual")
+    graph = trace(model, images())
+    plan = random_plan(graph)
+    handle = mask_(model, graph, plan)
+    with pytest.raises(ReconstructionError, match=r"MaskHandle.remove"):
+        reconstruct_(model, graph, plan)
+    handle.remove()
+    reconstruct_(model, graph, plan, example_inputs=images())
+
+
+def test_masks_on_frozen_parameters_have_to_be_released_too() -> None:
+    model = build("Residual").requires_grad_(False)
+    graph = trace(model, images())
+    plan = random_plan(graph)
+    mask_(model, graph, plan)
+    with pytest.raises(ReconstructionError, match=r"MaskHandle.remove"):
+        reconstruct_(model, graph, plan)
+
+
+def test_as_a_context_manager_masks_are_undone() -> None:
+    model, x = build("Residual"), images()
+    graph = trace(model, x)
+    dense = model(x)
+    with mask_(model, graph, random_plan(graph)):
+        assert not torch.equal(model(x), dense)
+    assert torch.equal(model(x), dense)
+    assert not any(module._forward_pre_hooks for module in model.modules())
