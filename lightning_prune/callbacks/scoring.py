@@ -270,7 +270,7 @@ class ScoringCallback(Callback):
             self._keep(trainer, scorer.compute())
 
     def _keep(self, trainer: Trainer, scores: Scores) -> None:
-        self._run.session.add_scores(scores)
+        self._run.session.scores = scores
         self._run.scored_in.append(trainer.current_epoch)
 
     def _limit(self, trainer: Trainer) -> float:

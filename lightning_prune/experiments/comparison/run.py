@@ -258,9 +258,9 @@ class _Row:
             except PruningError as error:
                 self._scored = error
             else:
-                assert scoring.graph is not None
+                assert scoring.dense_graph is not None
                 assert scoring.scores is not None
-                self._scored = scoring.graph, scoring.scores
+                self._scored = scoring.dense_graph, scoring.scores
         if isinstance(self._scored, PruningError):
             raise self._scored
         return self._scored
