@@ -250,7 +250,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _code_in(path: str | os.PathLike[str]) -> list[str]:
     """Names of what a file would have to import; none if it cannot be told."""
     try:
-        return get_unsafe_globals_in_checkpoint(path)
+        return sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:  # noqa: BLE001  # not a zip archive, a damaged pickle, ...
         return []
 
