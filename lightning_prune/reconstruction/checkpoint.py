@@ -225,7 +225,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not code:
             raise CheckpointError(f"{path} cannot be read: damaged, cut short, or not a checkpoint at all") from error
         raise CheckpointError(
-            f"{path} cannot be read: it holds a {code[0]}, and reading that would run code from the file; save the "
+            f"{path} cannot be read: it holds {_some(code)}, and reading that would run code from the file; save the "
             "weights alone, torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(content, dict) or not content:
