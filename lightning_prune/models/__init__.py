@@ -5,8 +5,7 @@ from lightning_prune.models.resnet_cifar import CifarResNet, resnet18, resnet34,
 from lightning_prune.models.vgg_cifar import CifarVgg16, vgg16_bn
 from lightning_prune.models.weights import load_torchvision_weights
 from lightning_prune.models.yolo_parts import YoloNetwork
-from lightning_prune.models.yolo_v3 import YoloV3
-from lightning_prune.models.yolo_v3_tiny import YoloV3Tiny
+from lightning_prune.models.yolo_v3 import YoloV3, YoloV3Tiny
 
 __all__ = [
     "CifarResNet",

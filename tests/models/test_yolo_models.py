@@ -9,7 +9,7 @@ from torch import nn
 import lightning_prune as lp
 from lightning_prune.models import YoloV3, YoloV3Tiny, save_darknet_weights
 from lightning_prune.models.yolo_boxes import letterbox
-from lightning_prune.models.yolo_v3_tiny import SameMaxPool
+from lightning_prune.models.yolo_v3 import SameMaxPool
 from tests.reference import darknet
 from tests.zoo import randomise_
 
