@@ -3,7 +3,7 @@
 from lightning_prune.data.cifar10 import CIFAR10DataModule
 from lightning_prune.data.coco import COCODetection
 from lightning_prune.data.digits import DigitsDataModule
-from lightning_prune.data.scene_files import write_coco, write_voc
+from lightning_prune.data.scene_files import write_voc
 from lightning_prune.data.scene_modules import ScenesDetection, ScenesSegmentation
 from lightning_prune.data.scenes import Scene, Scenes
 from lightning_prune.data.voc import VOCDetection, VOCSegmentation
@@ -18,6 +18,5 @@ __all__ = [
     "ScenesSegmentation",
     "VOCDetection",
     "VOCSegmentation",
-    "write_coco",
     "write_voc",
 ]

@@ -16,7 +16,7 @@ from lightning_prune.errors import DataError
 Part = Literal["train", "val", "test"]
 Floats = NDArray[np.float32]
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
-_PARTS = ("train", "val", "test")
+PARTS: tuple[Part, ...] = ("train", "val", "test")
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _INK = 0.5  # opacity from which a pixel belongs to its digit
 _TRIES = 8  # places to look for one digit before it is left out
@@ -84,8 +84,8 @@ class Scenes:
         hidden: float = 0.15,
         seed: int = 0,
     ) -> None:
-        if part not in _PARTS:
-            raise DataError(f"part must be one of {', '.join(_PARTS)}, got {part!r}")
+        if part not in PARTS:
+            raise DataError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
         if length < 1 or size < 32:
             raise DataError(f"length must be at least 1 and size at least 32 pixels, got {length} and {size}")
         if not 0 <= objects[0] <= objects[1] <= 100:
@@ -114,7 +114,7 @@ class Scenes:
     def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, _PARTS.index(self.part), index])
+        rng = np.random.default_rng([self.seed, PARTS.index(self.part), index])
         image = background(rng, self.size)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         labels: list[int] = []

@@ -63,18 +63,13 @@ class Letterbox(v2.Transform):
         self.size = size
         self.fill = fill
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """New height and width, and the padding left, top, right and bottom."""
-        height, width = v2.query_size(flat_inputs)
-        scale = self.size / max(height, width)
-        new = [max(1, round(height * scale)), max(1, round(width * scale))]
-        down, across = self.size - new[0], self.size - new[1]
-        return {"size": new, "padding": [across // 2, down // 2, across - across // 2, down - down // 2]}
-
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        resized = v2.functional.resize(inpt, params["size"], antialias=True)
+        sides = v2.functional.get_size(inpt)
+        height, width = (max(1, side * self.size // max(sides)) for side in sides)  # as darknet and `yolo_boxes` round
+        down, across = self.size - height, self.size - width
+        resized = v2.functional.resize(inpt, [height, width], antialias=True)
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill
-        return v2.functional.pad(resized, params["padding"], fill=fill)
+        return v2.functional.pad(resized, [across // 2, down // 2, across - across // 2, down - down // 2], fill=fill)
 
 
 class DarknetJitter(v2.Transform):

@@ -12,10 +12,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.io import savemat
 
-from lightning_prune.data import COCODetection, Scenes, VOCDetection, VOCSegmentation, write_coco, write_voc
+from lightning_prune.data import COCODetection, Scenes, VOCDetection, VOCSegmentation, write_voc
 from lightning_prune.data.coco import read_instances
-from lightning_prune.data.voc import VOC_CLASSES, read_annotation
+from lightning_prune.data.samples import plain
+from lightning_prune.data.voc import VOC_CLASSES
+from lightning_prune.data.voc_files import read_annotation
 from lightning_prune.errors import DataError
+from tests.data.coco_tree import write_coco
 
 DIGITS = tuple("0123456789")
 SIZE = 48
@@ -124,12 +127,12 @@ def annotation(tmp_path, old="", new=""):
 
 def test_an_annotation_by_hand(tmp_path):
     found = read_annotation(annotation(tmp_path), VOC_CLASSES)
-    assert found.size == (50, 100)
-    assert found.boxes.tolist() == [[10, 5, 20, 15], [0, 0, 100, 50]]
-    assert [VOC_CLASSES[label] for label in found.labels] == ["dog", "person"]
-    assert found.difficult.tolist() == [False, True]
-    assert found.area.tolist() == [100, 5000]
-    assert found.plain().labels.tolist() == [VOC_CLASSES.index("dog")]
+    assert found["orig_size"] == (50, 100)
+    assert found["boxes"].tolist() == [[10, 5, 20, 15], [0, 0, 100, 50]]
+    assert [VOC_CLASSES[label] for label in found["labels"]] == ["dog", "person"]
+    assert found["difficult"].tolist() == [False, True]
+    assert found["area"].tolist() == [100, 5000]
+    assert plain(found)["labels"].tolist() == [VOC_CLASSES.index("dog")]
     assert len(VOC_CLASSES) == 20
 
 
@@ -185,7 +188,7 @@ def test_difficult_objects_and_crowds_are_only_evaluated(tree):
 def test_several_image_sets_are_joined(tree):
     module = voc_boxes(tree, train_on=("2012/train", "2012/val"))
     assert len(module.parts["train"]) == 8
-    assert [objects.image_id for objects in module.parts["train"].objects] == list(range(8))
+    assert [target["image_id"] for _, target in module.parts["train"].items] == list(range(8))
     assert len(voc_masks(tree, train_on=("2012/train", "2012/val")).parts["train"]) == 8
 
 
