@@ -101,7 +101,7 @@ def test_fit_logs_and_leaves_no_metric_state_behind(tmp_path):
     assert {"train_loss", "val_loss", "val_acc", "val_auc"} <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
     assert task.val_roc is not None
-    assert task._val_curve.preds == []
+    assert task.curve["val"].preds == []
     twin = copy.deepcopy(task)
     twin.load_state_dict(task.state_dict(), strict=True)
     torch.testing.assert_close(twin(task.example_input_array), task(task.example_input_array))

@@ -138,7 +138,7 @@ def test_fit_logs_and_leaves_nothing_in_the_state(tmp_path):
     }
     assert expected <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
-    assert task.val_coco.detection_box == []
+    assert task.coco["val"].detection_box == []
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 

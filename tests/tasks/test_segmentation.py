@@ -125,7 +125,7 @@ def test_fit_logs_and_leaves_no_metric_state_behind(tmp_path):
     trainer.fit(task, loader, loader)
     assert {"train_loss", "val_loss", "val_acc", "val_miou"} <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
-    assert task.val_miou.confmat.sum() == 0
+    assert task.metrics["val"]["miou"].confmat.sum() == 0
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6])
