@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -83,26 +81,28 @@ class COCODetection(FilesDataModule, DetectionDataModule):
     def _part(self, image_sets: str, transforms: Callable[..., Any], *, train: bool) -> Samples:
         root = Path(self.root).resolve()
         path = root / "annotations" / f"instances_{image_sets}.json"
-        index = read_instances(path)
-        names = [row["name"] for row in sorted(index.dataset["categories"], key=lambda row: row["id"])]
-        self.class_names = tuple(names) if self.class_names is None else self.class_names
-        images = [index.imgs[number] for number in sorted(index.imgs)]
+        content = read_instances(path)
+        if self.class_names is None:
+            self.class_names = tuple(row["name"] for row in sorted(content["categories"], key=lambda row: row["id"]))
+        labels = category_labels(content["categories"], self.class_names, path)
+        images = sorted(content["images"], key=lambda image: image["id"])
         paths = [root / image_sets / image["file_name"] for image in images]
         check_files(paths, path)
-        labels = category_labels(index, self.class_names, path)
-        targets = [image_target(index, image["id"], labels, path, self.bad_boxes) for image in images]
+        rows: dict[int | str, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+        for row in content["annotations"]:
+            if row["category_id"] in labels:
+                rows[row["image_id"]].append(row)
+        targets = [image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
         targets = [plain(target) for target in targets] if train else targets
         return Samples(list(zip(paths, targets, strict=True)), partial(read_detection, transforms=transforms))
 
 
-def read_instances(path: Path) -> Any:
-    """COCO's index (`pycocotools.coco.COCO`) of an instances file.
+def read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The ``images``, ``annotations`` and ``categories`` of an instances file.
 
     Raises:
         DataError: no such file, no JSON, or one that is not COCO's: something missing, or an unknown image or category.
     """
-    from pycocotools.coco import COCO
-
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -117,11 +117,7 @@ def read_instances(path: Path) -> Any:
             f"{path}, line {error.lineno}, column {error.colno}: no valid JSON ({error.msg}); unpack it again"
         ) from error
     _check_rows(content, path)
-    index = COCO()
-    index.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        index.createIndex()
-    return index
+    return content
 
 
 _NUMBER, _ID = (int, float), (int, str)
@@ -162,36 +158,34 @@ def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str
     return numbers
 
 
-def category_labels(index: Any, classes: Sequence[str], path: Path) -> dict[int | str, int]:
-    """The label of every category that is one of ``classes``.
+def category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:
+    """The label of every category that is one of ``classes``, by the category's id.
 
     Raises:
         DataError: a class that the file does not have, or has twice.
     """
-    names = [row["name"] for row in index.cats.values()]
+    names = [row["name"] for row in categories]
     for name in classes:
         if names.count(name) != 1:
             found = "unknown class" if name not in names else "two categories are called"
             raise DataError(f"{path}: {found} {name!r}; the file's are {', '.join(sorted(names))}")
-    return {number: classes.index(row["name"]) for number, row in index.cats.items() if row["name"] in classes}
+    return {row["id"]: classes.index(row["name"]) for row in categories if row["name"] in classes}
 
 
 def image_target(
-    index: Any, image_id: int, labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes = "repair"
+    image: dict[str, Any], rows: list[dict[str, Any]], labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes
 ) -> Target:
-    """The objects of one image whose category has a label; boxes (x, y, width, height) become corners.
+    """The target of an image and its annotations; boxes (x, y, width, height) become corners.
 
     Raises:
         DataError: a bad box.
     """
-    image = index.imgs[image_id]
-    rows = [row for row in index.imgToAnns[image_id] if row["category_id"] in labels]
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     target = target_of(
         (image["height"], image["width"]),
         box_convert(boxes, "xywh", "xyxy"),
         [labels[row["category_id"]] for row in rows],
-        image_id,
+        image["id"],
         iscrowd=[bool(row.get("iscrowd", 0)) for row in rows],
         area=[float(row["area"]) for row in rows],
     )

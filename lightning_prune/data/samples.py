@@ -20,6 +20,7 @@ from lightning_prune.errors import DataError
 
 BadBoxes = Literal["refuse", "repair"]
 Target = dict[str, Any]  # see `DetectionDataModule`
+TOLERANCE = 2.0  # pixels
 
 
 class Samples(Dataset[Any]):
@@ -75,15 +76,14 @@ def plain(target: Target) -> Target:
     return only(target, ~target["difficult"] & ~target["iscrowd"])
 
 
-def check_boxes(target: Target, where: str, bad_boxes: BadBoxes = "refuse", tolerance: float = 2.0) -> Target:
-    """Clip boxes that leave their image by no more than ``tolerance`` pixels; refuse or repair worse ones.
+def check_boxes(target: Target, where: str, bad_boxes: BadBoxes = "refuse") -> Target:
+    """Clip boxes that leave their image by no more than two pixels, as annotators round; refuse or repair worse ones.
 
     Args:
         target: of one image.
         where: file, and whatever else tells the image, for the message.
         bad_boxes: what happens to a box further outside or without area: "refuse", or "repair": clipped, and left out
             where nothing remains.
-        tolerance: pixels by which annotators' rounding may leave the image.
 
     Raises:
         DataError: naming image, box and size.
@@ -92,10 +92,10 @@ def check_boxes(target: Target, where: str, bad_boxes: BadBoxes = "refuse", tole
     clipped = clip_boxes_to_image(boxes, (height, width))
     outside = (boxes - clipped).abs().amax(1)
     usable = (clipped[:, 2:] > clipped[:, :2]).all(1) & boxes.isfinite().all(1)
-    bad = (outside > tolerance) | ~usable
+    bad = (outside > TOLERANCE) | ~usable
     if bad_boxes == "refuse" and bool(bad.any()):
         number = int(bad.nonzero()[0])
-        what = "has no area" if outside[number] <= tolerance else f"leaves it by {float(outside[number]):g} pixels"
+        what = "has no area" if outside[number] <= TOLERANCE else f"leaves it by {float(outside[number]):g} pixels"
         raise DataError(
             f"{where}: box {number + 1}, {[round(float(x), 2) for x in boxes[number]]} as x1 y1 x2 y2, in an image of "
             f"{width} x {height} {what}. Correct the annotation, or set bad_boxes: repair to clip such boxes and drop "

@@ -53,12 +53,11 @@ class YoloNetwork(nn.Module, ABC):
     A map is (N, 3 (5 + classes), H / stride, W / stride); channel ``anchor (5 + classes) + entry`` holds tx, ty, tw,
     th, objectness and class logits. `lightning_prune.models.yolo_boxes.decode` turns them into boxes.
 
-    Shapes: images (N, in_channels, H, W), sides multiples of 32.
+    Shapes: images (N, 3, H, W), sides multiples of 32.
 
     Args:
         num_classes: without background; 80 for COCO, 20 for Pascal VOC.
         width: factor on all channel counts, for small demonstrations; 1 is the published network.
-        in_channels: of the images.
         anchors: three (width, height) for every head in pixels of the network's input, small to large; None: COCO's
             at 416.
         objectness_prior: objectness that an untrained network predicts; 0.5 is darknet's, a small one settles faster.
@@ -91,7 +90,6 @@ class YoloNetwork(nn.Module, ABC):
         num_classes: int = 80,
         *,
         width: float = 1.0,
-        in_channels: int = 3,
         anchors: Sequence[Sequence[float]] | None = None,
         objectness_prior: float = 0.5,
         weights: str | Path | None = None,
@@ -107,13 +105,13 @@ class YoloNetwork(nn.Module, ABC):
         self.num_classes = num_classes
         groups = [pairs[start : start + BOXES_PER_CELL] for start in range(0, expected, BOXES_PER_CELL)]
         self.anchors: tuple[Anchors, ...] = tuple(reversed(groups))  # listed from small to large; heads: large first
-        self._build(width, in_channels)
+        self._build(width)
         self._initialise(objectness_prior)
         if weights is not None:
             load_darknet_weights(self, weights, other_classes=True)
 
     @abstractmethod
-    def _build(self, width: float, in_channels: int) -> None:
+    def _build(self, width: float) -> None:
         """Make the submodules, in the order of darknet's cfg."""
 
     @property
@@ -123,7 +121,7 @@ class YoloNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Raw head maps of images (N, C, H, W)."""
+        """Raw head maps of images (N, 3, H, W)."""
 
     def darknet_layers(self) -> list[Convolution]:
         """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""

@@ -32,13 +32,12 @@ class Darknet53(nn.Module):
 
     Args:
         width: factor on all channel counts.
-        in_channels: of the images.
     """
 
-    def __init__(self, width: float = 1.0, in_channels: int = 3) -> None:
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         inputs = scaled(32, width)
-        self.stem = ConvUnit(in_channels, inputs, 3)
+        self.stem = ConvUnit(3, inputs, 3)
         self.stages = nn.ModuleList()
         for stage, blocks in enumerate(BLOCKS):
             outputs, inner = scaled(64 * 2**stage, width), scaled(32 * 2**stage, width)
@@ -67,9 +66,9 @@ class YoloV3(YoloNetwork):
     backbone_end = 74
     numbers = tuple(sorted(set(range(106)) - _WITHOUT_WEIGHTS))
 
-    def _build(self, width: float, in_channels: int) -> None:
+    def _build(self, width: float) -> None:
         w128, w256, w512, w1024 = (scaled(channels, width) for channels in (128, 256, 512, 1024))
-        self.backbone = Darknet53(width, in_channels)
+        self.backbone = Darknet53(width)
         self.coarse = self._branch(w1024, w512, w1024)
         self.to_middle = ConvUnit(w512, w256, 1)
         self.middle = self._branch(w256 + w512, w256, w512)
@@ -119,8 +118,8 @@ class YoloV3Tiny(YoloNetwork):
     backbone_end = 14
     numbers = (0, 2, 4, 6, 8, 10, 12, 13, 14, 15, 18, 21, 22)
 
-    def _build(self, width: float, in_channels: int) -> None:
-        widths = [in_channels, *(scaled(channels, width) for channels in (16, 32, 64, 128, 256, 512, 1024))]
+    def _build(self, width: float) -> None:
+        widths = [3, *(scaled(channels, width) for channels in (16, 32, 64, 128, 256, 512, 1024))]
         units = [ConvUnit(inputs, outputs, 3) for inputs, outputs in pairwise(widths)]
         pooled = [layer for unit in units[:4] for layer in (unit, nn.MaxPool2d(2))]
         self.shallow = nn.Sequential(*pooled, units[4])

@@ -16,7 +16,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassROC
 from lightning_prune.tasks.task import Schedule, Task
 
 Batch = tuple[Tensor, Tensor]
-STAGES = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,9 @@ class ClassificationTask(Task):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
         self.label_smoothing = label_smoothing
         # torchmetrics keeps its states out of state_dict and empties them at the end of an epoch.
-        self.accuracy: Any = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in STAGES})
-        self.curve: Any = nn.ModuleDict({stage: MulticlassROC(num_classes) for stage in STAGES})
+        stages = ("val", "test")
+        self.accuracy: Any = nn.ModuleDict({of: MulticlassAccuracy(num_classes, average="micro") for of in stages})
+        self.curve: Any = nn.ModuleDict({of: MulticlassROC(num_classes) for of in stages})
         self.val_roc: RocCurves | None = None
         self.test_roc: RocCurves | None = None
 

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from scipy.io import savemat
 
 from lightning_prune.data import COCODetection, Scenes, VOCDetection, VOCSegmentation, write_voc
-from lightning_prune.data.coco import read_instances
 from lightning_prune.data.samples import plain
 from lightning_prune.data.voc import VOC_CLASSES
 from lightning_prune.data.voc_files import read_annotation
@@ -88,17 +86,6 @@ def test_masks_survive_the_round_trip(tree):
     images, masks = next(iter(module.train_dataloader()))
     assert images.shape == (2, 3, 32, 32)
     assert masks.dtype == torch.int64
-
-
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)  # theirs
-def test_cocos_run_lengths_are_the_pixels_seen(tree):
-    index = read_instances(tree / "coco/annotations/instances_val2017.json")
-    scene = PARTS["val"][0]
-    for number, row in enumerate(index.loadAnns(index.getAnnIds(imgIds=1)), 1):
-        assert np.array_equal(index.annToMask(row).astype(bool), scene.instances == number)
-        assert coco_mask.toBbox(row["segmentation"]).tolist() == row["bbox"]
 
 
 def test_the_palette_is_vocs(tree):
