@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Trainer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.tasks import ClassificationTask
+from tests.tasks.helpers import make_trainer
 
 CLASSES = 4
 
@@ -32,13 +32,7 @@ def make_loader(labels: torch.Tensor, batch_size: int = 8) -> DataLoader:
     return DataLoader(TensorDataset(torch.rand(len(labels), 3, 8, 8), labels), batch_size)
 
 
-def make_trainer(tmp_path, **kwargs) -> Trainer:
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
-    return Trainer(**{**options, **quiet, **kwargs})
-
-
-def fit(trainer: Trainer, task: ClassificationTask, images: int) -> None:
+def fit(trainer, task: ClassificationTask, images: int) -> None:
     loader = make_loader(torch.arange(images) % CLASSES)
     trainer.fit(task, loader, loader)
 

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import segmentation
@@ -16,6 +15,7 @@ from lightning_prune import LayerRatio, PruneCallback, check_lossless, mask_, re
 from lightning_prune.data import ScenesSegmentation
 from lightning_prune.tasks import SegmentationTask
 from tests.helpers import random_plan
+from tests.tasks.helpers import make_trainer
 from tests.zoo import randomise_
 
 CLASSES = 4
@@ -45,12 +45,6 @@ def make_loader(count=7, ignored=0.1, classes=CLASSES) -> DataLoader:
     masks = torch.randint(classes, (count, 12, 12))
     masks[torch.rand(masks.shape) < ignored] = 255
     return DataLoader(TensorDataset(torch.rand(count, 3, 12, 12), masks), 3)
-
-
-def make_trainer(tmp_path, **options) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
-    base = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    return Trainer(**{**base, **quiet, **options})
 
 
 def slow_metrics(task, loader):
