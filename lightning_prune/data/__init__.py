@@ -1,4 +1,8 @@
-"""Data modules of the recipes; they know nothing of pruning."""
+"""Data modules of the recipes.
+
+Here: reading, checking, rendering and transforming images and what is known of them, up to batches. Not here: what is
+learnt from them (`tasks`), and pruning, of which they know nothing.
+"""
 
 from lightning_prune.data.cifar10 import CIFAR10DataModule
 from lightning_prune.data.coco import COCODetection

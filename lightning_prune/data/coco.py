@@ -81,10 +81,10 @@ class COCODetection(FilesDataModule, DetectionDataModule):
     def _part(self, image_sets: str, transforms: Callable[..., Any], *, train: bool) -> Samples:
         root = Path(self.root).resolve()
         path = root / "annotations" / f"instances_{image_sets}.json"
-        content = read_instances(path)
+        content = _read_instances(path)
         if self.class_names is None:
             self.class_names = tuple(row["name"] for row in sorted(content["categories"], key=lambda row: row["id"]))
-        labels = category_labels(content["categories"], self.class_names, path)
+        labels = _category_labels(content["categories"], self.class_names, path)
         images = sorted(content["images"], key=lambda image: image["id"])
         paths = [root / image_sets / image["file_name"] for image in images]
         check_files(paths, path)
@@ -92,17 +92,13 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         for row in content["annotations"]:
             if row["category_id"] in labels:
                 rows[row["image_id"]].append(row)
-        targets = [image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
+        targets = [_image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
         targets = [plain(target) for target in targets] if train else targets
         return Samples(list(zip(paths, targets, strict=True)), partial(read_detection, transforms=transforms))
 
 
-def read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The ``images``, ``annotations`` and ``categories`` of an instances file.
-
-    Raises:
-        DataError: no such file, no JSON, or one that is not COCO's: something missing, or an unknown image or category.
-    """
+def _read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The ``images``, ``annotations`` and ``categories`` of an instances file, all there and of one another."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -158,12 +154,8 @@ def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str
     return numbers
 
 
-def category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:
-    """The label of every category that is one of ``classes``, by the category's id.
-
-    Raises:
-        DataError: a class that the file does not have, or has twice.
-    """
+def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:
+    """The label of every category that is one of ``classes``, each of which the file has once, by the id."""
     names = [row["name"] for row in categories]
     for name in classes:
         if names.count(name) != 1:
@@ -172,14 +164,10 @@ def category_labels(categories: list[dict[str, Any]], classes: Sequence[str], pa
     return {row["id"]: classes.index(row["name"]) for row in categories if row["name"] in classes}
 
 
-def image_target(
+def _image_target(
     image: dict[str, Any], rows: list[dict[str, Any]], labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes
 ) -> Target:
-    """The target of an image and its annotations; boxes (x, y, width, height) become corners.
-
-    Raises:
-        DataError: a bad box.
-    """
+    """The target of an image and its annotations; boxes (x, y, width, height) become corners."""
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     target = target_of(
         (image["height"], image["width"]),

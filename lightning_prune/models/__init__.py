@@ -1,4 +1,8 @@
-"""Plain networks of the papers; nothing in them knows of pruning."""
+"""Plain networks of the papers.
+
+Here: their layers, the files their weights come from, and what their outputs mean in pixels. Not here: losses and
+training (`tasks`), images (`data`), and pruning, of which they know nothing.
+"""
 
 from lightning_prune.models.darknet_weights import DarknetFile, load_darknet_weights, save_darknet_weights
 from lightning_prune.models.resnet_cifar import CifarResNet, resnet18, resnet34, resnet50, resnet101

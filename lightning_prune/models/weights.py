@@ -64,30 +64,29 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _state_dict(weights: Any) -> dict[str, Tensor]:
-    if isinstance(weights, dict):
+def _state_dict(weights: Any) -> Mapping[str, Tensor]:
+    if isinstance(weights, Mapping):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
         return _read(Path(weights))
     from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
 
     try:
-        found = get_weight(weights) if isinstance(weights, str) else weights
-        state: dict[str, Tensor] = found.get_state_dict(progress=False, check_hash=True)
+        found: Any = get_weight(weights) if isinstance(weights, str) else weights
+        return found.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise WeightsError(f"{weights} could not be downloaded ({error}); give the path of the file instead") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
         ) from error
-    return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"there is no file {path}")
     try:
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path} is not a state dict: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
