@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -31,10 +31,10 @@ class PartsDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.drop_last = drop_last
-        self.parts: dict[str, Dataset[Any]] = {}
+        self.parts: dict[str, Any] = {}
 
     @abstractmethod
-    def _load(self) -> dict[str, Dataset[Any]]:
+    def _load(self) -> dict[str, Any]:
         """The parts "train", "val" and "test"."""
 
     @final
@@ -42,15 +42,15 @@ class PartsDataModule(LightningDataModule, ABC):
         if not self.parts:
             parts = self._load()
             for name, part in parts.items():
-                if isinstance(part, Sized) and not len(part):
+                if not len(part):
                     raise DataError(f"{type(self).__name__}: the {name} part holds no image")
             self.parts = parts
 
     def train_dataloader(self) -> DataLoader[Any]:
-        part = self.parts["train"]
-        if self.drop_last and isinstance(part, Sized) and len(part) < self.batch_size:
+        count = len(self.parts["train"])
+        if self.drop_last and count < self.batch_size:
             raise DataError(
-                f"{type(self).__name__}: {len(part)} training images are less than one batch of {self.batch_size}, and "
+                f"{type(self).__name__}: {count} training images are less than one batch of {self.batch_size}, and "
                 "drop_last leaves them out: lower batch_size, or set drop_last: false"
             )
         return self._loader("train", shuffle=True, drop_last=self.drop_last)
@@ -91,7 +91,7 @@ class FilesDataModule(PartsDataModule):
         self.train_on = train_on
         self.evaluate_on = evaluate_on
 
-    def _load(self) -> dict[str, Dataset[Any]]:
+    def _load(self) -> dict[str, Any]:
         train = self._part(self.train_on, self.training, train=True)
         val = self._part(self.evaluate_on, self.evaluation, train=False)
         return {"train": train, "val": val, "test": val}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from torchvision import datasets
 
 from lightning_prune.data.modules import DetectionDataModule, FilesDataModule, SegmentationDataModule
 from lightning_prune.data.samples import BadBoxes, Samples, plain, read_detection, read_segmentation
@@ -29,7 +30,7 @@ VOC_CLASSES = (
 class VOCDataModule(FilesDataModule):
     """Image sets of ``VOCdevkit``, downloaded if asked for."""
 
-    kind: str
+    kind: Any  # torchvision's dataset that lists the files
     download: bool
 
     def prepare_data(self) -> None:
@@ -66,7 +67,7 @@ class VOCSegmentation(VOCDataModule, SegmentationDataModule):
             not of class numbers.
     """
 
-    kind = "VOCSegmentation"
+    kind = datasets.VOCSegmentation
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class VOCDetection(VOCDataModule, DetectionDataModule):
             lacks something, or names an unknown class, or a box outside its image.
     """
 
-    kind = "VOCDetection"
+    kind = datasets.VOCDetection
 
     def __init__(
         self,

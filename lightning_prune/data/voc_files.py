@@ -26,11 +26,11 @@ from lightning_prune.data.samples import (
 from lightning_prune.errors import DataError
 
 
-def listing(kind: str, root: str, name: str, *, download: bool = False) -> list[tuple[Path, Path]]:
+def listing(kind: Any, root: str, name: str, *, download: bool = False) -> list[tuple[Path, Path]]:
     """Image files of an image set "YEAR/SET", each with its annotation or mask.
 
     Args:
-        kind: torchvision's dataset, "VOCDetection" or "VOCSegmentation".
+        kind: torchvision's dataset, `VOCDetection` or `VOCSegmentation`.
         root: folder that holds ``VOCdevkit``.
         name: of the image set.
         download: fetch it into the folder first.
@@ -41,7 +41,7 @@ def listing(kind: str, root: str, name: str, *, download: bool = False) -> list[
     year, _, image_set = name.partition("/")
     folder = Path(root).resolve()
     try:
-        found = getattr(datasets, kind)(str(folder), year=year, image_set=image_set, download=download)
+        found = kind(str(folder), year=year, image_set=image_set, download=download)
     except ValueError as error:
         raise DataError(f"image sets are named YEAR/SET, such as 2012/train, got {name!r} ({error})") from error
     except (RuntimeError, OSError) as error:
@@ -51,12 +51,12 @@ def listing(kind: str, root: str, name: str, *, download: bool = False) -> list[
             f"Pascal VOC: {devkit} {problem} ({error}). Set download: true, or unpack "
             f"{_archive(year, image_set)} of host.robots.ox.ac.uk/pascal/VOC into {folder}"
         ) from error
-    images, targets = [Path(path) for path in found.images], [Path(path) for path in found.targets]
-    check_files([*images, *targets], f"image set {name} of {folder}")
-    return list(zip(images, targets, strict=True))
+    pairs = [(Path(image), Path(target)) for image, target in zip(found.images, found.targets, strict=True)]
+    check_files([path for pair in pairs for path in pair], f"image set {name} of {folder}")
+    return pairs
 
 
-def fetch(kind: str, root: str, names: Sequence[str]) -> None:
+def fetch(kind: Any, root: str, names: Sequence[str]) -> None:
     """Download the image sets that are not there; torchvision would unpack 2 GB again for each."""
     for name in names:
         try:

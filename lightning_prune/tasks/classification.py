@@ -81,9 +81,11 @@ class ClassificationTask(Task):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
         self.label_smoothing = label_smoothing
         # torchmetrics keeps its states out of state_dict and empties them at the end of an epoch.
-        stages = ("val", "test")
-        self.accuracy: Any = nn.ModuleDict({of: MulticlassAccuracy(num_classes, average="micro") for of in stages})
-        self.curve: Any = nn.ModuleDict({of: MulticlassROC(num_classes) for of in stages})
+        self.accuracy: Any = nn.ModuleDict()
+        self.curve: Any = nn.ModuleDict()
+        for stage in ("val", "test"):
+            self.accuracy[stage] = MulticlassAccuracy(num_classes, average="micro")
+            self.curve[stage] = MulticlassROC(num_classes)
         self.val_roc: RocCurves | None = None
         self.test_roc: RocCurves | None = None
 
@@ -102,9 +104,9 @@ class ClassificationTask(Task):
         logits = self._logits(images).float()  # half precision would tie most probabilities
         self.accuracy[stage].update(logits, labels)
         self.curve[stage].update(logits.softmax(dim=-1), labels)
-        size = len(labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=size, sync_dist=True)
-        self.log(f"{stage}_acc", self.accuracy[stage], prog_bar=True, batch_size=size)
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{stage}_loss", loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_acc", self.accuracy[stage], prog_bar=True, batch_size=len(labels))
 
     def on_validation_epoch_end(self) -> None:
         self.val_roc = self._close_curve("val")

@@ -118,7 +118,7 @@ class DetectionTask(Task):
 
     def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
         images, targets = self._checked(batch)
-        found = [_in_full(detections) for detections in self.detector.detect(self.model, images)]
+        found = [_in_float32(detections) for detections in self.detector.detect(self.model, images)]
         self.coco[stage].update(found, [_known_to_coco(target) for target in targets])
         for metric in (self.voc[stage], self.voc_high) if stage == "test" else (self.voc[stage],):
             metric.update(found, targets)
@@ -199,7 +199,7 @@ def _plain(target: Target) -> Target:
     return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
 
 
-def _in_full(found: Detections) -> Detections:
+def _in_float32(found: Detections) -> Detections:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 

@@ -215,7 +215,6 @@ def test_images_without_targets_are_refused():
         (lambda: DetectionTask(nn.Identity(), 2, detector=YoloDetector()), "takes YoloV3 or YoloV3Tiny, got Identity"),
         (lambda: TorchvisionDetector().losses(nn.Identity(), [], [], 0), "Identity is none of torchvision's detectors"),
         (lambda: DetectionTask(torchvision_detector("mask_rcnn"), 2), "MaskRCNN trains on more than boxes"),
-        (lambda: yolo_task(0), "num_classes"),
         (lambda: yolo_task(burn_in=-1), "burn_in"),
         (lambda: yolo_task(class_names=["one"]), "2 names, got 1"),
         (lambda: YoloDetector(100), "multiple of 32"),
