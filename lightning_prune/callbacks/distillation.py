@@ -15,10 +15,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.callbacks.common import check_before_pruning, find, same_module
-from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.module import same_module
 from lightning_prune.callbacks.processes import check_strategy
-from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.run import RUNS, check_before_pruning
 from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
 from lightning_prune.model_state.preservation import copy_without_masks
@@ -94,8 +93,9 @@ class DistillationCallback(Callback):
                 "use; add lightning_prune.compensation.distillation.distillation_loss to your own loss"
             )
         if not self._given:
-            check_before_pruning(trainer, self, ScoringCallback)
-        self._module = same_module(self, self._module, pl_module)
+            check_before_pruning(trainer, self)
+        same_module(self, self._module or pl_module, pl_module)
+        self._module = pl_module
         if self._path is not None and self.teacher is None:
             self._dense = copy.deepcopy(pl_module)  # resuming gives the module the pruned shapes before on_fit_start
         # On the strategy, not on the module: copies of the module would bring the Trainer and the teacher along, and
@@ -121,13 +121,13 @@ class DistillationCallback(Callback):
     def _take_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._given:
             return
-        masking = find(trainer, MaskingCallback)
-        if masking is None:
+        run = RUNS.get(trainer)
+        if run is None:
             raise CallbackError(
                 "DistillationCallback: no callback prunes here, so the model would be its own teacher; add "
                 "PruneCallback after it, or pass teacher=..."
             )
-        if masking.plan is None:
+        if run.session.plan is None:
             self.teacher = _frozen(copy_without_masks(self._part(pl_module)))
         elif self.teacher is None:
             raise CallbackError(
@@ -160,8 +160,8 @@ class DistillationCallback(Callback):
 
     def _step(self, trainer: Trainer, training_step: Any, *args: Any, **kwargs: Any) -> Any:
         """The strategy's training_step, with the distillation in its loss."""
-        masking = find(trainer, MaskingCallback)
-        if masking is not None and masking.plan is None:
+        run = RUNS.get(trainer)
+        if run is not None and run.session.plan is None:
             return training_step(*args, **kwargs)
         module = trainer.lightning_module
         wrapped = trainer.strategy.model is not module
