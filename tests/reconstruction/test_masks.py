@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import trace
-from lightning_prune.reconstruction.masks import mask_, mask_once_
+from lightning_prune.reconstruction.masks import MaskHandle, Zeros, mask_, mask_once_
 from lightning_prune.reconstruction.small_model import cuts, reconstruct, reconstruct_
 from tests.helpers import random_plan
 from tests.zoo import build, images
@@ -150,3 +150,34 @@ def test_as_a_context_manager_masks_are_undone() -> None:
         assert not torch.equal(model(x), dense)
     assert torch.equal(model(x), dense)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_that_were_there_before_are_cleared_too() -> None:
+    model = build("Residual").train()
+    graph = trace(model, images())
+    model(images(4)).square().sum().backward()
+    handle = mask_(model, graph, random_plan(graph))
+    gradients = [(model.get_parameter(zeros.parameter).grad, zeros) for zeros in handle.zeros]
+    assert all(gradient.any() for gradient, _ in gradients)
+    assert not any(gradient.index_select(zeros.dim, zeros.entries).any() for gradient, zeros in gradients)
+
+
+class Sum(nn.Module):
+    """Two parameters with one gradient, which autograd hands to both as the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self) -> Tensor:
+        return (self.a + self.b).square().sum()
+
+
+def test_the_gradient_of_another_parameter_stays() -> None:
+    model = Sum()
+    handle = MaskHandle(model, [Zeros("a", 0, torch.tensor([1]))])
+    model().backward()
+    assert model.a.grad.tolist() == [4, 0, 4]
+    assert model.b.grad.tolist() == [4, 2, 4]
+    handle.undo()
+    assert model.a.tolist() == [1, 1, 1]

@@ -129,6 +129,20 @@ def test_in_place_keeps_parameters_and_cuts_optimizer_state() -> None:
     assert len(parameters) == len(identities)
 
 
+def test_zero_filters_that_stay_have_no_momentum() -> None:
+    model, x = build("Residual").train(), images(4)
+    graph = trace(model, x)
+    plan = random_plan(graph, 0.5, "union")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    _step(model, optimizer, x)
+    reconstruct_(model, graph, plan, optimizers=[optimizer])
+    zero = ~model.stem[0].weight.flatten(1).any(1)
+    momentum = optimizer.state[model.stem[0].weight]["momentum_buffer"].flatten(1)
+    assert 0 < zero.sum() < len(zero)
+    assert not momentum[zero].any()
+    assert momentum[~zero].any(1).all()
+
+
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
     optimizer.zero_grad()
     model(x).square().sum().backward()
