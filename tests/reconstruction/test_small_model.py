@@ -209,6 +209,27 @@ def test_a_group_that_the_code_needs_whole_keeps_its_width_and_is_reported() -> 
     assert check_lossless(masked, model, x).passed
 
 
+class Together(Picky):
+    """Does not run if both layers are narrow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.a(x)
+        b = self.b(a)
+        if a.shape[1] + b.shape[1] < 5:
+            raise ValueError("five channels at least")
+        return self.fc(b.mean((2, 3)))
+
+
+def test_groups_that_cannot_both_be_cut_both_keep_their_width() -> None:
+    model, x = randomise_(Together()).eval(), images(2, 4)
+    graph = trace(model, x)
+    with pytest.warns(NotReconstructedWarning, match="five channels at least"):
+        report = reconstruct_(model, graph, random_plan(graph, 0.67), example_inputs=x)
+    assert (model.a.out_channels, model.b.out_channels) == (6, 6)
+    assert list(report.left) == ["a", "b"]
+    assert report.passed
+
+
 class Changing(Picky):
     """Once told to, computes something else at every call, or nothing at all."""
 
