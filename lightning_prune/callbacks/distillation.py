@@ -78,7 +78,6 @@ class DistillationCallback(Callback):
             self.teacher = _frozen(copy.deepcopy(teacher))  # now: resuming may reshape the user's own
         self._path = None if teacher is None or isinstance(teacher, nn.Module) else Path(teacher)
         self._given = teacher is not None
-        self._dense: LightningModule | None = None
         self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,7 +96,7 @@ class DistillationCallback(Callback):
         same_module(self, self._module or pl_module, pl_module)
         self._module = pl_module
         if self._path is not None and self.teacher is None:
-            self._dense = copy.deepcopy(pl_module)  # resuming gives the module the pruned shapes before on_fit_start
+            self.teacher = self._load(self._path, copy.deepcopy(pl_module))  # resuming may reshape the module
         # On the strategy, not on the module: copies of the module would bring the Trainer and the teacher along, and
         # the scoring pass, which calls the module, is to see the task's loss.
         vars(trainer.strategy).pop("training_step", None)
@@ -109,8 +108,6 @@ class DistillationCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._part(pl_module)
-        if self._path is not None and self.teacher is None:
-            self.teacher = self._load(self._path)
         self._take_dense(trainer, pl_module)
         assert self.teacher is not None
         self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
@@ -135,9 +132,7 @@ class DistillationCallback(Callback):
                 "hold the teacher; pass teacher=... (the dense model, or the path of its checkpoint)"
             )
 
-    def _load(self, path: Path) -> nn.Module:
-        assert self._dense is not None
-        dense, self._dense = self._dense, None
+    def _load(self, path: Path, dense: LightningModule) -> nn.Module:
         if not path.is_file():
             raise CallbackError(f"teacher: there is no file {path}")
         try:
