@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from lightning_prune.criteria import GRE, JRE, L1, LRE
 from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.errors import PlanError, ScoreError
-from lightning_prune.graph import trace
-from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+from lightning_prune.graph import ChannelGraph, Group, Layer, trace
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.masks import mask_
 from tests.criteria.helpers import Interrupt, assert_same, hooks, snapshot

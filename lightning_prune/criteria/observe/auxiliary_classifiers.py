@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.criteria import functional
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.graph import ChannelGraph
 
 _SHRINKAGE = 0.1
 _TINY = 1e-12

@@ -25,7 +25,7 @@ from lightning_prune.criteria.observe.rectifiers import RectifierWatcher
 from lightning_prune.criteria.observe.sampling import SampledReaderWatcher
 from lightning_prune.criteria.observe.watching import Ledger, Place, Watcher, WeightWatcher
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+from lightning_prune.graph import ChannelGraph, Group, Layer
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+    from lightning_prune.graph import ChannelGraph, Group, Layer
 
 
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -11,7 +11,7 @@ from lightning_prune.report.graph_picture.svg import bare_svg
 from lightning_prune.report.html import POLICY
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+    from lightning_prune.graph import ChannelGraph, Group
 
 STYLE = """main { max-width: 84rem; }
 figure { width: fit-content; max-width: 100%; } figure svg { display: block; }
@@ -40,7 +40,7 @@ def graph_html(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
     style = (resources.files("lightning_prune.report") / "page.css").read_text(encoding="utf-8") + STYLE
     parts = [f"<h1>{escape(title)}</h1>"]
     if not graph.groups:
-        parts.append(f"<p>{escape(totals(graph))}</p>")
+        parts.append(f"<p>{escape(totals(graph.groups))}</p>")
     else:
         parts += [_tiles(graph), f"<figure>{bare_svg(graph, title)}</figure>", "<h2>Groups</h2>", _table(graph)]
     if graph.notes:
@@ -82,7 +82,7 @@ def _table(graph: ChannelGraph) -> str:
 
 
 def _row(graph: ChannelGraph, group: Group) -> str:
-    whole, one = parameters(graph, group)
+    whole, one = parameters(group, graph.shapes)
     numbers = "".join(f"<td>{number:,}</td>" for number in (group.size, whole, one))
     return (
         f"<tr{'' if group.prunable else ' class=no'}><th scope=row>{escape(group.name)}</th>{numbers}"

@@ -15,7 +15,7 @@ from lightning_prune.report.figures import bands, shorten
 from lightning_prune.report.graph_picture.layout import Lane, Layout, Row, layout
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+    from lightning_prune.graph import ChannelGraph, Group
 
 EDGE = 16  # paper around the picture
 BOX = 50  # the box with the number of filters
@@ -73,7 +73,7 @@ def graph_svg(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
         ('<svg', True)
     """
     sheet = _Sheet(layout(graph))
-    sheet.parts.append(_text(EDGE, 32, title, "title") + _text(EDGE, 54, totals(graph), "quiet"))
+    sheet.parts.append(_text(EDGE, 32, title, "title") + _text(EDGE, 54, totals(graph.groups), "quiet"))
     sheet.top = 66
     _map(sheet)
     _below(sheet, graph)
