@@ -4,6 +4,6 @@ from lightning_prune.compensation.batch_norm import recalibrate_bn_
 from lightning_prune.compensation.constants import fold_constants_
 from lightning_prune.compensation.distillation import distillation_loss
 from lightning_prune.compensation.least_squares import least_squares_
-from lightning_prune.compensation.thinet_rescaling import Rescaling, rescale_
+from lightning_prune.compensation.rescaling import Rescaling, rescale_
 
 __all__ = ["Rescaling", "distillation_loss", "fold_constants_", "least_squares_", "recalibrate_bn_", "rescale_"]

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import Group
+from lightning_prune.graph.readers import Reader, readers_of
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -21,11 +23,26 @@ _FORWARDS = {
 }  # fmt: skip
 
 
-def input_dim(module: nn.Module) -> int | None:
-    """The dimension of a layer's weight along which its input channels lie; None if it is no such layer."""
-    if isinstance(module, _ConvTransposeNd):
-        return 0
-    return 1 if isinstance(module, _ConvNd | nn.Linear) else None
+def next_layers(model: nn.Module, group: Group) -> dict[str, Reader]:
+    """The readers of a group, by module path.
+
+    Raises:
+        ScoreError: there is none, or one computes its weight from other parameters (weight norm).
+    """
+    for part in group.slices:
+        computed = part.tensor.rpartition(".")[2] == "weight_v" or ".parametrizations." in part.tensor
+        if part.layer is None and part.dim == 1 and computed:
+            raise ScoreError(
+                f"{part.tensor}: a layer whose weight is computed from other parameters reads channels, which is not "
+                "supported here; remove the parametrisation, or use another criterion, such as Taylor"
+            )
+    found = readers_of(model, group)
+    if not found:
+        raise ScoreError(
+            f"{group.name}: no convolution or linear layer reads its channels, so there is no next layer to score by; "
+            "use another criterion, such as Taylor"
+        )
+    return found
 
 
 def is_computable(module: nn.Module) -> bool:
@@ -33,8 +50,8 @@ def is_computable(module: nn.Module) -> bool:
     return type(module).forward in _FORWARDS and "forward" not in vars(module)
 
 
-def computable(model: nn.Module, path: str, way_out: str) -> nn.Module:
-    """The layer at a path, whose output follows from its weight.
+def check_computable(model: nn.Module, path: str, way_out: str) -> None:
+    """Refuse a layer whose output does not follow from its weight.
 
     Raises:
         ScoreError: it has a forward of its own; with the way out.
@@ -45,16 +62,19 @@ def computable(model: nn.Module, path: str, way_out: str) -> nn.Module:
             f"{path}: a {type(module).__name__} with a forward of its own reads channels, so what each adds to its "
             f"output is not known; use {way_out}"
         )
-    return module
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called on."""
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
+def check_input(path: str, module: nn.Module, value: Tensor) -> None:
+    """Refuse what is not a batch.
+
+    Raises:
+        ScoreError: with the shape.
+    """
+    if value.ndim < 2 or (isinstance(module, _ConvNd) and value.ndim != module.weight.ndim):
+        raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")
 
 
-def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
+def channel_contributions(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     """W[:, c] * a_c for several channels c: (N, ...) and (K, r) to (N, K, outputs of a sample).
 
     The channels are separate groups of one grouped convolution. Nothing larger than the result is made, unless
@@ -72,7 +92,7 @@ def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: to
     Example:
         >>> layer = nn.Conv2d(4, 3, 3)
         >>> images = torch.randn(2, 4, 5, 5)
-        >>> each = channel_effects(layer, images, torch.arange(4).unsqueeze(1), layer(images).shape)
+        >>> each = channel_contributions(layer, images, torch.arange(4).unsqueeze(1), layer(images).shape)
         >>> whole = layer(images) - layer.bias.view(3, 1, 1)
         >>> each.shape, torch.allclose(each.sum(1).view(2, 3, 3, 3), whole, atol=1e-5)
         (torch.Size([2, 4, 27]), True)
@@ -83,11 +103,11 @@ def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: to
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return torch.einsum("ntkr,okr->nkto", rows[..., index], weight[:, index]).flatten(2)
     assert isinstance(module, _ConvNd)
-    each = _transposed_effects if isinstance(module, _ConvTransposeNd) else _convolution_effects
+    each = _through_transposed if isinstance(module, _ConvTransposeNd) else _through_convolution
     return each(module, inputs, weight, index, output).reshape(len(inputs), len(index), -1)
 
 
-def _convolution_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, _output: torch.Size) -> Tensor:
+def _through_convolution(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, _output: torch.Size) -> Tensor:
     # The weight of every convolution group has these entries, so a channel enters every group.
     groups, channels = module.groups, len(index)
     split = inputs.unflatten(1, (groups, -1))[:, :, index]  # N, groups, K, r, positions
@@ -102,7 +122,7 @@ def _convolution_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index:
     return convolve(maps, kernels, None, module.stride, padding, module.dilation, channels * groups)
 
 
-def _transposed_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, output: torch.Size) -> Tensor:
+def _through_transposed(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     # Here an entry is one input channel, which enters the one group it lies in.
     groups, channels = module.groups, len(index)
     index = index.sort(1).values

@@ -29,7 +29,9 @@ def incremental(case: Case, criterion, run):
     with scorer:
         for batch in case.split(4):
             run(scorer, batch)
-            assert not scorer._recorder.edges  # they would keep the graph and its activations alive
+            assert not any(
+                watcher.edges for watcher in scorer._observer._watchers
+            )  # they would keep the graph and its activations alive
     return scorer.compute()
 
 

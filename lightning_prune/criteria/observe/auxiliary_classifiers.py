@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.criteria import functional
+from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import ChannelGraph
 
@@ -21,7 +21,7 @@ _SHRINKAGE = 0.1
 _TINY = 1e-12
 
 
-class AuxiliaryHeads:
+class AuxiliaryClassifiers:
     """Linear classifiers of relu(z), averaged over positions, at some layers' outputs z (after batch norm).
 
     Their labels are those that the step gives to `torch.nn.functional.cross_entropy`, so that a training step needs no
@@ -29,9 +29,9 @@ class AuxiliaryHeads:
 
     Args:
         model: the model; hooks are on it only while a step runs.
-        graph: its channel graph: outputs of its prunable layers carry heads.
+        graph: its channel graph: outputs of its prunable layers may carry classifiers.
         count: how many, evenly spread in the order in which the layers run.
-        weight: of each head's loss.
+        weight: of each one's loss.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, count: int, weight: float) -> None:
@@ -49,8 +49,11 @@ class AuxiliaryHeads:
             ScoreError: the step computes no cross-entropy over (N, classes), or not of the samples that a layer sees.
         """
         seen: dict[str, Tensor] = {}
-        look = partial(_remember, seen)
-        with self._hooked(look, only=self.moments), _Labels() as labels, torch.no_grad():
+        with (
+            self._watched(self.moments, lambda path, z: seen.setdefault(path, z)),
+            _Labels() as labels,
+            torch.no_grad(),
+        ):
             step()
         shares = labels.shares()
         if not self.moments:
@@ -66,13 +69,13 @@ class AuxiliaryHeads:
         self._classifiers = None
 
     def joint(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """A step whose loss has the heads' cross-entropies added.
+        """A step whose loss has the cross-entropies of the classifiers added.
 
         Raises:
             ScoreError: nothing was fitted.
         """
         if not self.moments:
-            raise ScoreError("auxiliary heads have to be fitted first: call Scorer.fit(step) on every batch")
+            raise ScoreError("auxiliary classifiers have to be fitted first: call Scorer.fit(step) on every batch")
         if self._classifiers is None:
             for path, moments in self.moments.items():
                 if not torch.isfinite(moments.squares).all():
@@ -83,10 +86,10 @@ class AuxiliaryHeads:
         def run() -> Any:
             logits: dict[str, Tensor] = {}
 
-            def classify(path: str, z: Tensor) -> None:
-                logits.setdefault(path, classifiers[path](_pooled(z)))
+            def classify(path: str, features: Tensor) -> None:
+                logits.setdefault(path, classifiers[path](features))
 
-            with self._hooked(classify, only=classifiers), _Labels() as labels:
+            with self._watched(classifiers, classify), _Labels() as labels:
                 loss = step()
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 shares = labels.shares()
@@ -98,25 +101,17 @@ class AuxiliaryHeads:
         return run
 
     @contextmanager
-    def _hooked(self, look: Callable[[str, Tensor], None], *, only: Iterable[str]) -> Iterator[None]:
-        """Show outputs of these layers, or of all if none are named, before anything works on them in place."""
+    def _watched(self, only: Iterable[str], look: Callable[[str, Tensor], Any]) -> Iterator[None]:
+        """Show relu(z), averaged over positions, of these layers, or of all if none are named."""
 
-        def leave(path: str, module: nn.Module, _args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # activation checkpointing repeats the forward pass inside the backward pass
+        def see(path: str, module: nn.Module, _value: Any, output: Any) -> None:
             if isinstance(output, Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
                 with torch.autocast(output.device.type, enabled=False):
-                    look(path, output)
+                    z = functional.widened(output).relu()
+                    look(path, z.flatten(2).mean(2) if z.ndim > 2 else z)
 
-        handles = [
-            self._model.get_submodule(path).register_forward_hook(partial(leave, path))
-            for path in sorted(only or self._candidates)
-        ]
-        try:
+        with calls_of(self._model, sorted(only or self._candidates), see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True)
@@ -207,19 +202,10 @@ class _Labels(TorchFunctionMode):
         """
         if self._target is None:
             raise ScoreError(
-                "auxiliary heads need labels, but no torch.nn.functional.cross_entropy of (N, classes) was computed; "
-                "use DCP(heads=0), or another criterion, such as Taylor"
+                "auxiliary classifiers need labels, but no torch.nn.functional.cross_entropy of (N, classes) was "
+                "computed; use DCP(heads=0), or another criterion, such as Taylor"
             )
         if self._target.is_floating_point():
             return self._target.double()
         known = (self._target >= 0) & (self._target < self._classes)
         return F.one_hot(self._target.clamp(0, self._classes - 1), self._classes).double() * known.unsqueeze(1)
-
-
-def _remember(seen: dict[str, Tensor], path: str, z: Tensor) -> None:
-    seen.setdefault(path, _pooled(z))
-
-
-def _pooled(z: Tensor) -> Tensor:
-    z = functional.widened(z).relu()
-    return z.flatten(2).mean(2) if z.ndim > 2 else z

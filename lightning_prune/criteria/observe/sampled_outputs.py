@@ -1,4 +1,4 @@
-"""What each channel adds to outputs, drawn at random, of the layers that read it."""
+"""Watching what each channel adds to outputs, drawn at random, of the layers that read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,64 +16,64 @@ from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.channel_contributions import channel_effects, computable, first_input
-from lightning_prune.criteria.observe.watching import Ledger, Place, Seen, Watcher
-from lightning_prune.errors import ScoreError
+from lightning_prune.criteria.channel_contributions import (
+    channel_contributions,
+    check_computable,
+    check_input,
+    next_layers,
+)
+from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import Watcher, exactly, key_of
+from lightning_prune.graph.groups import Group
+from lightning_prune.graph.readers import Reader
 
 _ELEMENTS = 2**21  # of the largest tensor made at once: 16 MiB in float64
 
 
-class SampledReaderWatcher(Watcher):
+class SampledOutputWatcher(Watcher):
     """Shows taps `Tap.rows` outputs of every sample, of every layer that reads a group, split by channel.
 
     Which outputs is fixed by `Tap.seed`, the key, the reader, and the number of samples that it has seen: neither by
     the global random state nor by how samples are split into batches.
     """
 
-    def __init__(self, ledger: Ledger, model: nn.Module) -> None:
-        super().__init__(ledger)
-        self._model = model
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self._audience: dict[str, list[tuple[str, Tap, Tensor]]] = {}
         self._generators: dict[tuple[str, str, int], torch.Generator] = {}
         self._calls: Counter[str] = Counter()
 
-    def listen(self, key: str, tap: Tap, path: str, place: Place) -> None:
+    @override
+    def listen(self, group: Group, tap: Tap) -> None:
+        for reader in next_layers(self.model, group).values():
+            self.look(key_of(group, group.layers[0], tap), tap, reader)
+
+    def look(self, key: str, tap: Tap, reader: Reader) -> None:
         """Let a tap see a reader; a key may have several.
 
         Raises:
             ScoreError: its output is not what torch's own layer makes of its weight.
         """
-        computable(self._model, path, "another criterion, such as Taylor")
-        self._audience.setdefault(path, []).append((key, tap, place.index))
+        check_computable(self.model, reader.path, "another criterion, such as Taylor")
+        self._audience.setdefault(reader.path, []).append((key, tap, reader.index))
+        self.shapes[key] = (len(reader.index), len(reader.index))
 
     @override
     def start(self) -> None:
         self._calls.clear()
-        for path in self._audience:
-            hook = partial(self._leave, path)
-            self._handles.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+        self.hooks.enter_context(calls_of(self.model, self._audience, self._leave))
 
-    def _leave(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing repeats the forward pass inside the backward pass
-        value = first_input(args, kwargs)
-        if value.ndim < 2 or (isinstance(module, _ConvNd) and value.ndim != module.weight.ndim):
-            raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")
+    def _leave(self, path: str, module: nn.Module, value: Any, output: Tensor) -> None:
+        check_input(path, module, value)
         call = self._calls[path]
         self._calls[path] += 1
-        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        with exactly(value):
             value = functional.widened(value.detach())
             for key, tap, index in self._audience[path]:
                 chosen = self._draw(key, tap, path, call, output.shape).to(value.device)
-                seen = self.seen.get(key)
-                if seen is None:
-                    empty = torch.zeros(len(index), len(index), dtype=torch.float64, device=value.device)
-                    seen = self.seen[key] = Seen(tap, empty)
-                for rows in sampled_effects(module, value, index, output.shape, chosen):
-                    seen.partial = seen.partial + tap.partial(rows, None).to(seen.partial.device)
-                    seen.positions += len(rows)
+                seen = self.open(path, key, tap, (len(index), len(index)), value.device)
+                for rows in sampled_contributions(module, value, index, output.shape, chosen):
+                    seen.add(tap.partial(rows, None), len(rows))
 
     def _draw(self, key: str, tap: Tap, path: str, call: int, shape: torch.Size) -> Tensor:
         """Outputs of every sample, (N, rows)."""
@@ -90,7 +89,7 @@ class SampledReaderWatcher(Watcher):
         return torch.randint(outputs, (shape[0], tap.rows), generator=generator)
 
 
-def sampled_effects(
+def sampled_contributions(
     module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size, chosen: Tensor
 ) -> Iterator[Tensor]:
     """What each channel adds to chosen outputs of a layer, bias left out: some (rows, channels) after others.
@@ -109,14 +108,14 @@ def sampled_effects(
         >>> images = torch.randn(2, 4, 5, 5)
         >>> outputs = layer(images)
         >>> each, first = torch.arange(4).unsqueeze(1), torch.zeros(2, 1, dtype=torch.int64)
-        >>> (rows,) = sampled_effects(layer, images, each, outputs.shape, first)
+        >>> (rows,) = sampled_contributions(layer, images, each, outputs.shape, first)
         >>> rows.shape, torch.allclose(rows.sum(1) + layer.bias[0], outputs[:, 0, 0, 0], atol=1e-5)
         (torch.Size([2, 4]), True)
     """
     index = index.to(inputs.device)
     if isinstance(module, _ConvTransposeNd):
         parts = [
-            channel_effects(module, inputs, some, output).gather(2, chosen.unsqueeze(1).expand(-1, len(some), -1))
+            channel_contributions(module, inputs, some, output).gather(2, chosen.unsqueeze(1).expand(-1, len(some), -1))
             for some in index.split(max(1, _ELEMENTS // math.prod(output)))
         ]
         yield torch.cat(parts, 1).transpose(1, 2).flatten(0, 1)

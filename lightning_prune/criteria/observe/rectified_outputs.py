@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,9 +13,9 @@ from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.observe.watching import Ledger, Seen, Watcher
-from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import Layer
+from lightning_prune.criteria.observe.hooks import calls_of, recomputing
+from lightning_prune.criteria.observe.watcher import Watcher, key_of
+from lightning_prune.graph.groups import Group, Layer
 
 _RECTIFIERS = frozenset(
     "relu relu_ leaky_relu leaky_relu_ _prelu_kernel rrelu_with_noise rrelu_with_noise_ threshold threshold_".split()
@@ -52,62 +50,45 @@ class _Mark:
 _Trail = dict[_Mark, int]  # at which channel of the tensor the layer's filters start
 
 
-class RectifierWatcher(Watcher):
+class RectifiedOutputWatcher(Watcher):
     """Shows taps the output of the first rectifier that each layer's output enters."""
 
-    def __init__(self, ledger: Ledger, model: nn.Module) -> None:
-        super().__init__(ledger)
-        self._model = model
-        self._sources: list[tuple[nn.Module, _Source]] = []
-        self._mode: _Follow | None = None
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._sources: dict[str, list[_Source]] = {}
+        self._follow = _Follow(self._rectified)
 
-    def listen(self, key: str, tap: Tap, layer: Layer) -> None:
-        """Let a tap see what becomes of a layer's output."""
-        module = self._model.get_submodule(layer.name)
-        weight = getattr(module, "weight", None)
-        last = isinstance(weight, Tensor) and weight.ndim == 2
-        self._sources.append((module, _Source(key, tap, layer, -1 if last else 1)))
+    @override
+    def listen(self, group: Group, tap: Tap) -> None:
+        for layer in group.layers:
+            weight = getattr(self.model.get_submodule(layer.name), "weight", None)
+            last = isinstance(weight, Tensor) and weight.ndim == 2
+            source = _Source(key_of(group, layer, tap), tap, layer, -1 if last else 1)
+            self._sources.setdefault(layer.name, []).append(source)
+            self.shapes[source.key] = (group.size,)
 
     @override
     def start(self) -> None:
-        self._mode = _Follow(self._rectified)
-        for module, source in self._sources:
-            self._handles.append(module.register_forward_hook(partial(self._leave, source)))
-        self._mode.__enter__()
+        self._follow = _Follow(self._rectified)
+        self.hooks.enter_context(calls_of(self.model, self._sources, self._leave))
+        self.hooks.enter_context(self._follow)
 
-    @override
-    def stop(self) -> None:
-        super().stop()
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.__exit__(None, None, None)
-
-    def _leave(self, source: _Source, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self._mode is not None and isinstance(output, Tensor) and output.ndim >= 2:
-            self._mode.mark(output, source)
+    def _leave(self, path: str, _module: nn.Module, _value: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim >= 2:
+            for source in self._sources[path]:
+                self._follow.mark(output, source)
 
     def _rectified(self, output: Tensor, trail: _Trail) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing repeats the forward pass inside the backward pass
         value = output.detach()
         for mark, start in trail.items():
-            if mark.found:
+            if mark.found or recomputing():
                 continue
             mark.found, source = True, mark.source
-            own = value.narrow(source.channel_dim, start, source.layer.filters)
+            layer = source.layer
+            own = value.narrow(source.channel_dim, start, layer.filters)
             maps = functional.by_position(own, source.channel_dim)
-            found = functional.gather_channels(source.tap.partial(maps, None), source.layer.index)
-            seen = self.seen.get(source.key)
-            if seen is None:
-                self.seen[source.key] = Seen(source.tap, found, maps.shape[-1])
-            elif seen.samples != len(found):
-                raise ScoreError(
-                    f"{source.layer.name}: called with {seen.samples} and with {len(found)} samples in one batch, "
-                    "which cannot be matched; score on one batch per step"
-                )
-            else:
-                seen.partial = seen.partial + found
-                seen.positions += maps.shape[-1]
+            seen = self.open(layer.name, source.key, source.tap, (len(maps), len(layer.index)), maps.device)
+            seen.add(functional.gather_channels(source.tap.partial(maps, None), layer.index), maps.shape[-1])
 
 
 class _Follow(TorchDispatchMode):
