@@ -7,9 +7,8 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_prune.compensation.repair import (
     Missing,
@@ -20,6 +19,7 @@ from lightning_prune.compensation.repair import (
     warn_of_nothing,
 )
 from lightning_prune.criteria.batches import Loss
+from lightning_prune.criteria.channel_contributions import windows
 from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
@@ -124,8 +124,8 @@ class _Fit:
         self.layer = layer
         self.kept = kept.nonzero().flatten().to(layer.weight.device)
         self.groups: int = getattr(layer, "groups", 1)
-        self.taps = prod(layer.weight.shape[2:])
-        columns = len(self.kept) * self.taps + (layer.bias is not None)
+        self.spatial = layer.weight.ndim - 2
+        columns = len(self.kept) * prod(layer.weight.shape[2:]) + (layer.bias is not None)
         outputs = layer.weight.shape[0] // self.groups
         like = {"dtype": torch.float64, "device": layer.weight.device}
         self.gram = torch.zeros(self.groups, columns, columns, **like)
@@ -187,40 +187,13 @@ class _Fit:
         if isinstance(self.layer, nn.Linear):
             rows = value[None, :, self.kept]
         else:
-            rows = patches(self.layer, value.unflatten(1, (self.groups, -1))[:, :, self.kept])
+            seen = windows(self.layer, value.unflatten(1, (self.groups, -1))[:, :, self.kept].flatten(0, 1))
+            # (N x groups, C, *positions, *taps) to (groups, N x positions, C x taps)
+            moved = seen.unflatten(0, (-1, self.groups)).movedim((1, 2), (0, -self.spatial - 1))
+            rows = moved.flatten(-self.spatial - 1).flatten(1, -2)
         if self.layer.bias is None:
             return rows
         return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-
-
-def patches(layer: _ConvNd, value: Tensor) -> Tensor:
-    """What every output position of a convolution sees, zeros of the padding included.
-
-    Args:
-        layer: with one, two or three spatial dimensions.
-        value: (N, groups, C, *spatial).
-
-    Returns:
-        (groups, N x positions, C x taps).
-
-    Example:
-        >>> layer = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False)
-        >>> image = torch.randn(1, 2, 5, 5)
-        >>> rows = patches(layer, image[:, None])
-        >>> made = (rows @ layer.weight.flatten(1).mT)[0].T.view(1, 3, 3, 3)
-        >>> torch.allclose(made, layer(image), atol=1e-5)
-        True
-    """
-    spatial = len(layer.kernel_size)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(value.flatten(0, 1), layer._reversed_padding_repeated_twice, mode=mode).unflatten(0, value.shape[:2])
-    for dim, (size, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=3
-    ):
-        padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (N, groups, C, *positions, *taps) to (groups, N, *positions, C, *taps)
-    moved = padded.movedim(1, 0).movedim(2, 2 + spatial)
-    return moved.flatten(2 + spatial).flatten(1, 1 + spatial)
 
 
 def _calls(model: nn.Module, path: str, batch: Any, loss: Loss) -> list[tuple[Tensor, Tensor]]:

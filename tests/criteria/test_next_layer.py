@@ -99,13 +99,14 @@ def test_signed_forms_are_molchanovs_at_the_next_layers_input(name):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor made inside has."""
+    """The most elements that the memory behind any tensor made inside has room for; views take none."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in leaves]
         self.numel = max([self.numel, *sizes])
         return out
 

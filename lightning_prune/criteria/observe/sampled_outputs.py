@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
@@ -21,6 +20,7 @@ from lightning_prune.criteria.channel_contributions import (
     check_computable,
     check_input,
     next_layers,
+    windows,
 )
 from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.criteria.observe.watcher import Watcher, exactly, key_of
@@ -120,39 +120,19 @@ def sampled_contributions(
         ]
         yield torch.cat(parts, 1).transpose(1, 2).flatten(0, 1)
         return
-    weight = getattr(module, "weight").detach().to(inputs.dtype)  # noqa: B009
-    window = math.prod(weight.shape[2:]) * index.numel()
+    layer: Any = module
+    weight = layer.weight.detach().to(inputs.dtype)
+    seen = windows(layer, inputs) if isinstance(module, _ConvNd) else inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    limit = max(1, _ELEMENTS // (math.prod(weight.shape[2:]) * index.numel()))
     samples = torch.arange(len(inputs), device=inputs.device).repeat_interleave(chosen.shape[1])
-    if isinstance(module, _ConvNd):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    limit = max(1, _ELEMENTS // window)
     for sample, row in zip(samples.split(limit), chosen.flatten().split(limit), strict=True):
         if isinstance(module, _ConvNd):
-            yield _windows(module, inputs, weight, index, output, sample, row)
+            out, *place = torch.unravel_index(row, output[1:])
+            group = out // (weight.shape[0] // module.groups)
+            entries = group[:, None, None] * weight.shape[1] + index  # rows, channels, r
+            where = (sample[:, None, None], entries, *(at[:, None, None] for at in place))
+            values = seen[where].flatten(3)
+            yield (values * weight.flatten(2)[out][:, index]).sum((-2, -1))
         else:
-            tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-            out = row % output[-1]
-            entering = tokens[sample, row // output[-1]][:, index]
-            yield (entering * weight[out][:, index]).sum(-1)
-
-
-def _windows(
-    module: _ConvNd, padded: Tensor, weight: Tensor, index: Tensor, output: torch.Size, sample: Tensor, row: Tensor
-) -> Tensor:
-    """(rows, channels) of a convolution, from its padded inputs."""
-    positions = math.prod(output[2:])
-    out, place = row // positions, row % positions
-    corner, offsets = torch.zeros_like(row), torch.zeros(1, dtype=torch.int64, device=row.device)
-    step = positions
-    for dim, size in enumerate(output[2:]):
-        step //= size
-        width = padded.shape[2 + dim]
-        taps = torch.arange(weight.shape[2 + dim], device=row.device) * module.dilation[dim]
-        corner = corner * width + place // step % size * module.stride[dim]
-        offsets = (offsets[:, None] * width + taps).flatten()
-    group = out // (weight.shape[0] // module.groups)
-    entering = group[:, None, None] * weight.shape[1] + index  # rows, channels, r
-    where = (corner[:, None] + offsets)[:, None, None]  # rows, 1, 1, kernel
-    values = padded.flatten(2)[sample[:, None, None, None], entering.unsqueeze(-1), where]
-    return (values * weight.flatten(2)[out][:, index]).sum((-2, -1))
+            place, out = row // output[-1], row % output[-1]
+            yield (seen[sample, place][:, index] * weight[out][:, index]).sum(-1)
