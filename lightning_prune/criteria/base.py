@@ -235,19 +235,19 @@ def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing:
     """
     groups: dict[str, list[Tensor]] = {}
     for member, scores in zip(members, found, strict=True):
-        groups.setdefault(member.group, []).extend([] if scores is None else [scores])
-    without = [member.layer.name for member in members if not groups[member.group]]
-    if without and (missing == "refuse" or len(without) == len(members)):
+        if scores is not None:
+            groups.setdefault(member.group, []).append(scores)
+    without = [member.layer.name for member in members if member.group not in groups]
+    if without and (missing == "refuse" or not groups):
         raise ScoreError(f"{lacking} {', '.join(without)}")
     top = 1 + 2 * max((scores.max().item() for of in groups.values() for scores in of), default=0.0)
-    completed = []
-    for member, scores in zip(members, found, strict=True):
-        of = groups[member.group]
-        if scores is None:
-            size = len(member.layer.index)
-            scores = functional.combine(of, "mean") if of else torch.full((size,), top, dtype=torch.float64)
-        completed.append(scores)
-    return completed
+
+    def instead(member: Member) -> Tensor:
+        if member.group in groups:
+            return functional.combine(groups[member.group], "mean")
+        return torch.full((len(member.layer.index),), top, dtype=torch.float64)
+
+    return [instead(member) if scores is None else scores for member, scores in zip(members, found, strict=True)]
 
 
 def criterion_from(criterion: Criterion | str) -> Criterion:

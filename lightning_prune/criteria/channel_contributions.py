@@ -60,16 +60,6 @@ def check_computable(model: nn.Module, path: str, way_out: str) -> None:
         )
 
 
-def check_input(path: str, module: nn.Module, value: Tensor) -> None:
-    """Refuse what is not a batch.
-
-    Raises:
-        ScoreError: with the shape.
-    """
-    if value.ndim < 2 or (isinstance(module, _ConvNd) and value.ndim != module.weight.ndim):
-        raise ScoreError(f"{path}: its input has shape {list(value.shape)}; a batch dimension is needed")
-
-
 def channel_contributions(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     """W[:, c] * a_c for several channels c: (N, ...) and (K, r) to (N, K, outputs of a sample).
 

@@ -78,16 +78,6 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def energy(value: Tensor) -> Tensor:
-    """Squared Frobenius norm of every map of every sample: (N, F, M) to (N, F).
-
-    Example:
-        >>> energy(torch.tensor([[[3.0, 4.0]]])).tolist()
-        [[25.0]]
-    """
-    return value.square().sum(-1).to(torch.float64)
-
-
 def taylor(value: Tensor, gradient: Tensor, magnitude: Magnitude = "signed") -> Tensor:
     """Sum over positions of gradient times value, or of its absolute value or square: (N, F, M) to (N, F).
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, Site, Tap
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope, normalize_scores
 from lightning_prune.criteria.settings import check_weight
@@ -30,7 +29,7 @@ class _EnergyTerm(Tap):
     site = "conv"
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
-        return functional.energy(value)
+        return value.square().sum(-1).to(torch.float64)
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
         total = partial.sum(0)

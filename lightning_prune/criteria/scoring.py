@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -141,25 +141,19 @@ class Scorer:
             if self.criterion.needs_backward:
                 self._observer.backward(loss)
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Watch one batch: run the model, then `backward`. An exception discards the batch."""
-        self._check_watching()
-        with self._observer.batch():
-            yield
-
     def begin_batch(self) -> None:
-        """Start watching.
+        """Start watching a batch whose backward pass is the trainer's own.
 
         Raises:
             ScoreError: a batch is already open, or a baseline or auxiliary classifiers need `update`.
         """
-        self._check_watching()
+        if self.criterion.needs_reference:
+            raise ScoreError("reference='baseline' runs the model twice per batch; use Scorer.update(step)")
+        if self._classifiers is not None:
+            raise ScoreError(
+                "auxiliary classifiers add to the loss and need a pass of their own; use Scorer.fit and update"
+            )
         self._observer.begin_batch()
-
-    def backward(self, loss: Any) -> None:
-        """Differentiate with respect to the sites only, see `Observer.backward`; or leave it to the trainer."""
-        self._observer.backward(loss)
 
     def end_batch(self, *, discard: bool = False) -> None:
         """Add the batch to `state` and remove the hooks. Does nothing if no batch is open.
@@ -192,14 +186,6 @@ class Scorer:
             layers.setdefault(member.group, {})[member.layer.name] = scores.detach().to("cpu", torch.float64)
         how = self.criterion.combine
         return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)
-
-    def _check_watching(self) -> None:
-        if self.criterion.needs_reference:
-            raise ScoreError("reference='baseline' runs the model twice per batch; use Scorer.update(step)")
-        if self._classifiers is not None:
-            raise ScoreError(
-                "auxiliary classifiers add to the loss and need a pass of their own; use Scorer.fit and update"
-            )
 
 
 def score(

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.observe.hooks import calls_of, first_input, recomputing
-from lightning_prune.criteria.observe.watcher import Watcher, exactly, key_of, tracked
+from lightning_prune.criteria.observe.watcher import Watcher, channel_dim, check_batch, exactly, key_of, tracked
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group, Layer
 
@@ -37,12 +37,7 @@ class _Port:
 
     @property
     def channel_dim(self) -> int:
-        return -1 if self._weight_dims == 2 else 1
-
-    @property
-    def _weight_dims(self) -> int:
-        weight = getattr(self.module, "weight", None)
-        return weight.ndim if isinstance(weight, Tensor) else 0
+        return channel_dim(self.module)
 
     def check(self, tensor: Any) -> None:
         """Refuse what is not a batch of activations of the expected channels."""
@@ -50,8 +45,7 @@ class _Port:
         end = "input" if self.incoming else "output"
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ScoreError(f"{self.path}: its {end} is {type(tensor).__name__}, not a floating-point tensor")
-        if tensor.ndim < 2 or (self._weight_dims > 2 and tensor.ndim != self._weight_dims):
-            raise ScoreError(f"{self.path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
+        check_batch(self.path, end, self.module, tensor)
         found = tensor.shape[self.channel_dim]
         needed = 1 + max(int(index.max()) for listeners in self.audience.values() for _, index in listeners)
         if found != (self.filters or found) or found < needed:

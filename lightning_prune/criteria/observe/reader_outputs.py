@@ -15,11 +15,10 @@ from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.channel_contributions import (
     channel_contributions,
     check_computable,
-    check_input,
     next_layers,
 )
 from lightning_prune.criteria.observe.hooks import calls_of
-from lightning_prune.criteria.observe.watcher import Watcher, key_of, tracked
+from lightning_prune.criteria.observe.watcher import Watcher, check_batch, key_of, tracked
 from lightning_prune.graph.groups import Group
 
 
@@ -59,7 +58,7 @@ class ReaderOutputWatcher(Watcher):
         if not torch.is_grad_enabled():
             self.without_grad.update(key for listener in listeners for key in listener.keys)
             return None
-        check_input(path, module, value)
+        check_batch(path, "input", module, value)
         for listener in listeners:
             for key in listener.keys:
                 self.open(path, key, listener.tap, (len(value), len(listener.index)), value.device)

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.observe.hooks import calls_of, recomputing
-from lightning_prune.criteria.observe.watcher import Watcher, key_of
+from lightning_prune.criteria.observe.watcher import Watcher, channel_dim, key_of
 from lightning_prune.graph.groups import Group, Layer
 
 _RECTIFIERS = frozenset(
@@ -29,21 +30,14 @@ _FOLLOWED = frozenset(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """A layer whose rectifier is looked for."""
+@dataclass(eq=False)
+class _Mark:
+    """One call of a layer; ``found`` once its first rectifier ran (a skip connection may lead to others)."""
 
     key: str
     tap: Tap
     layer: Layer
     channel_dim: int
-
-
-@dataclass(eq=False)
-class _Mark:
-    """One call of the layer; ``found`` once its first rectifier ran (a skip connection may lead to others)."""
-
-    source: _Source
     found: bool = False
 
 
@@ -51,70 +45,38 @@ _Trail = dict[_Mark, int]  # at which channel of the tensor the layer's filters 
 
 
 class RectifiedOutputWatcher(Watcher):
-    """Shows taps the output of the first rectifier that each layer's output enters."""
+    """Shows taps the output of the first rectifier that each layer's output enters.
+
+    Marked tensors are followed through operators that keep their channels.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._sources: dict[str, list[_Source]] = {}
-        self._follow = _Follow(self._rectified)
+        self._audience: dict[str, list[tuple[str, Tap, Layer]]] = {}
+        self._trails = WeakIdKeyDictionary()
 
     @override
     def listen(self, group: Group, tap: Tap) -> None:
         for layer in group.layers:
-            weight = getattr(self.model.get_submodule(layer.name), "weight", None)
-            last = isinstance(weight, Tensor) and weight.ndim == 2
-            source = _Source(key_of(group, layer, tap), tap, layer, -1 if last else 1)
-            self._sources.setdefault(layer.name, []).append(source)
-            self.shapes[source.key] = (group.size,)
+            key = key_of(group, layer, tap)
+            self._audience.setdefault(layer.name, []).append((key, tap, layer))
+            self.shapes[key] = (group.size,)
 
     @override
     def start(self) -> None:
-        self._follow = _Follow(self._rectified)
-        self.hooks.enter_context(calls_of(self.model, self._sources, self._leave))
-        self.hooks.enter_context(self._follow)
-
-    def _leave(self, path: str, _module: nn.Module, _value: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim >= 2:
-            for source in self._sources[path]:
-                self._follow.mark(output, source)
-
-    def _rectified(self, output: Tensor, trail: _Trail) -> None:
-        value = output.detach()
-        for mark, start in trail.items():
-            if mark.found or recomputing():
-                continue
-            mark.found, source = True, mark.source
-            layer = source.layer
-            own = value.narrow(source.channel_dim, start, layer.filters)
-            maps = functional.by_position(own, source.channel_dim)
-            seen = self.open(layer.name, source.key, source.tap, (len(maps), len(layer.index)), maps.device)
-            seen.add(functional.gather_channels(source.tap.partial(maps, None), layer.index), maps.shape[-1])
-
-
-class _Follow(TorchDispatchMode):
-    """Follows marked tensors through operators that keep their channels, up to the first rectifier."""
-
-    def __init__(self, rectified: Callable[[Tensor, _Trail], None]) -> None:
-        super().__init__()
-        self._rectified = rectified
         self._trails = WeakIdKeyDictionary()
+        self.hooks.enter_context(calls_of(self.model, self._audience, self._mark))
+        self.hooks.enter_context(_Operators(self._follow))
 
-    def mark(self, tensor: Tensor, source: _Source) -> None:
-        """Start to follow a layer's output."""
-        self._trails[tensor] = {**self._trails.get(tensor, {}), _Mark(source): 0}
+    def _mark(self, path: str, module: nn.Module, _value: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim >= 2:
+            marks = {_Mark(*listener, channel_dim(module)): 0 for listener in self._audience[path]}
+            self._trails[output] = {**self._trails.get(output, {}), **marks}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        before = [(tensor, self._trails[tensor]) for tensor in _tensors(args) if tensor in self._trails]
-        output = func(*args, **(kwargs or {}))
-        if before:
-            result = output[0] if isinstance(output, tuple) else output
-            if isinstance(result, Tensor):
-                self._follow(func._schema.name.removeprefix("aten::"), args, before, result)
-        return output
-
-    def _follow(self, name: str, args: tuple[Any, ...], before: list[tuple[Tensor, _Trail]], output: Tensor) -> None:
+    def _follow(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        before = [(t, self._trails[t]) for t in tree_leaves(args) if isinstance(t, Tensor) and t in self._trails]
+        if not before:
+            return
         trail: _Trail = {}
         if name == "cat":
             trail = self._concatenated(args)
@@ -122,7 +84,7 @@ class _Follow(TorchDispatchMode):
             self._rectified(output, before[0][1])
         elif name in _FOLLOWED:
             for tensor, found in before:
-                trail.update({m: start for m, start in found.items() if _same_channels(tensor, output, m.source)})
+                trail.update({m: at for m, at in found.items() if _same_channels(tensor, output, m.channel_dim)})
         self._trails[output] = trail
 
     def _concatenated(self, args: tuple[Any, ...]) -> _Trail:
@@ -131,17 +93,36 @@ class _Follow(TorchDispatchMode):
         along = 0
         for tensor in tensors:
             for mark, start in self._trails.get(tensor, {}).items():
-                if dim % tensor.ndim == mark.source.channel_dim % tensor.ndim:
+                if dim % tensor.ndim == mark.channel_dim % tensor.ndim:
                     trail.setdefault(mark, start + along)
             along += tensor.shape[dim]
         return trail
 
+    def _rectified(self, output: Tensor, trail: _Trail) -> None:
+        for mark, start in trail.items():
+            if mark.found or recomputing():
+                continue
+            mark.found, layer = True, mark.layer
+            own = output.detach().narrow(mark.channel_dim, start, layer.filters)
+            maps = functional.by_position(own, mark.channel_dim)
+            seen = self.open(layer.name, mark.key, mark.tap, (len(maps), len(layer.index)), maps.device)
+            seen.add(functional.gather_channels(mark.tap.partial(maps, None), layer.index), maps.shape[-1])
 
-def _same_channels(tensor: Tensor, output: Tensor, source: _Source) -> bool:
-    same = tensor.ndim == output.ndim
-    return same and tensor.shape[source.channel_dim] == output.shape[source.channel_dim]
+
+class _Operators(TorchDispatchMode):
+    """Shows every operator that returns a tensor: its name, arguments and (first) result."""
+
+    def __init__(self, see: Callable[[str, tuple[Any, ...], Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        result = output[0] if isinstance(output, tuple) else output
+        if isinstance(result, Tensor):
+            self._see(func._schema.name.removeprefix("aten::"), args, result)
+        return output
 
 
-def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    found = [arg for arg in args if isinstance(arg, Tensor)]
-    return found + [t for arg in args if isinstance(arg, list | tuple) for t in arg if isinstance(t, Tensor)]
+def _same_channels(tensor: Tensor, output: Tensor, dim: int) -> bool:
+    return tensor.ndim == output.ndim and tensor.shape[dim] == output.shape[dim]

@@ -18,12 +18,11 @@ from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.channel_contributions import (
     channel_contributions,
     check_computable,
-    check_input,
     next_layers,
     windows,
 )
 from lightning_prune.criteria.observe.hooks import calls_of
-from lightning_prune.criteria.observe.watcher import Watcher, exactly, key_of
+from lightning_prune.criteria.observe.watcher import Watcher, check_batch, exactly, key_of
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.readers import Reader
 
@@ -64,7 +63,7 @@ class SampledOutputWatcher(Watcher):
         self.hooks.enter_context(calls_of(self.model, self._audience, self._leave))
 
     def _leave(self, path: str, module: nn.Module, value: Any, output: Tensor) -> None:
-        check_input(path, module, value)
+        check_batch(path, "input", module, value)
         call = self._calls[path]
         self._calls[path] += 1
         with exactly(value):

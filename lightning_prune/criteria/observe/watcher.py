@@ -137,6 +137,20 @@ def tracked(output: Tensor) -> tuple[Tensor, Tensor | None]:
     return leaf, leaf.clone()  # what goes on may be overwritten in place
 
 
+def check_batch(path: str, end: str, module: nn.Module, tensor: Tensor) -> None:
+    """Refuse an input or output without a batch dimension."""
+    weight = getattr(module, "weight", None)
+    dims = weight.ndim if isinstance(weight, Tensor) else 0
+    if tensor.ndim < 2 or (dims > 2 and tensor.ndim != dims):
+        raise ScoreError(f"{path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Where the channels lie in what a module takes and returns: last at linear layers."""
+    weight = getattr(module, "weight", None)
+    return -1 if isinstance(weight, Tensor) and weight.ndim == 2 else 1
+
+
 def key_of(group: Group, layer: Layer, tap: Tap) -> str:
     """Under what the sum of a tap is kept for a layer; `Tap.joint` ones have it under the group's first."""
     owner = group.layers[0] if tap.joint else layer
