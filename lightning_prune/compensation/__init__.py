@@ -1,4 +1,8 @@
-"""Compensation: repair the weights that remain for what was removed. Optional, and no part of reconstruction."""
+"""Compensation: repair what remains for what was removed. Optional, and no part of reconstruction.
+
+Here: functions that change weights, biases or statistics once, from batches and a plan, and the loss of distillation.
+Not here: cutting channels out without loss (reconstruction), training with a teacher (callbacks), scores (criteria).
+"""
 
 from lightning_prune.compensation.batch_norm import recalibrate_bn_
 from lightning_prune.compensation.constants import fold_constants_

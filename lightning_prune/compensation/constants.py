@@ -147,11 +147,7 @@ class _Mean:
         self.count += len(part)
 
     def fold_(self, model: nn.Module) -> None:
-        """Write the mean into the bias, or into the running mean of the batch norm behind.
-
-        Raises:
-            CompensationError: it is not finite.
-        """
+        """Write the mean into the bias, or into the running mean of the batch norm behind."""
         mean = torch.as_tensor(self._sum / self.count)
         if not bool(mean.isfinite().all()):
             raise CompensationError(f"{self.path}: its inputs are NaN or infinite on these batches")

@@ -67,10 +67,6 @@ def logits_of(output: Any) -> Tensor:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse anything but a positive number.
-
-    Raises:
-        DistillationError: with the value.
-    """
+    """Refuse anything but a positive number."""
     if not math.isfinite(temperature) or temperature <= 0:
         raise DistillationError(f"temperature must be positive, got {temperature!r}")

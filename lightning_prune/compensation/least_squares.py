@@ -148,11 +148,7 @@ class _Fit:
             self.cross += rows.mT @ goal
 
     def solve_(self, damping: float, path: str) -> None:
-        """Write the solution into the layer.
-
-        Raises:
-            CompensationError: there is none.
-        """
+        """Write the solution into the layer."""
         if not (bool(self.gram.isfinite().all()) and bool(self.cross.isfinite().all())):
             raise CompensationError(f"{path}: its inputs or outputs are NaN or infinite on these batches")
         now = self._solution()

@@ -102,20 +102,12 @@ def repairing(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def measured(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches on the model's device.
-
-    Raises:
-        CompensationError: there is none.
-    """
+    """Batches on the model's device."""
     return each_batch(model, batches, CompensationError("there is no batch to measure on (a used-up generator?)"))
 
 
 def check_reached(paths: Iterable[str], reached: Iterable[str], missing: Missing) -> None:
-    """Refuse layers that run in train mode only, or not on these batches.
-
-    Raises:
-        CompensationError: there are some, and they are not to be skipped.
-    """
+    """Refuse layers that run in train mode only, or not on these batches."""
     never = [path for path in paths if path not in set(reached)]
     if never and missing == "refuse":
         raise CompensationError(

@@ -127,11 +127,7 @@ class Criterion(ABC):
     combine: functional.Combine | Literal["first"] = "mean"
 
     def __post_init__(self) -> None:
-        """Check the settings; extend it, with a call of this one, where types do not say all.
-
-        Raises:
-            ScoreError: a value that the field's type does not list.
-        """
+        """Refuse values that a field's ``Literal`` does not list; extend it where types do not say all."""
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 check_choice(name, getattr(self, name), hint)

@@ -20,11 +20,7 @@ _KINDS = (
 
 
 def next_layers(model: nn.Module, group: Group) -> dict[str, Reader]:
-    """The readers of a group, by module path.
-
-    Raises:
-        ScoreError: there is none, or one computes its weight from other parameters (weight norm).
-    """
+    """The readers of a group, by module path."""
     for part in group.slices:
         computed = part.tensor.rpartition(".")[2] == "weight_v" or ".parametrizations." in part.tensor
         if part.layer is None and part.dim == 1 and computed:
@@ -47,11 +43,7 @@ def is_computable(module: nn.Module) -> bool:
 
 
 def check_computable(model: nn.Module, path: str, way_out: str) -> None:
-    """Refuse a layer whose output does not follow from its weight.
-
-    Raises:
-        ScoreError: it has a forward of its own; with the way out.
-    """
+    """Refuse a layer whose output does not follow from its weight."""
     module = model.get_submodule(path)
     if not is_computable(module):
         raise ScoreError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -177,20 +177,17 @@ class JRE(Criterion):
     @property
     @override
     def taps(self) -> tuple[Tap, ...]:
-        return tuple(term for _, term in self._weighted)
+        return tuple(tap for _, term in self._terms for tap in term.taps)
 
     @property
-    def _weighted(self) -> tuple[tuple[float, Tap], ...]:
-        both: tuple[tuple[float, Tap], ...] = (
-            (self.alpha, TaylorTerm(self.magnitude, self.reduce, self.site)),
-            (self.beta, _EnergyTerm(self.spatial, self.reference == "baseline")),
-        )
+    def _terms(self) -> tuple[tuple[float, GRE | LRE], ...]:
+        scale: dict[str, Any] = {"scope": self.scope, "normalize": self.normalize}
+        gre = GRE(magnitude=self.magnitude, reduce=self.reduce, site=self.site, **scale)
+        lre = LRE(spatial=self.spatial, reference=self.reference, **scale)
+        both = ((self.alpha, gre), (self.beta, lre))
         return tuple((weight, term) for weight, term in both if weight)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        parts = [
-            [weight * scores for scores in normalize_scores(term.scores(members), self.normalize, self.scope)]
-            for weight, term in self._weighted
-        ]
+        parts = [[weight * scores for scores in term.scores(members)] for weight, term in self._terms]
         return [torch.stack(of).sum(0) for of in zip(*parts, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -78,28 +78,28 @@ class Scorer:
         self.graph = graph
         self.criterion = criterion_from(criterion)
         self.bn_mode = bn_mode
-        self._observer = Observer(model, graph, self.criterion)
-        self._dense = Observer(model, graph, self.criterion, reference=True)
+        self.state: dict[str, Tensor] = {}
+        self._observer = Observer(model, graph, self.criterion, self.state, reference=False)
+        self._dense = Observer(model, graph, self.criterion, self.state, reference=True)
         self._baseline = fit_baseline(model, baseline) if self.criterion.needs_reference else None
         count, weight = self.criterion.auxiliary
         self._classifiers = AuxiliaryClassifiers(model, graph, count, weight) if count else None
-        self.state = {**self._observer.state, **self._dense.state}
-        self._stack: ExitStack | None = None
+        self._preserved: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Scorer:
-        if self._stack is not None:
+        if self._preserved is not None:
             raise ScoreError("this Scorer is already in use; make one per model and pass")
-        self._stack = ExitStack()
-        self._stack.enter_context(preserved(self.model))
+        self._preserved = preserved(self.model)
+        self._preserved.__enter__()
         if self.bn_mode != "keep":
             self.model.train(self.bn_mode == "train")
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.end_batch(discard=True)
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
-            stack.__exit__(*error)
+        if self._preserved is not None:
+            kept, self._preserved = self._preserved, None
+            kept.__exit__(*error)
 
     @property
     def passes(self) -> tuple[Callable[[Callable[[], Any]], None], ...]:

@@ -128,10 +128,6 @@ def removal_places(gram: Tensor, dead: Tensor | None = None) -> Tensor:
 
 
 def check_rows(rows: int | None) -> None:
-    """Refuse what is no number of rows.
-
-    Raises:
-        ScoreError: names what it got.
-    """
+    """Refuse what is no number of rows."""
     if rows is not None:
         check_integer("rows", rows, "an integer >= 1, or None for all outputs", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,14 +39,10 @@ class AuxiliaryClassifiers:
         self._count = count
         self._weight = weight
         self.moments: dict[str, Moments] = {}
-        self._classifiers: dict[str, Classifier] | None = None
+        self._classifiers: dict[str, Callable[[Tensor], Tensor]] | None = None
 
     def fit(self, step: Callable[[], Any]) -> None:
-        """Learn from one batch; ``step`` runs the model and its loss.
-
-        Raises:
-            ScoreError: the step computes no cross-entropy over (N, classes), or not of the samples that a layer sees.
-        """
+        """Learn from one batch; ``step`` runs the model and its loss."""
         seen: dict[str, Tensor] = {}
         with (
             self._watched(self.moments, lambda path, z: seen.setdefault(path, z)),
@@ -69,11 +64,7 @@ class AuxiliaryClassifiers:
         self._classifiers = None
 
     def joint(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """A step whose loss has the cross-entropies of the classifiers added.
-
-        Raises:
-            ScoreError: nothing was fitted.
-        """
+        """A step whose loss has the cross-entropies of the classifiers added."""
         if not self.moments:
             raise ScoreError("auxiliary classifiers have to be fitted first: call Scorer.fit(step) on every batch")
         if self._classifiers is None:
@@ -114,19 +105,6 @@ class AuxiliaryClassifiers:
             yield
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """Logits (f - centre) W^T + b of features f, (N, F) to (N, K)."""
-
-    centre: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Logits in the type of the features."""
-        return F.linear(features - self.centre.to(features), self.weight.to(features), self.bias.to(features))
-
-
 class Moments:
     """Sums over samples from which a linear discriminant follows; float64, additive over batches.
 
@@ -152,19 +130,18 @@ class Moments:
         self.sums = self.sums + shares.T @ features
         self.squares = self.squares + (features * shares.sum(1, keepdim=True)).T @ features
 
-    def classifier(self) -> Classifier:
-        r"""Fisher's linear discriminant of what was added.
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        r"""Fisher's linear discriminant of what was added: features f, (N, F), to logits w_k^T (f - c) + b_k, (N, K).
 
-        With :math:`d_k` from the mean of all features to that of class k, :math:`w_k = S^{-1} d_k` and
+        With c the mean of all features and :math:`d_k` from there to that of class k, :math:`w_k = S^{-1} d_k` and
         :math:`b_k = \log \pi_k - w_k^T d_k / 2`; S is the covariance within the classes, a tenth of it replaced by its
         mean variance on the diagonal.
 
         Example:
             >>> moments = Moments()
             >>> moments.add(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.eye(2).repeat_interleave(2, 0))
-            >>> found = moments.classifier()  # means 1 and 5, variance 1
-            >>> found.centre.tolist(), found.weight.tolist(), found(torch.tensor([[3.0], [4.0]])).diff().tolist()
-            ([3.0], [[-2.0], [2.0]], [[0.0], [4.0]])
+            >>> moments.classifier()(torch.tensor([[3.0], [4.0]])).diff().tolist()  # means 1 and 5, variance 1
+            [[0.0], [4.0]]
         """
         assert self.counts is not None
         total = self.counts.sum()
@@ -174,8 +151,9 @@ class Moments:
         within = (1 - _SHRINKAGE) * within + _SHRINKAGE * spread * torch.eye(len(within)).to(within)
         centre = self.sums.sum(0) / total
         weight = torch.linalg.solve(within, (means - centre).T).T
-        prior = (self.counts / total).clamp(min=_TINY).log()
-        return Classifier(self.origin + centre, weight, prior - (weight * (means - centre)).sum(1) / 2)
+        bias = (self.counts / total).clamp(min=_TINY).log() - (weight * (means - centre)).sum(1) / 2
+        origin = self.origin + centre
+        return lambda features: F.linear(features - origin.to(features), weight.to(features), bias.to(features))
 
 
 class _Labels(TorchFunctionMode):
@@ -195,11 +173,7 @@ class _Labels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def shares(self) -> Tensor:
-        """By how much each sample belongs to each class, (N, K) float64; ignored ones to none.
-
-        Raises:
-            ScoreError: there was no such loss.
-        """
+        """By how much each sample belongs to each class, (N, K) float64; ignored ones to none."""
         if self._target is None:
             raise ScoreError(
                 "auxiliary classifiers need labels, but no torch.nn.functional.cross_entropy of (N, classes) was "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.criteria.base import Criterion, TapSite
+from lightning_prune.criteria.base import Criterion, Tap, TapSite
 from lightning_prune.criteria.observe.activations import ActivationWatcher
 from lightning_prune.criteria.observe.reader_outputs import ReaderOutputWatcher
 from lightning_prune.criteria.observe.rectified_outputs import RectifiedOutputWatcher
@@ -17,7 +17,7 @@ from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatche
 from lightning_prune.criteria.observe.watcher import Seen, Watcher, key_of
 from lightning_prune.criteria.observe.weights import WeightWatcher
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+from lightning_prune.graph.groups import ChannelGraph, Layer
 
 _WATCHERS: dict[TapSite, type[Watcher]] = {
     "conv": ActivationWatcher,
@@ -38,16 +38,18 @@ class Observer:
         model: the model the graph was traced on.
         graph: its channel graph.
         criterion: whose taps look.
+        state: where sums are kept, per key ``/sum`` and ``/count``, float64; additive over batches and processes.
         reference: only the taps that look at the frozen dense model, or only the others.
 
     Attributes:
         taps: those that look.
-        state: per key ``/sum`` and ``/count``, float64; additive over batches and processes.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, criterion: Criterion, *, reference: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, criterion: Criterion, state: dict[str, Tensor], *, reference: bool
+    ) -> None:
         self.taps = [tap for tap in criterion.taps if tap.reference == reference]
-        self.state: dict[str, Tensor] = {}
+        self._state = state
         self._criterion = criterion
         self._layers = [(group, layer) for group in graph.prunable_groups for layer in group.layers]
         self._differentiated: set[str] = set()
@@ -63,8 +65,8 @@ class Observer:
             for tap in self.taps:
                 key = key_of(group, layer, tap)
                 shape = watchers[_WATCHERS[tap.site]].shapes[key]
-                self.state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
-                self.state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
+                self._state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
+                self._state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -78,11 +80,7 @@ class Observer:
         self.end_batch()
 
     def begin_batch(self) -> None:
-        """Start watching.
-
-        Raises:
-            ScoreError: a batch is already open.
-        """
+        """Start watching."""
         if self._batch is not None:
             raise ScoreError("a batch is already open; call end_batch first")
         with ExitStack() as stack:
@@ -91,11 +89,7 @@ class Observer:
             self._batch = stack.pop_all()
 
     def end_batch(self, *, discard: bool = False) -> None:
-        """Add the batch to `state`, or forget it, and remove the hooks. Does nothing if no batch is open.
-
-        Raises:
-            ScoreError: a tap needs gradients and no backward pass ran.
-        """
+        """Add the batch to `state`, or forget it, and remove the hooks. Does nothing if no batch is open."""
         if self._batch is None:
             return
         stack, self._batch = self._batch, None
@@ -111,17 +105,14 @@ class Observer:
             self._differentiated |= arrived
             for key, found in seen.items():
                 total, count = _reduced(found)
-                self.state[f"{key}/sum"] += total.to(self.state[f"{key}/sum"].device)
-                self.state[f"{key}/count"] += count
+                self._state[f"{key}/sum"] += total.to(self._state[f"{key}/sum"].device)
+                self._state[f"{key}/count"] += count
 
     def backward(self, loss: Any) -> None:
         """Differentiate with respect to the sites only: no parameter gradient is computed, ``.grad`` is not
         touched.
 
         Frees the autograd graph. Call it once per batch.
-
-        Raises:
-            ScoreError: not a scalar tensor, or nothing to differentiate.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -135,39 +126,37 @@ class Observer:
         torch.autograd.grad(loss.sum(), edges, allow_unused=True)
 
     def means(self) -> dict[str, Tensor]:
-        """Mean of every key over what was seen so far.
-
-        Raises:
-            ScoreError: a layer was never reached.
-        """
+        """Mean of every key over what was seen so far; refuses a layer that was never reached."""
+        found = {}
         for group, layer in self._layers:
-            self._check_seen(group, layer)
-        counts = {name.removesuffix("/count"): n for name, n in self.state.items() if name.endswith("/count") and n}
-        return {key: self.state[f"{key}/sum"] / count for key, count in counts.items()}
+            for tap in self.taps:
+                key = key_of(group, layer, tap)
+                if key not in found and self._was_seen(layer, tap, key):
+                    found[key] = self._state[f"{key}/sum"] / self._state[f"{key}/count"]
+        return found
 
-    def _check_seen(self, group: Group, layer: Layer) -> None:
-        without_grad = {key for watcher in self._watchers for key in watcher.without_grad}
-        for tap in self.taps:
-            key = key_of(group, layer, tap)
-            no_gradient = tap.gradient and key not in self._differentiated
-            if tap.optional:
-                continue
-            if no_gradient and key in without_grad:
-                raise ScoreError(
-                    f"{layer.name}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
-                    "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
-                )
-            if not self.state[f"{key}/count"]:
-                raise ScoreError(
-                    f"{layer.name}: never called while scoring ({self._criterion!r} needs data); score on batches "
-                    "that reach it, or trace the model without it"
-                )
-            # Another process may have seen it: the sum tells.
-            if no_gradient and not self.state[f"{key}/sum"].any():
-                raise ScoreError(
-                    f"{layer.name}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
-                    "criterion that needs none, such as L1, FPGM or LRE"
-                )
+    def _was_seen(self, layer: Layer, tap: Tap, key: str) -> bool:
+        reached = bool(self._state[f"{key}/count"])
+        if tap.optional:
+            return reached
+        no_gradient = tap.gradient and key not in self._differentiated
+        if no_gradient and any(key in watcher.without_grad for watcher in self._watchers):
+            raise ScoreError(
+                f"{layer.name}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
+                "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
+            )
+        if not reached:
+            raise ScoreError(
+                f"{layer.name}: never called while scoring ({self._criterion!r} needs data); score on batches "
+                "that reach it, or trace the model without it"
+            )
+        # Another process may have seen it: the sum tells.
+        if no_gradient and not self._state[f"{key}/sum"].any():
+            raise ScoreError(
+                f"{layer.name}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
+                "criterion that needs none, such as L1, FPGM or LRE"
+            )
+        return True
 
 
 def _reduced(seen: Seen) -> tuple[Tensor, int]:

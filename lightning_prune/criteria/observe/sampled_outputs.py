@@ -48,11 +48,7 @@ class SampledOutputWatcher(Watcher):
             self.look(key_of(group, group.layers[0], tap), tap, reader)
 
     def look(self, key: str, tap: Tap, reader: Reader) -> None:
-        """Let a tap see a reader; a key may have several.
-
-        Raises:
-            ScoreError: its output is not what torch's own layer makes of its weight.
-        """
+        """Let a tap see a reader; a key may have several."""
         check_computable(self.model, reader.path, "another criterion, such as Taylor")
         self._audience.setdefault(reader.path, []).append((key, tap, reader.index))
         self.shapes[key] = (len(reader.index), len(reader.index))

@@ -55,11 +55,7 @@ class Watcher(ABC):
 
     @abstractmethod
     def listen(self, group: Group, tap: Tap) -> None:
-        """Let a tap see its site of every layer of a group.
-
-        Raises:
-            ScoreError: the model has no such site.
-        """
+        """Let a tap see its site of every layer of a group."""
 
     @abstractmethod
     def start(self) -> None:
@@ -83,11 +79,7 @@ class Watcher(ABC):
         self.hooks.callback(handle.remove)
 
     def open(self, where: str, key: str, tap: Tap, shape: tuple[int, int], device: torch.device) -> Seen:
-        """The sum of a key, (samples, channels), which starts from zero.
-
-        Raises:
-            ScoreError: it has another number of samples.
-        """
+        """The sum of a key, (samples, channels), which starts from zero."""
         seen = self.seen.get(key)
         if seen is None:
             empty = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -101,11 +93,7 @@ class Watcher(ABC):
         return seen
 
     def await_gradient(self, where: str, tensor: Tensor, value: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:
-        """Hold a value until the gradient of a tensor arrives in this batch, and see both.
-
-        Raises:
-            ScoreError: it arrives twice (from the backward pass).
-        """
+        """Hold a value until the gradient of a tensor arrives in this batch, and see both."""
         held = [value]
 
         def arrive(gradient: Tensor) -> None:
