@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lightning_prune as lp
-from lightning_prune.compensation.thinet_rescaling import fit
-from lightning_prune.criteria.observe.readers import readers_of
+from lightning_prune.compensation.rescaling import fit
 from lightning_prune.errors import PlanError, ScoreError
+from lightning_prune.graph.readers import readers_of
 from tests import zoo
 from tests.criteria.taylor import close
 from tests.helpers import random_plan
@@ -35,8 +35,8 @@ def test_factors_are_those_of_least_squares_on_the_rows(name):
     expected = dict(before)
     for group in graph.prunable_groups:
         keep, gone = list(plan.groups[group.name].keep), list(plan.groups[group.name].removed)
-        for path, place in readers_of(dense, group).items():
-            calls = reference.effects(dense, path, images, place.index)
+        for path, reader in readers_of(dense, group).items():
+            calls = reference.effects(dense, path, images, reader.index)
             rows = torch.cat([call.flatten(0, 1) for call in calls])
             target = rows.sum(1)
             # the smallest change from 1 that fits best
@@ -47,10 +47,10 @@ def test_factors_are_those_of_least_squares_on_the_rows(name):
             left = target - rows[:, keep] @ (1 + change)
             assert found.after == pytest.approx(float(left.square().sum() / target.square().sum()), rel=1e-6, abs=1e-9)
             assert found.after <= found.before
-            weight = expected[place.tensor].movedim(place.dim, 0).clone()
+            weight = expected[reader.weight].movedim(reader.dim, 0).clone()
             for channel, factor in zip(keep, 1 + change, strict=True):
-                weight[place.index[channel]] *= factor
-            expected[place.tensor] = weight.movedim(0, place.dim)
+                weight[reader.index[channel]] *= factor
+            expected[reader.weight] = weight.movedim(0, reader.dim)
     for key, value in masked.state_dict().items():
         close(value.double(), expected[key].double(), rtol=1e-6, atol=1e-7)
 

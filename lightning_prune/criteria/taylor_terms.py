@@ -1,16 +1,16 @@
-"""Sums that several criteria take over batches."""
+"""Gradient times value, summed over batches: at activations and at weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Site, Tap
+from lightning_prune.criteria.base import Member, Site, Tap, TapSite
 from lightning_prune.criteria.functional import Magnitude
-from lightning_prune.errors import ScoreError
 
 Reduce = Literal["sample", "batch", "dataset", "element"]
 Spatial = Literal["sum", "mean"]
@@ -31,8 +31,8 @@ class TaylorTerm(Tap):
     reduction: Reduce
     site: Site
     spatial: Spatial = "sum"
-    name: ClassVar[str] = "global"  # type: ignore[misc]
-    gradient: ClassVar[bool] = True  # type: ignore[misc]
+    name = "global"
+    gradient = True
 
     @property
     def degree(self) -> int:  # type: ignore[override]
@@ -41,8 +41,7 @@ class TaylorTerm(Tap):
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
         """Sum over positions of gradient times value."""
-        if gradient is None:
-            raise ScoreError("a Taylor term needs a gradient")
+        assert gradient is not None
         return functional.taylor(value, gradient, self.magnitude if self.reduction == "element" else "signed")
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
@@ -58,6 +57,27 @@ class TaylorTerm(Tap):
             return functional.apply_magnitude(partial.mean(0), self.magnitude), 1
         return partial.sum(0), samples
 
-    def score(self, mean: Tensor) -> Tensor:
-        """What a channel is worth, from the mean over samples or batches."""
-        return functional.apply_magnitude(mean, self.magnitude) if self.reduction == "dataset" else mean
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        """The means, or their magnitude where signs may cancel between samples."""
+        means = super().scores(members)
+        return [functional.apply_magnitude(x, self.magnitude) for x in means] if self.reduction == "dataset" else means
+
+
+@dataclass(frozen=True)
+class WeightTerm(Tap):
+    """Sum over weights of gradient times weight, under the gradient of each batch's mean loss; mean over batches.
+
+    Attributes:
+        magnitude: taken of every weight.
+        site: the layer's own weight, or those of the layers that read it.
+    """
+
+    magnitude: Magnitude
+    site: TapSite = "weight"
+    name = "weight"
+    gradient = True
+
+    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
+        """Sum over the weights of a filter."""
+        assert gradient is not None
+        return functional.taylor(value, gradient, self.magnitude)

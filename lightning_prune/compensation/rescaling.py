@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.criteria.observe.readers import readers_of
-from lightning_prune.criteria.observe.sampling import SampledReaderWatcher
-from lightning_prune.criteria.observe.watching import Ledger, Place
+from lightning_prune.criteria.batches import Loss, each_batch
+from lightning_prune.criteria.channel_contributions import next_layers
+from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatcher
 from lightning_prune.criteria.thinet import GramTerm, check_rows
 from lightning_prune.errors import PlanError, ScoreError
-from lightning_prune.graph import ChannelGraph, call_model, on_device
+from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph.readers import Reader
 from lightning_prune.model_state.preservation import preserved
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import cuts
@@ -43,7 +44,7 @@ def rescale_(
     batches: Iterable[Any],
     *,
     dense: nn.Module,
-    run: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Loss = call_model,
     rows: int | None = 10,
     seed: int = 0,
 ) -> dict[str, dict[str, Rescaling]]:
@@ -65,7 +66,7 @@ def rescale_(
         plan: what was removed.
         batches: data; the dense model runs on them once, in eval mode.
         dense: the model before pruning, in the same device and type; left as it is.
-        run: ``run(dense, batch)``; by default the model is called on the batch.
+        loss: ``loss(dense, batch)`` runs the dense model on a batch, see `recalibrate_bn_`.
         rows: outputs drawn per sample and next layer, see `lightning_prune.criteria.ThiNet`.
         seed: of the draw.
 
@@ -86,33 +87,30 @@ def rescale_(
         (4, True)
     """
     check_rows(rows)
-    places = _places(model, graph, plan, dense)
-    watcher, term = SampledReaderWatcher(Ledger(), dense), GramTerm(rows, seed)
-    for (group, path), place in places.items():
-        watcher.listen(f"{group}/{path}", term, path, place)
-    grams = _grams(dense, watcher, batches, run or call_model)
-    if places and not grams:
-        raise ScoreError("no layer that reads pruned channels ran: batches were empty, or do not reach it")
+    readers = _pruned_readers(model, graph, plan, dense)
+    if not readers:
+        return {}
+    grams = _grams(dense, readers, GramTerm(rows, seed), batches, loss)
     found: dict[str, dict[str, Rescaling]] = {}
-    for group, path in places:
-        if f"{group}/{path}" in grams:
-            gram, count = grams[f"{group}/{path}"]
-            kept = torch.tensor(plan.groups[group].keep)
-            if count < len(kept):
-                raise ScoreError(
-                    f"{path}: {count} rows cannot determine {len(kept)} factors; pass more batches or rows"
-                )
-            if not torch.isfinite(gram).all():
-                raise ScoreError(f"{path}: what its inputs add to its outputs is NaN or infinite; check batches")
-            found.setdefault(group, {})[path] = fit(gram, kept)
-    cut = {(cut.tensor, cut.dim): cut.keep for cut in cuts(graph, plan)}
-    for group, of in found.items():
-        for path, done in of.items():
-            place = places[group, path]
-            entries = place.index[list(plan.groups[group].keep)]
-            factors = torch.ones(graph.shapes[place.tensor][place.dim], dtype=torch.float64)
-            factors[entries] = torch.tensor(done.scales, dtype=torch.float64).unsqueeze(1)
-            _scale_(model.get_parameter(place.tensor), place.dim, factors, cut.get((place.tensor, place.dim)))
+    for (group, path), (gram, count) in grams.items():
+        kept = torch.tensor(plan.groups[group].keep)
+        if count < len(kept):
+            raise ScoreError(f"{path}: {count} rows cannot determine {len(kept)} factors; pass more batches or rows")
+        if not torch.isfinite(gram).all():
+            raise ScoreError(f"{path}: what its inputs add to its outputs is NaN or infinite; check batches")
+        found.setdefault(group, {})[path] = fit(gram, kept)
+    small = {(cut.tensor, cut.dim): cut.keep for cut in cuts(graph, plan)}
+    for group, path in grams:
+        reader = readers[group, path]
+        size = graph.shapes[reader.weight][reader.dim]
+        factors = torch.ones(size, dtype=torch.float64)
+        scales = torch.tensor(found[group][path].scales, dtype=torch.float64)
+        factors[reader.index[list(plan.groups[group].keep)]] = scales.unsqueeze(1)
+        parameter = model.get_parameter(reader.weight)
+        if parameter.shape[reader.dim] != size:
+            factors = factors[small[reader.weight, reader.dim]]
+        shape = [-1 if dim == reader.dim else 1 for dim in range(parameter.ndim)]
+        parameter.mul_(factors.view(shape).to(parameter))
     return found
 
 
@@ -134,7 +132,9 @@ def fit(gram: Tensor, kept: Tensor) -> Rescaling:
     return Rescaling(tuple((1 + step).tolist()), float(before) / size, max(float(after), 0.0) / size)
 
 
-def _places(model: nn.Module, graph: ChannelGraph, plan: Plan, dense: nn.Module) -> dict[tuple[str, str], Place]:
+def _pruned_readers(
+    model: nn.Module, graph: ChannelGraph, plan: Plan, dense: nn.Module
+) -> dict[tuple[str, str], Reader]:
     """What reads each group that loses channels."""
     plan.check(graph)
     graph.check(dense)
@@ -148,38 +148,27 @@ def _places(model: nn.Module, graph: ChannelGraph, plan: Plan, dense: nn.Module)
     if found not in (shapes, small):
         raise PlanError("the model is neither the masked nor the reconstructed one of this plan; its shapes differ")
     groups = [name for name, group in plan.groups.items() if group.removed]
-    return {(name, path): place for name in groups for path, place in readers_of(dense, graph.group(name)).items()}
+    return {(name, path): reader for name in groups for path, reader in next_layers(dense, graph.group(name)).items()}
 
 
 def _grams(
-    dense: nn.Module, watcher: SampledReaderWatcher, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
-) -> dict[str, tuple[Tensor, int]]:
-    """X^T X and number of rows of everything that is watched."""
-    grams: dict[str, tuple[Tensor, int]] = {}
+    dense: nn.Module, readers: dict[tuple[str, str], Reader], term: GramTerm, batches: Iterable[Any], loss: Loss
+) -> dict[tuple[str, str], tuple[Tensor, int]]:
+    """X^T X and number of rows of every reader that ran."""
+    watcher = SampledOutputWatcher(dense)
+    grams: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    keys = {f"{group}/{path}": (group, path) for group, path in readers}
+    for key, names in keys.items():
+        watcher.look(key, term, readers[names])
+    none = ScoreError("no layer that reads pruned channels ran: batches were empty, or do not reach it")
     with preserved(dense):
         dense.eval()
-        for batch in batches:
-            for key, total, count in _watched(watcher, dense, on_device(batch, dense), run):
-                gram, rows = grams.get(key, (torch.zeros_like(total), 0))
-                grams[key] = (gram + total, rows + count)
-    return grams
-
-
-def _watched(
-    watcher: SampledReaderWatcher, dense: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]
-) -> Iterator[tuple[str, Tensor, int]]:
-    watcher.start()
-    try:
-        run(dense, batch)
-        for key, seen in watcher.totals():
-            yield key, seen.partial.cpu(), seen.positions
-    finally:
-        watcher.stop()
-
-
-def _scale_(parameter: Tensor, dim: int, factors: Tensor, keep: Tensor | None) -> None:
-    """Multiply along a dimension by factors of the dense model's entries; ``keep``: those that are left of them."""
-    if keep is not None and parameter.shape[dim] != len(factors):
-        factors = factors[keep]
-    shape = [-1 if other == dim else 1 for other in range(parameter.ndim)]
-    parameter.mul_(factors.view(shape).to(parameter))
+        for batch in each_batch(dense, batches, none):
+            with watcher:
+                loss(dense, batch)
+                for key, seen in watcher.seen.items():
+                    gram, rows = grams.get(keys[key], (torch.zeros(()), 0))
+                    grams[keys[key]] = (gram + seen.partial.cpu(), rows + seen.positions)
+    if not grams:
+        raise none
+    return {names: grams[names] for names in readers if names in grams}

@@ -13,11 +13,7 @@ from lightning_prune.model_state.preservation import without_masks
 
 
 def fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Copies of the baseline's tensors on the model's devices.
-
-    Raises:
-        ScoreError: there is none, or names or shapes differ from the model's.
-    """
+    """Copies of the baseline's tensors on the model's devices."""
     if baseline is None:
         raise ScoreError(
             "reference='baseline' needs the weights of the dense model: pass baseline={name: tensor}, for example a "
