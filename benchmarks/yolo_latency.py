@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.measure.measurement import Latency
+from lightning_prune.measure import Latency
 from lightning_prune.models import YoloV3, YoloV3Tiny
 
 PUBLISHED = {0.5: 3.2, 0.7: 4.3, 0.9: 8.2}  # speed-ups of the paper's Raspberry Pi

@@ -13,7 +13,7 @@ from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure.measurement import Measurement, measure
+from lightning_prune.measure import Measurement, measure
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.lossless import LosslessReport

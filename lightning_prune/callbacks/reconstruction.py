@@ -17,7 +17,7 @@ from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.weight_averages import reconstruct_averages_
 from lightning_prune.errors import CallbackError
-from lightning_prune.measure.measurement import count_params
+from lightning_prune.measure import count_params
 from lightning_prune.model_state.optimizer_state import check_sliceable, unwrap
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.lossless import LosslessReport

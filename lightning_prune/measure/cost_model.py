@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import OperatorCounter, count_params, run_observed, samples_in
+from lightning_prune.measure.flops import count_params
+from lightning_prune.measure.operators import OperatorCounter, run_observed
+from lightning_prune.measure.samples import samples_in
 from lightning_prune.plan import Plan
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_prune.graph.describe import shortened
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
+from lightning_prune.measure.layers import LayerTime, ModelTime
+from lightning_prune.measure.machine import Machine
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for
@@ -71,7 +72,7 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
 
     Example:
         >>> from torch import nn, zeros
-        >>> from lightning_prune.measure.layers import measure_machine, time_layers
+        >>> from lightning_prune.measure import measure_machine, time_layers
         >>> times = time_layers({"": (nn.Sequential(nn.Conv2d(3, 9, 3)), zeros(1, 3, 64, 64))})[""]
         >>> [finding.layers for finding in explain_speed(times, measure_machine()) if finding.kind == "lanes"]
         [('0',)]

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.measure import (
+    Latency,
+    LayerTime,
+    Machine,
+    ModelTime,
+    count_flops,
+    measure_machine,
+    time_layers,
+    with_samples,
+)
 from lightning_prune.measure.layer_findings import TIMES, empty_lanes, explain_speed
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
-from lightning_prune.measure.measurement import Latency, count_flops, with_samples
 
 MACHINE = Machine(flops=100e9, bandwidth=10e9, call=2e-6, product_call=10e-6, threads=1)  # a balance of 10
 
