@@ -21,29 +21,62 @@ from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
 ByLayer = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
     """What a selection has to decide on.
 
     Attributes:
         graph: the channel graph.
         groups: those that may lose channels.
-        ranked: the scores by which channels are chosen.
-        whole: {group: score (channels,)}, of all its layers together.
+        scores: as `Selection.select` takes them.
         coupling: how the layers of a group come together.
         batch_norm: whether batch norms are masked with their filters.
         model: the traced model, if one was given.
         example_inputs: what it runs on.
+        whole: {group: score (channels,)}, of all its layers together.
+        ranked: the scores by which channels are chosen.
+
+    Raises:
+        PlanError: an unknown coupling.
+        ScoreError: scores are missing, of wrong length, NaN or infinite.
     """
 
     graph: ChannelGraph
     groups: list[Group]
-    ranked: ByLayer
-    whole: dict[str, Tensor]
+    scores: Mapping[str, Tensor]
     coupling: Coupling
     batch_norm: bool
-    model: nn.Module | None = None
-    example_inputs: Any = None
+    model: nn.Module | None
+    example_inputs: Any
+
+    def __post_init__(self) -> None:
+        check_coupling(self.coupling)
+        self.whole = {group.name: self._scores(group) for group in self.groups}
+        self.ranked: ByLayer = {name: {"": values} for name, values in self.whole.items()}
+        if self.coupling != "joint":
+            self.ranked = {g.name: {layer.name: self._scores(g, layer.name) for layer in g.layers} for g in self.groups}
+
+    def _scores(self, group: Group, layer: str = "") -> Tensor:
+        """Of a group, or of one of its layers, such that they can be ranked: (channels,) float64 on the CPU."""
+        found: Mapping[str, Tensor] = self.scores
+        if layer:
+            layers = getattr(self.scores, "layers", None)
+            if layers is None:
+                raise ScoreError(
+                    f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
+                )
+            found = layers.get(group.name, {})
+        title = f"layer {layer!r} of group {group.name!r}" if layer else f"group {group.name!r}"
+        values = found.get(layer or group.name)
+        if values is None:
+            raise ScoreError(f"no scores for {title}")
+        if not isinstance(values, Tensor):
+            raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
+        if values.shape != (group.size,):
+            raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
+        if not bool(values.isfinite().all()):
+            raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
+        return values.detach().double().cpu()
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -126,7 +159,7 @@ class Selection(ABC):
             >>> plan.groups["0"].keep
             (1, 3)
         """
-        question = self._question(graph, scores, coupling, batch_norm, model, example_inputs)
+        question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
         plan = self._plan(question, self._kept(question))
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
@@ -153,27 +186,6 @@ class Selection(ABC):
         return groups
 
     @final
-    def _question(
-        self,
-        graph: ChannelGraph,
-        scores: Mapping[str, Tensor],
-        coupling: Coupling,
-        batch_norm: bool,
-        model: nn.Module | None,
-        example_inputs: Any,
-    ) -> Question:
-        check_coupling(coupling)
-        if self.needs_model and (model is None or example_inputs is None):
-            raise PlanError(f"{self!r} counts the pruned model: pass select(..., model=..., example_inputs=...)")
-        groups = self._candidates(graph)
-        whole = {group.name: _group_scores(group, scores) for group in groups}
-        if coupling == "joint":
-            ranked = {name: {"": values} for name, values in whole.items()}
-        else:
-            ranked = {group.name: _layer_scores(group, scores, coupling) for group in groups}
-        return Question(graph, groups, ranked, whole, coupling, batch_norm, model, example_inputs)
-
-    @final
     def _plan(self, question: Question, kept: ByLayer) -> Plan:
         """What a choice comes to, with the constraints and the coupling applied."""
         plans = {group.name: self._group_plan(group, question, kept[group.name]) for group in question.groups}
@@ -198,36 +210,6 @@ class Selection(ABC):
         """How many of ``size`` channels have to stay."""
         least = math.ceil(self.min_channels * size) if self.min_channels < 1 else int(self.min_channels)
         return min(size, least)
-
-
-def _group_scores(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
-    if group.name not in scores:
-        raise ScoreError(f"no scores for group {group.name!r}")
-    return _checked(f"group {group.name!r}", scores[group.name], group.size)
-
-
-def _layer_scores(group: Group, scores: Mapping[str, Tensor], coupling: Coupling) -> dict[str, Tensor]:
-    layers = getattr(scores, "layers", None)
-    if layers is None:
-        raise ScoreError(f"coupling={coupling!r} needs scores per layer; use the result of lightning_prune.score")
-    found = {}
-    for layer in group.layers:
-        if layer.name not in layers.get(group.name, {}):
-            raise ScoreError(f"no scores for layer {layer.name!r} of group {group.name!r}")
-        values = layers[group.name][layer.name]
-        found[layer.name] = _checked(f"group {group.name!r}, layer {layer.name!r}", values, group.size)
-    return found
-
-
-def _checked(title: str, values: Tensor, size: int) -> Tensor:
-    """Scores that can be ranked: (channels,) float64 on the CPU."""
-    if not isinstance(values, Tensor):
-        raise ScoreError(f"{title}: expected a tensor of {size} scores, got {type(values).__name__}")
-    if values.shape != (size,):
-        raise ScoreError(f"{title}: expected {size} scores, got shape {list(values.shape)}")
-    if not bool(values.isfinite().all()):
-        raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
-    return values.detach().double().cpu()
 
 
 def check_ratio(ratio: float) -> float:

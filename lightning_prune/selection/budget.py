@@ -151,7 +151,7 @@ class Budget(Selection):
             PlanError: nothing to prune.
             ScoreError: scores are missing, of wrong length, NaN or infinite.
         """
-        question = self._question(graph, scores, coupling, True, model, example_inputs)
+        question = Question(graph, self._candidates(graph), scores, coupling, True, model, example_inputs)
         costs = _Costs(self, question)
         return costs.reach(self._search(question, costs))
 
@@ -212,7 +212,8 @@ class _Costs:
     """Costs of plans under a budget, by its arguments."""
 
     def __init__(self, budget: Budget, question: Question) -> None:
-        assert question.model is not None
+        if question.model is None or question.example_inputs is None:
+            raise PlanError(f"{budget!r} counts the pruned model: pass select(..., model=..., example_inputs=...)")
         self.budget = budget
         self.graph, self.model, self.inputs = question.graph, question.model, question.example_inputs
         self.shapes = CostModel(self.model, self.graph, self.inputs)

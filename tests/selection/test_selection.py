@@ -371,7 +371,7 @@ def test_union_needs_sound_scores_per_layer(residual) -> None:
         LayerRatio(0.5).select(residual, dict(good), coupling="union")
     layers = {name: dict(of) for name, of in good.layers.items()}
     layers["b2.0"]["down.0"] = torch.full((12,), torch.nan)
-    with pytest.raises(ScoreError, match=r"group 'b2.0', layer 'down.0': 12 scores are NaN"):
+    with pytest.raises(ScoreError, match=r"layer 'down.0' of group 'b2.0': 12 scores are NaN"):
         LayerRatio(0.5).select(residual, Scores(good, layers), coupling="union")
     del layers["b2.0"]["down.0"]
     with pytest.raises(ScoreError, match=r"no scores for layer 'down.0' of group 'b2.0'"):
