@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure.flops import count_params
-from lightning_prune.measure.operators import OperatorCounter, run_observed
+from lightning_prune.measure.operators import OperatorCounter
 from lightning_prune.measure.samples import samples_in
 from lightning_prune.plan import Plan
 
@@ -99,11 +99,10 @@ def macs_by_parameter(model: nn.Module, example_inputs: Any) -> tuple[dict[str, 
         >>> macs_by_parameter(nn.Linear(4, 2), torch.zeros(1, 4))
         ({'weight': 8}, 0)
     """
-    mode = _ParameterCounter(model)
-    run_observed(model, example_inputs, mode)
+    counter = _ParameterCounter(model).watch(model, example_inputs)
     batch = samples_in(example_inputs) or 1
-    found = {name: macs // batch for name, macs in mode.found.items()}
-    return found, mode.macs // batch - sum(found.values())
+    found = {name: macs // batch for name, macs in counter.found.items()}
+    return found, counter.macs // batch - sum(found.values())
 
 
 class _ParameterCounter(OperatorCounter):

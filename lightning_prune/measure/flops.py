@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.measure.operators import OperatorCounter, run_observed
+from lightning_prune.measure.operators import OperatorCounter
 from lightning_prune.measure.samples import samples_in
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
@@ -19,7 +19,7 @@ def count_params(model: nn.Module, *, trainable: bool = True) -> int:
 
 
 def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = "macs") -> int:
-    r"""Operations of one sample's forward pass in eval mode, functional calls included.
+    r"""Count the operations of one sample's forward pass in eval mode, functional calls included.
 
     ``macs``
         multiply-accumulates of convolutions and matrix products, :math:`k^2 C_{in}/g \, C_{out} H W` (H, W of the
@@ -52,8 +52,7 @@ def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = 
 
 def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """`count_flops` under every convention, from one forward pass."""
-    mode = OperatorCounter()
-    run_observed(model, example_inputs, mode)
+    counter = OperatorCounter().watch(model, example_inputs)
     batch = samples_in(example_inputs) or 1
-    macs, others = mode.macs // batch, mode.others // batch
+    macs, others = counter.macs // batch, counter.others // batch
     return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}

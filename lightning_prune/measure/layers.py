@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.errors import PruningError
 from lightning_prune.measure.latency import Latency, in_turns, timed_pass
 from lightning_prune.measure.machine import Machine
-from lightning_prune.measure.operators import OperatorCounter, run_observed
+from lightning_prune.measure.operators import OperatorCounter
 
 Bound = Literal["compute", "memory", "call"]
 
@@ -166,10 +166,10 @@ def _model_time(
     plain, timed, spent = zip(*rounds, strict=True)
     layers = []
     for layer, cost in costs.items():
-        latency = Latency.of([1e3 * seconds.get(layer, 0.0) for seconds in spent])
+        latency = Latency.of([of.get(layer, 0.0) for of in spent])
         kind, channels = type(layer).__name__, _channels(layer)
         layers.append(LayerTime(names[layer], kind, channels, cost.calls, cost.flops, cost.bytes, latency))
-    return ModelTime(tuple(layers), *(Latency.of([1e3 * each for each in seconds]) for seconds in (plain, timed)))
+    return ModelTime(tuple(layers), Latency.of(plain), Latency.of(timed))
 
 
 @dataclass
@@ -203,13 +203,13 @@ def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, _Cost]:
         cost.bytes += _bytes(output)
 
     with _hooks(model.modules(), begin, end):
-        run_observed(model, inputs, counter)
+        counter.watch(model, inputs)
     return {module: cost for module, cost in costs.items() if not cost.calls_others}
 
 
 @contextmanager
 def _timers(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, float]]:
-    """Seconds spent in each module while inside."""
+    """Milliseconds spent in each module while inside."""
     spent: dict[nn.Module, float] = {}
     started: list[float] = []
     clock = time.perf_counter
@@ -218,8 +218,8 @@ def _timers(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, float]]:
         started.append(clock())
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-        seconds = clock() - started.pop()
-        spent[module] = spent.get(module, 0.0) + seconds
+        milliseconds = 1e3 * (clock() - started.pop())
+        spent[module] = spent.get(module, 0.0) + milliseconds
 
     with _hooks(modules, begin, end):
         yield spent

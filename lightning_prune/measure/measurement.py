@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.measure.flops import count_params, flops_by_convention
-from lightning_prune.measure.latency import Latency, check_rounds, measure_latency
+from lightning_prune.measure.latency import Latency, measure_latency
 from lightning_prune.measure.memory import measure_memory, state_size
 
 
@@ -66,8 +66,8 @@ def measure(
         threads: of the CPU while timing; None: as torch is set.
 
     Raises:
-        PruningError: no repeats; in ``latency`` also no threads, or a model on the meta device.
         TraceError: the model does not run on the inputs.
+        PruningError: when ``latency`` is read: no repeats, no threads, or a model on the meta device.
 
     Example:
         >>> import torch
@@ -75,7 +75,6 @@ def measure(
         >>> found.macs, found.peak_memory_bytes, found.latency.median > 0
         (8, 24, True)
     """
-    check_rounds(warmup, repeats)
     return Measurement(
         count_params(model),
         count_params(model, trainable=False),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_prune.measure.operators import Observer, run_observed
+from lightning_prune.measure.operators import Observer
 
 
 def measure_memory(model: nn.Module, example_inputs: Any) -> int:
@@ -25,9 +25,7 @@ def measure_memory(model: nn.Module, example_inputs: Any) -> int:
         >>> measure_memory(nn.Linear(4, 2, bias=False), torch.zeros(1, 4))  # 4 numbers in, 2 out
         24
     """
-    mode = _PeakMemory(model)
-    run_observed(model, example_inputs, mode)
-    return mode.peak
+    return _PeakMemory(model).watch(model, example_inputs).peak
 
 
 def state_size(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import call_model
@@ -36,20 +37,20 @@ def run(model: nn.Module, example_inputs: Any) -> None:
         raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
 
 
-def run_observed(model: nn.Module, example_inputs: Any, observer: TorchDispatchMode) -> None:
-    """One forward pass in eval mode under an observer; the model is left as it is.
-
-    Raises:
-        TraceError: the model does not run on the inputs.
-    """
-    with untouched(model):
-        model.eval()
-        with observer:
-            run(model, example_inputs)
-
-
 class Observer(TorchDispatchMode):
     """Shows `observe` every ATen operator that really runs, composite ones taken apart."""
+
+    def watch(self, model: nn.Module, example_inputs: Any) -> Self:
+        """One forward pass in eval mode; the model is left as it is.
+
+        Raises:
+            TraceError: the model does not run on the inputs.
+        """
+        with untouched(model):
+            model.eval()
+            with self:
+                run(model, example_inputs)
+        return self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
