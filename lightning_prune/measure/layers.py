@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -146,65 +148,55 @@ def time_layers(
         elsewhere = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
         if elsewhere is not None:
             raise PruningError(f"layers are timed on the CPU only, and model {name!r} is on {elsewhere}")
-    costs: dict[str, dict[nn.Module, _Cost]] = {}
+    counted = {name: _count(model, inputs) for name, (model, inputs) in models.items()}
 
     def timer(name: str, model: nn.Module, inputs: Any) -> tuple[float, float, dict[nn.Module, float]]:
-        if name not in costs:
-            costs[name] = _count(model, inputs)
         plain = timed_pass(model, inputs)
-        with _timers(costs[name]) as spent:
+        with _timers(counted[name]) as spent:
             return plain, timed_pass(model, inputs), spent
 
-    rounds = in_turns(models, timer, warmup=warmup, repeats=repeats, threads=threads)
-    return {name: _model_time(models[name][0], costs[name], found) for name, found in rounds.items()}
+    found = {}
+    for name, rounds in in_turns(models, timer, warmup=warmup, repeats=repeats, threads=threads).items():
+        plain, timed, spent = zip(*rounds, strict=True)
+        layers = (
+            layer_time(Latency.of([times.get(module, 0.0) for times in spent]))
+            for module, layer_time in counted[name].items()
+        )
+        found[name] = ModelTime(tuple(layers), Latency.of(plain), Latency.of(timed))
+    return found
 
 
-def _model_time(
-    model: nn.Module, costs: Mapping[nn.Module, _Cost], rounds: list[tuple[float, float, dict[nn.Module, float]]]
-) -> ModelTime:
-    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-    plain, timed, spent = zip(*rounds, strict=True)
-    layers = []
-    for layer, cost in costs.items():
-        latency = Latency.of([of.get(layer, 0.0) for of in spent])
-        kind, channels = type(layer).__name__, _channels(layer)
-        layers.append(LayerTime(names[layer], kind, channels, cost.calls, cost.flops, cost.bytes, latency))
-    return ModelTime(tuple(layers), Latency.of(plain), Latency.of(timed))
-
-
-@dataclass
-class _Cost:
-    """What one pass asks of a module."""
-
-    calls: int = 0
-    flops: int = 0
-    bytes: int = 0
-    calls_others: bool = False
-
-
-def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, _Cost]:
-    """The modules that run and call no other, in the order in which they first run."""
+def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, Callable[[Latency], LayerTime]]:
+    """The `LayerTime` but for the time, of modules that call no other, in the order in which they first run."""
     counter = OperatorCounter()
-    costs: dict[nn.Module, _Cost] = {}
-    running: list[_Cost] = []
+    calls: Counter[nn.Module] = Counter()
+    flops: Counter[nn.Module] = Counter()
+    moved: Counter[nn.Module] = Counter()
+    running: list[nn.Module] = []
+    callers: set[nn.Module] = set()
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        cost = costs.setdefault(module, _Cost())
-        if running:
-            running[-1].calls_others = True
-        cost.bytes += _bytes((args, kwargs)) + _bytes([*module.parameters(), *module.buffers()])
-        cost.flops -= counter.flops
-        running.append(cost)
+        callers.update(running[-1:])
+        running.append(module)
+        flops[module] -= counter.flops
+        moved[module] += _bytes((args, kwargs, *module.parameters(), *module.buffers()))
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-        cost = running.pop()
-        cost.calls += 1
-        cost.flops += counter.flops
-        cost.bytes += _bytes(output)
+        running.pop()
+        calls[module] += 1
+        flops[module] += counter.flops
+        moved[module] += _bytes(output)
 
     with _hooks(model.modules(), begin, end):
         counter.watch(model, inputs)
-    return {module: cost for module, cost in costs.items() if not cost.calls_others}
+    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+    return {
+        layer: partial(
+            LayerTime, names[layer], type(layer).__name__, _channels(layer), calls[layer], flops[layer], moved[layer]
+        )
+        for layer in flops
+        if layer not in callers
+    }
 
 
 @contextmanager
