@@ -15,7 +15,7 @@ from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import count_params, flops_by_convention, state_size
+from lightning_prune.measure import count_params, flops_by_convention, state_size
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult

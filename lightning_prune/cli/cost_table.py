@@ -10,14 +10,14 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune.cli.tables import Head, print_line, print_table
-from lightning_prune.measure.layers import thread_count
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
     flops_by_convention,
     measure_memory,
     state_size,
+    thread_count,
     with_samples,
 )
 from lightning_prune.report.table import MISSING, TIMES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from lightning_prune.cli.tables import Head, print_line, print_table
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
+from lightning_prune.measure import LayerTime, Machine, ModelTime
 from lightning_prune.report.table import TIMES
 
 

@@ -21,7 +21,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.experiments.predictions import count_changed
 from lightning_prune.experiments.runner import Precision, Runner, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
