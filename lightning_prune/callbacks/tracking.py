@@ -193,7 +193,7 @@ class TrackingCallback(EpochTimerCallback):
     def _log_channels(self, trainer: Trainer, scoring: ScoringCallback, plan: Plan) -> None:
         assert scoring.dense_graph is not None
         layers = layer_channels(scoring.dense_graph, plan)
-        figure, table = channels_figure(PruneReport("", layers=layers)), channels_table(layers)
+        figure, table = channels_figure(layers), channels_table(layers)
         for sink in self._sinks:
             sink.picture("prune/channels", figure, trainer.global_step)
             sink.table("prune/channels_table", table, trainer.global_step)

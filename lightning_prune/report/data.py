@@ -6,14 +6,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_prune.errors import PruningError
 
 DENSE, MASKED, RECONSTRUCTED = "dense", "masked", "reconstructed"
 FINE_TUNED = {"A": "fine-tuned (order A)", "B": "fine-tuned (order B)"}
-
-T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -29,22 +27,6 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0:  # a scalar of torch or NumPy
         return plain(value.item())
     return str(value)
-
-
-def _read(cls: type[T], data: dict[str, Any], **parts: Any) -> T:
-    """Build a dataclass from `data`, with `parts` in place of what it holds under their names."""
-    known = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(data, dict) or not data.keys() <= known.keys():
-        found = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise PruningError(f"not a {cls.__name__}: expected the keys {', '.join(known)}, got {found}")
-    values = {}
-    for name, value in data.items():
-        is_number = known[name].type in ("float", "float | None") and value is not None
-        values[name] = float(value) if is_number else value  # NaN and infinities were written as text
-    try:
-        return cls(**(values | parts))
-    except TypeError as error:
-        raise PruningError(f"not a {cls.__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -174,8 +156,8 @@ class PruneReport:
         >>> report = PruneReport("demo", stages=stages)
         >>> report.params_cut
         4.0
-        >>> PruneReport.from_dict(report.to_dict()) == report
-        True
+        >>> report.to_dict()["stages"][1]["params"]
+        100
     """
 
     title: str
@@ -274,32 +256,6 @@ class PruneReport:
         """Plain dictionaries, lists, numbers and text, ready for strict JSON."""
         data: dict[str, Any] = plain(dataclasses.asdict(self))
         return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PruneReport:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            PruningError: the data are not a report.
-        """
-        try:
-            parts: dict[str, Any] = {
-                "stages": tuple(_read(StageResult, stage) for stage in data.get("stages", ())),
-                "layers": tuple(_read(LayerChannels, layer) for layer in data.get("layers", ())),
-                "predictions": tuple(_read(Predictions, drawn) for drawn in data.get("predictions", ())),
-                "timings": tuple(
-                    _read(
-                        OrderTiming,
-                        timing,
-                        epochs=tuple(_read(EpochRecord, e) for e in timing.get("epochs", ())),
-                    )
-                    for timing in data.get("timings", ())
-                ),
-            }
-            lossless = data.get("losslessness")
-        except (AttributeError, TypeError, ValueError) as error:
-            raise PruningError(f"not a PruneReport: {error}") from error
-        return _read(cls, data, losslessness=lossless and _read(Losslessness, lossless), **parts)
 
 
 def ratio(before: float | None, after: float | None) -> float | None:

@@ -24,8 +24,9 @@ from lightning_prune.report import (
     markdown_table,
     print_report,
 )
-from lightning_prune.report.html import html_page, read_report, table_text, write_report
-from lightning_prune.report.table import MINUS, MISSING, TIMES
+from lightning_prune.report.html import html_page, table_text, write_report
+from lightning_prune.report.summary import MINUS
+from lightning_prune.report.table import MISSING, TIMES
 
 
 def epochs(seconds, accuracies):
@@ -205,7 +206,7 @@ def test_page_asks_for_nothing_outside_itself(report):
     assert all(address.startswith("data:") for address in addresses)
     assert "default-src 'none'" in page
     assert "@import" not in page
-    assert "url(" not in page
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= {"#not-prunable"}
 
 
 def test_json_holds_the_report(report, tmp_path):
@@ -213,8 +214,8 @@ def test_json_holds_the_report(report, tmp_path):
     assert set(files) == {"json", "html", "channels", "accuracy_time", "table", "markdown"}
     assert all(path.stat().st_size > 0 for path in files.values())
     assert sorted(path.name for path in files["json"].parent.iterdir()) == sorted(p.name for p in files.values())
-    assert read_report(files["json"]) == report
     data = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert data == report.to_dict()
     assert data["stages"][2]["params"] == 2_793_490
     assert data["timings"][1]["epochs"][1]["accuracy"] is None
 
@@ -239,11 +240,10 @@ def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
 def test_non_finite_numbers_survive_strict_json():
     broken = Losslessness(float("inf"), float("nan"), "float32", passed=False)
     report = PruneReport("t", stages=(StageResult("dense", accuracy=float("nan")),), losslessness=broken)
-    text = json.dumps(report.to_dict(), allow_nan=False)
-    again = PruneReport.from_dict(json.loads(text))
-    assert again.losslessness.max_abs_error == float("inf")
-    assert np.isnan(again.losslessness.max_rel_error)
-    assert np.isnan(again.stages[0].accuracy)
+    again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert float(again["losslessness"]["max_abs_error"]) == float("inf")
+    assert np.isnan(float(again["losslessness"]["max_rel_error"]))
+    assert np.isnan(float(again["stages"][0]["accuracy"]))
     assert "nan" in table_text(report)
 
 
@@ -255,7 +255,7 @@ def test_values_of_numpy_and_paths_become_plain_data(tmp_path):
     )
     assert report.settings == {"seed": 3, "where": str(tmp_path), "pair": [1, 2]}
     assert report.to_dict()["stages"][0]["params"] == 5
-    assert PruneReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
 def test_nothing_measured_is_shown_as_nothing(tmp_path):
@@ -293,14 +293,6 @@ def test_unit_fits_the_size_of_the_model(params, unit, shown):
         ),
         (lambda: PruneReport("t", timings=(OrderTiming("A"),) * 2), "every order can be reported once"),
         (lambda: PruneReport("t", stages=(StageResult("a", flops={"macs": 1.0}),)), "'flops2'.*macs"),
-        (lambda: PruneReport.from_dict({"title": "t", "colour": 1}), "expected the keys title"),
-        (lambda: PruneReport.from_dict({}), "not a PruneReport"),
-        (lambda: PruneReport.from_dict([]), "not a PruneReport"),
-        (
-            lambda: PruneReport.from_dict({"title": "t", "stages": [{"accuracy": "much"}]}),
-            "not a PruneReport",
-        ),
-        (lambda: PruneReport.from_dict({"title": "t", "stages": [3]}), "not a StageResult"),
     ],
 )
 def test_what_is_no_report_is_refused(build, message):
@@ -308,19 +300,13 @@ def test_what_is_no_report_is_refused(build, message):
         build()
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text("{")
-    with pytest.raises(PruningError, match=r"report\.json is not the JSON of a report"):
-        read_report(path)
-
-
 def test_what_the_models_find_is_shown_in_rows_and_survives_json(report, tmp_path):
     with_images = dataclasses.replace(
         report, predictions=(Predictions("truth", ("QUJD", "REVG")), Predictions("dense"))
     )
     files = write_report(with_images, tmp_path)
-    assert read_report(files["json"]) == with_images
+    data = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert data["predictions"] == [{"name": "truth", "images": ["QUJD", "REVG"]}, {"name": "dense", "images": []}]
     page = files["html"].read_text(encoding="utf-8")
     assert '<figcaption>truth</figcaption><div><img src="data:image/jpeg;base64,QUJD"' in page
     assert "What is found" in page

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison.cells import Comparison, Row
 from lightning_prune.report.figures import DPI, Palette, Theme, add_title, styled
-from lightning_prune.report.table import capitalized
+from lightning_prune.report.summary import capitalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
