@@ -16,6 +16,7 @@ from lightning_prune.report.pages import render
 from lightning_prune.report.summary import (
     capitalized,
     footnote,
+    gains,
     lossless_line,
     markdown_table,
     points,
@@ -140,15 +141,9 @@ def _say(value: object) -> str:
 
 def _tiles(report: PruneReport) -> list[tuple[str, str, str]]:
     """Number, unit and what it is, in the order in which they are shown."""
-    device = f"forward ({report.device})"
     epoch = "training epoch, order B against A"
-    factors = (
-        times(report.params_cut, "fewer parameters", "more parameters"),
-        times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
-        times(report.latency_gain, f"faster {device}", f"slower {device}"),
-        times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}"),
-    )
-    tiles = [(number, "", what) for number, _, what in (text.partition(" ") for text in factors if text)]
+    shown = [*gains(report), times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}")]
+    tiles = [(number, "", what) for number, _, what in (text.partition(" ") for text in shown if text)]
     if report.accuracy_change is not None:
         number, unit = points(report.accuracy_change).split(" ")
         tiles.append((number, unit, f"{report.metric}, fine-tuned"))

@@ -29,7 +29,7 @@ def stages_table(report: PruneReport) -> Table:
         _quantity("Parameters", *_scaled(params, {"M": 1e6, "k": 0}), dense),
         _quantity("FLOPs", *_scaled(flops, {"G": 1e10, "M": 0}), dense),
         _quantity(f"{report.device} latency", [s.latency_ms for s in stages], "ms", dense, spreads),
-        _quantity("Epoch", [report.epoch_seconds(s) for s in stages], "s"),
+        _quantity("Epoch", [s.epoch_seconds for s in stages], "s"),
         _quantity("On disk", sizes, "MB"),
     )
     columns, cells = zip(*quantities, strict=True)
@@ -69,16 +69,22 @@ def _decimals(values: list[float]) -> int:
     return max(usual, min(2 - math.floor(math.log10(min(values))), 6))
 
 
-def summary_line(report: PruneReport) -> str:
-    """What pruning bought: parameters, FLOPs, latency, and the accuracy it cost."""
-    parts = [
+def gains(report: PruneReport) -> list[str]:
+    """What the reconstructed model saves: "4.0× fewer parameters" and the like, as far as it was measured."""
+    device = f"{report.device} latency"
+    factors = (
         times(report.params_cut, "fewer parameters", "more parameters"),
         times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
-        times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
-    ]
-    if report.accuracy_change is not None:
-        parts.append(f"{report.metric} {points(report.accuracy_change)} after fine-tuning")
-    return ", ".join(part for part in parts if part)
+        times(report.latency_gain, f"lower {device}", f"higher {device}"),
+    )
+    return [text for text in factors if text]
+
+
+def summary_line(report: PruneReport) -> str:
+    """What pruning bought: parameters, FLOPs, latency, and the accuracy it cost."""
+    change = report.accuracy_change
+    cost = [] if change is None else [f"{report.metric} {points(change)} after fine-tuning"]
+    return ", ".join(gains(report) + cost)
 
 
 def lossless_line(report: PruneReport) -> str:
@@ -93,19 +99,16 @@ def lossless_line(report: PruneReport) -> str:
 
 def savings_line(report: PruneReport) -> str:
     """What an epoch of fine-tuning takes before and after reconstruction; empty where it was not measured."""
-    first, second = report.order_epoch_seconds("A"), report.order_epoch_seconds("B")
-    if first is None and second is None:
+    tuned = {order: report.stage(name) for order, name in FINE_TUNED.items()}
+    seconds = {order: stage.epoch_seconds for order, stage in tuned.items() if stage.epoch_seconds is not None}
+    if not seconds:
         return ""
-    shown = [
-        f"{value:.{_decimals([value])}f} s/epoch in order {order} ({what})"
-        for order, what, value in (("A", MASKED, first), ("B", RECONSTRUCTED, second))
-        if value is not None
-    ]
+    what = {"A": MASKED, "B": RECONSTRUCTED}
+    shown = [f"{s:.{_decimals([s])}f} s/epoch in order {order} ({what[order]})" for order, s in seconds.items()]
     line = f"fine-tuning: {' against '.join(shown)}"
     if report.epoch_speedup is not None:
         line += f", {times(report.epoch_speedup, 'faster', 'slower')}"
-    tuned = [(order, report.stage(name)) for order, name in FINE_TUNED.items()]
-    reached = [f"{order} {100 * s.accuracy:.2f} %" for order, s in tuned if s and s.accuracy is not None]
+    reached = [f"{order} {100 * s.accuracy:.2f} %" for order, s in tuned.items() if s.accuracy is not None]
     return f"{line}; {report.metric} {', '.join(reached)}" if reached else line
 
 
@@ -141,11 +144,6 @@ def footnote(report: PruneReport) -> str:
     return "; ".join(parts)
 
 
-def said(report: PruneReport) -> list[str]:
-    """The sentences below the table."""
-    return [line for line in (summary_line(report), lossless_line(report), savings_line(report)) if line]
-
-
 def markdown_table(report: PruneReport) -> str:
     """The table and its sentences in Markdown, for a README.
 
@@ -155,8 +153,9 @@ def markdown_table(report: PruneReport) -> str:
         >>> print(markdown_table(report).splitlines()[2][:17])
         | dense | 50.00 |
     """
-    lines = [stages_table(report).markdown(), "", *(f"- {line}" for line in said(report))]
-    return "\n".join([*lines, "", f"<sub>{footnote(report)}</sub>", ""])
+    said = [line for line in (summary_line(report), lossless_line(report), savings_line(report)) if line]
+    lines = [stages_table(report).markdown(), "", *(f"- {line}" for line in said), ""]
+    return "\n".join([*lines, f"<sub>{footnote(report)}</sub>", ""])
 
 
 def print_report(report: PruneReport, console: Console | None = None) -> None:
@@ -174,12 +173,9 @@ def print_report(report: PruneReport, console: Console | None = None) -> None:
     console.print()
     console.print(stages_table(report))
     console.print()
-    if summary := summary_line(report):
-        print_line(console, summary, "bold")
     found = report.losslessness
-    style = "yellow" if found is None else "green" if found.passed else "bold red"
-    print_line(console, lossless_line(report), style)
+    print_line(console, summary_line(report), "bold")
+    print_line(console, lossless_line(report), "yellow" if found is None else "green" if found.passed else "bold red")
     for line in (savings_line(report), *report.notes):
-        if line:
-            print_line(console, line)
+        print_line(console, line)
     print_line(console, footnote(report), "dim")

@@ -207,8 +207,9 @@ def printable(console: Console, text: str, style: str = "") -> Text:
 
 
 def print_line(console: Console, text: str, style: str = "", indent: str = "") -> None:
-    """Print a sentence, wrapped at words; further lines are indented."""
-    for number, line in enumerate(printable(console, text, style).wrap(console, console.width - len(indent))):
+    """Print a sentence, wrapped at words; further lines are indented, and nothing is printed of an empty one."""
+    lines = printable(console, text, style).wrap(console, console.width - len(indent)) if text else ()
+    for number, line in enumerate(lines):
         console.print(printable(console, indent if number else "") + line)
 
 
