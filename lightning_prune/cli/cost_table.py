@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -23,15 +25,6 @@ from lightning_prune.report.table import MISSING, TIMES, Column, Table, print_li
 
 DENSE, PRUNED = "dense", "pruned"
 
-# titles, units, and whether they are left out first where the terminal is narrow
-COSTS = (
-    ("parameters", "{}", False),
-    ("MACs", "{}", False),
-    ("FLOPs", "ptflops, {}", True),
-    ("FLOPs", "paper, {}", False),
-    ("activations", "{}B", True),
-    ("on disk", "{}B", False),
-)
 SMALL = 1e5  # below, thousands are counted instead of millions
 
 Models = dict[str, nn.Module]
@@ -39,29 +32,22 @@ Models = dict[str, nn.Module]
 
 def print_costs(console: Console, models: Models, inputs: Any) -> None:
     """Print what follows from the shapes of one model, or of a dense and a pruned one."""
-    flops = {name: flops_by_convention(model, inputs) for name, model in models.items()}
-    costs = [
-        (
-            count_params(model, trainable=False),
-            *(flops[name][convention] for convention in ("macs", "ptflops", "paper")),
-            measure_memory(model, inputs),
-            state_size(model),
-        )
-        for name, model in models.items()
-    ]
-    units = ["k" if min(column) < SMALL else "M" for column in zip(*costs, strict=True)]
-    columns = [
-        Column(title, template.format(unit), optional=optional)
-        for (title, template, optional), unit in zip(COSTS, units, strict=True)
-    ]
-    rows = [
-        (name, *(f"{value / (1e3 if unit == 'k' else 1e6):,.2f}" for value, unit in zip(cost, units, strict=True)))
-        for name, cost in zip(models, costs, strict=True)
-    ]
-    if len(costs) > 1:
-        pairs = zip(*costs, strict=True)
-        rows.append(("times less", *(f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairs)))
-    console.print(Table((Column(""), *columns), tuple(rows), {2: "key"}))
+    flops = [flops_by_convention(model, inputs) for model in models.values()]
+    costs = (
+        (Column("parameters", "{}"), [count_params(model, trainable=False) for model in models.values()]),
+        (Column("MACs", "{}"), [found["macs"] for found in flops]),
+        (Column("FLOPs", "ptflops, {}", optional=True), [found["ptflops"] for found in flops]),
+        (Column("FLOPs", "paper, {}"), [found["paper"] for found in flops]),
+        (Column("activations", "{}B", optional=True), [measure_memory(model, inputs) for model in models.values()]),
+        (Column("on disk", "{}B"), [state_size(model) for model in models.values()]),
+    )
+    columns, cells = [Column("")], [[*models, *(["times less"] if len(models) > 1 else [])]]
+    for column, values in costs:
+        unit, divisor = ("k", 1e3) if min(values) < SMALL else ("M", 1e6)
+        columns.append(replace(column, unit=column.unit.format(unit)))
+        times = [f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairwise(values)]
+        cells.append([*(f"{value / divisor:,.2f}" for value in values), *times])
+    console.print(Table(tuple(columns), tuple(zip(*cells, strict=True)), {2: "key"}))
     print_line(console, "MACs and FLOPs per sample; activations alive at once, of the whole batch", "dim")
 
 

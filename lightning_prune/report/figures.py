@@ -6,7 +6,7 @@ Matplotlib is imported when a picture is drawn; no backend is chosen, no style i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -96,15 +96,17 @@ def channels_figure(layers: Sequence[LayerChannels], theme: Theme = "light") -> 
             # from the names' left edge to the paper's right one
             axes.axhspan(start - 0.5, end + 0.5, xmin=-5, xmax=5, color=palette.band, lw=0, zorder=0, clip_on=False)
         at = range(len(layers))
-        axes.barh(at, [layer.dense for layer in layers], 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2)
+        bars = axes.barh(
+            at, [layer.dense for layer in layers], 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2
+        )
         axes.barh(at, [layer.kept for layer in layers], 0.62, color=palette.orders["B"], lw=0, zorder=3)
-        beside: dict[str, Any] = {"textcoords": "offset points", "size": size, "va": "center_baseline"}
-        margin = beside | {"ha": "right", "color": palette.quiet, "xycoords": ("axes fraction", "data")}
+        counts = [f"{one.kept} of {one.dense}" if one.kept < one.dense else f"all {one.dense}" for one in layers]
+        axes.bar_label(bars, counts, padding=5, size=size)
+        margin: dict[str, Any] = {"ha": "right", "color": palette.quiet, "size": size, "textcoords": "offset points"}
         for row, layer in enumerate(layers):
-            text = f"{layer.kept} of {layer.dense}" if layer.kept < layer.dense else f"all {layer.dense}"
-            axes.annotate(text, (layer.dense, row), (5, 0), **beside)
-            axes.annotate(f"{100 * layer.kept / max(layer.dense, 1):.0f} %", (1, row), (44, 0), **margin)
-        axes.annotate("kept", (1, -0.5), (44, 5), **(margin | {"va": "bottom"}))
+            share = f"{100 * layer.kept / max(layer.dense, 1):.0f} %"
+            axes.annotate(share, (1, row), (44, 0), ("axes fraction", "data"), va="center", **margin)
+        axes.annotate("kept", (1, 1), (44, 5), "axes fraction", va="bottom", **margin)
         axes.tick_params(axis="x", length=0)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
@@ -211,17 +213,8 @@ def save_figure(figure: Figure, target: Path | IO[bytes], kind: Literal["png", "
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams["svg.hashsalt"] = "lightning-prune"
-        options: dict[str, Any] = {
-            "format": kind,
-            "dpi": DPI,
-            "facecolor": figure.get_facecolor(),
-            "metadata": metadata,
-        }
-        if not isinstance(target, Path):
-            figure.savefig(target, **options)
-            return
-        with atomic(target) as stream:
-            figure.savefig(stream, **options)
+        with atomic(target) if isinstance(target, Path) else nullcontext(target) as stream:
+            figure.savefig(stream, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
 
 
 def bands(layers: Sequence[str]) -> list[tuple[int, int]]:

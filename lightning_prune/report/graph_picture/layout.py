@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
@@ -86,13 +86,11 @@ def layout(graph: ChannelGraph) -> Layout:
     makers = [list(dict.fromkeys(layer.name for layer in group.layers)) for group in graph.groups]
     readers = [_readers(graph, group) for group in graph.groups]
     at = {name: row for row, name in enumerate(_running_order(graph, readers))}
-    used = [sorted(at[name] for name in {*made, *read}) for made, read in zip(makers, readers, strict=True)]
-    spans = [(rows[0], rows[-1]) for rows in used]
+    used = [sorted({*made, *read}, key=at.__getitem__) for made, read in zip(makers, readers, strict=True)]
+    spans = [(at[names[0]], at[names[-1]]) for names in used]
     columns, colours = _columns_and_colours(spans)
     lanes = tuple(
-        Lane(
-            group, columns[number], colours[number], *spans[number], tuple(sorted(readers[number], key=at.__getitem__))
-        )
+        Lane(group, columns[number], colours[number], *spans[number], tuple(n for n in at if n in readers[number]))
         for number, group in enumerate(graph.groups)
     )
     rows = tuple(
@@ -158,22 +156,20 @@ def _columns_and_colours(spans: Sequence[tuple[int, int]]) -> tuple[dict[int, in
     """
     import networkx as nx
 
-    overlapping, near = nx.Graph(), nx.Graph()
-    for lanes in (overlapping, near):
-        lanes.add_nodes_from(range(len(spans)))
-    pairs = [
-        (one, other) for one, other in combinations(range(len(spans)), 2) if _distance(spans[one], spans[other]) < 4
-    ]
-    overlapping.add_edges_from((one, other) for one, other in pairs if _distance(spans[one], spans[other]) < 1)
-    longest = sorted(overlapping, key=lambda n: (spans[n][0] - spans[n][1], n))
-    columns = nx.greedy_color(overlapping, lambda *_: longest)
-    near.add_edges_from((one, other) for one, other in pairs if abs(columns[one] - columns[other]) <= 2)
-    return columns, {lane: colour % COLOURS for lane, colour in nx.greedy_color(near, lambda *_: sorted(near)).items()}
+    lanes = range(len(spans))
 
+    def rows_between(one: int, other: int) -> int:
+        return max(spans[one][0], spans[other][0]) - min(spans[one][1], spans[other][1])
 
-def _distance(one: tuple[int, int], other: tuple[int, int]) -> int:
-    """Rows from the end of a span to the beginning of the next; below 1 they overlap."""
-    return max(one[0], other[0]) - min(one[1], other[1])
+    def first_fit(order: Sequence[int], clash: Callable[[int, int], bool]) -> dict[int, int]:
+        clashes = nx.Graph(pair for pair in combinations(lanes, 2) if clash(*pair))
+        clashes.add_nodes_from(lanes)
+        return nx.greedy_color(clashes, lambda *_: order)
+
+    longest = sorted(lanes, key=lambda lane: spans[lane][0] - spans[lane][1])
+    columns = first_fit(longest, lambda one, other: rows_between(one, other) < 1)
+    colours = first_fit(lanes, lambda *pair: rows_between(*pair) < 4 and abs(columns[pair[0]] - columns[pair[1]]) <= 2)
+    return columns, {lane: colour % COLOURS for lane, colour in colours.items()}
 
 
 def _kind_and_filters(graph: ChannelGraph, name: str) -> tuple[str, int | None]:
