@@ -188,7 +188,7 @@ class TrackingCallback(EpochTimerCallback):
 
     def _log_channels(self, trainer: Trainer, graph: ChannelGraph, plan: Plan) -> None:
         layers = layer_channels(graph, plan)
-        figure, table = channels_figure(PruneReport("", layers=layers)), channels_table(layers)
+        figure, table = channels_figure(layers), channels_table(layers)
         for sink in self._sinks:
             sink.picture("prune/channels", figure, trainer.global_step)
             sink.table("prune/channels_table", table, trainer.global_step)

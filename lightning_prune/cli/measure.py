@@ -14,10 +14,10 @@ from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_
 from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of
-from lightning_prune.cli.tables import print_line
 from lightning_prune.errors import ModelError
 from lightning_prune.measure import explain_speed, measure_machine, samples_in, thread_count, time_layers, with_samples
 from lightning_prune.reconstruction.checkpoint import read_file
+from lightning_prune.report.table import print_line
 
 _PROG = "lightning-prune measure"
 _USAGE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
 from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.models import Architecture, add_options, architecture, example_inputs, one_sample, origin_of
-from lightning_prune.cli.tables import print_line
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
@@ -28,6 +27,7 @@ from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
+from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection
 from lightning_prune.selection.explanation import explain
 
