@@ -6,28 +6,18 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from lightning_prune.cli.config_errors import explain
+from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.errors import ConfigurationError, PruningError
 from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
-
-
-class ExplainingParser(LightningArgumentParser):
-    """A parser whose errors name the path and the valid choices instead of printing the whole usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the cause in one or two lines and exit with status 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"error: {explain(message, self)}\n")
 
 
 class _CLI(LightningCLI):
