@@ -28,7 +28,7 @@ from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
-from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection
+from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed
@@ -52,9 +52,15 @@ def run(argv: Sequence[str]) -> int:
     known = architecture(options, checkpoint)
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
-    plan, reach = _plan(graph, scores, selection, model, deployed, options)
+    about: dict[str, Any] = {"coupling": options.coupling, "model": model, "example_inputs": deployed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        plan = selection.select(graph, scores, **about)
+    if not plan:
+        raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
     console = Console()
     if options.explain:
+        reach = selection.reach(graph, scores, **about) if isinstance(selection, Budget) else None
         text = explain(model, graph, plan, inputs, reach=reach)
         console.print(f"{text}\n\nNothing was done.", highlight=False, markup=False, soft_wrap=True)
         return 0
@@ -147,34 +153,6 @@ def _scored(
     with quiet():
         runner = Runner(known.data, accelerator="cpu")
         return runner.score(model, criterion, batches=options.score_batches, example_inputs=inputs)
-
-
-def _plan(
-    graph: ChannelGraph,
-    scores: Scores,
-    selection: Selection,
-    model: nn.Module,
-    inputs: Any,
-    options: argparse.Namespace,
-) -> tuple[Plan, Reach | None]:
-    """What is kept, and how far a budget reaches.
-
-    Raises:
-        PlanError: the budget cannot be met, or nothing is removed.
-    """
-    reach = None
-    if isinstance(selection, Budget):
-        reach = selection.reach(graph, scores, model=model, example_inputs=inputs, coupling=options.coupling)
-        if not reach.met:
-            nearest = ",".join(f"{name}={value:g}" for name, value in reach.nearest.items())
-            found = "; ".join(str(reach).splitlines())
-            raise PlanError(f"the budget cannot be met; the nearest that can: --budget {nearest} ({found})")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)
-        plan = selection.select(graph, scores, coupling=options.coupling, model=model, example_inputs=inputs)
-    if not plan:
-        raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
-    return plan, reach
 
 
 def _asked(options: argparse.Namespace) -> str:

@@ -20,7 +20,6 @@ from lightning_prune.errors import PruningError
 from lightning_prune.experiments.predictions import check_predictions, draw_predictions
 from lightning_prune.experiments.runner import Precision, Runner, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
-from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure.measurement import compare_latency, count_params, flops_by_convention, state_size
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import load_dense, save
@@ -91,15 +90,6 @@ class _Stage(NamedTuple):
     eval_seconds: float | None = None
 
 
-class _Pruned(NamedTuple):
-    """What became of the dense model in one order."""
-
-    stage: _Stage
-    timing: OrderTiming
-    graph: ChannelGraph
-    plan: Plan
-
-
 def compare_orders(
     task: LightningModule, data: LightningDataModule, criterion: Criterion, settings: OrderSettings | None = None
 ) -> PruneReport:
@@ -128,27 +118,30 @@ def compare_orders(
         dense = _dense_stage(runner, console, task, settings)
         dense_validation = runner.validate(task)
         tuned = {order: _prune_and_tune(runner, console, order, task, criterion, settings) for order in orders}
-        last = tuned[orders[-1]]
+        last, pruning = tuned[orders[-1]]
+        graph, plan = pruning.scoring.graph, pruning.masking.plan
+        assert graph is not None
+        assert plan is not None
         _announce(console, "Measuring")
-        masked, small = copy.deepcopy(task), reconstruct(task, last.graph, last.plan)
-        mask_(masked, last.graph, last.plan)
+        masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
+        mask_(masked, graph, plan)
         losslessness = check_predictions(runner, masked, small)
         stages = {
             DENSE: dense,
             MASKED: _Stage(masked, runner.test(masked)[0]),
             RECONSTRUCTED: _Stage(small, runner.test(small)[0]),
-            **{FINE_TUNED[order]: pruned.stage for order, pruned in tuned.items()},
+            **{FINE_TUNED[order]: stage for order, (stage, _) in tuned.items()},
         }
         results = _measure(stages, settings)
         shown = (DENSE, RECONSTRUCTED, FINE_TUNED[orders[-1]])
         predictions = draw_predictions(runner, {name: stages[name].task for name in shown})
-    save(output / "pruned.pt", last.stage.task, last.plan, accuracy=last.stage.accuracy)
+    save(output / "pruned.pt", last.task, plan, accuracy=last.accuracy)
     return PruneReport(
         settings.title,
-        _described(criterion, last.plan, settings),
+        _described(criterion, plan, settings),
         results,
-        tuple(pruned.timing for pruned in tuned.values()),
-        layer_channels(last.graph, last.plan, prefix="model."),
+        tuple(_timing(order, callback) for order, (_, callback) in tuned.items()),
+        layer_channels(graph, plan, prefix="model."),
         losslessness,
         _notes(settings),
         convention="paper",
@@ -184,7 +177,7 @@ def _prune_and_tune(
     dense: LightningModule,
     criterion: Criterion,
     settings: OrderSettings,
-) -> _Pruned:
+) -> tuple[_Stage, PruneCallback]:
     """Prune a copy of the dense task inside a fit of its own."""
     _announce(console, f"Order {order}: {ORDERS[order]}", settings.finetune_epochs)
     task = copy.deepcopy(dense)
@@ -200,12 +193,12 @@ def _prune_and_tune(
     accuracy, eval_seconds = runner.test(task)
     reached = f"{metric_name(settings.metric)} {accuracy:.2%}"
     console.print(f"order {order}: test {reached}, {count_params(task):,} parameters", highlight=False)
-    graph, plan = prune.scoring.graph, prune.masking.plan
-    assert graph is not None
-    assert plan is not None
+    return _Stage(task, accuracy, _timing(order, prune).epoch_seconds, eval_seconds), prune
+
+
+def _timing(order: Order, prune: PruneCallback) -> OrderTiming:
     assert prune.reconstruction is not None
-    timing = OrderTiming(order, tuple(prune.reconstruction.records))
-    return _Pruned(_Stage(task, accuracy, timing.epoch_seconds, eval_seconds), timing, graph, plan)
+    return OrderTiming(order, tuple(prune.reconstruction.records))
 
 
 def _measure(stages: dict[str, _Stage], settings: OrderSettings) -> tuple[StageResult, ...]:
