@@ -143,11 +143,12 @@ def test_modules_beside_the_user_are_found_by_the_script(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_and_recipes_start_without_torch():
-    code = (
-        "import sys; from lightning_prune.cli import main; main(['--help']); main(['recipes']);"
-        "sys.exit(', '.join({'torch', 'pytorch_lightning', 'matplotlib'} & set(sys.modules)) or 0)"
-    )
+@pytest.mark.parametrize(
+    "start", ["import lightning_prune", "from lightning_prune.cli import main; main(['--help']); main(['recipes'])"]
+)
+def test_the_package_its_help_and_the_recipes_start_without_torch(start):
+    heavy = {"torch", "torchvision", "pytorch_lightning", "jsonargparse", "matplotlib", "numpy"}
+    code = f"import sys; {start}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
