@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, list_of
-from lightning_prune.cli.training import BuiltTask, build_task
+from lightning_prune.cli.training import build_task
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison import (
     Cell,
@@ -44,7 +43,14 @@ def run(argv: Sequence[str]) -> int:
     if options.checkpoint:
         load_dense(options.checkpoint, built.task)
     else:
-        _train(built, built.data, options, task_settings, console)
+        epochs = built.config["trainer"]["max_epochs"]
+        if not isinstance(epochs, int) or epochs < 1:
+            raise PruningError("how long to train? Set --trainer.max_epochs, or name a trained model with --checkpoint")
+        console.print(f"Dense model: {epochs} epochs", highlight=False)
+        seeded = {"task": task_settings, "seed": options.train_seed}
+        now = trained_once(built.task, built.data, epochs, options.output, seeded)
+        text = "trained" if now else f"found in {options.output}, not trained again"
+        console.print(text, highlight=False, soft_wrap=True)
 
     def show(outcome: Cell | Refusal) -> None:
         about = f"{outcome.criterion} at {outcome.ratio:g}"
@@ -54,39 +60,13 @@ def run(argv: Sequence[str]) -> int:
             text = f"{about}, seed {outcome.seed}: {outcome.before:.2%}, then {outcome.after:.2%}"
         console.print(text, highlight=False, soft_wrap=True)
 
-    comparison = compare_criteria(
-        built.task,
-        built.data,
-        options.criteria,
-        ratios=options.ratios,
-        seeds=options.seeds,
-        output=options.out,
-        epochs=options.epochs,
-        lr=options.lr,
-        selection=options.selection,
-        coupling=options.coupling,
-        score_batches=options.score_batches,
-        metric=options.metric,
-        task_settings=task_settings,
-        on_outcome=show,
-    )
-    files = write_comparison(comparison, options.out)
+    settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "train_seed")}
+    comparison = compare_criteria(built.task, built.data, task_settings=task_settings, on_outcome=show, **settings)
+    files = write_comparison(comparison, options.output)
     console.print()
     print_comparison(comparison, console)
     console.print("\nWritten: " + "  ".join(map(str, files.values())), highlight=False, soft_wrap=True)
     return 0 if comparison.cells else 1
-
-
-def _train(
-    built: BuiltTask, data: LightningDataModule, options: argparse.Namespace, task_settings: Any, console: Console
-) -> None:
-    epochs = built.config["trainer"]["max_epochs"]
-    if not isinstance(epochs, int) or epochs < 1:
-        raise PruningError("how long to train? Set --trainer.max_epochs, or name a trained model with --checkpoint")
-    console.print(f"Dense model: {epochs} epochs", highlight=False)
-    seeded = {"task": task_settings, "seed": options.train_seed}
-    now = trained_once(built.task, data, epochs, options.out, seeded)
-    console.print("trained" if now else f"found in {options.out}, not trained again", highlight=False, soft_wrap=True)
 
 
 def _parser() -> Parser:
@@ -101,7 +81,7 @@ def _parser() -> Parser:
     add("--criteria", type=list_of(str), default=["l1", "l2", "fpgm", "taylor", "jre"], help="names, with commas")
     add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], help="shares removed; default 0.3,0.5,0.7")
     add("--seeds", type=list_of(int), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
-    add("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
+    add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
     add("--checkpoint", metavar="CKPT", help="trained weights; without it the task is trained once and kept in --out")
     add("--epochs", type=int, default=5, help="of fine-tuning; default 5")
     add("--lr", type=float, help="first learning rate of fine-tuning; default: the task's own")

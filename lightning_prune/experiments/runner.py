@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import LambdaCallback, RichProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks import ScoringCallback
@@ -63,7 +63,7 @@ class Runner:
             lr: first learning rate; None: the task's own.
             max_steps: 0 runs what callbacks do before training, and no more.
         """
-        rate = [] if lr is None else [_LearningRate(lr)]
+        rate = [] if lr is None else [_learning_rate(lr)]
         bars = [RichProgressBar(leave=False)] if self.progress else []
         with self._trainer(
             task,
@@ -153,18 +153,17 @@ class Runner:
             self.data.trainer = None
 
 
-class _LearningRate(Callback):
+def _learning_rate(lr: float) -> Callback:
     """Start a fit from another learning rate than the task's own; its schedule keeps its shape."""
 
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def set_(trainer: Trainer, task: LightningModule) -> None:  # noqa: ARG001
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = self.lr
+                group["lr"] = group["initial_lr"] = lr
         for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
+            config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
+
+    return LambdaCallback(on_fit_start=set_)
 
 
 def metric_name(metric: str) -> str:
