@@ -204,7 +204,7 @@ def keep_removed(scores: Scores, plan: Plan) -> Scores:
     return lowered
 
 
-def spread(scores: Scores, plan: Plan, graph: ChannelGraph) -> Scores:
+def in_dense_channels(scores: Scores, plan: Plan, graph: ChannelGraph) -> Scores:
     """Scores of a reconstructed model in the channels of the dense one; those that are gone come last.
 
     Args:

@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_prune.callbacks import PruneCallback
+from lightning_prune.callbacks import MaskingCallback, PruneCallback, ScoringCallback
 from lightning_prune.errors import CallbackError, OptimizerError, ScoreError
 from lightning_prune.schedule import Gradual
 from tests.callbacks.helpers import Task, loader, params, trainer
@@ -281,9 +281,12 @@ def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_masked() -> None:
 
 
 def test_two_prune_callbacks_are_refused() -> None:
-    task = Task()
-    with pytest.raises(CallbackError, match="has PruneCallback twice"):
-        run(task, prune(), prune())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruneCallback`"):
+        run(Task(), prune(), prune())
+    with pytest.raises(CallbackError, match="has ScoringCallback twice"):
+        run(Task(), prune(), ScoringCallback("l1"))
+    with pytest.raises(CallbackError, match="has MaskingCallback twice"):
+        run(Task(), prune(), MaskingCallback())
 
 
 def test_learning_rate_schedules_keep_their_steps() -> None:
