@@ -119,7 +119,7 @@ def compare_orders(
         dense_validation = runner.validate(task)
         tuned = {order: _prune_and_tune(runner, console, order, task, criterion, settings) for order in orders}
         last, pruning = tuned[orders[-1]]
-        graph, plan = pruning.scoring.graph, pruning.masking.plan
+        graph, plan = pruning.scoring.dense_graph, pruning.masking.plan
         assert graph is not None
         assert plan is not None
         _announce(console, "Measuring")
