@@ -364,6 +364,20 @@ def test_state_size_is_that_of_the_file(tmp_path):
     assert more == pytest.approx(4 * 50 * 1001, abs=256)  # entries are padded to 64 bytes
 
 
+def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
+    passes = []
+    found = measure(Call(lambda x: passes.append(x) or x + 1), torch.zeros(1), warmup=1, repeats=3)
+    assert len(passes) == 1  # counting operators
+    first = found.latency
+    assert len(passes) == 5
+    assert found.latency is first
+    assert found.peak_memory_bytes == 8
+    assert (found.peak_memory_bytes, len(passes)) == (8, 6)
+    late = measure(Call(lambda x: x), torch.zeros(1), repeats=0)
+    with pytest.raises(PruningError, match="repeats at least 1"):
+        _ = late.latency
+
+
 def test_measure_puts_all_together():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model[0].requires_grad_(False)
