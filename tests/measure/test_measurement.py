@@ -175,8 +175,7 @@ def test_recurrent_layers(layer, gates, directions):
     model = layer(5, 7, bidirectional=directions == 2, batch_first=True)
     counts = flops_by_convention(model, torch.zeros(2, 3, 5))
     assert counts["macs"] == 3 * directions * gates * 7 * (5 + 7)
-    if layer is nn.LSTM:
-        assert counts["ptflops"] - counts["macs"] == 3 * directions * gates * 7 * 2
+    assert counts["ptflops"] - counts["macs"] == 3 * directions * gates * 7 * 2  # two biases
 
 
 @pytest.mark.parametrize(
