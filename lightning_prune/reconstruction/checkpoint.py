@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_prune.errors import CheckpointError
+from lightning_prune.errors import CheckpointError, first_line
 from lightning_prune.files import atomic
 from lightning_prune.model_state.cutting import (
     changed_sizes,
@@ -63,7 +63,7 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
             raise
         except Exception as error:
             raise CheckpointError(
-                f"cannot save to {path}: only tensors and plain data can be kept ({_first_line(error)})"
+                f"cannot save to {path}: only tensors and plain data can be kept ({first_line(error)})"
             ) from error
 
 
@@ -266,11 +266,6 @@ def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str)
 def _shape(value: Any) -> list[int] | str:
     """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    """Torch's errors go on to recommend ``weights_only=False``, which would run code from the file."""
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:
