@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_prune.errors import CheckpointError, first_line
+from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic
 from lightning_prune.model_state.cutting import (
     changed_sizes,
@@ -62,9 +62,8 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"cannot save to {path}: only tensors and plain data can be kept ({first_line(error)})"
-            ) from error
+            what = _some(_code_in(stream.name)) or type(error).__name__
+            raise CheckpointError(f"cannot save to {path}: only tensors and plain data can be kept ({what})") from error
 
 
 def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
