@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lightning_prune.errors import WeightsError
 
 if TYPE_CHECKING:
-    from lightning_prune.models.yolo_parts import YoloNetwork
+    from lightning_prune.files import atomic
+from lightning_prune.models.yolo_parts import YoloNetwork
 
 Convolution = tuple[int, nn.Conv2d, nn.BatchNorm2d | None]  # the first: its number in darknet's counting
 FLOAT = 4
@@ -95,15 +96,10 @@ def save_darknet_weights(model: YoloNetwork, path: str | Path, *, seen: int = 0)
         path: of the file; written as a whole or not at all.
         seen: images seen in training.
     """
-    path = Path(path)
-    parts = [struct.pack("<3iQ", 0, 2, 0, seen)]
-    parts += [array.tensor.detach().cpu().float().numpy().astype("<f4").tobytes() for array in _arrays(model)]
-    draft = path.with_name(f"{path.name}.tmp")
-    try:
-        draft.write_bytes(b"".join(parts))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic(Path(path)) as stream:
+        stream.write(struct.pack("<3iQ", 0, 2, 0, seen))
+        for array in _arrays(model):
+            stream.write(array.tensor.detach().cpu().float().numpy().astype("<f4").tobytes())
 
 
 def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]:
