@@ -29,6 +29,7 @@ from .graph import ChannelGraph as ChannelGraph
 from .graph import trace as trace
 from .measure import measure as measure
 from .plan import Plan as Plan
+from .prune import prune as prune
 from .reconstruction import check_lossless as check_lossless
 from .reconstruction import load as load
 from .reconstruction import mask_ as mask_
@@ -39,6 +40,6 @@ from .selection import Budget as Budget
 from .selection import GlobalRatio as GlobalRatio
 from .selection import LayerRatio as LayerRatio
 from .selection import explain as explain
-from .session import prune as prune
+from .session import PruningSession as PruningSession
 
 __version__: str

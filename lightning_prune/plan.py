@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -147,7 +147,14 @@ class Plan:
                 raise PlanError(f"channels {gone[:5]} of group {name!r} are kept, but an earlier plan removed them")
             layers = {k: tuple(place[c] for c in kept if c in place) for k, kept in group.layers.items()}
             groups[name] = GroupPlan(len(left), tuple(place[channel] for channel in group.keep), layers)
-        return Plan(groups, self.coupling, self.batch_norm)
+        return replace(self, groups=groups)
+
+    def keeping(self, names: Iterable[str], before: Plan | None = None) -> Plan:
+        """The plan without what it removes from some groups, which keep the channels that an earlier plan left."""
+        had = {} if before is None else {name: group.keep for name, group in before.groups.items()}
+        sizes = {name: self.groups[name].size for name in names}
+        groups = {name: GroupPlan(size, had.get(name, tuple(range(size)))) for name, size in sizes.items()}
+        return replace(self, groups={**self.groups, **groups})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and integers."""

@@ -1,121 +1,365 @@
-"""Everything in one call, without a Trainer: trace, score, select, mask, reconstruct, check, measure."""
+"""One pruning of one model, step by step, in any training loop."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.criteria.scoring import Scores, score
-from lightning_prune.errors import PlanError
+from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, score
+from lightning_prune.criteria.scoring import BatchNormMode
+from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure.measurement import Measurement, measure
-from lightning_prune.model_state.preservation import copy_without_masks
-from lightning_prune.plan import Coupling, Plan
-from lightning_prune.reconstruction.lossless import LosslessReport
-from lightning_prune.reconstruction.masks import mask_
-from lightning_prune.reconstruction.small_model import reconstruct_
+from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.plan import Coupling, Plan, check_coupling
+from lightning_prune.reconstruction import LosslessReport, MaskHandle, mask_, reconstruct_
+from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
 from lightning_prune.selection import GlobalRatio, Selection
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """What `prune` returns.
+class PruningSession:
+    """Model, graph, scores, plan, masks and the step of a schedule together: a pruning without a Trainer.
 
-    Attributes:
-        model: the reconstructed model.
-        masked: the masked model, dense in shape, masks held.
-        graph: channel groups of the dense model.
-        scores: per group, high means keep.
-        plan: what was kept.
-        before: cost of the dense model.
-        after: cost of the reconstructed model.
-        lossless: masked against reconstructed on the example inputs, in float64.
-    """
-
-    model: nn.Module
-    masked: nn.Module
-    graph: ChannelGraph
-    scores: Scores
-    plan: Plan
-    before: Measurement
-    after: Measurement
-    lossless: LosslessReport
-
-
-def prune(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    criterion: Criterion | str = "l1",
-    ratio: float = 0.5,
-    selection: Selection | None = None,
-    coupling: Coupling = "joint",
-    batch_norm: bool = True,
-    statistics: bool = False,
-    batches: Iterable[Any] | None = None,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    scores: Scores | None = None,
-    compensate: Callable[[nn.Module, ChannelGraph, Plan], Any] | None = None,
-) -> PruneResult:
-    """Prune any eager model; the model itself is left as it is.
+    Every method either succeeds or raises and leaves session, model and optimizers as they were. The model is pruned
+    in place; its parameters stay the same objects, so optimizers go on. Scores and `graph` are in the channels of the
+    model as it is, plans in those of the dense model. What changes the model takes ``optimizers``, whose state follows
+    (zero where masked, cut where gone), and ``copies``, such as averages of the weights, which lose the same channels.
 
     Args:
-        model: any module, no change to its code needed.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        criterion: an instance, or a name such as "l1", "fpgm", "jre".
+        model: any eager module, dense.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a function that returns them,
+            called whenever they are needed.
+        criterion: an instance, or a name such as "jre".
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
-        selection: for example ``Budget(flops=0.5, round_to=8)``.
+        selection: for example ``Budget(flops=0.5)``.
+        schedule: `lightning_prune.schedule.Rounds`, ``Gradual`` or ``Soft``: several steps; None: one.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
-        batch_norm: mask batch norms with their filters.
-        statistics: prune channels under layer norms and the like too, which is not lossless, see `trace`.
-        batches: data for criteria that look at activations or gradients.
-        loss: ``loss(model, batch)`` for criteria that look at gradients.
-        scores: of this model from an earlier call or a file (`Scores.load`); then nothing is scored and
-            ``criterion`` is ignored. One scoring pass serves many budgets.
-        compensate: repairs a copy for what the plan removes, before it is masked and reconstructed; for example
-            ``lambda *of: least_squares_(*of, batches)`` from `lightning_prune.compensation`.
+        batch_norm: mask batch norms with their filters; False is lossy.
+        statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
+        baseline: state dict of the dense model, for criteria with ``reference="baseline"``.
 
-    Raises:
-        PruningError: one of its kinds, naming the cause; nothing was changed.
+    Attributes:
+        history: all scores so far.
+        plan: what is masked or gone, all steps so far; None before the first.
+        built: the part of the plan that the model was already reconstructed with.
+        taken: how many steps are done.
+        handle: the masks in force, if any.
 
     Example:
         >>> import torch
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-        >>> result = prune(model, torch.randn(1, 3, 8, 8), criterion="l2", ratio=0.5)
-        >>> result.model[0].out_channels, result.lossless.passed
-        (4, True)
+        >>> from lightning_prune.schedule import Rounds
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> session = PruningSession(model, torch.zeros(1, 3, 8, 8), criterion="l1", schedule=Rounds(2, epochs=1))
+        >>> while not session.done:
+        ...     step = session.step(optimizers=[optimizer])
+        ...     for _ in range(step.epochs):
+        ...         _ = model(torch.randn(4, 3, 8, 8)).square().mean().backward(), optimizer.step()
+        >>> session.reconstruct_(optimizers=[optimizer]).passed, model[0]
+        (True, Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1)))
     """
-    criterion = criterion_from(criterion)
-    chosen = selection if selection is not None else GlobalRatio(ratio)
-    if selection is not None and not isinstance(selection, Selection):
-        raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
-    graph = trace(model, example_inputs, statistics=statistics)
-    if scores is None:
-        scores = score(model, graph, criterion, batches=batches, loss=loss)
-    else:
-        scores.check(graph)
-    plan = chosen.select(
-        graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
-    )
-    small = copy_without_masks(model)
-    if compensate is not None:
-        compensate(small, graph, plan)
-    masked = copy.deepcopy(model if compensate is None else small)
-    lossless = reconstruct_(small, graph, plan, example_inputs=example_inputs)
-    assert lossless is not None
-    mask_(masked, graph, plan)
-    return PruneResult(
-        small,
-        masked,
-        graph,
-        scores,
-        plan,
-        measure(model, example_inputs),
-        measure(small, example_inputs),
-        lossless,
-    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        criterion: Criterion | str = "l1",
+        ratio: float = 0.5,
+        selection: Selection | None = None,
+        schedule: Schedule | None = None,
+        coupling: Coupling = "joint",
+        batch_norm: bool = True,
+        statistics: bool = False,
+        baseline: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if selection is not None and not isinstance(selection, Selection):
+            raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
+        check_coupling(coupling)
+        self.model = model
+        self.criterion = criterion_from(criterion)
+        self.selection = GlobalRatio(ratio) if selection is None else selection
+        self.schedule = schedule
+        self.coupling: Coupling = coupling
+        self.batch_norm = batch_norm
+        self.statistics = statistics
+        self.baseline = baseline
+        self.history: list[Scores] = []
+        self.plan: Plan | None = None
+        self.built: Plan | None = None
+        self.taken = 0
+        self.handle: MaskHandle | None = None
+        self._example_inputs = example_inputs
+        self._graph: ChannelGraph | None = None
+        self._dense_graph: ChannelGraph | None = None
+        self._dense: nn.Module | None = None
+        self._steps: list[Step] | None = None
+
+    @property
+    def example_inputs(self) -> Any:
+        """What the model is traced and compared on."""
+        return self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """Channel graph of the model as it is now; traced when first needed.
+
+        Raises:
+            TraceError: the model does not run on the example inputs.
+        """
+        if self._graph is None:
+            self._graph = trace(self.model, self.example_inputs, statistics=self.statistics)
+            self._dense_graph = self._dense_graph or self._graph
+        return self._graph
+
+    @property
+    def dense_graph(self) -> ChannelGraph:
+        """Channel graph of the dense model."""
+        return self._dense_graph or self.graph
+
+    @property
+    def scores(self) -> Scores | None:
+        """The newest scores; others of this model, computed elsewhere or earlier, may be set."""
+        return self.history[-1] if self.history else None
+
+    @scores.setter
+    def scores(self, scores: Scores) -> None:
+        scores.check(self.graph)
+        self.history.append(scores)
+
+    @property
+    def steps(self) -> list[Step]:
+        """What the schedule comes to on this model.
+
+        Raises:
+            PlanError: the selection cannot be reached in steps.
+        """
+        if self._steps is None:
+            one = [Step(self.selection)]
+            self._steps = one if self.schedule is None else self.schedule.steps(self.selection, self.dense_graph)
+        return self._steps
+
+    @property
+    def done(self) -> bool:
+        """Whether everything that is to be removed is masked or gone."""
+        return self.plan is not None and self.taken == len(self.steps)
+
+    @property
+    def left(self) -> Plan | None:
+        """The plan in the channels of the model as it is now."""
+        return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
+
+    def scorer(self, bn_mode: BatchNormMode = "eval") -> Scorer:
+        """What scores the model as it is, batch by batch; set `scores` to the result."""
+        return Scorer(self.model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
+
+    def score(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Any] | None = None,
+        *,
+        bn_mode: BatchNormMode = "eval",
+    ) -> Scores:
+        """Score the model as it is; arguments and errors as for `lightning_prune.score`."""
+        graph, criterion = self.graph, self.criterion
+        found = score(self.model, graph, criterion, batches, loss, baseline=self.baseline, bn_mode=bn_mode)
+        self.history.append(found)
+        return found
+
+    def select(self) -> Plan:
+        """The plan of the next step, which `mask_` carries out.
+
+        Raises:
+            ScoreError: there are no scores of the model as it is; call `score`.
+            PlanError: all steps are done, or the selection cannot be met.
+        """
+        if self.done:
+            raise PlanError(f"all {len(self.steps)} steps are done: nothing is left to select")
+        if self.scores is None:
+            raise ScoreError("there are no scores yet: call PruningSession.score first")
+        self.scores.check(self.graph)
+        scores = self.scores if self.built is None else in_dense_channels(self.scores, self.built)
+        if self.plan is not None and not (self.schedule is not None and self.schedule.soft):
+            scores = keep_removed(scores, self.plan)
+        selection = self.steps[self.taken].selection
+        return selection.select(
+            self.dense_graph,
+            scores,
+            coupling=self.coupling,
+            batch_norm=self.batch_norm,
+            model=self._dense or self.model,
+            example_inputs=self.example_inputs if selection.needs_model else None,
+        )
+
+    def mask_(
+        self, plan: Plan | None = None, *, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()
+    ) -> MaskHandle:
+        """Take the next step: mask what its plan removes, and hold it at zero if the schedule says so.
+
+        Args:
+            plan: from `select`; None: select now.
+
+        Raises:
+            PlanError: as `select`, or a plan of another model.
+        """
+        copies = list(copies)
+        for copy in copies:
+            self.graph.check(copy)
+        with self._taking(self.select() if plan is None else plan) as left:
+            hold = self.done or self.schedule is None or self.schedule.hold
+            if not hold:
+                left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
+            handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
+        for copy in copies:
+            handle.clear_(copy)
+        self.release()
+        self.handle = handle
+        if not hold:
+            self.release()
+        return handle
+
+    def reconstruct_(self, *, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()) -> LosslessReport:
+        """Make the model physically smaller by what is masked so far, and compare it with the masked one.
+
+        Raises:
+            PlanError: nothing has been masked yet, or a `Soft` schedule chooses among all channels again.
+            ReconstructionError: the smaller model would not be equal to the masked one.
+        """
+        graph, plan, left, handle, copies = self.graph, self.plan, self.left, self.handle, list(copies)
+        if plan is None or left is None:
+            raise PlanError("nothing is masked yet: call PruningSession.step or mask_ first")
+        if not self.done and self.schedule is not None and self.schedule.soft:
+            raise PlanError(
+                f"{self.schedule!r} chooses among all channels every time: none may be gone before the last"
+            )
+        for copy in copies:
+            graph.check(copy)
+        self.remember_dense()
+        if handle is not None:
+            handle.remove()
+        try:
+            report = reconstruct_(self.model, graph, left, optimizers=optimizers, example_inputs=self.example_inputs)
+        except BaseException:
+            if handle is not None:
+                handle.hold()
+            raise
+        assert report is not None
+        for copy in copies:
+            reconstruct_(copy, graph, left.keeping(report.left))
+        self.built = plan.keeping(report.left, self.built)
+        self.handle = self._graph = None
+        return report
+
+    def step(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss: Callable[[nn.Module, Any], Any] | None = None,
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+        reconstruct: bool = False,
+    ) -> Step:
+        """Score, select and mask; what it returns says how long to train before the next step.
+
+        Args:
+            batches: see `score`.
+            loss: see `score`.
+            optimizers: see `PruningSession`.
+            copies: see `PruningSession`.
+            reconstruct: make the model smaller at once.
+
+        Raises:
+            PruningError: one of its kinds, see `score`, `select` and `reconstruct_`.
+        """
+        seen = len(self.history)
+        try:
+            if not self.done:  # else select says so
+                self.score(batches, loss)
+            if reconstruct:
+                with self._taking(self.select()):
+                    self.reconstruct_(optimizers=optimizers, copies=copies)
+            else:
+                self.mask_(optimizers=optimizers, copies=copies)
+        except BaseException:
+            del self.history[seen:]
+            raise
+        return self.steps[self.taken - 1]
+
+    def release(self) -> None:
+        """Stop holding masked channels at zero."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def remember_dense(self) -> None:
+        """Trace the dense model, and keep a copy for selections that count it, before it becomes smaller."""
+        dense = self.dense_graph
+        if self._dense is None and self.selection.needs_model and dense is self._graph and not self.done:
+            self._dense = copy_sharing_tensors(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, plans and the step: tensors and plain data. The model's weights are not part of it."""
+        return {
+            "history": [scores.to_dict() for scores in self.history],
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "built": None if self.built is None else self.built.to_dict(),
+            "taken": self.taken,
+            "steps": 0 if self.plan is None else len(self.steps),
+            "held": self.handle is not None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: a dense model takes the shapes it had then, and masks are held again.
+
+        Load the model's and the optimizers' states afterwards. Settings must be those of the first session.
+
+        Raises:
+            PlanError: the state does not fit this model, or other settings make other steps.
+        """
+        built = None if state["built"] is None else Plan.from_dict(state["built"])
+        plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
+        history = [Scores.from_dict(scores) for scores in state["history"]]
+        if plan is not None:
+            plan.check(self.dense_graph)
+        unfinished = plan is not None and (state["held"] or state["taken"] < state["steps"])
+        if unfinished and len(self.steps) != state["steps"]:
+            raise PlanError(
+                f"the checkpoint was written with {state['steps']} steps, and {self.selection!r} with "
+                f"{self.schedule!r} makes {len(self.steps)}; resume with the settings of the first run"
+            )
+        if built is not None and self._is_dense():
+            self.remember_dense()
+            reconstruct_(self.model, self.dense_graph, built)
+        self._graph = self._dense_graph if built is None else None
+        self.release()
+        self.history, self.plan, self.built, self.taken = history, plan, built, state["taken"]
+        if not unfinished and plan is not None:
+            self._steps = [Step(self.selection)] * self.taken
+        if state["held"]:
+            left = self.left
+            assert left is not None
+            self.handle = mask_(self.model, self.graph, left, undoable=False)
+
+    def _is_dense(self) -> bool:
+        """Whether the model has the shapes of the dense graph, or was never traced."""
+        try:
+            self.dense_graph.check(self.model)
+        except PlanError:
+            return False
+        return True
+
+    @contextmanager
+    def _taking(self, plan: Plan) -> Iterator[Plan]:
+        """Count a step; what it removes from the model as it is. On failure it was not taken."""
+        before, self.plan, self.taken = (self.plan, self.taken), plan, self.taken + 1
+        try:
+            left = self.left
+            assert left is not None
+            yield left
+        except BaseException:
+            self.plan, self.taken = before
+            raise

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_prune.criteria import JRE, L2
 from lightning_prune.errors import NotReconstructedWarning, PlanError, PruningError, ScoreError, TraceError
 from lightning_prune.graph import trace
-from lightning_prune.measure.measurement import count_params
+from lightning_prune.measure import count_params
+from lightning_prune.prune import prune
 from lightning_prune.reconstruction.lossless import check_lossless
 from lightning_prune.reconstruction.masks import mask_
 from lightning_prune.selection import GlobalRatio, LayerRatio
-from lightning_prune.session import prune
 from tests.helpers import random_plan
 from tests.zoo import ZOO, build, images
 

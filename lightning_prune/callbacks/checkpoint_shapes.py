@@ -7,20 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
-from lightning_prune.callbacks.common import predecessor
-from lightning_prune.callbacks.masking import MaskingCallback
-from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.model_state.cutting import CHANGED, set_data_, sizes_of, update_attributes_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
+from lightning_prune.session import PruningSession
 
 NOTHING = Plan({})
 
 
-class Shapes:
+class CheckpointShapes:
     """Writes the model's shapes into Lightning checkpoints, and gives the module those of the one that is loaded.
 
     Lightning restores weights before it calls a callback's own ``on_load_checkpoint``, so the strategy, which loads
@@ -31,11 +30,11 @@ class Shapes:
         self._dense: dict[str, torch.Size] | None = None
         self._sizes: dict[str, dict[str, Any]] = {}
 
-    def watch(self, trainer: Trainer, callback: Callback) -> None:
+    def watch(self, trainer: Trainer, session: PruningSession) -> None:
         """From now on fit the module's shapes to every checkpoint whose weights the Trainer loads into it."""
         strategy = trainer.strategy
         if not isinstance(vars(strategy).get("load_model_state_dict"), partial):
-            load = partial(self._load, trainer, callback, strategy.load_model_state_dict)
+            load = partial(self._load, trainer, session, strategy.load_model_state_dict)
             strategy.load_model_state_dict = load  # type: ignore[method-assign]
 
     def forget(self, trainer: Trainer) -> None:
@@ -55,7 +54,7 @@ class Shapes:
     def _load(
         self,
         trainer: Trainer,
-        callback: Callback,
+        session: PruningSession,
         load: Callable[..., None],
         checkpoint: dict[str, Any],
         **options: Any,
@@ -63,16 +62,15 @@ class Shapes:
         module = trainer.lightning_module
         content = checkpoint.get(KEY)
         built = content is not None and content["plan"]["groups"]
-        masking = predecessor(trainer, callback, MaskingCallback)
         if content is not None:
-            masking.release()  # its state, which is restored next, says whether masks are held
+            session.release()  # its state, which is restored next, says whether masks are held
         if self._dense is not None or built:
             self._grow(module)
         if content is not None and built:
             if trainer.training:
                 self.remember(module)
-                masking.keep_dense(module)
-                predecessor(trainer, callback, ScoringCallback).retrace(module)  # later steps choose in its channels
+                with uncompiled(module):
+                    session.remember_dense()  # later steps choose in its channels
             for other in (module, *averages(trainer)):
                 reshape_(other, {**content, "state_dict": checkpoint["state_dict"]}, str(trainer.ckpt_path))
         load(checkpoint, **options)

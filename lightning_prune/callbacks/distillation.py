@@ -15,10 +15,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_prune.callbacks.common import check_before_pruning, find, same_module
-from lightning_prune.callbacks.masking import MaskingCallback
+from lightning_prune.callbacks.module import same_module
 from lightning_prune.callbacks.processes import check_strategy
-from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.run import RUNS, check_before_pruning
 from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
 from lightning_prune.model_state.preservation import copy_without_masks
@@ -79,7 +78,6 @@ class DistillationCallback(Callback):
             self.teacher = _frozen(copy.deepcopy(teacher))  # now: resuming may reshape the user's own
         self._path = None if teacher is None or isinstance(teacher, nn.Module) else Path(teacher)
         self._given = teacher is not None
-        self._dense: LightningModule | None = None
         self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -94,10 +92,11 @@ class DistillationCallback(Callback):
                 "use; add lightning_prune.compensation.distillation.distillation_loss to your own loss"
             )
         if not self._given:
-            check_before_pruning(trainer, self, ScoringCallback)
-        self._module = same_module(self, self._module, pl_module)
+            check_before_pruning(trainer, self)
+        same_module(self, self._module or pl_module, pl_module)
+        self._module = pl_module
         if self._path is not None and self.teacher is None:
-            self._dense = copy.deepcopy(pl_module)  # resuming gives the module the pruned shapes before on_fit_start
+            self.teacher = self._load(self._path, copy.deepcopy(pl_module))  # resuming may reshape the module
         # On the strategy, not on the module: copies of the module would bring the Trainer and the teacher along, and
         # the scoring pass, which calls the module, is to see the task's loss.
         vars(trainer.strategy).pop("training_step", None)
@@ -109,8 +108,6 @@ class DistillationCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._part(pl_module)
-        if self._path is not None and self.teacher is None:
-            self.teacher = self._load(self._path)
         self._take_dense(trainer, pl_module)
         assert self.teacher is not None
         self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
@@ -121,13 +118,13 @@ class DistillationCallback(Callback):
     def _take_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._given:
             return
-        masking = find(trainer, MaskingCallback)
-        if masking is None:
+        run = RUNS.get(trainer)
+        if run is None:
             raise CallbackError(
                 "DistillationCallback: no callback prunes here, so the model would be its own teacher; add "
                 "PruneCallback after it, or pass teacher=..."
             )
-        if masking.plan is None:
+        if run.session.plan is None:
             self.teacher = _frozen(copy_without_masks(self._part(pl_module)))
         elif self.teacher is None:
             raise CallbackError(
@@ -135,9 +132,7 @@ class DistillationCallback(Callback):
                 "hold the teacher; pass teacher=... (the dense model, or the path of its checkpoint)"
             )
 
-    def _load(self, path: Path) -> nn.Module:
-        assert self._dense is not None
-        dense, self._dense = self._dense, None
+    def _load(self, path: Path, dense: LightningModule) -> nn.Module:
         if not path.is_file():
             raise CallbackError(f"teacher: there is no file {path}")
         try:
@@ -160,8 +155,8 @@ class DistillationCallback(Callback):
 
     def _step(self, trainer: Trainer, training_step: Any, *args: Any, **kwargs: Any) -> Any:
         """The strategy's training_step, with the distillation in its loss."""
-        masking = find(trainer, MaskingCallback)
-        if masking is not None and masking.plan is None:
+        run = RUNS.get(trainer)
+        if run is not None and run.session.plan is None:
             return training_step(*args, **kwargs)
         module = trainer.lightning_module
         wrapped = trainer.strategy.model is not module

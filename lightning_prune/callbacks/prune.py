@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_prune.callbacks.common import check_trainer
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
@@ -27,8 +27,8 @@ Reconstruct = Literal["before", "during", "after", "never"]
 class PruneCallback(Callback):
     """Prunes a model inside ``Trainer.fit``: score, mask, reconstruct, fine-tune.
 
-    It adds a `TrackingCallback`, a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a
-    `RandomStateCallback` to the Trainer; use those for anything finer. Checkpoints carry all that is needed to resume.
+    It is a `TrackingCallback`, a `ScoringCallback`, a `MaskingCallback`, a `ReconstructionCallback` and a
+    `RandomStateCallback` in one; use those for anything finer. Checkpoints carry all that is needed to resume.
 
     Args:
         criterion: an instance, or a name such as "jre".
@@ -100,30 +100,43 @@ class PruneCallback(Callback):
             batch_norm=batch_norm,
             schedule=schedule,
         )
-        self.reconstruction = (
-            None
-            if reconstruct == "never"
-            else ReconstructionCallback(reconstruct, example_inputs=example_inputs, monitor=monitor)
-        )
+        self.reconstruction = None if reconstruct == "never" else ReconstructionCallback(reconstruct, monitor=monitor)
 
         self.random_state = RandomStateCallback()
         self.tracking = TrackingCallback() if track else None
 
     @property
-    def parts(self) -> list[Callback]:
-        """The callbacks it is made of, in the order they must run."""
-        parts = (self.tracking, self.scoring, self.masking, self.reconstruction, self.random_state)
-        return [part for part in parts if part is not None]
+    def parts(self) -> dict[str, Callback]:
+        """The callbacks it is made of, in the order they run."""
+        names = ("tracking", "scoring", "masking", "reconstruction", "random_state")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_trainer(trainer, self)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(part in callbacks for part in self.parts):
-            return
         if any(isinstance(other, TrackingCallback) for other in callbacks):
             self.tracking = None  # the user's own
-        place = callbacks.index(self) + 1
-        callbacks[place:place] = self.parts
-        for part in self.parts:
+        for part in self.parts.values():
             part.setup(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of its parts."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, part in self.parts.items():
+            if state_dict.get(name):
+                part.load_state_dict(state_dict[name])
+
+
+def _hand_on(hook: str) -> Callable[..., None]:
+    def to_every_part(self: PruneCallback, *args: Any, **named: Any) -> None:
+        for part in self.parts.values():
+            getattr(part, hook)(*args, **named)
+
+    return to_every_part
+
+
+for _hook in vars(Callback):
+    if _hook == "teardown" or _hook.startswith("on_"):
+        setattr(PruneCallback, _hook, _hand_on(_hook))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks.common import check_trainer, example_inputs, same_module, uncompiled
-from lightning_prune.callbacks.processes import sum_over_processes_
+from lightning_prune.callbacks.module import example_inputs, same_module, uncompiled
+from lightning_prune.callbacks.processes import check_strategy, sum_over_processes_
+from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
     checked_amount,
@@ -17,10 +19,10 @@ from lightning_prune.callbacks.scoring_pass import (
     training_batches,
     training_step_alone,
 )
-from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.criteria.scoring import Scorer, Scores
+from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
-from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.session import PruningSession
 
 Start = int | Literal["end"]
 
@@ -40,20 +42,18 @@ class ScoringCallback(Callback):
         start: the epoch at whose start scoring begins (0: before training, others: after that many epochs of
             warm-up), or ``end``: when training is over.
         scores: of an earlier pass over this model (or the file that `Scores.save` wrote), instead of a first pass.
-        example_inputs: what to trace with; None: the module's ``example_input_array``.
+        example_inputs: what to trace with and compare on; None: the module's ``example_input_array``.
         statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``; None: the module's
             weights when scoring starts.
 
-    Attributes:
-        graph: channel graph of the model as it is now, once scoring has started.
-        dense_graph: that of the dense model.
-        scores: the newest scores, in the channels of ``graph``, once computed.
-        history: all scores so far with the epoch they were computed in.
-
     Raises:
         CallbackError: in a Trainer where scoring cannot work, or without example inputs.
         ScoreError: no training_step loss, or scores that are not finite; no weight has been touched then.
+
+    Example:
+        >>> ScoringCallback("l1", start=2).criterion
+        L1(normalize='mean', combine='mean')
     """
 
     def __init__(
@@ -91,64 +91,64 @@ class ScoringCallback(Callback):
             )
         if update_weights and start == "end":
             raise CallbackError("start='end' leaves no epoch to score in; use update_weights=False")
-        if update_weights and self.criterion.needs_heads:
+        if update_weights and self.criterion.needs_fitting:
             raise CallbackError(
                 f"{self.criterion!r} fits auxiliary heads in a pass of its own and cannot score while training; use "
                 "update_weights=False"
             )
-        self.graph: ChannelGraph | None = None
-        self.dense_graph: ChannelGraph | None = None
-        self.scores: Scores | None = None
-        self.history: list[tuple[int, Scores]] = []
+        self.run: PruningRun | None = None
         self._scorer: Scorer | None = None
         self._since = 0
         self._sums: dict[str, Tensor] | None = None
-        self._module: LightningModule | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether there are scores."""
-        return self.scores is not None
+    def graph(self) -> ChannelGraph | None:
+        """Channel graph of the model as it is now."""
+        return None if self.run is None else self.run.session.graph
+
+    @property
+    def dense_graph(self) -> ChannelGraph | None:
+        """Channel graph of the dense model."""
+        return None if self.run is None else self.run.session.dense_graph
+
+    @property
+    def scores(self) -> Scores | None:
+        """The newest scores, in the channels of the model as it was then."""
+        return None if self.run is None else self.run.session.scores
+
+    @property
+    def history(self) -> list[tuple[int, Scores]]:
+        """All scores so far with the epoch they were computed in."""
+        return [] if self.run is None else list(zip(self.run.scored_in, self.run.session.history, strict=True))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        check_trainer(trainer, self)
-        self._module = same_module(self, self._module, pl_module)
-        if (
-            self.criterion.needs_backward
-            and type(pl_module).training_step.__qualname__ == "LightningModule.training_step"
-        ):
-            raise ScoreError(
-                f"{self.criterion!r} needs gradients, but {type(pl_module).__name__} has no training_step that returns "
-                "a loss; define one, or use a criterion that looks at weights only, such as L1"
-            )
+        if self.run is None:
+            inputs = partial(example_inputs, pl_module, self.example_inputs)
+            session = PruningSession(pl_module, inputs, criterion=self.criterion, statistics=self.statistics)
+            self.run = PruningRun(session)
+        self.run.open(trainer, self)
+        if stage == "fit":
+            same_module(self, self.run.session.model, pl_module)
+            self._check(trainer, pl_module)
 
-        if self.criterion.needs_heads and trainer.world_size > 1:
-            raise CallbackError(
-                f"{self.criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
-                "or scores=... of a run with devices=1"
-            )
-        if self.criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
-            raise CallbackError(
-                f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers itself, "
-                "so a scoring pass would train it. Use update_weights=True (score while training) or a criterion that "
-                "looks at weights only, such as L1"
-            )
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        RUNS.pop(trainer, None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is not None:  # resumed in the middle of scoring
             self._begin(trainer, pl_module)
-        elif not self.ready and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
+        elif self._awaited and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
             self._begin(trainer, pl_module)
             trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_when_seen(trainer)
-        if not self.ready and self._scorer is None and self.start != "end" and trainer.current_epoch >= self.start:
+        if self._awaited and self.start != "end" and trainer.current_epoch >= self.start:
             self._begin(trainer, pl_module)
+        self._score_again_when_due(trainer, pl_module, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._score_again_when_due(trainer, pl_module, batch_idx)
         if self._scorer is not None and batch_idx < self._limit(trainer):
             self._scorer.begin_batch()
 
@@ -160,68 +160,85 @@ class ScoringCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_when_seen(trainer)
-        if not self.ready and self.start == "end":
+        if self._awaited and self.start == "end":
             self._begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        RUNS.pop(trainer, None)
         if self._scorer is not None:
             self._scorer.end_batch(discard=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, and the sums of a pass under way: tensors and plain data."""
+        """The run's session, and the sums of a pass under way: tensors and plain data."""
+        if self.run is None:
+            return {}
         return {
-            "history": [[epoch, scores.to_dict()] for epoch, scores in self.history],
+            "session": self.run.session.state_dict(),
+            "scored_in": self.run.scored_in,
+            "step": [self.run.epoch, self.run.batch],
             "since": self._since,
             "sums": None if self._scorer is None else dict(self._scorer.state),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there when fitting starts."""
-        self.history = [(epoch, Scores.from_dict(scores)) for epoch, scores in state_dict["history"]]
-        self.scores = self.history[-1][1] if self.history else None
+        run = self._run
+        with uncompiled(run.session.model):
+            run.session.load_state_dict(state_dict["session"])
+        run.scored_in = list(state_dict["scored_in"])
+        run.epoch, run.batch = state_dict["step"]
         self._since, self._sums = state_dict["since"], state_dict["sums"]
 
-    def retrace(self, pl_module: LightningModule) -> None:
-        """Trace the model as it is now.
+    @property
+    def _run(self) -> PruningRun:
+        assert self.run is not None, "setup comes first"
+        return self.run
 
-        Raises:
-            CallbackError: nothing can be pruned.
-        """
-        inputs = example_inputs(pl_module, self.example_inputs)
-        with uncompiled(pl_module):
-            self.graph = trace(pl_module, inputs, statistics=self.statistics)
-        if self.dense_graph is None:
-            self.dense_graph = self.graph
-        if not self.graph.prunable_groups:
-            reasons = "; ".join(f"{group.name} {group.reason}" for group in self.graph.groups) or "no layer was found"
-            raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
+    @property
+    def _awaited(self) -> bool:
+        """Whether the first scores are still to come, and no pass is under way."""
+        return self.scores is None and self._scorer is None
 
-    def rescore(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score again on frozen weights, now; random state and everything else of the run stay as they are."""
-        scorer = self._new_scorer(pl_module, self.bn_mode)
-        if self.criterion.needs_forward:
-            title = f"Scoring ({type(self.criterion).__name__})"
-            with uncompiled(pl_module), training_step_alone(trainer, pl_module) as step, scorer:
-                for see in scorer.passes:
-                    for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
-                        see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
-        self._keep(trainer, scorer)
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_strategy(trainer, type(self).__name__)
+        criterion, name = self.criterion, type(pl_module).__name__
+        step = type(pl_module).training_step.__qualname__  # by name: there are two namespaces of Lightning
+        if criterion.needs_backward and step == "LightningModule.training_step":
+            raise ScoreError(
+                f"{criterion!r} needs gradients, but {name} has no training_step that returns a loss; define one, or "
+                "use a criterion that looks at weights only, such as L1"
+            )
+        if criterion.needs_fitting and trainer.world_size > 1:
+            raise CallbackError(
+                f"{criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
+                "or scores=... of a run with devices=1"
+            )
+        if criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
+            raise CallbackError(
+                f"{name} uses manual optimization: its training_step steps the optimizers itself, so a scoring pass "
+                "would train it. Use update_weights=True (score while training) or a criterion that looks at weights "
+                "only, such as L1"
+            )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.graph is None:
-            self.retrace(pl_module)
-        assert self.graph is not None
+        """The first scores: given, from a pass of their own, or from the epochs that start now."""
+        session = self._run.session
+        with uncompiled(pl_module):
+            graph = session.graph
+        if not graph.prunable_groups:
+            reasons = "; ".join(f"{group.name} {group.reason}" for group in graph.groups) or "no layer was found"
+            raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
         if self.given is not None:
-            self.scores = self.given if isinstance(self.given, Scores) else Scores.load(self.given, self.graph)
-            self.scores.check(self.graph)
-            self.history.append((trainer.current_epoch, self.scores))
+            self._keep(trainer, self.given if isinstance(self.given, Scores) else Scores.load(self.given, graph))
             return
-        if self.criterion.needs_reference and self.baseline is None:
-            self.baseline = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
+        if self.criterion.needs_reference and session.baseline is None:
+            session.baseline = self.baseline or {
+                name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()
+            }
         if not (self.update_weights and self.criterion.needs_forward):
-            self.rescore(trainer, pl_module)
+            self._score(trainer, pl_module)
             return
-        self._scorer = self._new_scorer(pl_module, "keep")
+        self._scorer = session.scorer("keep")
         if self._sums is None:
             self._since = trainer.current_epoch
         else:
@@ -229,22 +246,34 @@ class ScoringCallback(Callback):
                 self._scorer.state[name].copy_(total)
             self._sums = None
 
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On frozen weights, now; random state and everything else of the run stay as they are."""
+        with uncompiled(pl_module):
+            scorer = self._run.session.scorer(self.bn_mode)
+            if self.criterion.needs_forward:
+                title = f"Scoring ({type(self.criterion).__name__})"
+                with training_step_alone(trainer, pl_module) as step, scorer:
+                    for see in scorer.passes:
+                        for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
+                            see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+        sum_over_processes_(scorer.state)
+        self._keep(trainer, scorer.compute())
+
+    def _score_again_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        if self._run.due(trainer, batch_idx):
+            self._score(trainer, pl_module)
+
     def _finish_when_seen(self, trainer: Trainer) -> None:
         if self._scorer is not None and trainer.current_epoch - self._since >= self.score_epochs:
             scorer, self._scorer = self._scorer, None
-            self._keep(trainer, scorer)
+            sum_over_processes_(scorer.state)
+            self._keep(trainer, scorer.compute())
 
-    def _keep(self, trainer: Trainer, scorer: Scorer) -> None:
-        sum_over_processes_(scorer.state)
-        self.scores = scorer.compute()
-        self.history.append((trainer.current_epoch, self.scores))
+    def _keep(self, trainer: Trainer, scores: Scores) -> None:
+        self._run.session.scores = scores
+        self._run.scored_in.append(trainer.current_epoch)
 
     def _limit(self, trainer: Trainer) -> float:
         if self.score_batches is None or isinstance(self.score_batches, int):
             return self.score_batches or float("inf")
         return self.score_batches * trainer.num_training_batches
-
-    def _new_scorer(self, pl_module: LightningModule, bn_mode: Literal["eval", "train", "keep"]) -> Scorer:
-        assert self.graph is not None
-        baseline = self.baseline if self.criterion.needs_reference else None
-        return Scorer(pl_module, self.graph, self.criterion, baseline=baseline, bn_mode=bn_mode)

@@ -9,15 +9,13 @@ from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 
-from lightning_prune.callbacks.common import check_before_pruning, example_inputs, find
 from lightning_prune.callbacks.loggers import Sink, sinks_of
-from lightning_prune.callbacks.masking import MaskingCallback
-from lightning_prune.callbacks.reconstruction import ReconstructionCallback
-from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.run import RUNS, PruningRun, check_before_pruning
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
-from lightning_prune.measure.measurement import count_params, flops_by_convention, state_size
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.measure import count_params, flops_by_convention, state_size
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
@@ -66,52 +64,50 @@ class TrackingCallback(EpochTimerCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_before_pruning(trainer, self, ScoringCallback)
+            check_before_pruning(trainer, self)
             self._sinks = sinks_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sinks:
             return
-        scoring, masking = find(trainer, ScoringCallback), find(trainer, MaskingCallback)
-        if scoring is None:
+        run = RUNS.get(trainer)
+        if run is None:
             raise CallbackError("TrackingCallback: nothing scores channels here; add PruneCallback after it")
-        if self._now or (masking is not None and masking.built is not None):
+        if self._now or run.session.built is not None:
             return  # it goes on with a model that is not dense any more
-        self._stages[DENSE] = self._measure(trainer, pl_module, DENSE)
+        self._stages[DENSE] = self._measure(run, DENSE)
         self._now |= {"prune/share": 0.0, "prune/round": 0}
         self._log(trainer, self._now)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer, pl_module)
+        self._track(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer, pl_module)  # here, and not when it happens, so that no epoch's time holds the logging
+        self._track(trainer)  # here, and not when it happens, so that no epoch's time holds the logging
         self._track_epochs(trainer)
         super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer, pl_module)
+        self._track(trainer)
         self._track_epochs(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        masking = find(trainer, MaskingCallback)
-        phase = DENSE
-        if masking is not None and masking.plan is not None:
-            phase = MASKED if masking.built is None else RECONSTRUCTED
+        run, phase = RUNS.get(trainer), DENSE
+        if run is not None and run.session.plan is not None:
+            phase = MASKED if run.session.built is None else RECONSTRUCTED
         self._phases[trainer.current_epoch] = phase
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sinks:
+        run = RUNS.get(trainer)
+        if not self._sinks or run is None:
             return
-        self._track(trainer, pl_module)
-        masking = find(trainer, MaskingCallback)
-        built = None if masking is None else masking.built
-        if built is not None:
-            self._stages[RECONSTRUCTED] = self._measure(trainer, pl_module, RECONSTRUCTED)
+        self._track(trainer)
+        if run.session.built is not None:
+            self._stages[RECONSTRUCTED] = self._measure(run, RECONSTRUCTED)
             if self.model:
-                self._file("pruned.pt", "model", partial(save, small=pl_module, plan=built))
-        summary = summary_table(self._report(trainer))
+                self._file("pruned.pt", "model", partial(save, small=pl_module, plan=run.session.built))
+        summary = summary_table(self._report(run))
         for sink in self._sinks:
             sink.table("prune/summary", summary, trainer.global_step)
 
@@ -139,37 +135,37 @@ class TrackingCallback(EpochTimerCallback):
         built = state_dict["built"]
         self._built = None if built is None else Plan.from_dict(built)
 
-    def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the other callbacks did since the last time."""
-        scoring, masking = find(trainer, ScoringCallback), find(trainer, MaskingCallback)
-        if not self._sinks or scoring is None:
+    def _track(self, trainer: Trainer) -> None:
+        """Log what happened since the last time."""
+        run = RUNS.get(trainer)
+        if not self._sinks or run is None:
             return
-        plan, built, rounds = (None, None, 0) if masking is None else (masking.plan, masking.built, masking.round)
-        if len(scoring.history) > self._scored:
-            self._log_scores(trainer, scoring.history[-1][1], plan)
-        self._scored = len(scoring.history)
+        session = run.session
+        plan, built, rounds = session.plan, session.built, session.taken
+        if len(session.history) > self._scored:
+            self._log_scores(trainer, session.history[-1], plan)
+        self._scored = len(session.history)
         changed = (rounds, built) != (self._rounds, self._built)
         if rounds != self._rounds and plan is not None:
             self._file("plan.json", "plan", plan.save)
-            if scoring.dense_graph is not None:
-                self._now["prune/share"] = share_removed(scoring.dense_graph, plan)
-                self._log_channels(trainer, scoring, plan)
+            self._now["prune/share"] = share_removed(session.dense_graph, plan)
+            self._log_channels(trainer, session.dense_graph, plan)
         self._rounds, self._now["prune/round"] = rounds, rounds
         if built != self._built:
             self._built = built
-            self._measure(trainer, pl_module, RECONSTRUCTED)
-            rebuilding = find(trainer, ReconstructionCallback)
-            if rebuilding is not None and rebuilding.lossless is not None and rebuilding.seconds is not None:
-                self._now["prune/lossless_error"] = rebuilding.lossless.max_rel_error
-                self._now["prune/reconstruction_seconds"] = rebuilding.seconds
+            self._measure(run, RECONSTRUCTED)
+            if run.lossless is not None and run.seconds is not None:
+                self._now["prune/lossless_error"] = run.lossless.max_rel_error
+                self._now["prune/reconstruction_seconds"] = run.seconds
         if changed:
             self._log(trainer, self._now)
 
     def _track_epochs(self, trainer: Trainer) -> None:
         """Log epochs that are over; the timer that starts after reconstruction knows them best."""
-        if not self._sinks:
+        run = RUNS.get(trainer)
+        if not self._sinks or run is None:
             return
-        timer: EpochTimerCallback = find(trainer, ReconstructionCallback) or self
+        timer = run.timer or self
         for record in timer.records[self._timed :]:
             self._seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
             self._log(trainer, {**self._now, "prune/epoch_seconds": record.train_seconds, "epoch": record.epoch})
@@ -190,9 +186,8 @@ class TrackingCallback(EpochTimerCallback):
             sink.histograms(values, trainer.global_step)
             sink.picture("prune/scores", figure, trainer.global_step)
 
-    def _log_channels(self, trainer: Trainer, scoring: ScoringCallback, plan: Plan) -> None:
-        assert scoring.dense_graph is not None
-        layers = layer_channels(scoring.dense_graph, plan)
+    def _log_channels(self, trainer: Trainer, graph: ChannelGraph, plan: Plan) -> None:
+        layers = layer_channels(graph, plan)
         figure, table = channels_figure(layers), channels_table(layers)
         for sink in self._sinks:
             sink.picture("prune/channels", figure, trainer.global_step)
@@ -202,18 +197,16 @@ class TrackingCallback(EpochTimerCallback):
         for sink in self._sinks:
             sink.file(name, kind, write)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, name: str) -> StageResult:
+    def _measure(self, run: PruningRun, name: str) -> StageResult:
         """Measure the model as it is, for the scalars and for the summary."""
-        scoring = find(trainer, ScoringCallback)
-        assert scoring is not None
-        flops = flops_by_convention(pl_module, example_inputs(pl_module, scoring.example_inputs))
-        params = count_params(pl_module)
+        model = run.session.model
+        flops = flops_by_convention(model, run.session.example_inputs)
+        params = count_params(model)
         self._now |= {"prune/params": params, "prune/macs": flops["macs"], "prune/flops": flops["flops2"]}
-        return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(pl_module))
+        return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(model))
 
-    def _report(self, trainer: Trainer) -> PruneReport:
-        rebuilding = find(trainer, ReconstructionCallback)
-        found = None if rebuilding is None else rebuilding.lossless
+    def _report(self, run: PruningRun) -> PruneReport:
+        found = run.lossless
         lossless = (
             None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
         )

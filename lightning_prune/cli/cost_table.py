@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.measure.layers import thread_count
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
     flops_by_convention,
     measure_memory,
     state_size,
+    thread_count,
     with_samples,
 )
 from lightning_prune.report.table import MISSING, TIMES, Column, Entry, Table, print_line

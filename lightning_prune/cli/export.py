@@ -11,7 +11,7 @@ from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.measure import model_of
 from lightning_prune.cli.models import add_options
 from lightning_prune.export import SUFFIX, ExportReport, export
-from lightning_prune.measure.measurement import samples_in
+from lightning_prune.measure import samples_in
 from lightning_prune.report.table import TIMES, Column, Table, print_line
 
 _PROG = "lightning-prune export"

@@ -20,7 +20,6 @@ from torch import nn
 from lightning_prune.errors import ModelError, PruningError, TraceError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.graph.describe import describe
 from lightning_prune.report.graph_picture import graph_html, graph_svg
 
 _INPUT = (1, 3, 224, 224)
@@ -61,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
         given = getattr(model, "example_input_array", None)
     graph = _traced(model, given, options.input)
     console = Console()
-    console.print(describe(graph), highlight=False, markup=False, soft_wrap=True)
+    console.print(graph.describe(), highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         _write(out, _PICTURES[out.suffix](graph, title=title))
         console.print(f"\nPicture: {out}", highlight=False, markup=False, soft_wrap=True)

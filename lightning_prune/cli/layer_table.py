@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from lightning_prune.cli.cost_table import plural
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
+from lightning_prune.measure import LayerTime, Machine, ModelTime
 from lightning_prune.report.table import TIMES, Column, Table, print_line
 
 LAYER = (Column("layer"), Column("channels\nor kind", optional=True))

@@ -15,9 +15,7 @@ from lightning_prune.cli.graph import Parser
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.cli.models import add_options, architecture, example_inputs, is_pruned, one_sample, origin_of
 from lightning_prune.errors import ModelError
-from lightning_prune.measure.layer_findings import explain_speed
-from lightning_prune.measure.layers import measure_machine, thread_count, time_layers
-from lightning_prune.measure.measurement import samples_in, with_samples
+from lightning_prune.measure import explain_speed, measure_machine, samples_in, thread_count, time_layers, with_samples
 from lightning_prune.reconstruction.checkpoint import read_file
 from lightning_prune.report.table import print_line
 

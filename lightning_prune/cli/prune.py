@@ -21,7 +21,7 @@ from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructed
 from lightning_prune.experiments.runner import quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure.measurement import samples_in
+from lightning_prune.measure import samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save

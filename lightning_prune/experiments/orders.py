@@ -21,7 +21,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.experiments.predictions import count_changed
 from lightning_prune.experiments.runner import Precision, Runner, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
@@ -141,7 +141,7 @@ def compare_orders(
             tuned[order] = run.fine_tune(order, task, criterion, choice, coupling, finetune_epochs, finetune_lr)
         last = tuned[orders[-1]]
         run.say("Measuring")
-        graph, plan = last.callback.scoring.graph, last.callback.masking.plan
+        graph, plan = last.callback.scoring.dense_graph, last.callback.masking.plan
         assert graph is not None
         assert plan is not None
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)

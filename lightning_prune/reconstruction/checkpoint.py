@@ -6,13 +6,13 @@ Lightning checkpoints that were written while a model was pruned are read as wel
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic
@@ -43,6 +43,15 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
     Raises:
         CheckpointError: an extra that `torch.load(weights_only=True)` could not read back.
         OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, lightning_prune as lp
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> result = lp.prune(model, torch.zeros(1, 3, 8, 8), criterion="l1", ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/small.pt", result.model, result.plan, accuracy=0.9)
+        ...     torch.load(f"{folder}/small.pt", weights_only=True)["extra"]
+        {'accuracy': 0.9}
     """
     content = {**shapes_of(small, plan), "state_dict": small.state_dict(), "extra": extra}
     with atomic(Path(path)) as stream:
@@ -83,6 +92,17 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
 
     Raises:
         CheckpointError: not such a file, or another model; both shapes are named.
+
+    Example:
+        >>> import tempfile, lightning_prune as lp
+        >>> def dense() -> nn.Module:
+        ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> result = lp.prune(dense(), torch.zeros(1, 3, 8, 8), criterion="l1", ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/small.pt", result.model, result.plan)
+        ...     plan = load(f"{folder}/small.pt", model := dense())
+        >>> plan == result.plan, model[0]
+        (True, Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1)))
     """
     content = read(path)
     plan = reshape_(dense_model, content, str(path))
@@ -104,15 +124,12 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
     state, own = content.get("state_dict", content), model.state_dict()
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict")
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(f"{path} belongs to another model: {_difference(missing, unexpected)}")
-    for name, value in state.items():
-        if _shape(value) != _shape(own[name]):
-            raise CheckpointError(
-                f"{path} belongs to another model: {name!r} is {_shape(value)} in the file and {_shape(own[name])} in "
-                "the model; its arguments may differ"
-            )
+    other = next(iter(_other_shapes(own, state, str(path))), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} belongs to another model: {other!r} is {_shape(state[other])} in the file and "
+            f"{_shape(own[other])} in the model; its arguments may differ"
+        )
     model.load_state_dict(state)
 
 
@@ -146,10 +163,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         **dict(dense_model.named_buffers(remove_duplicate=False)),
     }
     own = dense_model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(f"{source} belongs to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-    smaller = {name: saved for name, saved in state.items() if _shape(saved) != _shape(own[name])}
+    smaller = {name: state[name] for name in _other_shapes(own, state, source)}
     for name in {**smaller, **dense}:
         saved = state.get(name)
         expected = dense.get(name, _shape(saved))
@@ -207,11 +221,11 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
+        code = _code_in(path)
+        if not code:
             raise CheckpointError(f"{path} cannot be read: damaged, cut short, or not a checkpoint at all") from error
         raise CheckpointError(
-            f"{path} cannot be read: it holds a {found[1]}, and reading that would run code from the file; save the "
+            f"{path} cannot be read: it holds {_some(code)}, and reading that would run code from the file; save the "
             "weights alone, torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(content, dict) or not content:
@@ -231,6 +245,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
     return content
+
+
+def _code_in(path: str | os.PathLike[str]) -> list[str]:
+    """Names of what a file would have to import; none if it cannot be told."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # noqa: BLE001  # not a zip archive, a damaged pickle, ...
+        return []
+
+
+def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str) -> list[str]:
+    """Names that are of another shape in a file than in a model; other names are refused."""
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(f"{source} belongs to another model: {_difference(missing, unexpected)}")
+    return [name for name, value in state.items() if _shape(value) != _shape(own[name])]
 
 
 def _shape(value: Any) -> list[int] | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,9 +77,7 @@ def mask_(
 
 def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
     """Set what a plan masks to zero, without holding it there."""
-    parameters = dict(model.named_parameters())
-    for item in masked_entries(graph, plan):
-        item.clear_(parameters[item.parameter].data)
+    _clear_(model, masked_entries(graph, plan))
 
 
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
@@ -119,7 +117,6 @@ class HoldZero:
                 item.clear_(parameter.data)
 
 
-@dataclass
 class MaskHandle:
     """Masks in force on a model; a context manager that undoes them.
 
@@ -128,35 +125,46 @@ class MaskHandle:
         undoable: whether the values from before are kept.
     """
 
-    model: nn.Module
-    zeros: list[Zeros]
-    optimizers: list[Optimizer] = field(default_factory=list)
-    undoable: bool = True
-    _before: list[Tensor] = field(default_factory=list, init=False)
-    _hooks: list[RemovableHandle] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        parameters = dict(self.model.named_parameters())
-        by_parameter: dict[str, list[Zeros]] = {}
-        for item in self.zeros:
-            tensor = parameters[item.parameter]
-            if self.undoable:
-                self._before.append(tensor.detach().index_select(item.dim, item.entries.to(tensor.device)))
-            by_parameter.setdefault(item.parameter, []).append(item)
-        for name, items in by_parameter.items():
-            self._hold(parameters[name], items)
-        self._hook_modules(by_parameter)
+    def __init__(
+        self, model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer] | None = None, undoable: bool = True
+    ) -> None:
+        self.model = model
+        self.zeros = zeros
+        self.undoable = undoable
+        self._optimizers = optimizers or []
+        self._hooks: list[RemovableHandle] = []
+        self._before = self._values() if undoable else []
+        self.hold()
         self.apply_()
+
+    def hold(self) -> None:
+        """Keep the entries at zero from now on, or again after `remove`."""
+        self.remove()
+        parameters = dict(self.model.named_parameters())
+        held: dict[int, list[Zeros]] = {}
+        for item in self.zeros:
+            held.setdefault(id(parameters[item.parameter]), []).append(item)
+        for parameter in self.model.parameters():
+            if id(parameter) in held and parameter.requires_grad:
+                self._hold(parameter, held[id(parameter)])
+        for module in self.model.modules():
+            owned = {name: held[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in held}
+            if owned:
+                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))
 
     def apply_(self) -> None:
         """Set every masked entry, its gradient and its optimizer state to zero now."""
+        self.clear_(self.model)
         parameters = dict(self.model.named_parameters())
         for item in self.zeros:
             parameter = parameters[item.parameter]
-            item.clear_(parameter.data)
             if parameter.grad is not None:
                 item.clear_(parameter.grad)
-            change_state_(self.optimizers, parameter, parameter.shape, item.clear_)
+            change_state_(self._optimizers, parameter, parameter.shape, item.clear_)
+
+    def clear_(self, model: nn.Module) -> None:
+        """Zero the same entries of the model, or of a copy such as an average of its weights, once."""
+        _clear_(model, self.zeros)
 
     def remove(self) -> None:
         """Stop holding; the entries stay zero but train again."""
@@ -173,18 +181,13 @@ class MaskHandle:
             raise PlanError("the values from before masking were not kept: mask_(..., undoable=True)")
         self.remove()
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for item, before in zip(self.zeros, self._before, strict=True):
-                parameter = parameters[item.parameter]
-                parameter.data.index_copy_(item.dim, item.entries.to(parameter.device), before.to(parameter.device))
+        for item, before in zip(self.zeros, self._before, strict=True):
+            data = parameters[item.parameter].data
+            data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
 
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
-        parameters = dict(self.model.named_parameters())
-        return all(
-            not parameters[z.parameter].detach().index_select(z.dim, z.entries.to(parameters[z.parameter].device)).any()
-            for z in self.zeros
-        )
+        return not any(values.any() for values in self._values())
 
     def __enter__(self) -> MaskHandle:
         return self
@@ -192,10 +195,12 @@ class MaskHandle:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _hold(self, parameter: nn.Parameter, items: list[Zeros]) -> None:
-        if not parameter.requires_grad:
-            return
+    def _values(self) -> list[Tensor]:
+        parameters = dict(self.model.named_parameters())
+        tensors = [(parameters[item.parameter].data, item) for item in self.zeros]
+        return [data.index_select(item.dim, item.entries.to(data.device)) for data, item in tensors]
 
+    def _hold(self, parameter: nn.Parameter, items: list[Zeros]) -> None:
         def clear(gradient: Tensor) -> Tensor:
             gradient = gradient.clone()
             for item in items:
@@ -204,9 +209,8 @@ class MaskHandle:
 
         self._hooks.append(parameter.register_hook(clear))
 
-    def _hook_modules(self, by_parameter: dict[str, list[Zeros]]) -> None:
-        identity = {id(p): items for name, p in self.model.named_parameters() if (items := by_parameter.get(name))}
-        for module in self.model.modules():
-            owned = {name: identity[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in identity}
-            if owned:
-                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))
+
+def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
+    parameters = dict(model.named_parameters())
+    for item in zeros:
+        item.clear_(parameters[item.parameter].data)

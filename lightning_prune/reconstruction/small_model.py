@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> M:
-    r"""A smaller copy of a model without the channels that a plan removes; the model itself is untouched.
+    r"""Build a smaller copy of a model without the channels that a plan removes; the model itself is untouched.
 
     Every tensor keeps the entries :math:`\{0..n\} \setminus R`, where :math:`R` unites what all groups remove from
     it. Residual additions keep the union of their members' channels and concatenations keep aligned indices, since
@@ -88,6 +88,17 @@ def reconstruct_(
         PlanError: the plan or the graph does not belong to this model.
         ReconstructionError: masks are still held, the smaller model does not run on ``example_inputs``, or is not
             equal to the masked one.
+
+    Example:
+        >>> from lightning_prune.graph import trace
+        >>> from lightning_prune.plan import GroupPlan
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.ones(1, 3, 8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> graph, plan = trace(model, images), Plan({"0": GroupPlan(4, (0, 3))})
+        >>> reconstruct_(model, graph, plan, optimizers=[optimizer], example_inputs=images).passed
+        True
+        >>> model[2].in_channels
+        2
     """
     plan.check(graph)
     graph.check(model)
@@ -96,25 +107,44 @@ def reconstruct_(
             "masks or gradient hooks are registered on the model; they know the old shapes. Call "
             "MaskHandle.remove() first"
         )
-    plain = unwrap(optimizers)
+    return _reconstruct_(model, graph, plan, unwrap(optimizers), example_inputs)
+
+
+def reconstruct_masked(masked: M, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> tuple[M, LosslessReport]:
+    """Build the smaller model of one that `mask_` has masked, and compare exactly these two."""
+    small = copy_without_masks(masked)
+    report = _reconstruct_(small, graph, plan, [], example_inputs, masked)
+    assert report is not None
+    return small, report
+
+
+def _reconstruct_(
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    optimizers: list[Optimizer],
+    example_inputs: Any,
+    masked: nn.Module | None = None,
+) -> LosslessReport | None:
+    """Leave out the groups at fault, if it does not work with all."""
     before = _shapes(model)
     left: dict[str, str] = {}
     try:
-        report = _attempt(model, graph, plan, plain, example_inputs)
+        report = _attempt(model, graph, plan, optimizers, example_inputs, masked)
     except ReconstructionError:
         left = _at_fault(model, graph, plan, example_inputs)
         if not left:
             raise
-        report = _attempt(model, graph, plan, plain, example_inputs, left)
+        report = _attempt(model, graph, plan, optimizers, example_inputs, masked, left)
     after = _shapes(model)
     remember_dense_(model, {name: shape for name, shape in before.items() if after[name] != shape})
     for name, reason in left.items():
         warnings.warn(
             f"group {name!r} keeps its {graph.group(name).size} channels, the masked ones at zero: {reason}",
             NotReconstructedWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return report
+    return None if report is None else replace(report, left=left)
 
 
 def _attempt(
@@ -123,31 +153,40 @@ def _attempt(
     plan: Plan,
     optimizers: list[Optimizer],
     example_inputs: Any,
-    left: Mapping[str, str] | None = None,
+    masked: nn.Module | None = None,
+    left: Collection[str] = (),
 ) -> LosslessReport | None:
-    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
+    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back.
+
+    Args:
+        masked: what to compare with, if ``model`` is a copy of a masked model; None: the model itself once masked.
+    """
     undo = Undo(model, optimizers)
-    removed = {name: gone for name, gone in _removed(plan).items() if name not in (left or {})}
+    removed = {name: gone for name, gone in _removed(plan).items() if name not in left}
     try:
         found = graph.cuts(removed)
-        zeros = masked_entries(graph, plan)
-        if example_inputs is None:
-            zeros = _surviving(zeros, found)
-        named = dict(model.named_parameters())
-        for item in zeros:
-            parameter = named[item.parameter]
-            parameter.data = item.cleared(parameter.data)
-            change_state_(optimizers, parameter, parameter.shape, item.cleared)
-        masked = None if example_inputs is None else copy.deepcopy(model)
+        if masked is None:
+            zeros = masked_entries(graph, plan)
+            _zero(model, zeros if example_inputs is not None else _surviving(zeros, found), optimizers)
+            if example_inputs is not None:
+                masked = copy.deepcopy(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:
             return None
-        report = _verify(masked, model, example_inputs, lossless=plan.lossless and not _lossy(graph, plan))
-        return replace(report, left=dict(left or {}))
+        return _verify(masked, model, example_inputs, lossless=plan.lossless and not _lossy(graph, plan))
     except BaseException:
         undo()
         raise
+
+
+def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> None:
+    """Zero entries in new tensors, so that what shares the old ones is not changed."""
+    parameters = dict(model.named_parameters())
+    for item in zeros:
+        parameter = parameters[item.parameter]
+        parameter.data = item.cleared(parameter.data)
+        change_state_(optimizers, parameter, parameter.shape, item.cleared)
 
 
 def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> dict[str, str]:
@@ -155,8 +194,8 @@ def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs:
 
     def failure(names: list[str]) -> str | None:
         try:
-            others = {name: "" for name in plan.groups if name not in names}
-            _attempt(copy_without_masks(model), graph, plan, [], example_inputs, others)
+            others = [name for name in plan.groups if name not in names]
+            _attempt(copy_without_masks(model), graph, plan, [], example_inputs, left=others)
         except ReconstructionError as error:
             return str(error)
         return None
@@ -182,7 +221,7 @@ def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
         keep = keeps.get((item.parameter, item.dim))
         entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
         if len(entries):
-            left.append(Zeros(item.parameter, item.dim, entries))
+            left.append(replace(item, entries=entries))
     return left
 
 
@@ -192,7 +231,7 @@ def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Of all parameters and buffers, under every name that shared ones have."""
+    """{name: shape} of all parameters and buffers, under every name that shared ones have."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.shape for name, tensor in named}
 

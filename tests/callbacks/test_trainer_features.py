@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_prune.callbacks import PruneCallback
+from lightning_prune.callbacks import MaskingCallback, PruneCallback, ScoringCallback
 from lightning_prune.errors import CallbackError, OptimizerError, ScoreError
 from lightning_prune.schedule import Gradual
 from tests.callbacks.helpers import Task, loader, params, trainer
@@ -129,8 +129,9 @@ def test_manual_optimization_with_two_optimizers(when: str) -> None:
     runner = run(task, callback)
     assert_pruned(task, callback)
     for optimizer in runner.optimizers:
-        for parameter, state in optimizer.state.items():
-            assert all(value.shape in (parameter.shape, torch.Size([])) for value in state.values())
+        shapes = [(parameter, value) for parameter, state in optimizer.state.items() for value in state.values()]
+        assert any(value.dim() for _, value in shapes)
+        assert all(value.shape in (parameter.shape, torch.Size([])) for parameter, value in shapes)
 
 
 def test_manual_optimization_is_scored_while_it_trains() -> None:
@@ -263,6 +264,7 @@ def test_optimizers_whose_state_is_cut(kind: str) -> None:
     for name, value in small.state_dict().items():
         assert torch.allclose(masked.state_dict()[name].double(), value.double(), rtol=1e-8, atol=1e-8), name
     state = runner.optimizers[0].state
+    assert state
     assert all(
         v.shape in (p.shape, torch.Size([]), (1,)) for p, s in state.items() for v in s.values() if torch.is_tensor(v)
     )
@@ -281,9 +283,12 @@ def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_masked() -> None:
 
 
 def test_two_prune_callbacks_are_refused() -> None:
-    task = Task()
-    with pytest.raises(CallbackError, match="has PruneCallback twice"):
-        run(task, prune(), prune())
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruneCallback`"):
+        run(Task(), prune(), prune())
+    with pytest.raises(CallbackError, match="has ScoringCallback twice"):
+        run(Task(), prune(), ScoringCallback("l1"))
+    with pytest.raises(CallbackError, match="has MaskingCallback twice"):
+        run(Task(), prune(), MaskingCallback())
 
 
 def test_learning_rate_schedules_keep_their_steps() -> None:

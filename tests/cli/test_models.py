@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prune as lp
 from lightning_prune.cli import main
 from lightning_prune.cli import prune as prune_command
-from lightning_prune.export import _RUNNERS as export_runners
+from lightning_prune.export import load_exported
 from lightning_prune.graph.recording import tensors_in
-from lightning_prune.measure.measurement import Latency
+from lightning_prune.measure import Latency
 from lightning_prune.report.table import TIMES
 from lightning_prune.tasks import ClassificationTask
 
@@ -253,7 +253,8 @@ def test_errors_are_one_line_and_nothing_is_written(capsys, argv, said) -> None:
 def test_a_file_that_holds_code_is_not_run(capsys) -> None:
     torch.save({"model": tiny_net()}, "pickled.pt")
     said = refused(capsys, "prune", "pickled.pt", *MODEL)
-    assert "it holds a torch.nn.modules.container.Sequential" in said
+    assert "it holds torch.nn.modules" in said
+    assert "container.Sequential" in said
     assert "save the weights alone" in said
 
 
@@ -410,7 +411,7 @@ def test_a_pruned_checkpoint_is_exported(capsys, format, name) -> None:
     out = capsys.readouterr().out
     small, images = tiny_net(), torch.rand(5, 3, 8, 8)
     lp.load("pruned.pt", small)
-    (found,) = tensors_in(export_runners[format](Path(name))(images))
+    (found,) = tensors_in(load_exported(name)(images))
     torch.testing.assert_close(found, small.eval()(images), atol=1e-6, rtol=1e-5)
     assert re.search(r"same outputs: max relative error \d\.\de[-+]\d\d at batch size 1 and 2", out)
     assert {"onnx": "ONNX Runtime", "torch_export": "torch.export"}[format] in out

@@ -178,7 +178,7 @@ def test_a_pickled_object_is_refused_and_not_run(tmp_path: Path) -> None:
     path, trap = tmp_path / "evil.pt", tmp_path / "trap"
     torch.save({"format": "lightning-prune/1", "plan": Evil(trap)}, path)
     with pytest.raises(
-        CheckpointError, match=r"evil\.pt cannot be read: it holds a \w+\.mkdir, and reading that would run code"
+        CheckpointError, match=r"evil\.pt cannot be read: it holds \w+\.mkdir, and reading that would run code"
     ) as caught:
         load(path, build("Residual"))
     assert not trap.exists()
@@ -227,8 +227,8 @@ def test_files_that_are_no_pruned_checkpoint_are_refused(kind: str, tmp_path: Pa
          r"'stem.0.weight' is \[4, 3, 3, 3\] in the file \(cut from \[8, 3, 3, 3\]\) and \[8, 3, 5, 5\] in the"),
         (lambda m: setattr(m.head, "fc", nn.Conv2d(12, 5, 1)),
          r"'head.fc.weight' is \[5, 6\] in the file \(cut from \[5, 12\]\) and \[5, 12, 1, 1\] in the dense model"),
-        (lambda m: setattr(m, "stem", nn.Conv2d(3, 8, 3)), r"missing \['stem.bias', 'stem.weight'\], unexpected"),
-        (lambda m: setattr(m, "extra", nn.Linear(1, 1)), r"missing \['extra.bias', 'extra.weight'\], unexpected \[\]"),
+        (lambda m: setattr(m, "stem", nn.Conv2d(3, 8, 3)), r"2 missing \(stem.bias, stem.weight\), 6 unexpected"),
+        (lambda m: setattr(m, "extra", nn.Linear(1, 1)), r"2 missing \(extra.bias, extra.weight\)$"),
     ],
     ids=["narrower", "kernel", "dims", "other", "more"],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from lightning_prune.experiments.comparison.cells import Cell, CellStore, Compar
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import count_flops, count_params
+from lightning_prune.measure import count_flops, count_params
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import load_dense
 from lightning_prune.reconstruction.small_model import reconstruct
@@ -258,9 +258,9 @@ class _Row:
             except PruningError as error:
                 self._scored = error
             else:
-                assert scoring.graph is not None
+                assert scoring.dense_graph is not None
                 assert scoring.scores is not None
-                self._scored = scoring.graph, scoring.scores
+                self._scored = scoring.dense_graph, scoring.scores
         if isinstance(self._scored, PruningError):
             raise self._scored
         return self._scored

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_prune.report.table import TIMES
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+    from lightning_prune.graph import ChannelGraph, Group, Layer
 
 COLOURS = 8  # in style.css
 

@@ -10,7 +10,7 @@ from lightning_prune.report.pages import render
 from lightning_prune.report.table import Column, Entry, Table
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+    from lightning_prune.graph import ChannelGraph, Group
 
 LIST = 80  # characters of a list of layers; a longer one is folded
 

@@ -12,7 +12,7 @@ from lightning_prune.report.pages import render
 from lightning_prune.report.table import shorten
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+    from lightning_prune.graph import ChannelGraph, Group
 
 EDGE = 16  # paper around the picture
 BOX = 50  # the box with the number of filters

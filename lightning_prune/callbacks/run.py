@@ -1,0 +1,127 @@
+"""What the pruning callbacks of one Trainer share: they meet on the run, not on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from pytorch_lightning import Callback, Trainer
+
+from lightning_prune.errors import CallbackError
+from lightning_prune.reconstruction import LosslessReport
+from lightning_prune.session import PruningSession
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.timing import EpochTimerCallback
+
+
+@dataclass(eq=False)
+class PruningRun:
+    """A session inside a Trainer.
+
+    Attributes:
+        session: what is pruned, and how far.
+        scored_in: the epoch of each of the session's scores.
+        epoch: the first epoch after the last step.
+        batch: how many batches were done at the last step.
+        checks: run before any weight is touched.
+        lossless: the comparison after reconstruction; of several the one with the largest error.
+        seconds: what reconstruction took, all steps together.
+        timer: knows what epochs take without pruning itself.
+        joined: names of the callback types that take part.
+    """
+
+    session: PruningSession
+    scored_in: list[int] = field(default_factory=list)
+    epoch: int = 0
+    batch: int = 0
+    checks: list[Callable[[Trainer], None]] = field(default_factory=list)
+    lossless: LosslessReport | None = None
+    seconds: float | None = None
+    timer: EpochTimerCallback | None = None
+    joined: list[str] = field(default_factory=list)
+
+    def open(self, trainer: Trainer, callback: Callback) -> None:
+        """Become the run of this Trainer.
+
+        Raises:
+            CallbackError: it has another one.
+        """
+        if RUNS.setdefault(trainer, self) is not self:
+            raise CallbackError(_twice(callback))
+        self.checks.clear()
+        self.joined[:] = [type(callback).__name__]
+
+    def due(self, trainer: Trainer, batch_idx: int = 0) -> bool:
+        """Whether a further step of the schedule is to be taken now."""
+        session = self.session
+        if session.plan is None or session.done:
+            return False
+        step = session.steps[session.taken - 1]
+        if step.epochs:
+            return batch_idx == 0 and trainer.current_epoch - self.epoch >= step.epochs
+        return batches_done(trainer) - self.batch >= step.batches
+
+    def stepped(self, trainer: Trainer, batch_idx: int) -> None:
+        """Note when a step was taken; whole epochs are counted from the next one on."""
+        self.epoch = trainer.current_epoch + (batch_idx > 0)
+        self.batch = batches_done(trainer)
+
+
+RUNS: WeakKeyDictionary[Trainer, PruningRun] = WeakKeyDictionary()
+
+
+def join(trainer: Trainer, callback: Callback, after: str) -> PruningRun:
+    """Take part in the run of this Trainer, which a `ScoringCallback` has opened.
+
+    Args:
+        trainer: whose callbacks are set up, one after the other.
+        callback: takes part from now on.
+        after: name of the type that must take part already.
+
+    Raises:
+        CallbackError: none of that type does, or another one of this type does.
+    """
+    run = RUNS.get(trainer)
+    joined = [] if run is None else run.joined
+    if run is None or after not in joined:
+        others = [type(other).__name__ for other in trainer.callbacks]  # type: ignore[attr-defined]
+        way_out = (
+            f"but {after} comes after it: swap them"
+            if after in others
+            else "and there is none: add it, or use PruneCallback"
+        )
+        raise CallbackError(
+            f"{type(callback).__name__} needs a {after} before it in Trainer(callbacks=[...]), {way_out}"
+        )
+    if type(callback).__name__ in joined:
+        raise CallbackError(_twice(callback))
+    joined.append(type(callback).__name__)
+    return run
+
+
+def check_before_pruning(trainer: Trainer, callback: Callback) -> None:
+    """Make sure that a callback meets the dense model: it must run before the one that scores.
+
+    Raises:
+        CallbackError: it comes later in the list.
+    """
+    if trainer in RUNS:
+        raise CallbackError(
+            f"{type(callback).__name__} must see the dense model: put it before PruneCallback (or ScoringCallback) in "
+            "Trainer(callbacks=[...])"
+        )
+
+
+def batches_done(trainer: Trainer) -> int:
+    """How many training batches are done in this run, resumed ones included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+
+def _twice(callback: Callback) -> str:
+    return (
+        f"Trainer(callbacks=[...]) has {type(callback).__name__} twice: they would prune each other's channels. Use "
+        "one, with a schedule (Rounds, Gradual) to remove channels in several steps"
+    )
