@@ -34,7 +34,7 @@ def graph_html(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
         title=title,
         tiles=_tiles(graph) if graph.groups else (),
         notes=graph.notes,
-        nothing="" if graph.groups else totals(graph),
+        nothing="" if graph.groups else totals(graph.groups),
         picture=graph_svg(graph, title=title, alone=False),
         groups=groups_table(graph),
     )
@@ -59,7 +59,7 @@ def groups_table(graph: ChannelGraph) -> Table:
     numbers = (Column("Channels"), Column("Parameters"), Column("Per channel"))
     columns = (Column("Group"), *numbers, Column("Prunable", left=True), Column("Together with", left=True))
     rows = tuple(
-        (group.name, *(f"{n:,}" for n in (group.size, *parameters(graph, group))), group.verdict, _others(group))
+        (group.name, *(f"{n:,}" for n in (group.size, *parameters(group, graph.shapes))), group.verdict, _others(group))
         for group in graph.groups
     )
     return Table(columns, rows, {number: "quiet" for number, group in enumerate(graph.groups) if not group.prunable})
