@@ -20,7 +20,7 @@ def stages_table(report: PruneReport) -> Table:
     stages = report.stages
     params, flops = [s.params for s in stages], [report.flops(s) for s in stages]
     # a ± promises half a width, the distance between the quartiles is a whole one
-    spreads = [s.latency_iqr_ms if s.latency_iqr_ms is None else s.latency_iqr_ms / 2 for s in stages]
+    spreads = [s.latency_iqr_ms and s.latency_iqr_ms / 2 for s in stages]
     sizes = [s.size_bytes and s.size_bytes / 1e6 for s in stages]
     accuracies = [Entry(MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}") for s in stages]
     dense = next((number for number, s in enumerate(stages) if s.name == DENSE), None)
