@@ -64,7 +64,8 @@ class Letterbox(v2.Transform):
         self.size = size
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = fitted(*v2.functional.get_size(inpt), self.size)
+        rows, columns = v2.functional.get_size(inpt)
+        height, width = fitted(rows, columns, self.size)
         down, across = self.size - height, self.size - width
         resized = v2.functional.resize(inpt, [height, width], antialias=True)
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else GREY

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import WeightsError
+from lightning_prune.files import atomic
 
 if TYPE_CHECKING:
-    from lightning_prune.files import atomic
-from lightning_prune.models.yolo_parts import YoloNetwork
+    from lightning_prune.models.yolo_parts import YoloNetwork
 
 Convolution = tuple[int, nn.Conv2d, nn.BatchNorm2d | None]  # the first: its number in darknet's counting
 FLOAT = 4
