@@ -14,8 +14,8 @@ import lightning_prune as lp
 NAMES = [name for name in lp.__all__ if not isinstance(getattr(lp, name), ModuleType)]
 NAMESPACES = [name for name in lp.__all__ if name not in NAMES]
 CONTRACT = """trace score mask_ reconstruct reconstruct_ check_lossless prune measure save load export explain
-PruningSession Plan ChannelGraph JRE L1 L2 FPGM Taylor GlobalRatio LayerRatio Budget PruneCallback ScoringCallback MaskingCallback
-ReconstructionCallback PruningError""".split()
+PruningSession Plan ChannelGraph JRE L1 L2 FPGM Taylor GlobalRatio LayerRatio Budget PruneCallback
+ScoringCallback MaskingCallback ReconstructionCallback PruningError""".split()
 
 
 def in_a_fresh_process(code: str) -> str:
