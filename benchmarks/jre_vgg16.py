@@ -59,8 +59,8 @@ def main() -> None:
         epochs=options.epochs,
         lr=0.01,
         output=options.out,
-        note=OPTIMIZER,
-        told=_told,
+        task_settings=OPTIMIZER,
+        on_outcome=_show,
     )
     write_comparison(comparison, options.out)
     print_comparison(comparison)
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"{name:<38} {cut:6.2f}x {PAPER:9.1f}x{within}")
 
 
-def _told(cell: Cell | Refusal) -> None:
+def _show(cell: Cell | Refusal) -> None:
     print(cell.criterion, "refused" if isinstance(cell, Refusal) else f"{cell.before:.2%}, then {cell.after:.2%}")
 
 

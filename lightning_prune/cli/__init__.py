@@ -1,8 +1,11 @@
-"""The `lightning-prune` command: one table of sub-commands, each imported only when it is called."""
+"""The `lightning-prune` command: one table of sub-commands, each imported only when it is called.
+
+Here: what a command line says, how it is refused, and what is printed. Not here: what is computed; every command is a
+few calls of functions that notebooks call too, whole studies among them (experiments/).
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PruningError, UnknownRecipeError
 
 
@@ -57,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().print(f"lightning-prune {importlib.metadata.version('lightning-prune')}", highlight=False)
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(name, COMMANDS)
         return _fail(f"'{name}' is no command.{hint} Commands: {', '.join(COMMANDS)}.", status=2)
 
     module, function = COMMANDS[name].function.split(":")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import resources
@@ -13,9 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, did_you_mean
 from lightning_prune.errors import UnknownRecipeError
-
-_CONFIG_FLAGS = ("--config", "-c")
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -51,12 +48,8 @@ def find_recipe(name: str) -> Path:
     for candidate in (name, f"{name}.yaml"):
         if candidate in recipes:
             return recipes[candidate]
-    close = difflib.get_close_matches(name, recipes, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    listed = "\n  ".join(recipes)
-    raise UnknownRecipeError(
-        f"no file '{name}' in {Path.cwd()}, and no recipe of that name.{hint}\nRecipes:\n  {listed}"
-    )
+    cause = f"no file '{name}' in {Path.cwd()}, and no recipe of that name.{did_you_mean(name, recipes)}"
+    raise UnknownRecipeError("\n  ".join([f"{cause}\nRecipes:", *recipes]))
 
 
 def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -67,33 +60,25 @@ def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> argv[0], argv[2:], stems
         ('--config', ['--trainer.max_epochs', '3'], ['jre'])
     """
-    resolved: list[str] = []
-    stems: list[str] = []
-    expects_path = False
-    for word in argv:
+    resolved, stems = list(argv), []
+    for place, word in enumerate(argv):
         flag, equals, value = word.partition("=")
-        if expects_path:
-            flag, equals, value = "", "", word
-        is_path = expects_path or (bool(equals) and flag in _CONFIG_FLAGS)
-        expects_path = not is_path and word in _CONFIG_FLAGS
-        if not is_path:
-            resolved.append(word)
+        if place and argv[place - 1] in CONFIG_FLAGS:
+            prefix, value = "", word
+        elif equals and flag in CONFIG_FLAGS:
+            prefix = f"{flag}="
+        else:
             continue
         path = find_recipe(value)
         stems.append(path.stem)
-        resolved.append(f"{flag}{equals}{path}")
+        resolved[place] = f"{prefix}{path}"
     return resolved, stems
 
 
-def show(argv: Sequence[str]) -> int:
+def show(argv: Sequence[str]) -> None:
     """`lightning-prune recipes`: list them with their descriptions; a line each where no terminal limits it."""
-    if argv and argv[0] not in ("-h", "--help"):
-        sys.stderr.write(f"error: recipes takes no options, got {' '.join(argv)}\n")
-        return 2
+    Parser("recipes", description="List the recipes that ship with the package.").parse_args(argv)
     console = Console()
-    if argv:
-        console.print("usage: lightning-prune recipes\n\nLists the shipped recipes; it takes no options.")
-        return 0
     described = {name.removesuffix(".yaml"): describe(path) for name, path in recipe_paths().items()}
     for _, group in itertools.groupby(described, key=lambda name: name.partition("/")[0]):
         names = list(group)
@@ -110,4 +95,3 @@ def show(argv: Sequence[str]) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0

@@ -6,28 +6,19 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from lightning_prune.cli.config_errors import explain
+from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.errors import ConfigurationError, PruningError
 from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
-
-
-class ExplainingParser(LightningArgumentParser):
-    """A parser whose errors name the path and the valid choices instead of printing the whole usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the cause in one or two lines and exit with status 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"error: {explain(message, self)}\n")
+_STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
 
 
 class _CLI(LightningCLI):
@@ -55,12 +46,9 @@ class _CLI(LightningCLI):
                 raise ConfigurationError(str(root)) from error
             raise
 
-
-class _TaskCLI(_CLI):
-    """Builds everything but the Trainer."""
-
-    def instantiate_trainer(self, **_: Any) -> Any:
-        """None is needed: nothing is run, and building one would look for devices and announce them."""
+    def instantiate_trainer(self, **options: Any) -> Any:
+        """None for `build_task`: one that runs nothing would look for devices and announce them."""
+        return super().instantiate_trainer(**options) if self.subcommand else None
 
 
 def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
@@ -79,11 +67,16 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     if command != "fit":  # nothing is saved here, so where the checkpoint once lay does not matter
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    logger = {"save_dir": "runs", "name": f"{'-'.join(stems) or 'unnamed'}/{command}", "version": ""}
     return _CLI(
         args=[command, *resolved],
         parser_class=ExplainingParser,
-        parser_kwargs=_parser_kwargs(),
-        trainer_defaults=_trainer_defaults("-".join(stems) or "unnamed", command),
+        parser_kwargs={"prog": "lightning-prune", **_STRICT, **dict.fromkeys(_COMMANDS, _STRICT)},
+        trainer_defaults={
+            "default_root_dir": "runs",
+            "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
+            "log_every_n_steps": 10,
+        },
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
@@ -113,11 +106,11 @@ def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
     """
     resolved, stems = resolve(argv)
     with quiet():  # about the seed
-        cli = _TaskCLI(
+        cli = _CLI(
             args=resolved,
             run=False,
             parser_class=ExplainingParser,
-            parser_kwargs={"prog": prog, "allow_abbrev": False},
+            parser_kwargs={"prog": prog, **_STRICT},
             seed_everything_default=False,
             auto_configure_optimizers=False,
         )
@@ -142,18 +135,3 @@ def validate(argv: Sequence[str]) -> None:
 def test(argv: Sequence[str]) -> None:
     """`lightning-prune test`."""
     run_lightning("test", argv)
-
-
-def _parser_kwargs() -> dict[str, Any]:
-    # Abbreviations would accept `--trainer.max_epoch` on the command line and refuse it in a file.
-    strict = {"allow_abbrev": False}
-    return {"prog": "lightning-prune", **strict, **{name: dict(strict) for name in _COMMANDS}}
-
-
-def _trainer_defaults(run: str, command: str) -> dict[str, Any]:
-    logger = {"save_dir": "runs", "name": f"{run}/{command}", "version": ""}
-    return {
-        "default_root_dir": "runs",
-        "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
-        "log_every_n_steps": 10,
-    }

@@ -4,6 +4,6 @@ Here: what trains, prunes and evaluates several times. Not here: one pruning (se
 """
 
 from lightning_prune.experiments.comparison import Comparison, compare_criteria
-from lightning_prune.experiments.orders import compare_orders
+from lightning_prune.experiments.orders import OrderSettings, compare_orders
 
-__all__ = ["Comparison", "compare_criteria", "compare_orders"]
+__all__ = ["Comparison", "OrderSettings", "compare_criteria", "compare_orders"]

@@ -1,13 +1,46 @@
-"""Predictions of two models side by side: how many differ."""
+"""Predictions of several models on the same test images: how many differ, and pictures of them side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from lightning_prune.experiments.runner import Runner
+from lightning_prune.reconstruction.lossless import check_lossless
+from lightning_prune.report import Losslessness, Predictions
+from lightning_prune.tasks.drawing import jpeg
+
 PIXELS = 0.01  # boxes that are closer are the same
+DRAWN_IMAGES = 4
+
+
+def check_predictions(runner: Runner, masked: LightningModule, small: LightningModule) -> Losslessness:
+    """Masked against reconstructed: outputs of one batch and predictions on the whole test part, in float64."""
+    images = next(iter(runner.data.test_dataloader()))[0]
+    example = small.example_input_array
+    # A detector may take its images in another form than the data have.
+    alike = isinstance(images, Tensor) and isinstance(example, Tensor) and images.shape[1:] == example.shape[1:]
+    report = check_lossless(masked, small, images if alike else example)
+    pairs = zip(runner.predict(masked), runner.predict(small), strict=True)
+    changed, total = map(sum, zip(*(count_changed(before, after) for before, after in pairs), strict=True))
+    return Losslessness(
+        report.max_abs_error, report.max_rel_error, report.dtype, report.passed, changed=changed, total=total
+    )
+
+
+def draw_predictions(runner: Runner, models: Mapping[str, LightningModule]) -> tuple[Predictions, ...]:
+    """A few test images with what is true and what each model finds; none if the task does not draw."""
+    draw: dict[str, Any] = {name: getattr(model, "draw_predictions", None) for name, model in models.items()}
+    if None in draw.values():
+        return ()
+    batch = next(iter(runner.data.test_dataloader()))
+    drawn = {"truth": next(iter(draw.values()))(batch)}
+    for name, model in models.items():
+        drawn[name] = draw[name](batch, runner.predict(model, 1)[0])
+    return tuple(Predictions(name, tuple(map(jpeg, images[:DRAWN_IMAGES]))) for name, images in drawn.items())
 
 
 def count_changed(before: Any, after: Any) -> tuple[int, int]:

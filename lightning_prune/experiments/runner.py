@@ -9,40 +9,41 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import LambdaCallback, RichProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_prune.callbacks import ScoringCallback
+from lightning_prune.criteria import Criterion
+from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PruningError
+from lightning_prune.graph import ChannelGraph
 
 METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
+@dataclass(frozen=True)
 class Runner:
-    """Trains and tests tasks on the same data.
+    """Trains, scores and tests tasks on the same data.
 
-    Args:
+    Attributes:
         data: for every fit and test.
         metric: name of the logged metric; the task logs it as ``test_{metric}``.
         progress: show progress bars.
         precision: of training, as Lightning names it; tests are always in float32.
+        accelerator: of everything, as Lightning names it.
     """
 
-    def __init__(
-        self,
-        data: LightningDataModule,
-        metric: str = "acc",
-        progress: bool = False,
-        precision: Precision = "32-true",
-    ) -> None:
-        self.data = data
-        self.metric = metric
-        self.progress = progress
-        self.precision = precision
+    data: LightningDataModule
+    metric: str = "acc"
+    progress: bool = False
+    precision: Precision = "32-true"
+    accelerator: str = "auto"
 
     def fit(
         self,
@@ -62,22 +63,45 @@ class Runner:
             lr: first learning rate; None: the task's own.
             max_steps: 0 runs what callbacks do before training, and no more.
         """
-        bars: list[Callback] = [RichProgressBar(leave=False)] if self.progress else []
-        rate = [] if lr is None else [_LearningRate(lr)]
-        trainer = Trainer(
+        rate = [] if lr is None else [_learning_rate(lr)]
+        bars = [RichProgressBar(leave=False)] if self.progress else []
+        with self._trainer(
+            task,
             max_epochs=epochs,
             max_steps=max_steps,
-            devices=1,
             precision=self.precision,
             callbacks=[*callbacks, *rate, *bars],
-            logger=False,
-            enable_checkpointing=False,
             enable_progress_bar=self.progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        with self._released(task):
+        ) as trainer:
             trainer.fit(task, self.data)
+
+    def score(
+        self,
+        task: LightningModule,
+        criterion: Criterion,
+        *,
+        batches: int | None = None,
+        seed: int = 0,
+        example_inputs: Any = None,
+    ) -> tuple[ChannelGraph, Scores]:
+        """Trace a task and score its channels on the training data, as a fit does before its first step.
+
+        Args:
+            task: left as it is.
+            criterion: how channels are scored.
+            batches: how many; None: one pass over all.
+            seed: draws which batches come first.
+            example_inputs: what to trace with; None: the task's ``example_input_array``.
+
+        Raises:
+            PruningError: one of its kinds; the criterion cannot score this task.
+        """
+        seed_everything(seed, verbose=False)
+        scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
+        self.fit(copy.deepcopy(task), 1, [scoring], max_steps=0)
+        assert scoring.dense_graph is not None
+        assert scoring.scores is not None
+        return scoring.dense_graph, scoring.scores
 
     def test(self, task: LightningModule) -> tuple[float, float]:
         """(metric on the test part, seconds).
@@ -86,7 +110,7 @@ class Runner:
             PruningError: the task does not log the metric.
         """
         started = time.perf_counter()
-        with self._evaluating(task) as trainer:
+        with self._trainer(task) as trainer:
             results = trainer.test(task, self.data, verbose=False)[0]
         name = f"test_{self.metric}"
         if name not in results:
@@ -98,7 +122,7 @@ class Runner:
         loaded = is_overridden("val_dataloader", self.data, LightningDataModule)
         if not loaded or not is_overridden("validation_step", task, LightningModule):
             return None
-        with self._evaluating(task) as trainer:
+        with self._trainer(task) as trainer:
             results = trainer.validate(task, self.data, verbose=False)
         found = results[0].get(f"val_{self.metric}") if results else None
         return None if found is None else float(found)
@@ -112,39 +136,34 @@ class Runner:
         """
         exact = copy.deepcopy(task).double().eval()
         if is_overridden("predict_step", exact, LightningModule):
-            with self._evaluating(exact, precision="64-true", limit_predict_batches=batches) as trainer:
+            with self._trainer(exact, precision="64-true", limit_predict_batches=batches) as trainer:
                 return trainer.predict(exact, self.data.test_dataloader()) or []
         with torch.no_grad():
             return [exact(batch[0].double()) for batch in itertools.islice(self.data.test_dataloader(), batches)]
 
     @contextmanager
-    def _evaluating(self, task: LightningModule, **options: Any) -> Iterator[Trainer]:
-        settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        with self._released(task):
-            yield Trainer(devices=1, **settings, **options)
-
-    @contextmanager
-    def _released(self, task: LightningModule) -> Iterator[None]:
+    def _trainer(self, task: LightningModule, **options: Any) -> Iterator[Trainer]:
         """Let go of the Trainer afterwards: a copy of the task may reach the data, and through it all tasks before."""
+        settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0, **options}
         try:
-            yield
+            yield Trainer(devices=1, accelerator=self.accelerator, **settings)
         finally:
             task.trainer = None
             self.data.trainer = None
 
 
-class _LearningRate(Callback):
+def _learning_rate(lr: float) -> Callback:
     """Start a fit from another learning rate than the task's own; its schedule keeps its shape."""
 
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def set_(trainer: Trainer, task: LightningModule) -> None:  # noqa: ARG001
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = self.lr
+                group["lr"] = group["initial_lr"] = lr
         for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [self.lr] * len(config.scheduler.base_lrs)
+            config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
+
+    return LambdaCallback(on_fit_start=set_)
 
 
 def metric_name(metric: str) -> str:

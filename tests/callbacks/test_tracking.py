@@ -23,7 +23,7 @@ from lightning_prune.callbacks.loggers import FolderSink, Sink, sinks_of
 from lightning_prune.criteria import JRE
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError, PruningError
-from lightning_prune.measure.measurement import count_flops
+from lightning_prune.measure import count_flops
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.report.tracking import channels_table, layer_channels, scores_figure, share_removed
 from lightning_prune.schedule import Gradual, Rounds

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_prune.cli import main
 from lightning_prune.criteria import JRE, L1, Random
+from lightning_prune.criteria.base import WeightCriterion
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.errors import PlanError, PruningError, ScoreError
 from lightning_prune.experiments.comparison import (
@@ -28,23 +29,41 @@ from lightning_prune.experiments.comparison import (
     csv_text,
     markdown_table,
     print_comparison,
-    run,
     trained_once,
     write_comparison,
 )
-from lightning_prune.experiments.comparison.run import weights_digest
-from lightning_prune.experiments.runner import Runner, quiet
+from lightning_prune.experiments.comparison.digests import weights_digest
 from lightning_prune.report.table import MISSING, TIMES
 from lightning_prune.tasks import ClassificationTask
 
 
-def task(norm: bool = True) -> ClassificationTask:
+class Counting(ClassificationTask):
+    """Counts the batches that all its copies train or are scored on."""
+
+    steps = 0
+
+    def training_step(self, batch, batch_idx):
+        Counting.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+class Broken(WeightCriterion):
+    """A user's criterion with a mistake in it: no error of ours."""
+
+    def __init__(self):
+        self.normalize = self.combine = "mean"
+
+    def channel_scores(self, rows):
+        raise RuntimeError("the machine went down")
+
+
+def task(norm: bool = True, kind: type[ClassificationTask] = ClassificationTask) -> ClassificationTask:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(),
         nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
-    return ClassificationTask(net, 10, input_size=(3, 8, 8))
+    return kind(net, 10, input_size=(3, 8, 8))
 
 
 def data() -> DigitsDataModule:
@@ -53,7 +72,19 @@ def data() -> DigitsDataModule:
 
 def compare(folder: Path, criteria=("l1", "gre"), **options) -> Comparison:
     settings = {"ratios": (0.5, 0.25), "seeds": (0, 1), "epochs": 1, "lr": 0.05, "output": folder, **options}
-    return compare_criteria(task(), data(), criteria, **settings)
+    Counting.steps = 0
+    return compare_criteria(task(kind=Counting), data(), criteria, **settings)
+
+
+def passes() -> float:
+    """Over the training data, of the last comparison."""
+    digits = data()
+    digits.setup("fit")
+    return Counting.steps / len(digits.train_dataloader())
+
+
+def cells(folder: Path) -> set[Path]:
+    return set((folder / "cells").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -105,51 +136,54 @@ def test_cells_do_not_depend_on_what_ran_before(outcome, tmp_path: Path) -> None
     assert alone == next(c for c in comparison.cells if (c.criterion, c.ratio, c.seed) == ("gre", 0.25, 1))
 
 
-def test_a_second_run_computes_nothing(outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_computes_nothing(outcome) -> None:
     comparison, folder = outcome
-    monkeypatch.setattr(run._Row, "cell", lambda *_: pytest.fail("computed again"))
     assert compare(folder) == comparison
+    assert passes() == 0
 
 
-def test_only_what_is_missing_is_computed_and_scored_once(outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_missing_is_computed_and_scored_once(outcome) -> None:
     comparison, folder = outcome
     lost = list((folder / "cells").glob("gre-*-seed1-*.json"))
     assert len(lost) == 2
     for path in lost:
         path.unlink()
-    passes = []
-    rescore = run.ScoringCallback.rescore
-    monkeypatch.setattr(
-        run.ScoringCallback, "rescore", lambda self, *args: (passes.append(self.criterion), rescore(self, *args))[1]
-    )
     assert compare(folder) == comparison
-    assert len(passes) == 1
+    assert passes() == 3  # scored once, two ratios fine-tuned
+
+
+def test_a_run_that_broke_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = {"ratios": [0.5], "seeds": [0]}
+    with pytest.raises(RuntimeError, match="went down"):
+        compare(tmp_path, {"done": L1(), "later": Broken()}, **options)
+    assert passes() == 1  # of L1's fine-tuning
+    finished = compare(tmp_path, {"done": L1(), "later": JRE()}, **options)
+    assert [cell.criterion for cell in finished.cells] == ["done", "later"]
+    assert passes() == 2  # JRE's scores and its fine-tuning
 
 
 @pytest.mark.parametrize(
-    "other", [{"epochs": 0}, {"lr": 0.01}, {"selection": "layer"}, {"score_batches": 1}, {"note": "another optimizer"}]
+    "other",
+    [{"epochs": 0}, {"lr": 0.01}, {"selection": "layer"}, {"score_batches": 1}, {"task_settings": "another optimizer"}],
 )
-def test_cells_of_other_settings_are_not_taken(outcome, other, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_other_settings_are_not_taken(outcome, other) -> None:
     _, folder = outcome
-    marker = Cell("l1", 0.5, 0, 0.123, 0.456, 1, 1, 0.5)
-    monkeypatch.setattr(run._Row, "cell", lambda *_: marker)
-    before = len(list((folder / "cells").iterdir()))
-    found = compare(folder, ["l1"], ratios=[0.5], seeds=[0], **other)
-    assert found.cells == (marker,)
-    assert len(list((folder / "cells").iterdir())) == before + 1
+    before = cells(folder)
+    compare(folder, ["l1"], ratios=[0.5], seeds=[0], **other)
+    assert len(cells(folder) - before) == 1
 
 
-def test_cells_of_other_weights_or_data_are_not_taken(outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_of_other_weights_or_data_are_not_taken(outcome) -> None:
     _, folder = outcome
-    marker = Cell("l1", 0.5, 0, 0.123, 0.456, 1, 1, 0.5)
-    monkeypatch.setattr(run._Row, "cell", lambda *_: marker)
     other = task()
     with torch.no_grad():
         other.model[0].weight[0, 0, 0, 0] += 1
-    settings = {"ratios": [0.5], "seeds": [0], "epochs": 1, "lr": 0.05, "output": folder}
-    assert compare_criteria(other, data(), ["l1"], **settings).cells == (marker,)
     larger = DigitsDataModule(batch_size=128, size=8)
-    assert compare_criteria(task(), larger, ["l1"], **settings).cells == (marker,)
+    settings = {"ratios": [0.5], "seeds": [0], "epochs": 1, "lr": 0.05, "output": folder}
+    for start, digits, new in ((task(), data(), 0), (other, data(), 1), (task(), larger, 1)):
+        before = cells(folder)
+        compare_criteria(start, digits, ["l1"], **settings)
+        assert len(cells(folder) - before) == new
 
 
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
@@ -161,14 +195,14 @@ def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_scored_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
-    told = []
+    known = []
     comparison = compare_criteria(
         task(norm=False), data(), ["bn_scale", "l1"], ratios=[0.5, 0.25], seeds=[0, 1], epochs=0, output=tmp_path,
-        told=told.append,
+        on_outcome=known.append,
     )  # fmt: skip
     assert {cell.criterion for cell in comparison.cells} == {"l1"}
     assert [(r.criterion, r.ratio) for r in comparison.refusals] == [("bn_scale", 0.5), ("bn_scale", 0.25)]
-    assert len(told) == 6
+    assert len(known) == 6
     text = markdown_table(comparison)
     assert "bn_scale refused at 0.5, 0.25: BNScale needs batch norms" in text
     console = Console(file=io.StringIO(), width=120)
@@ -215,17 +249,6 @@ def test_two_forms_of_one_criterion_under_names_of_their_own(tmp_path: Path) -> 
     forms = {"by layer": JRE(), "by network": JRE(scope="network", spatial="mean")}
     comparison = compare(tmp_path, forms, ratios=[0.5], seeds=[0], epochs=0)
     assert [cell.criterion for cell in comparison.cells] == list(forms)
-
-
-def test_nothing_of_a_run_is_held_by_task_or_data() -> None:
-    """The optimizer that the command line builds knows the data; a copy of the task would copy all runs so far."""
-    dense, digits = task(), data()
-    runner = Runner(digits)
-    with quiet():
-        runner.fit(dense, 1)
-        runner.test(dense)
-    assert dense._trainer is None
-    assert digits.trainer is None
 
 
 # --- tables and pictures ---
@@ -318,10 +341,10 @@ def test_files_are_written(tmp_path: Path) -> None:
 
 def test_trained_once(tmp_path: Path) -> None:
     first, second, other = task(), task(), task()
-    assert trained_once(first, data(), 1, tmp_path, note="a")
-    assert not trained_once(second, data(), 1, tmp_path, note="a")
+    assert trained_once(first, data(), 1, tmp_path, task_settings="a")
+    assert not trained_once(second, data(), 1, tmp_path, task_settings="a")
     assert weights_digest(first) == weights_digest(second) != weights_digest(task())
-    assert trained_once(other, data(), 1, tmp_path, note="b")
+    assert trained_once(other, data(), 1, tmp_path, task_settings="b")
 
 
 # --- the command ---

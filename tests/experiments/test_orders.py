@@ -16,8 +16,8 @@ from lightning_prune.cli.recipes import recipe_paths
 from lightning_prune.criteria import JRE, L1
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.errors import CheckpointError, PruningError
-from lightning_prune.experiments.orders import compare_orders
-from lightning_prune.measure.measurement import count_params
+from lightning_prune.experiments.orders import OrderSettings, compare_orders
+from lightning_prune.measure import count_params
 from lightning_prune.reconstruction.checkpoint import load
 from lightning_prune.report import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED
 from lightning_prune.report.html import read_report
@@ -50,10 +50,10 @@ def task() -> ClassificationTask:
 def outcome(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("experiment")
     data = DigitsDataModule(batch_size=128, size=16)
-    report = compare_orders(
-        task(), data, JRE(), dense_epochs=2, finetune_epochs=2, finetune_lr=0.05, latency_repeats=4,
-        output=str(folder), progress=False,
-    )  # fmt: skip
+    settings = OrderSettings(
+        dense_epochs=2, finetune_epochs=2, finetune_lr=0.05, latency_repeats=4, output=str(folder), progress=False
+    )
+    report = compare_orders(task(), data, JRE(), settings)
     return report, folder, data
 
 
@@ -219,12 +219,13 @@ def test_wrong_orders_outputs_and_weights_are_refused_before_training(tmp_path: 
     data = DigitsDataModule(batch_size=128, size=16)
     (tmp_path / "file").touch()
     with pytest.raises(PruningError, match=r"cannot write .*pruned\.pt: Not a directory"):
-        compare_orders(task(), data, JRE(), output=str(tmp_path / "file" / "out"))
+        compare_orders(task(), data, JRE(), OrderSettings(output=str(tmp_path / "file" / "out")))
     with pytest.raises(PruningError, match=r"orders must be A, B or both, each once, got \['A', 'A'\]"):
-        compare_orders(task(), data, JRE(), orders=("A", "A"), output=str(tmp_path))
+        OrderSettings(orders=("A", "A"))
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "foreign.pt")
+    settings = OrderSettings(dense=str(tmp_path / "foreign.pt"), output=str(tmp_path), progress=False)
     with pytest.raises(CheckpointError, match=r"foreign\.pt belongs to another model: .* missing"):
-        compare_orders(task(), data, JRE(), dense=str(tmp_path / "foreign.pt"), output=str(tmp_path), progress=False)
+        compare_orders(task(), data, JRE(), settings)
 
 
 class Plain(LightningModule):
@@ -252,10 +253,11 @@ class Plain(LightningModule):
 
 
 def test_a_module_without_predict_step_is_compared_by_its_outputs(tmp_path: Path) -> None:
-    report = compare_orders(
-        Plain(), DigitsDataModule(batch_size=128, size=16), L1(), metric="hits", orders=("B",), dense_epochs=1,
-        finetune_epochs=1, latency_repeats=1, output=str(tmp_path), progress=False,
+    settings = OrderSettings(
+        metric="hits", orders=("B",), dense_epochs=1, finetune_epochs=1, latency_repeats=1, output=str(tmp_path),
+        progress=False,
     )  # fmt: skip
+    report = compare_orders(Plain(), DigitsDataModule(batch_size=128, size=16), L1(), settings)
     assert (report.losslessness.changed, report.losslessness.total) == (0, 360)
     assert report.predictions == ()
     assert report.metric == "hits"

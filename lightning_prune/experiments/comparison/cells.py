@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import statistics
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.errors import PruningError
+from lightning_prune.experiments.comparison.digests import digest
 from lightning_prune.files import atomic
 
 
@@ -120,35 +120,28 @@ class Comparison:
         found: dict[tuple[str, float], list[Cell]] = {}
         for cell in self.cells:
             found.setdefault((cell.criterion, cell.ratio), []).append(cell)
+        measures = ("before", "after", "macs", "params")
         rows = [
-            Row(
-                criterion,
-                ratio,
-                len(cells),
-                Spread.of(cell.before for cell in cells),
-                Spread.of(cell.after for cell in cells),
-                Spread.of(cell.macs for cell in cells),
-                Spread.of(cell.params for cell in cells),
-            )
-            for (criterion, ratio), cells in found.items()
+            Row(*key, len(cells), *(Spread.of(getattr(cell, measure) for cell in cells) for measure in measures))
+            for key, cells in found.items()
         ]
         return tuple(sorted(rows, key=lambda row: (row.ratio, -row.after.mean)))
 
 
+@dataclass(frozen=True)
 class CellStore:
     """Cells on disk, one file each, written whole or not at all.
 
     A file's name holds a digest of every setting its numbers depend on, so that cells of other settings are neither
     found nor overwritten.
 
-    Args:
+    Attributes:
         folder: where they lie.
         settings: what all cells share; plain data.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.settings = dict(settings)
+    folder: Path
+    settings: Mapping[str, Any]
 
     def path(self, criterion: str, definition: str, ratio: float, seed: int) -> Path:
         """File of one cell; ``definition`` is the criterion with all its settings."""
@@ -168,21 +161,10 @@ class CellStore:
             data = json.loads(path.read_text(encoding="utf-8"))
             return Cell(**{field.name: data[field.name] for field in fields(Cell)})
         except (ValueError, KeyError, TypeError) as error:
-            raise PruningError(
-                f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
-            ) from error
+            message = f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
+            raise PruningError(message) from error
 
     def save(self, path: Path, cell: Cell) -> None:
         """Write a cell, with the settings it belongs to."""
         with atomic(path) as stream:
             stream.write(json.dumps({**asdict(cell), "settings": self.settings}, indent=1).encode())
-
-
-def digest(settings: Any) -> str:
-    """A name for plain data that changes with it.
-
-    Example:
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
-        True
-    """
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_prune.callbacks import ScoringCallback
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PlanError, PruningError
-from lightning_prune.experiments.comparison.cells import Cell, CellStore, Comparison, Dense, Refusal, digest
+from lightning_prune.experiments.comparison.cells import Cell, CellStore, Comparison, Dense, Refusal
+from lightning_prune.experiments.comparison.digests import data_summary, digest, weights_digest
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import count_flops, count_params
-from lightning_prune.plan import Coupling, Plan
+from lightning_prune.measure import count_flops, count_params
+from lightning_prune.plan import Coupling
 from lightning_prune.reconstruction.checkpoint import load_dense
 from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
@@ -50,8 +48,8 @@ def compare_criteria(
     coupling: Coupling = "joint",
     score_batches: int | None = None,
     metric: str = "acc",
-    note: Any = None,
-    told: Callable[[Cell | Refusal], None] | None = None,
+    task_settings: Any = None,
+    on_outcome: Callable[[Cell | Refusal], None] | None = None,
 ) -> Comparison:
     """Prune one trained task by each criterion, fine-tune it in the same way, and test it before and after.
 
@@ -74,9 +72,9 @@ def compare_criteria(
         coupling: see `Selection.select`.
         score_batches: batches scored on; None: one pass over the training data.
         metric: name of the logged metric.
-        note: plain data that the cells depend on besides: the optimizer's settings, say, which are code in a task.
-            Cells under another note are others.
-        told: called with every cell and refusal as soon as it is known.
+        task_settings: plain data that the cells depend on besides: the optimizer's settings, say, which are code in a
+            task. Cells under other settings are others.
+        on_outcome: called with every cell and refusal as soon as it is known.
 
     Raises:
         ScoreError: unknown criterion; names the valid ones. Nothing has been computed then.
@@ -99,33 +97,31 @@ def compare_criteria(
     with quiet():
         settings = {
             "weights": weights_digest(task),
-            "data": _looks(data),
+            "data": data_summary(data),
             "epochs": epochs,
             "lr": lr,
             "selection": selection,
             "coupling": coupling,
             "score_batches": score_batches,
             "metric": metric,
-            "note": note,
+            "note": task_settings,
         }
         store = CellStore(Path(output) / "cells", settings)
+        study = _Study(runner, task, store, SELECTIONS[selection], coupling, epochs, lr, score_batches)
         example = task.example_input_array
         dense = Dense(runner.test(task)[0], count_flops(task, example), count_params(task))
         found: list[Cell] = []
         refusals: dict[tuple[str, float], Refusal] = {}
         for name, criterion in named.items():
             for seed in seeds:
-                row = _Row(runner, task, name, _seeded(criterion, seed), seed, score_batches)
-                for ratio in ratios:
-                    if (name, ratio) in refusals:  # from an earlier seed
-                        continue
-                    outcome = row.outcome(store, ratio, SELECTIONS[selection](ratio), coupling, epochs, lr)
+                left = [ratio for ratio in ratios if (name, ratio) not in refusals]  # by an earlier seed
+                for outcome in study.row(name, _seeded(criterion, seed), seed, left):
                     if isinstance(outcome, Refusal):
-                        refusals[name, ratio] = outcome
+                        refusals[name, outcome.ratio] = outcome
                     else:
                         found.append(outcome)
-                    if told is not None:
-                        told(outcome)
+                    if on_outcome is not None:
+                        on_outcome(outcome)
     return Comparison(dense, tuple(found), tuple(refusals.values()), settings, metric_name(metric))
 
 
@@ -162,15 +158,17 @@ def check_request(
     return named
 
 
-def trained_once(task: LightningModule, data: LightningDataModule, epochs: int, folder: str | Path, note: Any) -> bool:
-    """Train a task in place, or take its weights from an earlier call with the same note, start and data.
+def trained_once(
+    task: LightningModule, data: LightningDataModule, epochs: int, folder: str | Path, task_settings: Any
+) -> bool:
+    """Train a task in place, or take its weights from an earlier call with the same settings, start and data.
 
     Args:
         task: as it was built.
         data: what it is trained on.
         epochs: of training.
         folder: keeps the weights as ``dense-*.ckpt``.
-        note: plain data that the training depends on besides: the optimizer's settings, the seed.
+        task_settings: plain data that the training depends on besides: the optimizer's settings, the seed.
 
     Returns:
         Whether it was trained now.
@@ -179,7 +177,8 @@ def trained_once(task: LightningModule, data: LightningDataModule, epochs: int, 
         PruningError: the file there does not belong to the task.
     """
     with quiet():
-        key = digest({"start": weights_digest(task), "data": _looks(data), "epochs": epochs, "note": note})
+        start = {"start": weights_digest(task), "data": data_summary(data)}
+        key = digest({**start, "epochs": epochs, "note": task_settings})
         path = Path(folder) / f"dense-{key[:12]}.ckpt"
         if path.is_file():
             load_dense(path, task)
@@ -190,80 +189,57 @@ def trained_once(task: LightningModule, data: LightningDataModule, epochs: int, 
     return True
 
 
-def weights_digest(task: LightningModule) -> str:
-    """A name for all parameters and buffers."""
-    found = hashlib.sha256()
-    for name, tensor in task.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+@dataclass(frozen=True)
+class _Study:
+    """What all cells share: they are found in the store, or the task is pruned, tested, fine-tuned and tested."""
 
+    runner: Runner
+    task: LightningModule
+    store: CellStore
+    selection: Callable[[float], Selection]
+    coupling: Coupling
+    epochs: int
+    lr: float | None
+    score_batches: int | None
 
-class _Row:
-    """One criterion from one seed, scored when its first missing cell is asked for."""
+    def row(self, name: str, criterion: Criterion, seed: int, ratios: Sequence[float]) -> Iterator[Cell | Refusal]:
+        """Cells of one criterion from one seed, which is scored once, and only if one is missing."""
+        paths = {ratio: self.store.path(name, repr(criterion), ratio, seed) for ratio in ratios}
+        kept = {ratio: self.store.load(path) for ratio, path in paths.items()}
+        scored: tuple[ChannelGraph, Scores] | str = ""
+        if None in kept.values():
+            try:
+                scored = self.runner.score(self.task, criterion, batches=self.score_batches, seed=seed)
+            except PruningError as error:
+                scored = str(error)
+        for ratio, cell in kept.items():
+            if cell is not None:
+                yield cell
+            elif isinstance(scored, str):
+                yield Refusal(name, ratio, scored)
+            else:
+                try:
+                    cell = self.compute(name, ratio, seed, *scored)
+                except PruningError as error:
+                    yield Refusal(name, ratio, str(error))
+                else:
+                    self.store.save(paths[ratio], cell)
+                    yield cell
 
-    def __init__(
-        self,
-        runner: Runner,
-        task: LightningModule,
-        name: str,
-        criterion: Criterion,
-        seed: int,
-        score_batches: int | None,
-    ) -> None:
-        self.runner = runner
-        self.task = task
-        self.name = name
-        self.criterion = criterion
-        self.seed = seed
-        self.score_batches = score_batches
-        self._scored: tuple[ChannelGraph, Scores] | PruningError | None = None
-
-    def outcome(
-        self, store: CellStore, ratio: float, selection: Selection, coupling: Coupling, epochs: int, lr: float | None
-    ) -> Cell | Refusal:
-        """The stored cell, or a new one, stored now, or why there is none."""
-        path = store.path(self.name, repr(self.criterion), ratio, self.seed)
-        cell = store.load(path)
-        if cell is not None:
-            return cell
-        try:
-            cell = self.cell(ratio, selection, coupling, epochs, lr)
-        except PruningError as error:
-            return Refusal(self.name, ratio, str(error))
-        store.save(path, cell)
-        return cell
-
-    def cell(self, ratio: float, selection: Selection, coupling: Coupling, epochs: int, lr: float | None) -> Cell:
+    def compute(self, name: str, ratio: float, seed: int, graph: ChannelGraph, scores: Scores) -> Cell:
         """Prune, test, fine-tune, test."""
-        graph, scores = self._scores()
         example = self.task.example_input_array
-        plan: Plan = selection.select(graph, scores, coupling=coupling, model=self.task, example_inputs=example)
+        plan = self.selection(ratio).select(
+            graph, scores, coupling=self.coupling, model=self.task, example_inputs=example
+        )
         small = reconstruct(self.task, graph, plan, example_inputs=example)
         before = after = self.runner.test(small)[0]
-        if epochs:
-            seed_everything(self.seed, verbose=False)
-            self.runner.fit(small, epochs, lr=lr)
+        if self.epochs:
+            seed_everything(seed, verbose=False)
+            self.runner.fit(small, self.epochs, lr=self.lr)
             after = self.runner.test(small)[0]
         macs, params = count_flops(small, example), count_params(small)
-        return Cell(self.name, ratio, self.seed, before, after, macs, params, plan.ratio)
-
-    def _scores(self) -> tuple[ChannelGraph, Scores]:
-        if self._scored is None:
-            seed_everything(self.seed, verbose=False)
-            scoring = ScoringCallback(self.criterion, score_batches=self.score_batches)
-            task = copy.deepcopy(self.task)
-            try:
-                self.runner.fit(task, 1, [scoring], max_steps=0)
-            except PruningError as error:
-                self._scored = error
-            else:
-                assert scoring.graph is not None
-                assert scoring.scores is not None
-                self._scored = scoring.graph, scoring.scores
-        if isinstance(self._scored, PruningError):
-            raise self._scored
-        return self._scored
+        return Cell(name, ratio, seed, before, after, macs, params, plan.ratio)
 
 
 def _named(criteria: Sequence[str | Criterion] | Mapping[str, str | Criterion]) -> dict[str, Criterion]:
@@ -289,17 +265,3 @@ def _seeded(criterion: Criterion, seed: int) -> Criterion:
     seeded = copy.copy(criterion)
     seeded.seed = seed
     return seeded
-
-
-def _looks(data: LightningDataModule) -> dict[str, Any]:
-    """What tells this data from other data: its class, and the first batch of the training and the test part."""
-    data.prepare_data()
-    looks: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
-    for part, stage, loader in (("train", "fit", data.train_dataloader), ("test", "test", data.test_dataloader)):
-        data.setup(stage)
-        seed_everything(0, verbose=False)
-        batches = loader()
-        leaves = [leaf for leaf in tree_leaves(next(iter(batches))) if isinstance(leaf, Tensor)]
-        # Three digits: they survive another machine's rounding.
-        looks[part] = [len(batches), *([*leaf.shape, f"{leaf.double().mean():.3g}"] for leaf in leaves)]
-    return looks

@@ -1,0 +1,124 @@
+"""Which model a command is about: an architecture from a name or a recipe, and the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_prune.cli.build_model import build_model
+from lightning_prune.errors import ModelError
+from lightning_prune.measure import samples_in, with_samples
+from lightning_prune.reconstruction.checkpoint import FORMAT, KEY, load, load_dense, read_file
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+
+IMAGE = (1, 3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights says about itself.
+
+    Attributes:
+        path: of the file.
+        pruned: whether the model has lost channels.
+        origin: the words on the command line that built its dense model, where the file says so.
+        input: shape that it was pruned with, where the file says so.
+    """
+
+    path: str
+    pruned: bool
+    origin: str | None
+    input: Sequence[int] | None
+
+    @classmethod
+    def read(cls, path: str) -> Checkpoint:
+        """Look into a file.
+
+        Raises:
+            CheckpointError: missing, or not a dict of tensors and plain data.
+        """
+        content = read_file(path)
+        during = content.get(KEY, {})  # what callbacks note in Lightning's checkpoints
+        pruned = content.get("format") == FORMAT or bool(during.get("plan", {}).get("groups"))
+        extra = content.get("extra", {})
+        return cls(path, pruned, extra.get("origin"), extra.get("input"))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A freshly built dense model, and what is known beside it.
+
+    Attributes:
+        dense: its weights are those it was built with.
+        task_inputs: the task's example inputs; None if nobody said.
+        data: of the recipe, if there is one.
+        origin: the words on the command line that build it again.
+        name: short.
+        shape: of the input, where the command line asks for one.
+    """
+
+    dense: nn.Module
+    task_inputs: Any
+    data: LightningDataModule | None
+    origin: str
+    name: str
+    shape: Sequence[int] | None
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """A copy in eval mode with the weights of a checkpoint.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        model = copy.deepcopy(self.dense).eval()
+        (load if checkpoint.pruned else load_dense)(checkpoint.path, model)
+        return model
+
+    def example_inputs(self, *checkpoints: Checkpoint) -> Any:
+        """Random numbers of the shape that was asked for, else the task's inputs, else as a file was pruned with."""
+        if self.shape is None and self.task_inputs is not None:
+            return self.task_inputs
+        shape = self.shape or next((file.input for file in checkpoints if file.input), IMAGE)
+        return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+    def deployed_inputs(self, *checkpoints: Checkpoint) -> Any:
+        """The same with one sample, unless a shape was asked for; a task has two samples to be traced with."""
+        inputs = self.example_inputs(*checkpoints)
+        return with_samples(inputs, 1) if self.shape is None and samples_in(inputs) else inputs
+
+
+def architecture(options: argparse.Namespace, *checkpoints: Checkpoint) -> Architecture:
+    """Build what ``--model`` or ``--config`` names.
+
+    Args:
+        options: with those of `Parser.add_model_options`, from `Parser.parse_with_fit_options`.
+        checkpoints: the origin of the first is said where neither option is given.
+
+    Raises:
+        ModelError: neither, both, or a model that cannot be built.
+    """
+    if bool(options.config) == (options.model is not None):
+        cause = "--config and --model exclude each other" if options.config else "a checkpoint holds weights, not code"
+        origin = next((file.origin for file in checkpoints if file.origin), None)
+        hint = f" It was pruned with: {origin}" if origin and not options.config else ""
+        raise ModelError(f"{cause}: pass --config TASK.yaml or --model NAME.{hint}")
+    if options.config:
+        from lightning_prune.cli.training import build_task
+
+        argv = [*(word for name in options.config for word in ("--config", name)), *options.fit_options]
+        built = build_task(argv, options.prog)
+        inputs = built.task.example_input_array
+        return Architecture(built.task, inputs, built.data, shlex.join(argv), built.name, options.input)
+    argv = ["--model", options.model, *(word for argument in options.arg for word in ("--arg", argument))]
+    model = build_model(options.model, options.arg)
+    inputs = getattr(model, "example_input_array", None)
+    return Architecture(model, inputs, None, shlex.join(argv), options.model, options.input)

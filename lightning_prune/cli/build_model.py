@@ -1,0 +1,90 @@
+"""Build a model from its name: an import path, or a short name of torchvision."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.cli.parser import did_you_mean
+from lightning_prune.errors import ModelError
+
+
+def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
+    """Call the class or function at an import path; models of torchvision go by short names too.
+
+    Args:
+        path: such as ``resnet18`` or ``package.module.Net``; weights are downloaded only if asked for.
+        arguments: keyword arguments as ``key=value``; a value that is neither JSON nor a Python literal is text.
+
+    Raises:
+        ModelError: there is nothing at the path, it refuses the arguments, or what it returns is no module.
+
+    Example:
+        >>> build_model("torch.nn.Linear", ["in_features=3", "out_features=2"])
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    keywords = dict(map(_keyword, arguments))
+    if "." in path:
+        factory = _import(path)
+    else:
+        factory = _of_torchvision(path)
+        if "weights_backbone" in inspect.signature(factory).parameters:
+            keywords.setdefault("weights_backbone", None)
+    if not callable(factory):
+        raise ModelError(f"'{path}' is no class or function, but a {type(factory).__name__}.")
+    try:
+        inspect.signature(factory).bind(**keywords)
+    except TypeError as error:
+        names = [name for name in inspect.signature(factory).parameters if name not in ("args", "kwargs")]
+        raise ModelError(f"'{path}': {error}. It takes: {', '.join(names)}.") from error
+    except ValueError:  # no signature to be had: the call itself will tell
+        pass
+    try:
+        model = factory(**keywords)
+    except Exception as error:
+        raise ModelError(f"'{path}' could not be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"'{path}' returns a {type(model).__name__}, which is no torch.nn.Module.")
+    return model
+
+
+def _import(path: str) -> Any:
+    """The object at an import path, or an error that says which part of the path is wrong."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(f"'{path}': {error}.") from error
+    if not hasattr(module, name):
+        public = [other for other in vars(module) if not other.startswith("_")]
+        raise ModelError(f"there is no '{name}' in {module_name}.{did_you_mean(name, public)}")
+    return getattr(module, name)
+
+
+def _of_torchvision(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    try:
+        return models.get_model_builder(name)
+    except ValueError as error:
+        raise ModelError(
+            f"torchvision has no model '{name}'.{did_you_mean(name, models.list_models())} Others go by import path, "
+            "such as package.module.Net"
+        ) from error
+
+
+def _keyword(argument: str) -> tuple[str, Any]:
+    key, equals, value = argument.partition("=")
+    if not equals or not key.isidentifier():
+        raise ModelError(f"--arg takes KEY=VALUE, got '{argument}'.")
+    for read in (json.loads, ast.literal_eval):  # null and true, None and (1, 2)
+        with suppress(ValueError, SyntaxError):
+            return key, read(value)
+    return key, value

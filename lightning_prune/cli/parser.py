@@ -1,0 +1,75 @@
+"""What the commands' parsers share: refusals in one line, types of options, and the options that name a model."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+CONFIG_FLAGS = ("--config", "-c")
+_FIT_OPTIONS = ("--model.", "--data", "--trainer", "--seed_everything")
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of one command; says what is wrong in one line."""
+
+    def __init__(self, command: str, **options: Any) -> None:
+        super().__init__(prog=f"lightning-prune {command}", allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the cause alone: the usage is what --help is for."""
+        self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See {self.prog} --help.\n")
+
+    def add_model_options(self, name: str = "--model") -> None:
+        """Add what says which dense model the command is about; ``name`` is that of its first option."""
+        add = self.add_argument_group("the dense model").add_argument
+        metavar = "NAME" if name.startswith("-") else "MODEL"
+        add(name, metavar=metavar, help="of torchvision such as resnet18, or an import path")
+        add("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the model; repeat")
+        add(
+            *CONFIG_FLAGS,
+            action="append",
+            default=[],
+            metavar="TASK",
+            help="YAML file or recipe, with the options of fit",
+        )
+        add("--input", nargs="+", type=count, metavar="N", help="shape of the input, samples first")
+
+    def parse_with_fit_options(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options, with those that `fit` knows in ``fit_options`` where there is a configuration to take them."""
+        options, rest = self.parse_known_args(argv)
+        unknown = [w for w in rest if not options.config or (w.startswith("--") and not w.startswith(_FIT_OPTIONS))]
+        if unknown:
+            hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f'.{hint}'}")
+        return argparse.Namespace(**vars(options), fit_options=rest, prog=self.prog)
+
+
+def count(word: str) -> int:
+    """A number of at least 1, as the type of an option."""
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got '{word}'")
+    return int(word)
+
+
+def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """The type of an option that takes several values, with commas between them."""
+
+    def parse(text: str) -> list[T]:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse names it in errors
+    return parse
+
+
+def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question after the closest of the names, or nothing.
+
+    Example:
+        >>> did_you_mean("resnet19", ["vgg16", "resnet18"])
+        " Did you mean 'resnet18'?"
+    """
+    close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,191 @@
+"""`lightning-prune prune`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_prune as lp
+from lightning_prune.cli import main
+from lightning_prune.measure import Latency
+from lightning_prune.report.table import TIMES
+from lightning_prune.tasks import ClassificationTask
+from tests.cli.tiny import MODEL, NET, TinyData, files, refused, tiny_net
+
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
+def test_a_state_dict_is_pruned_and_can_be_loaded(capsys) -> None:
+    assert main(["prune", "dense.pt", *MODEL, "--ratio", "0.25", "--out", "small.pt"]) == 0
+    out = capsys.readouterr().out
+    dense, small = tiny_net(), tiny_net()
+    dense.load_state_dict(torch.load("dense.pt"))
+    plan = lp.load("small.pt", small)
+    expected = lp.prune(dense.eval(), torch.rand(2, 3, 8, 8), criterion="l1", ratio=0.25)
+    assert plan == expected.plan
+    images = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(small.eval()(images), expected.model.eval()(images))
+    assert re.search(r"lossless: max relative error \d\.\de-\d\d in float64", out)
+    before, after = sum(p.numel() for p in dense.parameters()), sum(p.numel() for p in small.parameters())
+    assert f"{before / after:.2f}{TIMES}" in out
+    assert "pruned model: small.pt" in out
+    assert files() == {"dense.pt", "task.yaml", "small.pt"}
+
+
+def test_a_lightning_checkpoint_is_scored_on_the_loss_of_its_task(capsys, trained) -> None:
+    argv = ["prune", "dense.ckpt", "--config", "task.yaml", "--criterion", "gre", "--ratio", "0.5"]
+    assert main(argv) == 0
+    assert "channels removed by gre, --ratio 0.5, coupling joint" in capsys.readouterr().out
+    scores = lp.score(
+        trained,
+        graph := lp.trace(trained, trained.example_input_array),
+        "gre",
+        batches=TinyData().train_dataloader(),
+        loss=lambda task, batch: nn.functional.cross_entropy(task(batch[0]), batch[1]),
+    )
+    fresh = ClassificationTask(tiny_net(), num_classes=3, input_size=(3, 8, 8))
+    assert lp.load("pruned.pt", fresh) == lp.GlobalRatio(0.5).select(graph, scores)
+    assert files() == {"dense.pt", "dense.ckpt", "task.yaml", "pruned.pt"}  # no logs, no checkpoints of Lightning's
+
+
+def test_a_latency_budget_is_of_one_sample(capsys, monkeypatch, trained) -> None:
+    timed = []
+
+    def once(model, inputs, **options):
+        timed.append(len(inputs))
+        return Latency(lp.measure.count_params(model) / 1e3, 0.0, ())
+
+    monkeypatch.setattr("lightning_prune.selection.budget.measure_latency", once)
+    assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--budget", "latency_ms=1"]) == 0
+    assert set(timed) == {1}  # the task's example has 2
+    assert re.search(r"\d+ of 35 channels removed by l1, --budget latency_ms=1, ", capsys.readouterr().out)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys) -> None:
+    Path("folder").mkdir()
+    work = ["prune", "dense.pt", "--model", "no.such.Net"]  # the work would fail at once
+    assert "cannot write folder: Is a directory" in refused(capsys, *work, "--out", "folder")
+    assert "cannot write" in refused(capsys, *work, "--out", "dense.pt/x/y.pt")
+
+
+def test_a_full_disk_is_said_in_one_line(capsys, monkeypatch) -> None:
+    def full(*args, **extra):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert "cannot write pruned.pt: No space left" in refused(capsys, "prune", "dense.pt", *MODEL)
+
+
+def test_a_seed_of_the_recipe_is_not_announced(monkeypatch, trained) -> None:
+    said = []
+    monkeypatch.setattr(logging.getLogger("lightning_fabric"), "handlers", [handler := logging.Handler()])
+    monkeypatch.setattr(handler, "emit", said.append)
+    Path("task.yaml").write_text("seed_everything: 0\n" + Path("task.yaml").read_text())
+    assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--explain"]) == 0
+    assert said == []
+
+
+def test_a_budget_with_constraints(capsys) -> None:
+    argv = ["--budget", "flops=0.6", "--round-to", "4", "--ignore", "3", "--coupling", "union"]
+    assert main(["prune", "dense.pt", *MODEL, *argv]) == 0
+    plan = lp.load("pruned.pt", tiny_net())
+    assert len(plan.groups["0"].keep) % 4 == 0
+    assert plan.groups["0"].removed
+    assert "3" not in plan.groups or not plan.groups["3"].removed
+    assert plan.coupling == "union"
+
+
+def test_the_same_share_of_every_layer(capsys) -> None:
+    assert main(["prune", "dense.pt", *MODEL, "--per-layer", "--ratio", "0.25"]) == 0
+    assert [len(group.removed) for group in lp.load("pruned.pt", tiny_net()).groups.values()] == [4, 4]
+
+
+def test_a_lossy_plan_is_called_so(capsys) -> None:
+    assert main(["prune", "dense.pt", *MODEL, "--coupling", "intersection"]) == 0
+    assert "NOT lossless, by choice of the plan" in capsys.readouterr().out
+
+
+def test_explaining_does_nothing(capsys) -> None:
+    before = files()
+    assert main(["prune", "dense.pt", *MODEL, "--budget", "params=0.5", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert "not prunable: reaches the model's output" in out
+    assert "can be met" in out
+    assert out.endswith("Nothing was done.\n")
+    assert files() == before
+
+
+def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
+    argv = ["prune", "dense.pt", *MODEL, "--ignore", "3", "--budget", "flops=0.01"]
+    assert main([*argv, "--explain"]) == 1
+    err = capsys.readouterr().err
+    assert "CANNOT be met" in err
+    nearest = re.search(r"Budget\((flops=0\.\d+)\)", err)
+    assert nearest is not None
+    assert main([*argv[:-1], nearest[1], "--explain"]) == 0
+    assert refused(capsys, *argv) == err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["prune"], "required: CHECKPOINT"),
+        (["prune", "dense.pt"], "weights, not code: pass --config TASK.yaml or --model NAME"),
+        (["prune", "dense.pt", "--model", NET, "--config", "task.yaml"], "exclude each other"),
+        (["prune", "no.pt", *MODEL], "there is no file no.pt"),
+        (["prune", "task.yaml", *MODEL], "task.yaml cannot be read"),
+        (["prune", "dense.pt", "--model", "resnet19"], "Did you mean 'resnet1"),
+        (["prune", "dense.pt", "--model", "resnet18"], "another model: 122 missing (bn1.bias, "),
+        (["prune", "cut.pt", *MODEL], "cut.pt cannot be read: damaged, cut short, or not a checkpoint"),
+        (["prune", "task.pt", *MODEL], "names have 'model.' in front; it is of the whole task"),
+        (["prune", "dense.pt", "--config", "task.yaml"], "names lack 'model.' in front; it is of a part"),
+        (["prune", "dense.pt", "--config", "task.yaml", "--ration", "0.4"], "--ration. Did you mean '--ratio'?"),
+        (
+            ["prune", "dense.pt", *MODEL, "--arg", "width=8"],
+            "'0.weight' is [16, 3, 3, 3] in the file and [8, 3, 3, 3] in the model",
+        ),
+        (["prune", "dense.pt", *MODEL, "--criterion", "l3"], "l1"),
+        (["prune", "dense.pt", *MODEL, "--criterion", "jre"], "pass --config TASK.yaml"),
+        (["prune", "dense.pt", *MODEL, "--ratio", "1.5"], "ratio"),
+        (["prune", "dense.pt", *MODEL, "--ratio", "0"], "nothing"),
+        (["prune", "dense.pt", *MODEL, "--budget", "flops"], "COST=NUMBER, such as flops=0.5, got 'flops'"),
+        (["prune", "dense.pt", *MODEL, "--budget", "speed=2"], "flops, params and latency_ms, got 'speed'"),
+        (["prune", "dense.pt", *MODEL, "--budget", "flops=0.5", "--per-layer"], "leave out --per-layer"),
+        (
+            ["prune", "dense.pt", *MODEL, "--budget", "flops=0.5", "--ratio", "0.3"],
+            "not allowed with argument --budget",
+        ),
+        (["prune", "dense.pt", *MODEL, "--out", "dense.pt"], "is the checkpoint itself"),
+        (["prune", "dense.pt", *MODEL, "--out", "task.yaml/x.pt"], "cannot write task.yaml/x.pt"),
+        (["prune", "dense.pt", *MODEL, "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["prune", "dense.pt", "--model", NET, "--input", "1", "-3", "8", "8"], "at least 1, got '-3'"),
+        (["prune", "dense.pt", *MODEL, "--round-to", "64"], "nothing is removed by --ratio 0.5 --round-to 64"),
+    ],
+)
+def test_errors_are_one_line_and_nothing_is_written(capsys, argv, said) -> None:
+    torch.save({f"model.{name}": value for name, value in tiny_net().state_dict().items()}, "task.pt")
+    Path("cut.pt").write_bytes(Path("dense.pt").read_bytes()[:500])
+    assert said in refused(capsys, *argv)
+
+
+def test_a_file_that_holds_code_is_not_run(capsys) -> None:
+    torch.save({"model": tiny_net()}, "pickled.pt")
+    said = refused(capsys, "prune", "pickled.pt", *MODEL)
+    assert "it holds a torch.nn.modules.container.Sequential" in said
+    assert "save the weights alone" in said
+
+
+def test_a_missing_checkpoint_is_said_beside_an_older_result(capsys) -> None:
+    Path("pruned.pt").touch()
+    assert "there is no file no.pt" in refused(capsys, "prune", "no.pt", *MODEL)
+
+
+def test_a_pruned_file_is_not_pruned_again(capsys) -> None:
+    main(["prune", "dense.pt", *MODEL])
+    assert "is pruned already" in refused(capsys, "prune", "pruned.pt", *MODEL, "--out", "more.pt")
