@@ -62,9 +62,8 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"cannot save to {path}: only tensors and plain data can be kept ({_first_line(error)})"
-            ) from error
+            what = _some(_code_in(stream.name)) or type(error).__name__
+            raise CheckpointError(f"cannot save to {path}: only tensors and plain data can be kept ({what})") from error
 
 
 def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
@@ -266,11 +265,6 @@ def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str)
 def _shape(value: Any) -> list[int] | str:
     """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    """Torch's errors go on to recommend ``weights_only=False``, which would run code from the file."""
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:
