@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -286,9 +287,7 @@ def _seeded(criterion: Criterion, seed: int) -> Criterion:
     """The criterion, with the cell's seed if it draws numbers of its own."""
     if not hasattr(criterion, "seed"):
         return criterion
-    seeded = copy.copy(criterion)
-    seeded.seed = seed
-    return seeded
+    return replace(criterion, seed=seed)  # type: ignore[type-var]
 
 
 def _looks(data: LightningDataModule) -> dict[str, Any]:
