@@ -149,11 +149,11 @@ def check_request(
     for ratio in ratios:
         if check_ratio(ratio) == 0:
             raise PlanError("a ratio of 0 prunes nothing; the dense model is in every table anyway")
-    if any(isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31 for seed in seeds):
+    if any(type(seed) is not int or not 0 <= seed < 2**31 for seed in seeds):  # nor a bool
         raise PlanError(f"seeds must be integers in [0, 2**31), got {list(seeds)}")
     if selection not in get_args(SelectionName):
         raise PlanError(f"selection must be one of {', '.join(get_args(SelectionName))}, got {selection!r}")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+    if type(epochs) is not int or epochs < 0:
         raise PlanError(f"epochs must be an integer >= 0, got {epochs!r}")
     return named
 
