@@ -71,8 +71,9 @@ def _steps(batch: int) -> dict[str, Callable[[], object]]:
         scorer = lp.criteria.Scorer(model, graph, criterion)
 
         def step() -> None:
-            with scorer.batch():
-                plain()
+            scorer.begin_batch()
+            plain()
+            scorer.end_batch()
 
         return step
 

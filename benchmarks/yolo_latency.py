@@ -14,9 +14,7 @@ import argparse
 import copy
 import importlib.util
 import json
-import logging
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.measure.measurement import Latency
+from lightning_prune.export import load_exported
+from lightning_prune.measure import Latency
 from lightning_prune.models import YoloV3, YoloV3Tiny
 
 PUBLISHED = {0.5: 3.2, 0.7: 4.3, 0.9: 8.2}  # speed-ups of the paper's Raspberry Pi
@@ -49,10 +48,9 @@ def main(argv: list[str] | None = None) -> None:
             name: (copy.deepcopy(net).to(**last), images.to(**last)) for name, net in models.items()
         }
     if not options.no_onnx and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        with tempfile.TemporaryDirectory() as folder:
-            engines["onnxruntime"] = {
-                name: (Exported(net, images, Path(folder), options.threads), images) for name, net in models.items()
-            }
+        engines["onnxruntime"] = {
+            name: (exported(net, images, options.threads), images) for name, net in models.items()
+        }
     rows = []
     for engine, entries in engines.items():
         latencies = lp.measure.compare_latency(entries, warmup=2, repeats=options.repeats, threads=options.threads)
@@ -76,29 +74,10 @@ def build(options: argparse.Namespace) -> dict[str, nn.Module]:
     return models
 
 
-class Exported(nn.Module):
-    """A model in onnxruntime, behind the interface of a module so that it is timed alike."""
-
-    def __init__(self, model: nn.Module, images: Tensor, folder: Path, threads: int | None) -> None:
-        super().__init__()
-        import onnxruntime
-
-        path = folder / f"{len(list(folder.iterdir()))}.onnx"
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own deprecated calls
-            torch.onnx.export(model, (images,), path, dynamo=True, external_data=False, verbose=False)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads or torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
-        self.name = self.session.get_inputs()[0].name
-        with torch.no_grad():
-            for found, expected in zip(self(images), model(images), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Head maps."""
-        return [torch.from_numpy(head) for head in self.session.run(None, {self.name: images.numpy()})]
+def exported(model: nn.Module, images: Tensor, threads: int | None) -> nn.Module:
+    """The model in ONNX Runtime, once the file is seen to compute the same, behind the interface of a module."""
+    with tempfile.TemporaryDirectory() as folder, lp.measure.thread_count(threads):
+        return load_exported(lp.export(model, images, f"{folder}/net.onnx", tolerance=1e-3, repeats=1).path)
 
 
 def _rows(engine: str, latencies: dict[str, Latency], costs: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:

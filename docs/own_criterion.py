@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_prune.criteria import Criterion, Member, Tap
-from lightning_prune.criteria.functional import LayerNormalize, check_choice, normalize
+from lightning_prune.criteria.functional import Normalizer, normalize_scores
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class Moment(Tap):
         return partial.sum(0), positions * len(partial)
 
 
+@dataclass(frozen=True, kw_only=True)
 class ActivationVariance(Criterion):
     """s_c = E[a_c^2] - E[a_c]^2 over samples and positions, by the layer's mean: what hardly varies says little.
 
     Polyak and Wolf, Channel-Level Acceleration of Deep Face Representations (IEEE Access 2015). Forward only.
     """
 
-    def __init__(self, *, normalize: LayerNormalize = "mean") -> None:
-        check_choice("normalize", normalize, LayerNormalize)
-        self.normalize = normalize
+    normalize: Normalizer = "mean"
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -49,7 +48,7 @@ class ActivationVariance(Criterion):
 
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         """From the means of all layers to one score per channel of each."""
-        return [normalize(self._variance(member), self.normalize) for member in members]
+        return normalize_scores([self._variance(member) for member in members], self.normalize)
 
     def _variance(self, member: Member) -> Tensor:
         maps = member.layer.reader_index.shape[1]  # more than one behind a flatten or before a grouped convolution

@@ -1,5 +1,7 @@
 """What can go wrong, said so that the reader knows the cause and the way out."""
 
+from textwrap import shorten
+
 
 class PruningError(Exception):
     """Root of every error that lightning-prune raises for its user."""
@@ -71,3 +73,14 @@ class NotReconstructedWarning(UserWarning):
 
 class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What kind of error it is, and the first line of what it says: for quoting it in one of ours.
+
+    Example:
+        >>> first_line(ValueError("no such shape\nat layer 3")), first_line(KeyError())
+        ('ValueError: no such shape', 'KeyError')
+    """
+    said = shorten(str(error).strip().partition("\n")[0], 160, placeholder=" ...")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

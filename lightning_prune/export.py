@@ -8,8 +8,7 @@ import io
 import logging
 import os
 import tempfile
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ExportError, first_line
 from lightning_prune.files import check_writable
 from lightning_prune.graph.inputs import as_args
-from lightning_prune.measure.measurement import Latency, compare_latency, samples_in, with_samples
+from lightning_prune.measure import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.reconstruction.lossless import check_lossless
 
@@ -33,7 +32,6 @@ _VALUES = (
     "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
     "part without such decisions"
 )
-MODEL, EXPORTED = "PyTorch", "exported"
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,23 @@ def export(
     tolerance: float = 1e-4,
     repeats: int = 10,
 ) -> ExportReport:
-    """Write a model in eval mode to a file of its own, once the file is seen to compute the same; it is for the CPU.
+    """Write a model in eval mode to a file of its own, once the file is seen to compute the same on the CPU.
 
-    ``torch_export`` files load with ``torch.export.load(path).module()`` where this package is not installed.
-    The model is left as it is. On failure nothing is written.
+    ONNX files run in ONNX Runtime, ``torch_export`` files load with ``torch.export.load(path).module()``, where this
+    package is not installed; here `load_exported` opens both. The model is left as it is. On failure nothing is
+    written.
 
     Args:
         model: dense or reconstructed; a LightningModule too.
         example_inputs: a tensor, a tuple or a dict; the more varied, the stronger the check.
         path: of the file, ending in ``.onnx`` or ``.pt2``.
-        format: ``onnx`` (needs ``lightning-prune[export]``) or ``torch_export``.
+        format: ``onnx`` (needs ``pip install "lightning-prune[export]"``) or ``torch_export``.
         dynamic_batch: leave the number of samples open, instead of fixing that of the example inputs.
-        tolerance: largest relative error of the outputs.
+        tolerance: largest accepted error of an output, relative to its largest element.
         repeats: passes timed, in turns with the model.
+
+    Returns:
+        How the file compares with the model: errors, latency of both in milliseconds, bytes.
 
     Raises:
         ExportError: an unknown format or suffix, a missing package, a model that cannot be exported, or one whose file
@@ -96,8 +98,8 @@ def export(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = export(model, torch.randn(1, 3, 8, 8), f"{folder}/net.pt2", format="torch_export")
-        >>> report.max_rel_error <= report.tolerance
-        True
+        >>> report.max_rel_error <= report.tolerance, report.size_bytes > 0
+        (True, True)
     """
     path = Path(path)
     _check(path, format)
@@ -113,28 +115,26 @@ def export(
         draft = Path(folder) / path.name
         try:
             with _silence():
-                _WRITERS[format](_program(dense, checked[-1], dynamic_batch), draft)
+                _write(_program(dense, checked[-1], dynamic_batch), format, draft)
         except Exception as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be exported to {format}: {type(error).__name__}: {_first_line(error)}"
+                f"{type(model).__name__} cannot be exported to {format}: {first_line(error)}"
                 f"{_VALUES if 'data-dependent' in str(error) else ''}"
             ) from error
         try:
-            runner = _RUNNERS[format](draft)
-            reports = [check_lossless(dense, runner, each, dtype=None, tolerance=tolerance) for each in checked]
+            exported = load_exported(draft)
+            reports = [check_lossless(dense, exported, each, dtype=None, tolerance=tolerance) for each in checked]
         except Exception as error:
-            raise ExportError(
-                f"the exported model does not run: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            raise ExportError(f"the exported model does not run: {first_line(error)}") from error
         worst = max(report.max_rel_error for report in reports)
         if not all(report.passed for report in reports):
             raise ExportError(
                 f"the exported model computes something else: relative error {worst:.1e}, accepted {tolerance:.1e}; "
                 f"nothing was written to {path}"
             )
-        latency = compare_latency({MODEL: (dense, inputs), EXPORTED: (runner, inputs)}, repeats=repeats)
+        latency = compare_latency({"model": (dense, inputs), "exported": (exported, inputs)}, repeats=repeats)
         size = draft.stat().st_size
-        del runner  # an open file cannot be moved everywhere
+        del exported  # an open file cannot be moved everywhere
         draft.replace(path)
     return ExportReport(
         path,
@@ -142,11 +142,31 @@ def export(
         max(report.max_abs_error for report in reports),
         worst,
         tolerance,
-        tuple(samples_in(each) for each in checked),
-        latency[MODEL],
-        latency[EXPORTED],
+        tuple(map(samples_in, checked)),
+        latency["model"],
+        latency["exported"],
         size,
     )
+
+
+def load_exported(path: str | os.PathLike[str]) -> nn.Module:
+    """Open a file that `export` wrote as a module that runs it on the CPU, by its suffix.
+
+    ONNX Runtime gets as many threads as torch has now; its outputs come as a list.
+
+    Raises:
+        ExportError: another suffix.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export(nn.ReLU(), torch.randn(1, 3), f"{folder}/net.pt2", format="torch_export")
+        ...     load_exported(report.path)(torch.tensor([[-1.0, 0.0, 2.0]]))
+        tensor([[0., 0., 2.]])
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIX.values():
+        raise ExportError(f"an exported file ends in {' or '.join(SUFFIX.values())}, got '{path}'")
+    return _Session(path) if path.suffix == SUFFIX["onnx"] else _Program(path)
 
 
 def _check(path: Path, format: str) -> None:
@@ -173,15 +193,17 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    names = _output_names(program)
+def _write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
+    if format == "torch_export":
+        torch.export.save(program, path)
+        return
     torch.onnx.export(
         program,
         f=path,
         dynamo=True,
         external_data=False,
         verbose=False,
-        output_names=names,
+        output_names=_output_names(program),
         dynamic_shapes=_open_dimensions(program),
     )
 
@@ -213,11 +235,7 @@ def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | 
     return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
-
-
-class _Loaded(nn.Module):
+class _Program(nn.Module):
     """A loaded program; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
 
     def __init__(self, path: Path) -> None:
@@ -247,13 +265,6 @@ class _Session(nn.Module):
         return [torch.from_numpy(output) for output in outputs]
 
 
-_WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path], None]] = {
-    "onnx": _write_onnx,
-    "torch_export": _write_program,
-}
-_RUNNERS: dict[str, Callable[[Path], nn.Module]] = {"onnx": _Session, "torch_export": _Loaded}
-
-
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
 
@@ -268,8 +279,3 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0]
-    return textwrap.shorten(line, 160, placeholder=" ...") or "no reason given"

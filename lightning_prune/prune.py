@@ -100,7 +100,7 @@ def prune(
     if scores is None:
         scores = session.score(batches, loss)
     else:
-        session.add_scores(scores)
+        session.scores = scores
     plan, masked = session.select(), session.model
     if compensate is not None:
         compensate(masked, session.graph, plan)

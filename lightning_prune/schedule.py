@@ -192,43 +192,41 @@ class Soft(Schedule):
 def keep_removed(scores: Scores, plan: Plan) -> Scores:
     """Scores in which what an earlier plan removed comes last, so that a later one removes it again."""
     lowest = _lowest(scores)
-    lowered = Scores(
-        {name: values.clone() for name, values in scores.items()},
-        {name: {k: v.clone() for k, v in members.items()} for name, members in scores.layers.items()},
-    )
-    for name, group in plan.groups.items():
-        lowered[name][list(group.removed)] = lowest
-        for layer, kept in group.layers.items():
-            gone = sorted(set(range(group.size)) - set(kept))
-            lowered.layers[name][layer][gone] = lowest
-    return lowered
+
+    def lowered(group: str, layer: str | None, values: Tensor) -> Tensor:
+        planned = plan.groups.get(group)
+        if planned is None:
+            return values
+        kept = list(planned.keep if layer is None else planned.layers.get(layer, range(planned.size)))
+        return torch.full_like(values, lowest).index_copy(0, torch.tensor(kept, dtype=torch.int64), values[kept])
+
+    return _changed(scores, lowered)
 
 
-def in_dense_channels(scores: Scores, plan: Plan, graph: ChannelGraph) -> Scores:
-    """Scores of a reconstructed model in the channels of the dense one; those that are gone come last.
-
-    Args:
-        scores: of the reconstructed model.
-        plan: what it was reconstructed with.
-        graph: of the dense model.
-    """
+def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
+    """Scores of a model reconstructed with a plan, in the channels of the dense one; what is gone comes last."""
     lowest = _lowest(scores)
 
-    def wide(group: str, values: Tensor) -> Tensor:
+    def wide(group: str, _: str | None, values: Tensor) -> Tensor:
         if group not in plan.groups:
             return values
-        full = torch.full((graph.group(group).size,), lowest, dtype=values.dtype)
+        full = values.new_full((plan.groups[group].size,), lowest)
         full[list(plan.groups[group].keep)] = values
         return full
 
+    return _changed(scores, wide)
+
+
+def _changed(scores: Scores, change: Callable[[str, str | None, Tensor], Tensor]) -> Scores:
+    """Other scores for every group, and for every layer of it."""
     return Scores(
-        {name: wide(name, values) for name, values in scores.items()},
-        {name: {k: wide(name, v) for k, v in members.items()} for name, members in scores.layers.items()},
+        {name: change(name, None, values) for name, values in scores.items()},
+        {name: {k: change(name, k, v) for k, v in of.items()} for name, of in scores.layers.items()},
     )
 
 
 def _lowest(scores: Scores) -> float:
-    every = [*scores.values(), *(values for members in scores.layers.values() for values in members.values())]
+    every = [*scores.values(), *(values for of in scores.layers.values() for values in of.values())]
     return min(float(values.min()) for values in every) - 1
 
 

@@ -26,7 +26,8 @@ class PruningSession:
 
     Every method either succeeds or raises and leaves session, model and optimizers as they were. The model is pruned
     in place; its parameters stay the same objects, so optimizers go on. Scores and `graph` are in the channels of the
-    model as it is, plans in those of the dense model.
+    model as it is, plans in those of the dense model. What changes the model takes ``optimizers``, whose state follows
+    (zero where masked, cut where gone), and ``copies``, such as averages of the weights, which lose the same channels.
 
     Args:
         model: any eager module, dense.
@@ -122,8 +123,13 @@ class PruningSession:
 
     @property
     def scores(self) -> Scores | None:
-        """The newest scores."""
+        """The newest scores; others of this model, computed elsewhere or earlier, may be set."""
         return self.history[-1] if self.history else None
+
+    @scores.setter
+    def scores(self, scores: Scores) -> None:
+        scores.check(self.graph)
+        self.history.append(scores)
 
     @property
     def steps(self) -> list[Step]:
@@ -148,9 +154,8 @@ class PruningSession:
         return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
 
     def scorer(self, bn_mode: BatchNormMode = "eval") -> Scorer:
-        """What scores the model as it is, batch by batch; give the result to `add_scores`."""
-        baseline = self.baseline if self.criterion.needs_reference else None
-        return Scorer(self.model, self.graph, self.criterion, baseline=baseline, bn_mode=bn_mode)
+        """What scores the model as it is, batch by batch; set `scores` to the result."""
+        return Scorer(self.model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
 
     def score(
         self,
@@ -160,19 +165,10 @@ class PruningSession:
         bn_mode: BatchNormMode = "eval",
     ) -> Scores:
         """Score the model as it is; arguments and errors as for `lightning_prune.score`."""
-        baseline = self.baseline if self.criterion.needs_reference else None
-        found = score(self.model, self.graph, self.criterion, batches, loss, baseline=baseline, bn_mode=bn_mode)
+        graph, criterion = self.graph, self.criterion
+        found = score(self.model, graph, criterion, batches, loss, baseline=self.baseline, bn_mode=bn_mode)
         self.history.append(found)
         return found
-
-    def add_scores(self, scores: Scores) -> None:
-        """Take scores that were computed elsewhere, or earlier.
-
-        Raises:
-            ScoreError: they are not of this model.
-        """
-        scores.check(self.graph)
-        self.history.append(scores)
 
     def select(self) -> Plan:
         """The plan of the next step, which `mask_` carries out.
@@ -186,13 +182,12 @@ class PruningSession:
         if self.scores is None:
             raise ScoreError("there are no scores yet: call PruningSession.score first")
         self.scores.check(self.graph)
-        dense = self.dense_graph
-        scores = self.scores if self.built is None else in_dense_channels(self.scores, self.built, dense)
+        scores = self.scores if self.built is None else in_dense_channels(self.scores, self.built)
         if self.plan is not None and not (self.schedule is not None and self.schedule.soft):
             scores = keep_removed(scores, self.plan)
         selection = self.steps[self.taken].selection
         return selection.select(
-            dense,
+            self.dense_graph,
             scores,
             coupling=self.coupling,
             batch_norm=self.batch_norm,
@@ -207,12 +202,13 @@ class PruningSession:
 
         Args:
             plan: from `select`; None: select now.
-            optimizers: their state of masked entries is zeroed too.
-            copies: averages of the weights (EMA): the same entries are zeroed there, once.
 
         Raises:
             PlanError: as `select`, or a plan of another model.
         """
+        copies = list(copies)
+        for copy in copies:
+            self.graph.check(copy)
         with self._taking(self.select() if plan is None else plan) as left:
             hold = self.done or self.schedule is None or self.schedule.hold
             if not hold:
@@ -227,11 +223,7 @@ class PruningSession:
         return handle
 
     def reconstruct_(self, *, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()) -> LosslessReport:
-        """Make the model physically smaller by what is masked so far; optimizer state is cut along.
-
-        Args:
-            optimizers: see `lightning_prune.reconstruct_`.
-            copies: averages of the weights (EMA), to be cut alike.
+        """Make the model physically smaller by what is masked so far, and compare it with the masked one.
 
         Raises:
             PlanError: nothing has been masked yet, or a `Soft` schedule chooses among all channels again.
@@ -276,8 +268,8 @@ class PruningSession:
         Args:
             batches: see `score`.
             loss: see `score`.
-            optimizers: see `mask_`.
-            copies: see `mask_`.
+            optimizers: see `PruningSession`.
+            copies: see `PruningSession`.
             reconstruct: make the model smaller at once.
 
         Raises:
@@ -331,6 +323,8 @@ class PruningSession:
         built = None if state["built"] is None else Plan.from_dict(state["built"])
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
         history = [Scores.from_dict(scores) for scores in state["history"]]
+        if plan is not None:
+            plan.check(self.dense_graph)
         unfinished = plan is not None and (state["held"] or state["taken"] < state["steps"])
         if unfinished and len(self.steps) != state["steps"]:
             raise PlanError(

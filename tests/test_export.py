@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.errors import ExportError
-from lightning_prune.export import export
+from lightning_prune.export import SUFFIX, export, load_exported
 from lightning_prune.models import resnet18
 from lightning_prune.tasks import ClassificationTask
 
 exporting = sys.modules["lightning_prune.export"]
-SUFFIX = exporting.SUFFIX
 
 
 class Small(nn.Module):
@@ -49,7 +48,7 @@ def test_the_file_computes_what_the_model_computes(tmp_path, format, dynamic):
     assert report.exported_latency.median > 0
     assert [path.name for path in tmp_path.iterdir()] == [f"net{SUFFIX[format]}"]
     assert report.size_bytes == report.path.stat().st_size
-    runner = exporting._RUNNERS[format](report.path)
+    runner = load_exported(report.path)
     if dynamic:
         many = torch.randn(7, 3, 8, 8)
         found = runner(many)
@@ -148,17 +147,26 @@ def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypat
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    class Wrong(exporting._Loaded):
-        def forward(self, *args):
-            return super().forward(*args) + 0.01
+    class Wrong(nn.Module):
+        def __init__(self, path):
+            super().__init__()
+            self.right = [load_exported(path)]
 
-    monkeypatch.setitem(exporting._RUNNERS, "torch_export", Wrong)
+        def forward(self, *args):
+            return self.right[0](*args) + 0.01
+
+    monkeypatch.setattr(exporting, "load_exported", Wrong)
     path = tmp_path / "net.pt2"
     path.write_bytes(b"what was there")
     with pytest.raises(ExportError, match="computes something else: relative error"):
         export(nn.ReLU(), torch.randn(1, 3), path, format="torch_export")
     assert path.read_bytes() == b"what was there"
     assert list(Path(tmp_path).iterdir()) == [path]
+
+
+def test_only_files_of_an_export_are_opened(tmp_path):
+    with pytest.raises(ExportError, match=r"ends in \.onnx or \.pt2, got '.*net\.pt'"):
+        load_exported(tmp_path / "net.pt")
 
 
 def test_an_onnx_file_names_its_outputs_and_its_batch(tmp_path) -> None:

@@ -122,6 +122,22 @@ def test_to_dict_does_not_hand_out_the_plan_itself() -> None:
     assert SMALL.groups["a"] == GroupPlan(4, (0, 2), {"a": (0, 2), "b": (2,)})
 
 
+def test_within_counts_channels_anew_and_keeps_the_settings() -> None:
+    done = Plan({"a": GroupPlan(5, (0, 2, 3, 4))}, "intersection", batch_norm=False)
+    groups = {"a": GroupPlan(5, (0, 3), {"a": (0, 3), "b": (1, 3)}), "new": GroupPlan(2, (1,))}
+    left = {"a": GroupPlan(4, (0, 2), {"a": (0, 2), "b": (2,)}), "new": GroupPlan(2, (1,))}
+    assert Plan(groups, "intersection", batch_norm=False).within(done) == Plan(left, "intersection", batch_norm=False)
+    with pytest.raises(PlanError, match=r"channels \[1\] of group 'a' are kept, but an earlier plan removed them"):
+        Plan({"a": GroupPlan(5, (0, 1))}).within(done)
+
+
+def test_a_group_that_cannot_be_pruned_may_be_kept_whole() -> None:
+    graph = trace(build("Residual"), images())
+    Plan({"head.fc": GroupPlan(5, (0, 1, 2, 3, 4))}).check(graph)
+    with pytest.raises(PlanError, match="cannot be pruned"):
+        Plan({"head.fc": GroupPlan(5, (0, 1, 2, 3))}).check(graph)
+
+
 # Files
 
 

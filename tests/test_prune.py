@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.criteria import JRE, L2
 from lightning_prune.errors import NotReconstructedWarning, PlanError, PruningError, ScoreError, TraceError
 from lightning_prune.graph import trace
-from lightning_prune.measure.measurement import count_params
+from lightning_prune.measure import count_params
 from lightning_prune.prune import prune
 from lightning_prune.reconstruction.lossless import check_lossless
 from lightning_prune.reconstruction.masks import mask_

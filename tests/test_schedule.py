@@ -19,11 +19,11 @@ from lightning_prune.criteria.base import WeightCriterion
 from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import CallbackError, NoEffectWarning, PlanError
 from lightning_prune.graph import trace
-from lightning_prune.measure.measurement import count_flops
+from lightning_prune.measure import count_flops
 from lightning_prune.reconstruction.masks import masked_entries
 from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.schedule import Gradual, Rounds, Soft
-from lightning_prune.selection import Budget, ChannelsPerRound, GlobalRatio, LayerRatio
+from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from tests.callbacks.helpers import Task, fit, params
 from tests.callbacks.test_refusals import refused
 from tests.zoo import images
@@ -103,6 +103,13 @@ def test_a_ramp_ends_at_the_selection_whatever_it_counts() -> None:
         assert abs(count_flops(task, images(2)) - count_flops(once, images(2))) < 0.05 * dense
 
 
+class Everything(Selection):
+    """Cannot be asked for less."""
+
+    def _kept(self, question):
+        return question.ranked
+
+
 def test_shares_of_a_ramp() -> None:
     linear = Gradual(rounds=4, shape="linear").steps(GlobalRatio(0.8), None)
     assert [round(step.selection.ratio, 6) for step in linear] == [0.2, 0.4, 0.6, 0.8]
@@ -111,7 +118,7 @@ def test_shares_of_a_ramp() -> None:
     with pytest.raises(PlanError, match="depends on the machine"):
         Gradual().steps(Budget(latency_ms=3), None)
     with pytest.raises(PlanError, match="cannot be spread over several steps"):
-        Gradual().steps(ChannelsPerRound(3), None)
+        Gradual().steps(Everything(), None)
     with pytest.raises(PlanError, match="Soft: times must be an integer of at least 1, got 0"):
         Soft(times=0)
 

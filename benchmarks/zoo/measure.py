@@ -112,7 +112,7 @@ def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lamb
 
 def _peer(session: Session) -> Row:
     try:
-        return peer.compare(prepare(session.entry), session.entry, session.options)
+        return peer.compare(prepare(session.entry), session.entry, session.options.ratio, session.options.repeats)
     except Exception as error:  # noqa: BLE001
         return {"outcome": f"error: {told(error)}"}
 

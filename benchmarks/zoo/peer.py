@@ -10,7 +10,7 @@ import copy
 import functools
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,23 +19,20 @@ import lightning_prune as lp
 from benchmarks.zoo.families import Entry
 from benchmarks.zoo.models import CLASSES, Case, outputs, train_step
 
-if TYPE_CHECKING:
-    from benchmarks.zoo.measure import Options
-
 #: Output layers of detectors, and what Torch-Pruning's own benchmark over torchvision leaves out for Faster R-CNN.
 OUTPUTS = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres")
 
 
-def compare(case: Case, entry: Entry, options: Options) -> dict[str, Any]:
+def compare(case: Case, entry: Entry, ratio: float, repeats: int) -> dict[str, Any]:
     """Outcome and seconds of Torch-Pruning; seconds of this library for the same work, on copies of one model."""
     model, inputs = case.model, case.inputs
     mine, theirs, result = [], [], {}
-    for _ in range(options.repeats):
-        mine.append(_ours(copy.deepcopy(model), inputs, options.ratio))
+    for _ in range(repeats):
+        mine.append(_ours(copy.deepcopy(model), inputs, ratio))
         pruned = copy.deepcopy(model)
         start = time.perf_counter()
         try:
-            _theirs(pruned, entry, inputs, options.ratio)
+            _theirs(pruned, entry, inputs, ratio)
         except Exception as error:  # noqa: BLE001 - any failure is a result
             result["outcome"] = f"error: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
             break

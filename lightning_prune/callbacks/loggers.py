@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lightning_prune.files import atomic
 from lightning_prune.report.figures import save_figure
-from lightning_prune.report.tracking import Table
+from lightning_prune.report.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,10 +58,8 @@ class FolderSink(Sink):
     def table(self, name: str, table: Table, step: int) -> None:
         """As CSV."""
         if self.folder is not None:
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows([table.columns, *table.rows])
             with atomic((self.folder / name).with_suffix(".csv")) as stream:
-                stream.write(text.getvalue().encode())
+                stream.write(table.csv().encode())
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
         """Into the folder."""
@@ -106,7 +102,7 @@ class WandbSink(Sink):
 
     def table(self, name: str, table: Table, step: int) -> None:
         """Its own kind."""
-        self.logger.log_table(name, list(table.columns), [list(row) for row in table.rows], step=step)
+        self.logger.log_table(name, table.headings, table.data, step=step)
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
         """An artifact, named after the file and the run; a new version every time."""

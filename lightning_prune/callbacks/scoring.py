@@ -91,7 +91,7 @@ class ScoringCallback(Callback):
             )
         if update_weights and start == "end":
             raise CallbackError("start='end' leaves no epoch to score in; use update_weights=False")
-        if update_weights and self.criterion.needs_heads:
+        if update_weights and self.criterion.needs_fitting:
             raise CallbackError(
                 f"{self.criterion!r} fits auxiliary heads in a pass of its own and cannot score while training; use "
                 "update_weights=False"
@@ -208,7 +208,7 @@ class ScoringCallback(Callback):
                 f"{criterion!r} needs gradients, but {name} has no training_step that returns a loss; define one, or "
                 "use a criterion that looks at weights only, such as L1"
             )
-        if criterion.needs_heads and trainer.world_size > 1:
+        if criterion.needs_fitting and trainer.world_size > 1:
             raise CallbackError(
                 f"{criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
                 "or scores=... of a run with devices=1"
@@ -270,7 +270,7 @@ class ScoringCallback(Callback):
             self._keep(trainer, scorer.compute())
 
     def _keep(self, trainer: Trainer, scores: Scores) -> None:
-        self._run.session.add_scores(scores)
+        self._run.session.scores = scores
         self._run.scored_in.append(trainer.current_epoch)
 
     def _limit(self, trainer: Trainer) -> float:

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import count_params, flops_by_convention, state_size
+from lightning_prune.measure import count_params, flops_by_convention, state_size
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
@@ -188,7 +188,7 @@ class TrackingCallback(EpochTimerCallback):
 
     def _log_channels(self, trainer: Trainer, graph: ChannelGraph, plan: Plan) -> None:
         layers = layer_channels(graph, plan)
-        figure, table = channels_figure(PruneReport("", layers=layers)), channels_table(layers)
+        figure, table = channels_figure(layers), channels_table(layers)
         for sink in self._sinks:
             sink.picture("prune/channels", figure, trainer.global_step)
             sink.table("prune/channels_table", table, trainer.global_step)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_prune.cli.build_model import build_model
 from lightning_prune.errors import ModelError
-from lightning_prune.measure.measurement import samples_in, with_samples
+from lightning_prune.measure import samples_in, with_samples
 from lightning_prune.reconstruction.checkpoint import FORMAT, KEY, load, load_dense, read_file
 
 if TYPE_CHECKING:

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.cli.tables import Head, print_line, print_table
-from lightning_prune.measure.layers import thread_count
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
     flops_by_convention,
     measure_memory,
     state_size,
+    thread_count,
     with_samples,
 )
-from lightning_prune.report.table import MISSING, TIMES
+from lightning_prune.report.table import MISSING, TIMES, Column, Table, print_line
 
 DENSE, PRUNED = "dense", "pruned"
 
-COSTS = (
-    "parameters\n{}",
-    "MACs\n{}",
-    "FLOPs\nptflops, {}",
-    "FLOPs\npaper, {}",
-    "activations\n{}B",
-    "on disk\n{}B",
-)
-SPARE = ("FLOPs\nptflops, {}", "activations\n{}B")  # left out first where the terminal is narrow
 SMALL = 1e5  # below, thousands are counted instead of millions
 
 Models = dict[str, nn.Module]
@@ -40,26 +32,22 @@ Models = dict[str, nn.Module]
 
 def print_costs(console: Console, models: Models, inputs: Any) -> None:
     """Print what follows from the shapes of one model, or of a dense and a pruned one."""
-    flops = {name: flops_by_convention(model, inputs) for name, model in models.items()}
-    costs = [
-        (
-            count_params(model, trainable=False),
-            *(flops[name][convention] for convention in ("macs", "ptflops", "paper")),
-            measure_memory(model, inputs),
-            state_size(model),
-        )
-        for name, model in models.items()
-    ]
-    units = ["k" if min(column) < SMALL else "M" for column in zip(*costs, strict=True)]
-    heads = [Head(""), *(Head(title.format(unit), title in SPARE) for title, unit in zip(COSTS, units, strict=True))]
-    rows = [
-        [name, *(f"{value / (1e3 if unit == 'k' else 1e6):,.2f}" for value, unit in zip(cost, units, strict=True))]
-        for name, cost in zip(models, costs, strict=True)
-    ]
-    if len(costs) > 1:
-        pairs = zip(*costs, strict=True)
-        rows.append(["times less", *(f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairs)])
-    print_table(console, heads, rows, last="cyan" if len(costs) > 1 else "")
+    flops = [flops_by_convention(model, inputs) for model in models.values()]
+    costs = (
+        (Column("parameters", "{}"), [count_params(model, trainable=False) for model in models.values()]),
+        (Column("MACs", "{}"), [found["macs"] for found in flops]),
+        (Column("FLOPs", "ptflops, {}", optional=True), [found["ptflops"] for found in flops]),
+        (Column("FLOPs", "paper, {}"), [found["paper"] for found in flops]),
+        (Column("activations", "{}B", optional=True), [measure_memory(model, inputs) for model in models.values()]),
+        (Column("on disk", "{}B"), [state_size(model) for model in models.values()]),
+    )
+    columns, cells = [Column("")], [[*models, *(["times less"] if len(models) > 1 else [])]]
+    for column, values in costs:
+        unit, divisor = ("k", 1e3) if min(values) < SMALL else ("M", 1e6)
+        columns.append(replace(column, unit=column.unit.format(unit)))
+        times = [f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairwise(values)]
+        cells.append([*(f"{value / divisor:,.2f}" for value in values), *times])
+    console.print(Table(tuple(columns), tuple(zip(*cells, strict=True)), {2: "key"}))
     print_line(console, "MACs and FLOPs per sample; activations alive at once, of the whole batch", "dim")
 
 
@@ -74,9 +62,9 @@ def print_latency(
     """Print how long a pass takes, for every number of samples and of threads."""
     both = len(models) > 1
     flops = {name: flops_by_convention(model, inputs)["paper"] for name, model in models.items()}
-    heads = [Head("batch size"), Head("threads"), *(Head(f"{name}\nms") for name in models)]
+    columns = [Column("batch size"), Column("threads"), *(Column(name, "ms") for name in models)]
     if both:
-        heads += [Head("times\nfaster"), Head("of the FLOPs'\npromise")]
+        columns += [Column("times\nfaster"), Column("of the FLOPs'\npromise")]
     rows = []
     for size in sizes:
         batch = with_samples(inputs, size) if size else inputs
@@ -89,8 +77,8 @@ def print_latency(
                 gain = found[DENSE].median / found[PRUNED].median
                 promise = flops[DENSE] / max(1, flops[PRUNED])
                 row += [f"{gain:.2f}{TIMES}", f"{100 * gain / promise:.0f} %"]
-            rows.append(row)
-    print_table(console, heads, rows)
+            rows.append(tuple(row))
+    console.print(Table(tuple(columns), tuple(rows)))
     note = f"latency on the CPU: median ± half the interquartile range of {repeats} passes"
     print_line(console, f"{note}{', models timed in turns' if both else ''}", "dim")
     cores = core_count()

@@ -9,10 +9,9 @@ from rich.console import Console
 from lightning_prune.cli.cost_table import latency_cell
 from lightning_prune.cli.measure import models_of
 from lightning_prune.cli.parser import Parser
-from lightning_prune.cli.tables import Head, print_line, print_table
 from lightning_prune.export import SUFFIX, ExportReport, export
-from lightning_prune.measure.measurement import samples_in
-from lightning_prune.report.table import TIMES
+from lightning_prune.measure import samples_in
+from lightning_prune.report.table import TIMES, Column, Table, print_line
 
 
 def run(argv: Sequence[str]) -> int:
@@ -38,13 +37,13 @@ def run(argv: Sequence[str]) -> int:
 def _show(console: Console, report: ExportReport, samples: int) -> None:
     runner = "ONNX Runtime" if report.format == "onnx" else "torch.export"
     gain = report.model_latency.median / report.exported_latency.median
-    heads = [Head("runs in"), Head("latency\nms"), Head("times\nfaster")]
-    rows = [
-        ["PyTorch, eager", latency_cell(report.model_latency), ""],
-        [runner, latency_cell(report.exported_latency), f"{gain:.2f}{TIMES}"],
-    ]
+    columns = Column("runs in"), Column("latency", "ms"), Column("times\nfaster")
+    rows = (
+        ("PyTorch, eager", latency_cell(report.model_latency), ""),
+        (runner, latency_cell(report.exported_latency), f"{gain:.2f}{TIMES}"),
+    )
     console.print()
-    print_table(console, heads, rows, last="bold")
+    console.print(Table(columns, rows, {1: "key"}))
     console.print()
     batches = " and ".join(map(str, report.batch_sizes))
     error = f"max relative error {report.max_rel_error:.1e} at batch size {batches} (accepted: {report.tolerance:.0e})"

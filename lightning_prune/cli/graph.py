@@ -12,7 +12,6 @@ from lightning_prune.cli.parser import CONFIG_FLAGS, Parser
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.graph.describe import describe
 from lightning_prune.report.graph_picture import graph_html, graph_svg
 
 _USAGE = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
@@ -38,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     known = architecture(options)
     graph = _traced(known)
     console = Console()
-    console.print(describe(graph), highlight=False, markup=False, soft_wrap=True)
+    console.print(graph.describe(), highlight=False, markup=False, soft_wrap=True)
     if options.out:
         try:
             with atomic(options.out) as stream:

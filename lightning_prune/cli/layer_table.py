@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lightning_prune.cli.tables import Head, print_line, print_table
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
-from lightning_prune.report.table import TIMES
+from lightning_prune.cli.cost_table import plural
+from lightning_prune.measure import LayerTime, Machine, ModelTime
+from lightning_prune.report.table import TIMES, Column, Table, print_line
+
+LAYER = (Column("layer"), Column("channels\nor kind", optional=True))
+ALONE = (Column("ms"), Column("share"), Column("MFLOPs"))
+COMPARED = (
+    *(Column("dense", "ms"), Column("pruned", "ms"), Column("times\nfaster"), Column("share")),
+    *(Column("FLOPs\nfewer"), Column("bytes\nfewer", optional=True)),
+)
+LIMIT = (
+    *(Column("FLOPs\nper byte", optional=True), Column("GFLOP/s", optional=True), Column("limit"), Column("of\nlimit")),
+)
 
 
 def print_layers(
@@ -28,25 +38,22 @@ def print_layers(
         return max(after.share(layer), before.share(twin) if before is not None and twin is not None else 0.0)
 
     leading = set(sorted(after.layers, key=weight, reverse=True)[:most])
-    rows = [_row(layer, dense.get(layer.name), after, machine, before) for layer in after.layers if layer in leading]
+    rows = [_layer(layer, dense.get(layer.name), after.total, machine) for layer in after.layers if layer in leading]
     others = [layer for layer in after.layers if layer not in leading]
     if others:
         names = {layer.name for layer in others}
         was = None if before is None else sum(x.latency.median for x in before.layers if x.name in names)
-        rows.append(_sum(f"{len(others)} other layers", sum(x.latency.median for x in others), was, after, before))
-    rows.append(_sum("between layers", after.outside, None if before is None else before.outside, after, before))
-    rows.append(_sum("together", after.total, None if before is None else before.total, after, before))
+        rows.append(_times(f"{len(others)} other layers", sum(x.latency.median for x in others), was, after.total))
+    outside, total = (None, None) if before is None else (before.outside, before.total)
+    rows.append(_times("between layers", after.outside, outside, after.total))
+    rows.append(_times("together", after.total, total, after.total))
 
-    compared = before is not None
-    heads = [Head("layer"), Head("channels\nor kind", optional=True)]
-    heads += [Head("dense\nms"), Head("pruned\nms"), Head("times\nfaster")] if compared else [Head("ms")]
-    heads += [Head("share")]
-    heads += [Head("FLOPs\nfewer"), Head("bytes\nfewer", optional=True)] if compared else [Head("MFLOPs")]
-    heads += [Head("FLOPs\nper byte", optional=True), Head("GFLOP/s", optional=True), Head("limit"), Head("of\nlimit")]
-    print_table(console, heads, rows, last="bold")
+    columns = (*LAYER, *(ALONE if before is None else COMPARED), *LIMIT)
+    filled = tuple(tuple(row.get(column.title, "") for column in columns) for row in rows)
+    console.print(Table(columns, filled, {len(rows) - 1: "key"}))
     print_line(
         console,
-        f"this machine on {machine.threads} {'thread' if machine.threads == 1 else 'threads'}, measured just now: "
+        f"this machine on {machine.threads} {plural('thread', machine.threads)}, measured just now: "
         f"{machine.flops / 1e9:.1f} GFLOP/s in a matrix product, {machine.bandwidth / 1e9:.1f} GB/s in a copy, so a "
         f"balance of {machine.balance:.1f} FLOPs per byte; the call of a layer alone takes {1e6 * machine.call:.0f} to "
         f"{1e6 * machine.product_call:.0f} µs",
@@ -60,41 +67,32 @@ def print_layers(
     )
 
 
-def _row(
-    layer: LayerTime, twin: LayerTime | None, after: ModelTime, machine: Machine, before: ModelTime | None
-) -> list[str]:
+def _layer(layer: LayerTime, twin: LayerTime | None, total: float, machine: Machine) -> dict[str, str]:
+    """What the columns hold, by their titles."""
     now = layer.latency.median
-    rate = f"{layer.flops / now / 1e6:,.1f}" if now and layer.flops else ""
-    return [
-        layer.name,
-        "→".join(map(str, layer.channels)) or layer.kind,
-        *_times(now, None if twin is None else twin.latency.median, before is not None),
-        f"{100 * after.share(layer):.1f} %",
-        *(
-            [f"{layer.flops / 1e6:,.1f}"]
-            if before is None
-            else [_fewer(layer.flops, twin.flops if twin else None), _fewer(layer.bytes, twin.bytes if twin else None)]
-        ),
-        f"{layer.intensity:.1f}",
-        rate,
-        layer.bound(machine),
-        f"{100 * layer.reach(machine):.0f} %",
-    ]
+    return {
+        **_times(layer.name, now, None if twin is None else twin.latency.median, total),
+        "channels\nor kind": "→".join(map(str, layer.channels)) or layer.kind,
+        "MFLOPs": f"{layer.flops / 1e6:,.1f}",
+        "FLOPs\nfewer": _factor(None if twin is None else twin.flops, layer.flops),
+        "bytes\nfewer": _factor(None if twin is None else twin.bytes, layer.bytes),
+        "FLOPs\nper byte": f"{layer.intensity:.1f}",
+        "GFLOP/s": f"{layer.flops / now / 1e6:,.1f}" if now and layer.flops else "",
+        "limit": layer.bound(machine),
+        "of\nlimit": f"{100 * layer.reach(machine):.0f} %",
+    }
 
 
-def _sum(name: str, now: float, was: float | None, after: ModelTime, before: ModelTime | None) -> list[str]:
-    blank = [""] if before is None else ["", ""]
-    share = f"{100 * now / after.total:.1f} %"
-    return [name, "", *_times(now, was, before is not None), share, *blank, "", "", "", ""]
+def _times(name: str, now: float, was: float | None, total: float) -> dict[str, str]:
+    return {
+        "layer": name,
+        "ms": f"{now:,.3f}",
+        "dense": "" if was is None else f"{was:,.3f}",
+        "pruned": f"{now:,.3f}",
+        "times\nfaster": _factor(was, now),
+        "share": f"{100 * now / total:.1f} %",
+    }
 
 
-def _times(now: float, was: float | None, compared: bool) -> list[str]:
-    if not compared:
-        return [f"{now:,.3f}"]
-    if was is None:
-        return ["", f"{now:,.3f}", ""]
-    return [f"{was:,.3f}", f"{now:,.3f}", f"{was / now:.2f}{TIMES}" if now else ""]
-
-
-def _fewer(now: int, was: int | None) -> str:
-    return f"{was / now:.2f}{TIMES}" if now and was else ""
+def _factor(before: float | None, after: float) -> str:
+    return f"{before / after:.2f}{TIMES}" if before is not None and after else ""

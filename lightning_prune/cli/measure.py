@@ -13,11 +13,9 @@ from lightning_prune.cli.architecture import Checkpoint, architecture
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.cli.parser import Parser, count, list_of
-from lightning_prune.cli.tables import print_line
 from lightning_prune.errors import ModelError
-from lightning_prune.measure.layer_findings import explain_speed
-from lightning_prune.measure.layers import measure_machine, thread_count, time_layers
-from lightning_prune.measure.measurement import samples_in, with_samples
+from lightning_prune.measure import explain_speed, measure_machine, samples_in, thread_count, time_layers, with_samples
+from lightning_prune.report.table import print_line
 
 _USAGE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
 from lightning_prune.cli.parser import Parser
-from lightning_prune.cli.tables import print_line
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
 from lightning_prune.experiments.runner import Runner, quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure.measurement import samples_in
+from lightning_prune.measure import samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
+from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from lightning_prune.selection.explanation import explain
 

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.compensation.common import Forward
+from lightning_prune.compensation.repair import measured
+from lightning_prune.criteria.batches import Loss
 from lightning_prune.errors import CompensationError
-from lightning_prune.graph import call_model, on_device
+from lightning_prune.graph import call_model
 from lightning_prune.model_state.preservation import random_state, set_random_state
 
 
-def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, forward: Forward = call_model) -> None:
+def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, loss: Loss = call_model) -> None:
     r"""Replace the running statistics of every batch norm by their average over batches, in place.
 
     .. math:: \mu = \frac{1}{T} \sum_t \mu_t, \quad \sigma^2 = \frac{1}{T} \sum_t \sigma_t^2
@@ -28,12 +29,12 @@ def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, forward: Forwar
     Args:
         model: any model with batch norms.
         batches: all of one size, or they count unequally; tensors in them are moved to the model's device.
-        forward: runs the model on a batch; the default passes the batch on: a tuple as positional arguments, a dict
-            as keyword arguments.
+        loss: ``loss(model, batch)`` runs the model on a batch, as in `lightning_prune.score`; what it returns is not
+            used. The default passes the batch on: a tuple as positional arguments, a dict as keyword arguments.
 
     Raises:
         CompensationError: no batch norm with running statistics, or no batch. Statistics, modes and random state are
-            as they were then, as after any exception from ``forward``.
+            as they were then, as after any exception from ``loss``.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
@@ -54,13 +55,9 @@ def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, forward: Forwar
             norm.train()
             norm.momentum = None  # a cumulative average
             norm.reset_running_stats()
-        seen = False
         with torch.no_grad():
-            for batch in batches:
-                seen = True
-                forward(model, on_device(batch, model))
-        if not seen:
-            raise CompensationError("there is no batch to measure statistics on (a used-up generator?)")
+            for batch in measured(model, batches):
+                loss(model, batch)
         finished = True
     finally:
         for module, training in modes:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.compensation.common import (
-    Forward,
+from lightning_prune.compensation.repair import (
     Missing,
-    Reader,
-    listed,
+    check_reached,
+    measured,
     repairable,
     repairing,
-    unreached,
     warn_of_nothing,
 )
-from lightning_prune.criteria.channel_contributions import first_input
+from lightning_prune.criteria.batches import Loss
+from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph.readers import input_dim
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.masks import mask_once_
 
@@ -33,7 +33,7 @@ def fold_constants_(
     plan: Plan,
     batches: Iterable[Any],
     *,
-    forward: Forward = call_model,
+    loss: Loss = call_model,
     missing: Missing = "refuse",
 ) -> tuple[str, ...]:
     r"""Give every layer that reads removed channels what they contributed to it on average, and mask them, in place.
@@ -56,7 +56,7 @@ def fold_constants_(
         graph: from `lightning_prune.trace`.
         plan: what goes. Under ``union`` only channels that the whole group loses are made up for.
         batches: what to average over; tensors in them are moved to the model's device.
-        forward: runs the model on a batch, see `recalibrate_bn_`.
+        loss: runs the model on a batch, see `recalibrate_bn_`.
         missing: what to do about layers with neither bias nor a batch norm right behind, with a forward of their own,
             or that no batch reaches (auxiliary heads): ``refuse``, or ``skip``.
 
@@ -66,7 +66,7 @@ def fold_constants_(
 
     Raises:
         CompensationError: the model is masked already, no batch, a layer that cannot be repaired, or means that are
-            not finite. The model is as it was then, as after any exception from ``forward``.
+            not finite. The model is as it was then, as after any exception from ``loss``.
         PlanError: the plan or the graph does not belong to this model.
 
     Example:
@@ -82,92 +82,79 @@ def fold_constants_(
         >>> torch.allclose(model(inputs), before)
         True
     """
-    norms = {layer.name: layer.norm for group in graph.groups for layer in group.layers}
-    found = repairable(model, graph, plan, missing, lambda module, reader: _unfit(module, norms.get(reader.path)))
+    norms = {layer.name: layer.norm for group in graph.groups for layer in group.layers if layer.norm is not None}
+
+    def unfit(path: str, module: Any) -> str | None:
+        return "neither bias nor batch norm" if module.bias is None and path not in norms else None
+
+    found = repairable(model, graph, plan, missing, unfit)
     with repairing(model) as dense:
-        means = {reader.path: _Mean(reader, dense, norms.get(reader.path)) for reader in found}
-        for mean in means.values():
-            mean.watch()
-        for batch in listed(batches, dense):
-            forward(dense, batch)
-        never = [path for path, mean in means.items() if not mean.reached]
-        if never and missing == "refuse":
-            raise unreached(never)
+        means = {path: _Mean(path, dense, removed, norms.get(path)) for path, removed in found.items()}
+        outputs: dict[str, Any] = {}
+
+        def see(path: str, _module: nn.Module, value: Tensor, output: Tensor) -> None:
+            if path in means:
+                means[path].add(value)
+                outputs[path] = output
+            for mean in means.values():
+                if mean.norm == path:
+                    mean.direct = mean.direct and value is outputs.get(mean.path)
+
+        watched = dict.fromkeys([*means, *(mean.norm for mean in means.values() if mean.norm is not None)])
+        with calls_of(dense, watched, see):
+            for batch in measured(dense, batches):
+                loss(dense, batch)
+        check_reached(means, [path for path, mean in means.items() if mean.count], missing)
         indirect = [path for path, mean in means.items() if not mean.direct]
         if indirect and missing == "refuse":
             raise CompensationError(
                 f"cannot repair {', '.join(indirect)}: no bias, and no batch norm right behind; give it a bias and "
                 "trace again, or pass missing='skip'"
             )
-        repaired = [mean for mean in means.values() if mean.direct and mean.reached]
+        repaired = [mean for mean in means.values() if mean.direct and mean.count]
         if not repaired:
             warn_of_nothing()
             return ()
         for mean in repaired:
             mean.fold_(model)
         mask_once_(model, graph, plan)
-    return tuple(mean.reader.path for mean in repaired)
-
-
-def _unfit(module: Any, norm: str | None) -> str | None:
-    return "neither bias nor batch norm" if module.bias is None and norm is None else None
+    return tuple(mean.path for mean in repaired)
 
 
 class _Mean:
-    """Mean contribution of removed channels to each output of one reader."""
+    """Mean contribution of removed channels to each output of one layer, and where it can be folded into."""
 
-    def __init__(self, reader: Reader, dense: nn.Module, norm: str | None) -> None:
-        self.reader = reader
-        self.layer = reader.module(dense)
-        self.norm = None if self.layer.bias is not None or norm is None else norm
+    def __init__(self, path: str, dense: nn.Module, removed: Tensor, norm: str | None) -> None:
+        self.path = path
+        layer: Any = dense.get_submodule(path)
+        self.norm = norm if layer.bias is None else None
         self.direct = True  # whether the batch norm reads just what the layer returns
-        self._batch_norm = None if self.norm is None else dense.get_submodule(self.norm)
-        kept = (~reader.removed).nonzero().flatten().to(self.layer.weight.device)
-        self._parameters = {"weight": self.layer.weight.index_fill(reader.dim, kept, 0)}
-        if self.layer.bias is not None:
-            self._parameters["bias"] = torch.zeros_like(self.layer.bias)
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._output: Tensor | None = None
-        self._inside = False
+        self.count = 0
+        self._sum: Tensor | float = 0.0
+        self._part: Any = copy.deepcopy(layer)  # the removed inputs' share of the layer
+        kept = (~removed).nonzero().flatten().to(layer.weight.device)
+        dim = input_dim(layer)
+        assert dim is not None
+        self._part.weight.data.index_fill_(dim, kept, 0)
+        if layer.bias is not None:
+            self._part.bias.data.zero_()
 
-    @property
-    def reached(self) -> bool:
-        """Whether any batch got there."""
-        return self._count > 0
-
-    def watch(self) -> None:
-        """Hooks on the dense copy, which nobody else sees."""
-        self.layer.register_forward_hook(self._leave, with_kwargs=True)
-        if self._batch_norm is not None:
-            self._batch_norm.register_forward_pre_hook(self._enter)
+    def add(self, value: Tensor) -> None:
+        """Add one call: what enters the layer."""
+        part: Tensor = self._part(value)
+        part = part.movedim(-1 if isinstance(self._part, nn.Linear) else 1, -1).flatten(0, -2)
+        self._sum = self._sum + part.sum(0, dtype=torch.float64)
+        self.count += len(part)
 
     def fold_(self, model: nn.Module) -> None:
-        assert self._sum is not None
-        mean = self._sum / self._count
+        """Write the mean into the bias, or into the running mean of the batch norm behind."""
+        mean = torch.as_tensor(self._sum / self.count)
         if not bool(mean.isfinite().all()):
-            raise CompensationError(f"{self.reader.path}: its inputs are NaN or infinite on these batches")
+            raise CompensationError(f"{self.path}: its inputs are NaN or infinite on these batches")
         if self.norm is None:
-            self.reader.module(model).bias.data += mean.to(self.layer.bias)
+            layer: Any = model.get_submodule(self.path)
+            layer.bias.data += mean.to(layer.bias)
             return
         behind = model.get_submodule(self.norm)
         if isinstance(behind, _BatchNorm) and behind.running_mean is not None:  # else the batch's mean is taken off
             behind.running_mean -= mean.to(behind.running_mean)
-
-    def _leave(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self._inside:
-            return
-        self._output = output
-        self._inside = True  # functional_call runs this hook too
-        try:
-            part: Tensor = functional_call(layer, self._parameters, args=first_input(args, kwargs))
-        finally:
-            self._inside = False
-        channel = -1 if isinstance(layer, nn.Linear) else 1
-        part = part.movedim(channel, -1).flatten(0, -2)
-        total = part.sum(0, dtype=torch.float64)
-        self._sum = total if self._sum is None else self._sum + total
-        self._count += len(part)
-
-    def _enter(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self.direct = self.direct and bool(args) and args[0] is self._output

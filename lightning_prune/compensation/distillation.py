@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_prune.errors import DistillationError
 
@@ -41,7 +42,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     log_student = (student.to(wide) / temperature).log_softmax(1)
     log_teacher = (teacher.detach().to(wide) / temperature).log_softmax(1)
-    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
     return temperature**2 * divergence.mean()
 
 
@@ -66,10 +67,6 @@ def logits_of(output: Any) -> Tensor:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse anything but a positive number.
-
-    Raises:
-        DistillationError: with the value.
-    """
+    """Refuse anything but a positive number."""
     if not math.isfinite(temperature) or temperature <= 0:
         raise DistillationError(f"temperature must be positive, got {temperature!r}")

@@ -7,22 +7,20 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_prune.compensation.common import (
-    Forward,
+from lightning_prune.compensation.repair import (
     Missing,
-    Reader,
-    hooked,
-    listed,
+    check_reached,
+    measured,
     repairable,
     repairing,
-    unreached,
     warn_of_nothing,
 )
-from lightning_prune.criteria.channel_contributions import first_input
+from lightning_prune.criteria.batches import Loss
+from lightning_prune.criteria.channel_contributions import windows
+from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.plan import Plan
@@ -38,7 +36,7 @@ def least_squares_(
     batches: Iterable[Any],
     *,
     damping: float = 1e-4,
-    forward: Forward = call_model,
+    loss: Loss = call_model,
     missing: Missing = "refuse",
 ) -> tuple[str, ...]:
     r"""Mask a model and refit the remaining input weights of every layer that reads removed channels, in place.
@@ -63,7 +61,7 @@ def least_squares_(
         plan: what goes.
         batches: kept in memory while it runs; more rows than columns are wanted, or damping decides.
         damping: how strongly weights are held, relative to the mean energy of an input.
-        forward: runs the model on a batch, see `recalibrate_bn_`.
+        loss: runs the model on a batch, see `recalibrate_bn_`.
         missing: what to do about transposed convolutions, layers with a forward of their own, and those that no batch
             reaches (auxiliary heads): ``refuse``, or ``skip``.
 
@@ -74,7 +72,7 @@ def least_squares_(
     Raises:
         CompensationError: the model is masked already, no batch, a layer that cannot be refitted, equations without a
             finite solution, or damping that is not positive. The model is as it was then, as after any exception from
-            ``forward``.
+            ``loss``.
         PlanError: the plan or the graph does not belong to this model.
 
     Example:
@@ -91,24 +89,32 @@ def least_squares_(
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise CompensationError(f"damping must be a positive number, got {damping!r}")
-    found = repairable(model, graph, plan, missing, lambda module, _: _unfit(module))
+    found = repairable(
+        model,
+        graph,
+        plan,
+        missing,
+        lambda _, m: "a transposed convolution" if isinstance(m, _ConvTransposeNd) else None,
+    )
     with repairing(model) as dense:
-        seen = listed(batches, model)
-        ordered = _in_order(dense, found, seen[0], forward, missing)
+        seen = list(measured(model, batches))
+        ordered: dict[str, None] = {}
+        with calls_of(dense, found, lambda path, *_: ordered.setdefault(path)):
+            loss(dense, seen[0])
+        check_reached(found, ordered, missing)
         if not ordered:
             warn_of_nothing()
             return ()
         mask_once_(model, graph, plan)
-        for reader in ordered:
-            fit = _Fit(reader.module(model), ~reader.removed)
+        for path in ordered:
+            fit = _Fit(model.get_submodule(path), ~found[path])
             for batch in seen:
-                inputs = _inputs(reader.module(model), model, batch, forward)
-                targets = _outputs(reader.module(dense), dense, batch, forward)
-                for value, target in zip(inputs, targets, strict=True):
+                pairs = zip(_calls(model, path, batch, loss), _calls(dense, path, batch, loss), strict=True)
+                for (value, _), (_, target) in pairs:
                     fit.add(value, target)
-            fit.solve_(damping, reader.path)
+            fit.solve_(damping, path)
             mask_once_(model, graph, plan)  # its own removed filters
-    return tuple(reader.path for reader in ordered)
+    return tuple(ordered)
 
 
 class _Fit:
@@ -118,8 +124,8 @@ class _Fit:
         self.layer = layer
         self.kept = kept.nonzero().flatten().to(layer.weight.device)
         self.groups: int = getattr(layer, "groups", 1)
-        self.taps = prod(layer.weight.shape[2:])
-        columns = len(self.kept) * self.taps + (layer.bias is not None)
+        self.spatial = layer.weight.ndim - 2
+        columns = len(self.kept) * prod(layer.weight.shape[2:]) + (layer.bias is not None)
         outputs = layer.weight.shape[0] // self.groups
         like = {"dtype": torch.float64, "device": layer.weight.device}
         self.gram = torch.zeros(self.groups, columns, columns, **like)
@@ -142,11 +148,7 @@ class _Fit:
             self.cross += rows.mT @ goal
 
     def solve_(self, damping: float, path: str) -> None:
-        """Write the solution into the layer.
-
-        Raises:
-            CompensationError: there is none.
-        """
+        """Write the solution into the layer."""
         if not (bool(self.gram.isfinite().all()) and bool(self.cross.isfinite().all())):
             raise CompensationError(f"{path}: its inputs or outputs are NaN or infinite on these batches")
         now = self._solution()
@@ -181,84 +183,22 @@ class _Fit:
         if isinstance(self.layer, nn.Linear):
             rows = value[None, :, self.kept]
         else:
-            rows = patches(self.layer, value.unflatten(1, (self.groups, -1))[:, :, self.kept])
+            seen = windows(self.layer, value.unflatten(1, (self.groups, -1))[:, :, self.kept].flatten(0, 1))
+            # (N x groups, C, *positions, *taps) to (groups, N x positions, C x taps)
+            moved = seen.unflatten(0, (-1, self.groups)).movedim((1, 2), (0, -self.spatial - 1))
+            rows = moved.flatten(-self.spatial - 1).flatten(1, -2)
         if self.layer.bias is None:
             return rows
         return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
 
 
-def patches(layer: _ConvNd, value: Tensor) -> Tensor:
-    """What every output position of a convolution sees, zeros of the padding included.
+def _calls(model: nn.Module, path: str, batch: Any, loss: Loss) -> list[tuple[Tensor, Tensor]]:
+    """What enters a layer and what comes out, call by call; copies, for both may be overwritten in place."""
+    found: list[tuple[Tensor, Tensor]] = []
 
-    Args:
-        layer: with one, two or three spatial dimensions.
-        value: (N, groups, C, *spatial).
+    def note(_path: str, _module: nn.Module, value: Tensor, output: Tensor) -> None:
+        found.append((value.clone(), output.clone()))
 
-    Returns:
-        (groups, N x positions, C x taps).
-
-    Example:
-        >>> layer = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False)
-        >>> image = torch.randn(1, 2, 5, 5)
-        >>> rows = patches(layer, image[:, None])
-        >>> made = (rows @ layer.weight.flatten(1).mT)[0].T.view(1, 3, 3, 3)
-        >>> torch.allclose(made, layer(image), atol=1e-5)
-        True
-    """
-    spatial = len(layer.kernel_size)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(value.flatten(0, 1), layer._reversed_padding_repeated_twice, mode=mode).unflatten(0, value.shape[:2])
-    for dim, (size, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=3
-    ):
-        padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (N, groups, C, *positions, *taps) to (groups, N, *positions, C, *taps)
-    moved = padded.movedim(1, 0).movedim(2, 2 + spatial)
-    return moved.flatten(2 + spatial).flatten(1, 1 + spatial)
-
-
-def _unfit(module: Any) -> str | None:
-    return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else None
-
-
-def _in_order(dense: nn.Module, found: list[Reader], batch: Any, forward: Forward, missing: Missing) -> list[Reader]:
-    """Readers in the order of their first call.
-
-    Raises:
-        CompensationError: one is not called, and not to be skipped.
-    """
-    called: dict[str, Reader] = {}
-
-    def note(reader: Reader) -> Any:
-        return lambda *_: called.setdefault(reader.path, reader) and None
-
-    with hooked(reader.module(dense).register_forward_pre_hook(note(reader)) for reader in found):
-        forward(dense, batch)
-    never = [reader.path for reader in found if reader.path not in called]
-    if never and missing == "refuse":
-        raise unreached(never)
-    return list(called.values())
-
-
-def _inputs(layer: nn.Module, model: nn.Module, batch: Any, forward: Forward) -> list[Tensor]:
-    """What enters a layer, call by call; copies, for it may be overwritten in place."""
-    found: list[Tensor] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(first_input(args, kwargs).clone())
-
-    with hooked([layer.register_forward_pre_hook(note, with_kwargs=True)]):
-        forward(model, batch)
-    return found
-
-
-def _outputs(layer: nn.Module, model: nn.Module, batch: Any, forward: Forward) -> list[Tensor]:
-    """What a layer returns, call by call; copies."""
-    found: list[Tensor] = []
-
-    def note(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        found.append(output.clone())
-
-    with hooked([layer.register_forward_hook(note)]):
-        forward(model, batch)
+    with calls_of(model, [path], note):
+        loss(model, batch)
     return found

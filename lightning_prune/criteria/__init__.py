@@ -1,4 +1,9 @@
-"""Criteria: how much each channel matters. Adding one takes one class and no registration."""
+"""Criteria: how much each channel matters. Adding one takes one class and no registration.
+
+Here: what a criterion is (`base`), one file per paper, scoring a model and its result; `observe/` has every hook on the
+user's model. Not here: which channels go then (selection), when to score in a Trainer (callbacks), repairs of what
+remains (compensation).
+"""
 
 from lightning_prune.criteria.apoz import APoZ
 from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, TapSite, check_choice, check_weight, complete
+from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, complete
 from lightning_prune.criteria.functional import Combine
+from lightning_prune.criteria.settings import check_weight
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class _Zeros(Tap):
     """Share of a rectified map that is zero."""
 
     eps: float
-    name: ClassVar[str] = "zeros"  # type: ignore[misc]
-    site: ClassVar[TapSite] = "rectifier"  # type: ignore[misc]
-    optional: ClassVar[bool] = True  # type: ignore[misc]
+    name = "zeros"
+    site = "rectifier"
+    optional = True
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         return (value <= self.eps).sum(-1).to(torch.float64)
@@ -31,6 +32,7 @@ class _Zeros(Tap):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class APoZ(Criterion):
     """Share of a channel's rectified activations that is not zero, 1 - #{a_c(n, m) <= eps} / (N M).
 
@@ -63,13 +65,14 @@ class APoZ(Criterion):
         [0.75, 0.25]
     """
 
-    def __init__(self, *, eps: float = 0.0, missing: Missing = "refuse", combine: Combine = "mean") -> None:
-        check_weight("eps", eps)
-        check_choice("missing", missing, Missing)
-        check_choice("combine", combine, Combine)
-        self.eps = eps
-        self.missing = missing
-        self.combine = combine
+    eps: float = 0.0
+    missing: Missing = "refuse"
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("eps", self.eps)
 
     @property
     @override

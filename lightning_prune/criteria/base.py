@@ -7,20 +7,18 @@ therefore score several models, be pickled, compared, and written into a checkpo
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.functional import check_choice as check_choice
-from lightning_prune.criteria.functional import normalize_scores as normalize_scores
+from lightning_prune.criteria.settings import check_choice
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Layer
 
@@ -74,8 +72,7 @@ class Tap(ABC):
         changes.
         """
 
-    @abstractmethod
-    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
+    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
         """Sum (N, channels) over one batch.
 
         Args:
@@ -83,8 +80,13 @@ class Tap(ABC):
             positions: positions per filter and sample, over all calls.
 
         Returns:
-            The sum (channels,), and what to divide it by in the end.
+            The sum (channels,), and what to divide it by in the end; unless overridden, the number of samples.
         """
+        return partial.sum(0), len(partial)
+
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        """What the channels of every layer are worth by this quantity alone, before normalisation."""
+        return [member.means[self.name] for member in members]
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ class Member:
 class Criterion(ABC):
     """Importance of channels; high means keep.
 
-    Subclasses are final. They take keyword arguments, store each under its own name, and implement `scores`;
-    those that look at data also return their `taps`. docs/own-criterion.md has a worked example.
+    Subclasses are frozen dataclasses with keyword fields, their settings: so they compare, pickle, and show themselves
+    as the code that makes them; values that a field's ``Literal`` type does not list are refused. They implement
+    `scores`; those that look at data also return their `taps`. docs/own-criterion.md has a worked example.
 
     Attributes:
         combine: how member layers of a group share one score: ``mean`` (default: stays on the scale of one
@@ -123,6 +126,12 @@ class Criterion(ABC):
 
     combine: functional.Combine | Literal["first"] = "mean"
 
+    def __post_init__(self) -> None:
+        """Refuse values that a field's ``Literal`` does not list; extend it where types do not say all."""
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), hint)
+
     @property
     def taps(self) -> tuple[Tap, ...]:
         """What it sums over batches; empty when weights are enough."""
@@ -130,7 +139,7 @@ class Criterion(ABC):
 
     @property
     def auxiliary(self) -> tuple[int, float]:
-        """Number and weight of auxiliary classifiers whose losses are added; see `criteria.heads.AuxiliaryHeads`."""
+        """Number and weight of auxiliary classifiers whose losses are added, see `DCP`."""
         return 0, 0.0
 
     @abstractmethod
@@ -151,7 +160,7 @@ class Criterion(ABC):
 
     @property
     @final
-    def needs_heads(self) -> bool:
+    def needs_fitting(self) -> bool:
         """Whether auxiliary classifiers have to be fitted, in a pass of their own before scoring."""
         return self.auxiliary[0] > 0
 
@@ -160,24 +169,6 @@ class Criterion(ABC):
     def needs_reference(self) -> bool:
         """Whether the weights of the frozen dense model are needed."""
         return any(tap.reference for tap in self.taps)
-
-    @final
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
-        return f"{type(self).__name__}({settings})"
-
-    @final
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._settings() == other._settings()
-
-    @final
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    @final
-    def _settings(self) -> dict[str, Any]:
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
 
 
 class WeightCriterion(Criterion, ABC):
@@ -196,7 +187,7 @@ class WeightCriterion(Criterion, ABC):
 
     dead_score: ClassVar[float] = 0.0
     norm_share: float = 0.0
-    normalize: functional.LayerNormalize
+    normalize: functional.Normalizer
 
     @abstractmethod
     def channel_scores(self, rows: Tensor) -> Tensor:
@@ -240,40 +231,19 @@ def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing:
     """
     groups: dict[str, list[Tensor]] = {}
     for member, scores in zip(members, found, strict=True):
-        groups.setdefault(member.group, []).extend([] if scores is None else [scores])
-    without = [member.layer.name for member in members if not groups[member.group]]
-    if without and (missing == "refuse" or len(without) == len(members)):
+        if scores is not None:
+            groups.setdefault(member.group, []).append(scores)
+    without = [member.layer.name for member in members if member.group not in groups]
+    if without and (missing == "refuse" or not groups):
         raise ScoreError(f"{lacking} {', '.join(without)}")
     top = 1 + 2 * max((scores.max().item() for of in groups.values() for scores in of), default=0.0)
-    completed = []
-    for member, scores in zip(members, found, strict=True):
-        of = groups[member.group]
-        if scores is None:
-            size = len(member.layer.index)
-            scores = functional.combine(of, "mean") if of else torch.full((size,), top, dtype=torch.float64)
-        completed.append(scores)
-    return completed
 
+    def instead(member: Member) -> Tensor:
+        if member.group in groups:
+            return functional.combine(groups[member.group], "mean")
+        return torch.full((len(member.layer.index),), top, dtype=torch.float64)
 
-def check_weight(argument: str, value: float) -> None:
-    """Refuse a weight that is negative or not a finite number.
-
-    Raises:
-        ScoreError: names the argument and what it got.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Refuse what is no seed.
-
-    Raises:
-        ScoreError: names what it got.
-    """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-        raise ScoreError(f"seed must be an integer in [0, 2**31), got {seed!r}")
+    return [instead(member) if scores is None else scores for member, scores in zip(members, found, strict=True)]
 
 
 def criterion_from(criterion: Criterion | str) -> Criterion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -11,12 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Missing, check_choice, check_weight, complete
-from lightning_prune.criteria.functional import Combine, LayerNormalize
+from lightning_prune.criteria.base import Criterion, Member, Missing, complete
+from lightning_prune.criteria.functional import Combine, Normalizer
+from lightning_prune.criteria.settings import check_weight
 from lightning_prune.graph.groups import Group, Layer
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class BNScale(Criterion):
     """Absolute batch-norm scale of a channel, |gamma_c|.
 
@@ -44,15 +47,9 @@ class BNScale(Criterion):
         [0.5, 2.0]
     """
 
-    def __init__(
-        self, *, normalize: LayerNormalize = "none", missing: Missing = "refuse", combine: Combine = "mean"
-    ) -> None:
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("missing", missing, Missing)
-        check_choice("combine", combine, Combine)
-        self.normalize = normalize
-        self.missing = missing
-        self.combine = combine
+    normalize: Normalizer = "none"
+    missing: Missing = "refuse"
+    combine: Combine = "mean"
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:

@@ -10,51 +10,49 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import Group
+from lightning_prune.graph.readers import Reader, readers_of
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_FORWARDS = {
-    kind.forward
-    for kind in (
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    )
-}  # fmt: skip
+_KINDS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
-def input_dim(module: nn.Module) -> int | None:
-    """The dimension of a layer's weight along which its input channels lie; None if it is no such layer."""
-    if isinstance(module, _ConvTransposeNd):
-        return 0
-    return 1 if isinstance(module, _ConvNd | nn.Linear) else None
+def next_layers(model: nn.Module, group: Group) -> dict[str, Reader]:
+    """The readers of a group, by module path."""
+    for part in group.slices:
+        computed = part.tensor.rpartition(".")[2] == "weight_v" or ".parametrizations." in part.tensor
+        if part.layer is None and part.dim == 1 and computed:
+            raise ScoreError(
+                f"{part.tensor}: a layer whose weight is computed from other parameters reads channels, which is not "
+                "supported here; remove the parametrisation, or use another criterion, such as Taylor"
+            )
+    found = readers_of(model, group)
+    if not found:
+        raise ScoreError(
+            f"{group.name}: no convolution or linear layer reads its channels, so there is no next layer to score by; "
+            "use another criterion, such as Taylor"
+        )
+    return found
 
 
 def is_computable(module: nn.Module) -> bool:
     """Whether the layer computes what torch's own does with its weight: a subclass may do more."""
-    return type(module).forward in _FORWARDS and "forward" not in vars(module)
+    return type(module).forward in {kind.forward for kind in _KINDS} and "forward" not in vars(module)
 
 
-def computable(model: nn.Module, path: str, way_out: str) -> nn.Module:
-    """The layer at a path, whose output follows from its weight.
-
-    Raises:
-        ScoreError: it has a forward of its own; with the way out.
-    """
+def check_computable(model: nn.Module, path: str, way_out: str) -> None:
+    """Refuse a layer whose output does not follow from its weight."""
     module = model.get_submodule(path)
     if not is_computable(module):
         raise ScoreError(
             f"{path}: a {type(module).__name__} with a forward of its own reads channels, so what each adds to its "
             f"output is not known; use {way_out}"
         )
-    return module
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called on."""
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
-
-
-def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
+def channel_contributions(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     """W[:, c] * a_c for several channels c: (N, ...) and (K, r) to (N, K, outputs of a sample).
 
     The channels are separate groups of one grouped convolution. Nothing larger than the result is made, unless
@@ -72,39 +70,30 @@ def channel_effects(module: nn.Module, inputs: Tensor, index: Tensor, output: to
     Example:
         >>> layer = nn.Conv2d(4, 3, 3)
         >>> images = torch.randn(2, 4, 5, 5)
-        >>> each = channel_effects(layer, images, torch.arange(4).unsqueeze(1), layer(images).shape)
+        >>> each = channel_contributions(layer, images, torch.arange(4).unsqueeze(1), layer(images).shape)
         >>> whole = layer(images) - layer.bias.view(3, 1, 1)
         >>> each.shape, torch.allclose(each.sum(1).view(2, 3, 3, 3), whole, atol=1e-5)
         (torch.Size([2, 4, 27]), True)
     """
     index = index.to(inputs.device)
-    weight = getattr(module, "weight").detach().to(inputs.dtype)  # noqa: B009
+    layer: Any = module
+    weight = layer.weight.detach().to(inputs.dtype)
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return torch.einsum("ntkr,okr->nkto", rows[..., index], weight[:, index]).flatten(2)
-    assert isinstance(module, _ConvNd)
-    each = _transposed_effects if isinstance(module, _ConvTransposeNd) else _convolution_effects
-    return each(module, inputs, weight, index, output).reshape(len(inputs), len(index), -1)
+    if isinstance(module, _ConvTransposeNd):
+        return _through_transposed(module, inputs, weight, index, output).reshape(len(inputs), len(index), -1)
+    grouped = inputs.unflatten(1, (layer.groups, -1))
+
+    def alone(entries: Tensor) -> Tensor:  # the weight of every group has them, so a channel enters every group
+        return layer._conv_forward(grouped[:, :, entries].flatten(1, 2), weight[:, entries], None)
+
+    return torch.vmap(alone, out_dims=1)(index).flatten(2)
 
 
-def _convolution_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, _output: torch.Size) -> Tensor:
-    # The weight of every convolution group has these entries, so a channel enters every group.
-    groups, channels = module.groups, len(index)
-    split = inputs.unflatten(1, (groups, -1))[:, :, index]  # N, groups, K, r, positions
-    maps = split.transpose(1, 2).flatten(1, 3)
-    kernels = weight.unflatten(0, (groups, -1))[:, :, index]  # groups, out, K, r, kernel
-    kernels = kernels.movedim(2, 0).flatten(0, 2)
-    padding: Any = module.padding
-    if module.padding_mode != "zeros":
-        maps = F.pad(maps, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = (0,) * len(module.kernel_size)
-    convolve = _CONVOLVE[len(module.kernel_size)]
-    return convolve(maps, kernels, None, module.stride, padding, module.dilation, channels * groups)
-
-
-def _transposed_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index: Tensor, output: torch.Size) -> Tensor:
+def _through_transposed(module: Any, inputs: Tensor, weight: Tensor, index: Tensor, output: torch.Size) -> Tensor:
     # Here an entry is one input channel, which enters the one group it lies in.
-    groups, channels = module.groups, len(index)
+    groups, spatial = module.groups, len(module.kernel_size)
     index = index.sort(1).values
     owner = index // (module.in_channels // groups)
     alike = torch.arange(groups, device=index.device).repeat_interleave(max(1, index.shape[1] // groups))
@@ -112,19 +101,30 @@ def _transposed_effects(module: _ConvNd, inputs: Tensor, weight: Tensor, index: 
         raise ScoreError(
             "channels that enter only some groups of a transposed convolution cannot be scored; use Taylor"
         )
+    extra = module._output_padding(
+        inputs, list(output[2:]), module.stride, module.padding, module.kernel_size, spatial, module.dilation
+    )
+    convolve = getattr(F, f"conv_transpose{spatial}d")
     maps, kernels = inputs[:, index.flatten()], weight[index.flatten()]
-    padding: Any = module.padding
-    extra = [
-        size - ((before - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
-        for size, before, stride, pad, dilation, kernel in zip(
-            output[2:],
-            inputs.shape[2:],
-            module.stride,
-            padding,
-            module.dilation,
-            module.kernel_size,
-            strict=True,
-        )
-    ]
-    convolve = _TRANSPOSED[len(module.kernel_size)]
-    return convolve(maps, kernels, None, module.stride, padding, extra, channels * groups, module.dilation)
+    return convolve(maps, kernels, None, module.stride, module.padding, extra, len(index) * groups, module.dilation)
+
+
+def windows(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """What every output position of a convolution sees: (N, C, *spatial) to (N, C, *positions, *taps), a view.
+
+    Zeros of the padding are included.
+
+    Example:
+        >>> layer = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False)
+        >>> image = torch.randn(1, 2, 5, 5)
+        >>> made = torch.einsum("ncijkl,ockl->noij", windows(layer, image), layer.weight)
+        >>> torch.allclose(made, layer(image), atol=1e-5)
+        True
+    """
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return padded

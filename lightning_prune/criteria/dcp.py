@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Tap, TapSite, check_choice, check_weight
-from lightning_prune.criteria.functional import Combine, LayerNormalize
-from lightning_prune.errors import ScoreError
+from lightning_prune.criteria.base import Criterion, Member, Tap
+from lightning_prune.criteria.functional import Combine, Normalizer
+from lightning_prune.criteria.settings import check_integer, check_weight
 
 
 @dataclass(frozen=True)
 class _GradientTerm(Tap):
     """Gradient of the loss by the weights that read each channel, mean over batches."""
 
-    name: ClassVar[str] = "slope"  # type: ignore[misc]
-    site: ClassVar[TapSite] = "reader_weight"  # type: ignore[misc]
-    gradient: ClassVar[bool] = True  # type: ignore[misc]
-    joint: ClassVar[bool] = True  # type: ignore[misc]
+    name = "slope"
+    site = "reader_weight"
+    gradient = True
+    joint = True
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         """(1, F, M) to (F, M)."""
-        if gradient is None:
-            raise ScoreError("DCP needs a gradient")
+        assert gradient is not None
         return gradient[0].to(torch.float64)
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
@@ -37,6 +36,7 @@ class _GradientTerm(Tap):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class DCP(Criterion):
     r"""Norm of the loss gradient by the weights that read a channel, with auxiliary losses: ||dL/dW_next[:, c]||_F.
 
@@ -75,23 +75,16 @@ class DCP(Criterion):
         [3.0, 4.0]
     """
 
-    def __init__(
-        self,
-        *,
-        heads: int = 2,
-        weight: float = 1.0,
-        normalize: LayerNormalize = "mean",
-        combine: Combine = "mean",
-    ) -> None:
-        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 0:
-            raise ScoreError(f"heads must be an integer >= 0, got {heads!r}")
-        check_weight("weight", weight)
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        self.heads = heads
-        self.weight = weight
-        self.normalize = normalize
-        self.combine = combine
+    heads: int = 2
+    weight: float = 1.0
+    normalize: Normalizer = "mean"
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("heads", self.heads, "an integer >= 0", 0)
+        check_weight("weight", self.weight)
 
     @property
     @override

@@ -11,17 +11,14 @@ channel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import ScoreError
-
 Distance = Literal["l2", "l1", "cosine"]
 Magnitude = Literal["abs", "square", "signed"]
 Normalizer = Literal["none", "max", "mean", "l2", "minmax", "rank", "percentile", "lamp"]
-LayerNormalize = Normalizer
 Scope = Literal["layer", "network"]
 Combine = Literal["mean", "sum", "max"]
 
@@ -79,16 +76,6 @@ def by_position(tensor: Tensor, channel_dim: int) -> Tensor:
 def widened(tensor: Tensor) -> Tensor:
     """Half precision as float32."""
     return tensor.float() if tensor.dtype in _HALF else tensor
-
-
-def energy(value: Tensor) -> Tensor:
-    """Squared Frobenius norm of every map of every sample: (N, F, M) to (N, F).
-
-    Example:
-        >>> energy(torch.tensor([[[3.0, 4.0]]])).tolist()
-        [[25.0]]
-    """
-    return value.square().sum(-1).to(torch.float64)
 
 
 def taylor(value: Tensor, gradient: Tensor, magnitude: Magnitude = "signed") -> Tensor:
@@ -173,28 +160,12 @@ def normalize_scores(raw: Sequence[Tensor], how: Normalizer, scope: Scope = "lay
 
     Scores of one kind keep their order over the network under ``network``, whichever normaliser: it matters where two
     kinds are then added (JRE), and where the members of a group are.
-
-    Raises:
-        ScoreError: unknown normaliser or scope.
     """
-    check_choice("normalize", how, Normalizer)
-    check_choice("scope", scope, Scope)
     if scope == "layer" or not raw:
         return [normalize(scores, how) for scores in raw]
     device = raw[0].device
     together = normalize(torch.cat([scores.to(device) for scores in raw]), how)
     return list(torch.split(together, [len(scores) for scores in raw]))
-
-
-def check_choice(argument: str, value: object, literal: Any) -> None:
-    """Refuse a value that a Literal type does not list.
-
-    Raises:
-        ScoreError: names the argument, what it accepts and what it got.
-    """
-    accepted = get_args(literal)
-    if value not in accepted:
-        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
 def combine(members: Sequence[Tensor], how: Combine | Literal["first"]) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Tap, TapSite, check_choice
-from lightning_prune.criteria.functional import Combine, LayerNormalize, Magnitude
-from lightning_prune.criteria.taylor import WeightTerm
-from lightning_prune.errors import ScoreError
+from lightning_prune.criteria.base import Criterion, Member, Tap
+from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer
+from lightning_prune.criteria.settings import check_integer
+from lightning_prune.criteria.taylor_terms import WeightTerm
 
 NextForm = Literal["output", "weight"]
 
@@ -25,29 +25,25 @@ class _OutputTerm(Tap):
 
     magnitude: Magnitude
     chunk: int
-    name: ClassVar[str] = "next"  # type: ignore[misc]
-    site: ClassVar[TapSite] = "reader"  # type: ignore[misc]
-    gradient: ClassVar[bool] = True  # type: ignore[misc]
+    name = "next"
+    site = "reader"
+    gradient = True
 
     @property
     def degree(self) -> int:  # type: ignore[override]
         return 2 if self.magnitude == "square" else 1
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
-        if gradient is None:
-            raise ScoreError("a Taylor term needs a gradient")
+        assert gradient is not None
         return functional.taylor(value, gradient, self.magnitude)
-
-    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
-        return partial.sum(0), len(partial)
 
 
 @dataclass(frozen=True)
 class _Positions(Tap):
     """Positions of the layer's own output."""
 
-    name: ClassVar[str] = "positions"  # type: ignore[misc]
-    site: ClassVar[TapSite] = "conv"  # type: ignore[misc]
+    name = "positions"
+    site = "conv"
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         return torch.zeros(value.shape[:2], dtype=torch.float64, device=value.device)
@@ -57,6 +53,7 @@ class _Positions(Tap):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class NextLayerTaylor(Criterion):
     """Taylor expansion at the next layer: (1 / NHW) sum over its outputs of |dz_c| * |dL/dz|, by the layer's l2 norm.
 
@@ -96,26 +93,16 @@ class NextLayerTaylor(Criterion):
         [3.0, 8.0]
     """
 
-    def __init__(
-        self,
-        *,
-        form: NextForm = "output",
-        magnitude: Magnitude = "abs",
-        chunk: int = 8,
-        normalize: LayerNormalize = "l2",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("form", form, NextForm)
-        check_choice("magnitude", magnitude, Magnitude)
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-            raise ScoreError(f"chunk must be an integer >= 1, got {chunk!r}")
-        self.form = form
-        self.magnitude = magnitude
-        self.chunk = chunk
-        self.normalize = normalize
-        self.combine = combine
+    form: NextForm = "output"
+    magnitude: Magnitude = "abs"
+    chunk: int = 8
+    normalize: Normalizer = "l2"
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("chunk", self.chunk, "an integer >= 1", 1)
 
     @property
     @override
@@ -126,9 +113,8 @@ class NextLayerTaylor(Criterion):
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        return [functional.normalize(self._raw(member), self.normalize) for member in members]
-
-    def _raw(self, member: Member) -> Tensor:
-        if self.form == "weight":
-            return member.means["weight"]
-        return member.means["next"] / member.means["positions"]
+        term, *positions = self.taps
+        raw = term.scores(members)
+        if positions:
+            raw = [total / count for total, count in zip(raw, positions[0].scores(members), strict=True)]
+        return functional.normalize_scores(raw, self.normalize)

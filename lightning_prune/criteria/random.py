@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.base import Criterion, Member, check_seed
+from lightning_prune.criteria.base import Criterion, Member
+from lightning_prune.criteria.settings import check_seed
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class Random(Criterion):
     """Uniform scores in [0, 1), fixed by the seed.
 
@@ -33,11 +36,14 @@ class Random(Criterion):
         Random(seed=3)
     """
 
-    combine: Literal["first"] = "first"
+    combine = "first"
 
-    def __init__(self, *, seed: int = 0) -> None:
-        check_seed(seed)
-        self.seed = seed
+    seed: int = 0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, Literal, final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import (
-    Criterion,
-    Member,
-    Site,
-    Tap,
-    check_choice,
-    check_weight,
-    normalize_scores,
-)
-from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope
-from lightning_prune.criteria.terms import Reduce, Spatial, TaylorTerm
+from lightning_prune.criteria.base import Criterion, Member, Site, Tap
+from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope, normalize_scores
+from lightning_prune.criteria.settings import check_weight
+from lightning_prune.criteria.taylor_terms import Reduce, Spatial, TaylorTerm
 from lightning_prune.errors import ScoreError
 
 Reference = Literal["self", "baseline"]
 
 
 @dataclass(frozen=True)
-class _LocalTerm(Tap):
+class _EnergyTerm(Tap):
     """L_p(c), squared Frobenius norm of the map that filter c produces."""
 
     spatial: Spatial
     reference: bool
-    name: ClassVar[str] = "local"  # type: ignore[misc]
-    site: ClassVar[Site] = "conv"  # type: ignore[misc]
+    name = "local"
+    site = "conv"
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
-        return functional.energy(value)
+        return value.square().sum(-1).to(torch.float64)
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
         total = partial.sum(0)
@@ -44,6 +37,7 @@ class _LocalTerm(Tap):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class GRE(Criterion):
     """Global reconstruction error: first-order Taylor estimate of the loss change, |sum_hw dL/dh_c * h_c|.
 
@@ -72,43 +66,25 @@ class GRE(Criterion):
         True
     """
 
-    def __init__(
-        self,
-        *,
-        magnitude: Magnitude = "abs",
-        reduce: Reduce = "sample",
-        site: Site = "bn",
-        scope: Scope = "layer",
-        normalize: Normalizer = "minmax",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("magnitude", magnitude, Magnitude)
-        check_choice("reduce", reduce, Reduce)
-        check_choice("site", site, Site)
-        _check_normalization(scope, normalize, combine)
-        self.magnitude = magnitude
-        self.reduce = reduce
-        self.site = site
-        self.scope = scope
-        self.normalize = normalize
-        self.combine = combine
+    magnitude: Magnitude = "abs"
+    reduce: Reduce = "sample"
+    site: Site = "bn"
+    scope: Scope = "layer"
+    normalize: Normalizer = "minmax"
+    combine: Combine = "mean"
 
     @property
     @override
     def taps(self) -> tuple[Tap, ...]:
-        return (self._term,)
-
-    @property
-    def _term(self) -> TaylorTerm:
-        return TaylorTerm(self.magnitude, self.reduce, self.site)
+        return (TaylorTerm(self.magnitude, self.reduce, self.site),)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        raw = [self._term.score(member.means["global"]) for member in members]
-        return normalize_scores(raw, self.normalize, self.scope)
+        return normalize_scores(self.taps[0].scores(members), self.normalize, self.scope)
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class LRE(Criterion):
     """Local reconstruction error: energy of the map that the channel's filters produce, ||z_c||_F^2.
 
@@ -132,35 +108,24 @@ class LRE(Criterion):
         (True, False, True)
     """
 
-    def __init__(
-        self,
-        *,
-        spatial: Spatial = "sum",
-        reference: Reference = "self",
-        scope: Scope = "layer",
-        normalize: Normalizer = "minmax",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("spatial", spatial, Spatial)
-        check_choice("reference", reference, Reference)
-        _check_normalization(scope, normalize, combine)
-        self.spatial = spatial
-        self.reference = reference
-        self.scope = scope
-        self.normalize = normalize
-        self.combine = combine
+    spatial: Spatial = "sum"
+    reference: Reference = "self"
+    scope: Scope = "layer"
+    normalize: Normalizer = "minmax"
+    combine: Combine = "mean"
 
     @property
     @override
     def taps(self) -> tuple[Tap, ...]:
-        return (_LocalTerm(self.spatial, self.reference == "baseline"),)
+        return (_EnergyTerm(self.spatial, self.reference == "baseline"),)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        return normalize_scores([member.means["local"] for member in members], self.normalize, self.scope)
+        return normalize_scores(self.taps[0].scores(members), self.normalize, self.scope)
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class JRE(Criterion):
     """Joint reconstruction error: alpha * normalised `GRE` + beta * normalised `LRE`.
 
@@ -190,64 +155,39 @@ class JRE(Criterion):
         JRE(magnitude='abs', reduce='sample', site='bn', ... alpha=1.0, beta=0.5, combine='mean')
     """
 
-    def __init__(
-        self,
-        *,
-        magnitude: Magnitude = "abs",
-        reduce: Reduce = "sample",
-        site: Site = "bn",
-        spatial: Spatial = "sum",
-        reference: Reference = "self",
-        scope: Scope = "layer",
-        normalize: Normalizer = "minmax",
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("magnitude", magnitude, Magnitude)
-        check_choice("reduce", reduce, Reduce)
-        check_choice("site", site, Site)
-        check_choice("spatial", spatial, Spatial)
-        check_choice("reference", reference, Reference)
-        _check_normalization(scope, normalize, combine)
-        check_weight("alpha", alpha)
-        check_weight("beta", beta)
-        if alpha == beta == 0:
+    magnitude: Magnitude = "abs"
+    reduce: Reduce = "sample"
+    site: Site = "bn"
+    spatial: Spatial = "sum"
+    reference: Reference = "self"
+    scope: Scope = "layer"
+    normalize: Normalizer = "minmax"
+    alpha: float = 1.0
+    beta: float = 1.0
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("alpha", self.alpha)
+        check_weight("beta", self.beta)
+        if self.alpha == self.beta == 0:
             raise ScoreError("alpha and beta must not both be 0: every channel would score the same")
-        self.magnitude = magnitude
-        self.reduce = reduce
-        self.site = site
-        self.spatial = spatial
-        self.reference = reference
-        self.scope = scope
-        self.normalize = normalize
-        self.alpha = alpha
-        self.beta = beta
-        self.combine = combine
 
     @property
     @override
     def taps(self) -> tuple[Tap, ...]:
-        local = _LocalTerm(self.spatial, self.reference == "baseline")
-        return ((self._term,) if self.alpha else ()) + ((local,) if self.beta else ())
+        return tuple(tap for _, term in self._terms for tap in term.taps)
 
     @property
-    def _term(self) -> TaylorTerm:
-        return TaylorTerm(self.magnitude, self.reduce, self.site)
+    def _terms(self) -> tuple[tuple[float, GRE | LRE], ...]:
+        scale: dict[str, Any] = {"scope": self.scope, "normalize": self.normalize}
+        gre = GRE(magnitude=self.magnitude, reduce=self.reduce, site=self.site, **scale)
+        lre = LRE(spatial=self.spatial, reference=self.reference, **scale)
+        both = ((self.alpha, gre), (self.beta, lre))
+        return tuple((weight, term) for weight, term in both if weight)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        parts = []
-        if self.alpha:
-            raw = [self._term.score(member.means["global"]) for member in members]
-            parts.append([self.alpha * x for x in normalize_scores(raw, self.normalize, self.scope)])
-        if self.beta:
-            raw = [member.means["local"] for member in members]
-            parts.append([self.beta * x for x in normalize_scores(raw, self.normalize, self.scope)])
-        return [first + second for first, second in zip(*parts, strict=True)] if len(parts) == 2 else parts[0]
-
-
-def _check_normalization(scope: str, normalize: str, combine: str) -> None:
-    check_choice("scope", scope, Scope)
-    check_choice("normalize", normalize, Normalizer)
-    check_choice("combine", combine, Combine)
+        parts = [[weight * scores for scores in term.scores(members)] for weight, term in self._terms]
+        return [torch.stack(of).sum(0) for of in zip(*parts, strict=True)]

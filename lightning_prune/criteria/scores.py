@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria import functional
 from lightning_prune.errors import ScoreError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
@@ -129,34 +128,3 @@ class Scores(dict[str, Tensor]):
                         f"these scores belong to another model: group {name!r} has {size} channels here and scores of "
                         f"shape {got}"
                     )
-
-    def combined(
-        self,
-        how: functional.Combine = "mean",
-        *,
-        normalize: functional.Normalizer = "none",
-        scope: functional.Scope = "layer",
-    ) -> Scores:
-        """The same scores with the members of each group normalised, then combined, in another way; no new pass.
-
-        Args:
-            how: see `Criterion`.
-            normalize: see `lightning_prune.criteria.functional.normalize`.
-            scope: over the scores of each ``layer``, or of all layers of the ``network`` together.
-
-        Raises:
-            ScoreError: unknown setting.
-
-        Example:
-            >>> of = {"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([3.0, 0.0])}
-            >>> scores = Scores({"a": torch.tensor([2.0, 2.0])}, {"a": of})
-            >>> scores.combined("max")["a"].tolist(), scores.combined("sum", normalize="max")["a"].tolist()
-            ([3.0, 4.0], [1.25, 1.0])
-        """
-        functional.check_choice("how", how, functional.Combine)
-        names = [(group, layer) for group, of in self.layers.items() for layer in of]
-        raw = [self.layers[group][layer] for group, layer in names]
-        layers: dict[str, dict[str, Tensor]] = {}
-        for (group, layer), values in zip(names, functional.normalize_scores(raw, normalize, scope), strict=True):
-            layers.setdefault(group, {})[layer] = values
-        return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)

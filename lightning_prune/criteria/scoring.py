@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
-from lightning_prune.criteria.baseline import fit_baseline, swapped
+from lightning_prune.criteria.baseline_weights import fit_baseline, swapped
+from lightning_prune.criteria.batches import Loss, each_batch
 from lightning_prune.criteria.bn_scale import batch_norm_scales
-from lightning_prune.criteria.observe.auxiliary_classifiers import AuxiliaryHeads
-from lightning_prune.criteria.observe.recording import Recorder, key_of
+from lightning_prune.criteria.observe.auxiliary_classifiers import AuxiliaryClassifiers
+from lightning_prune.criteria.observe.observer import Observer
+from lightning_prune.criteria.observe.watcher import key_of
 from lightning_prune.criteria.scores import Scores
+from lightning_prune.criteria.settings import check_choice
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph import ChannelGraph, Group, Layer, call_model, on_device
+from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.model_state.preservation import preserved, random_state, set_random_state
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
@@ -69,49 +72,39 @@ class Scorer:
         baseline: Mapping[str, Tensor] | None = None,
         bn_mode: BatchNormMode = "eval",
     ) -> None:
-        if bn_mode not in get_args(BatchNormMode):
-            accepted = ", ".join(map(repr, get_args(BatchNormMode)))
-            raise ScoreError(f"bn_mode must be one of {accepted}, got {bn_mode!r}")
+        check_choice("bn_mode", bn_mode, BatchNormMode)
         graph.check(model)
         self.model = model
         self.graph = graph
         self.criterion = criterion_from(criterion)
         self.bn_mode = bn_mode
         self.state: dict[str, Tensor] = {}
-        self._taps = self.criterion.taps
-        self._recorder = Recorder(model, graph, self._taps)
+        self._observer = Observer(model, graph, self.criterion, self.state, reference=False)
+        self._dense = Observer(model, graph, self.criterion, self.state, reference=True)
         self._baseline = fit_baseline(model, baseline) if self.criterion.needs_reference else None
-        self._heads = AuxiliaryHeads(model, graph, *self.criterion.auxiliary) if self.criterion.needs_heads else None
-        self._stack: ExitStack | None = None
-        for group, layer in _layers(graph):
-            device = _parameter(model, layer.weight).device
-            for tap in self._taps:
-                key = key_of(group, layer, tap)
-                if f"{key}/sum" in self.state:
-                    continue
-                shape = self._recorder.shape(group, layer, tap)
-                self.state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
-                self.state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
+        count, weight = self.criterion.auxiliary
+        self._classifiers = AuxiliaryClassifiers(model, graph, count, weight) if count else None
+        self._preserved: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> Scorer:
-        if self._stack is not None:
+        if self._preserved is not None:
             raise ScoreError("this Scorer is already in use; make one per model and pass")
-        self._stack = ExitStack()
-        self._stack.enter_context(preserved(self.model))
+        self._preserved = preserved(self.model)
+        self._preserved.__enter__()
         if self.bn_mode != "keep":
             self.model.train(self.bn_mode == "train")
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._recorder.stop()
-        if self._stack is not None:
-            stack, self._stack = self._stack, None
-            stack.__exit__(*error)
+        self.end_batch(discard=True)
+        if self._preserved is not None:
+            kept, self._preserved = self._preserved, None
+            kept.__exit__(*error)
 
     @property
     def passes(self) -> tuple[Callable[[Callable[[], Any]], None], ...]:
         """What to call with the step of every batch, one pass after the other."""
-        return (self.update,) if self._heads is None else (self.fit, self.update)
+        return (self.update,) if self._classifiers is None else (self.fit, self.update)
 
     def fit(self, step: Callable[[], Any]) -> None:
         """Fit auxiliary classifiers to one batch; for criteria that need them, a pass of its own before `update`.
@@ -119,9 +112,9 @@ class Scorer:
         Raises:
             ScoreError: the criterion has none, or ``step`` computes no cross-entropy over (N, classes).
         """
-        if self._heads is None:
-            raise ScoreError(f"{self.criterion!r} has no auxiliary heads to fit")
-        self._heads.fit(step)
+        if self._classifiers is None:
+            raise ScoreError(f"{self.criterion!r} has no auxiliary classifiers to fit")
+        self._classifiers.fit(step)
 
     def update(self, step: Callable[[], Any]) -> None:
         """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs
@@ -134,60 +127,33 @@ class Scorer:
             ScoreError: what ``step`` returns is no loss, or the tensors at a site are not what the graph
                 says.
         """
-        if self.criterion.needs_reference:
+        if self._baseline is not None:
             before = random_state(self.model)
-            with self._reference():
+            with self._dense.batch(), torch.no_grad(), swapped(self.model, self._baseline):
                 step()
             set_random_state(before)
-        if all(tap.reference for tap in self._taps):
+        if not self._observer.taps:
             return
-        if self._heads is not None:
-            step = self._heads.joint(step)
-        self._recorder.start(reference=False)
-        with self._closing(), torch.set_grad_enabled(self.criterion.needs_backward):
+        if self._classifiers is not None:
+            step = self._classifiers.joint(step)
+        with self._observer.batch(), torch.set_grad_enabled(self.criterion.needs_backward):
             loss = step()
             if self.criterion.needs_backward:
-                self.backward(loss)
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Watch one batch: run the model, then `backward`. An exception discards the batch."""
-        self.begin_batch()
-        with self._closing():
-            yield
+                self._observer.backward(loss)
 
     def begin_batch(self) -> None:
-        """Start watching.
+        """Start watching a batch whose backward pass is the trainer's own.
 
         Raises:
-            ScoreError: a batch is already open, or a baseline needs `update`.
+            ScoreError: a batch is already open, or a baseline or auxiliary classifiers need `update`.
         """
-        if self._recorder.on:
-            raise ScoreError("a batch is already open; call end_batch first")
         if self.criterion.needs_reference:
             raise ScoreError("reference='baseline' runs the model twice per batch; use Scorer.update(step)")
-        if self._heads is not None:
-            raise ScoreError("auxiliary heads add to the loss and need a pass of their own; use Scorer.fit and update")
-        self._recorder.start(reference=False)
-
-    def backward(self, loss: Any) -> None:
-        """Differentiate with respect to the sites only: no parameter gradient is computed, ``.grad`` is not
-        touched.
-
-        Frees the autograd graph. Call it once per batch.
-
-        Raises:
-            ScoreError: not a scalar tensor, or nothing to differentiate.
-        """
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ScoreError(f"the loss must be a scalar tensor, got {got}; return the mean over samples")
-        if not loss.requires_grad or not self._recorder.edges:
+        if self._classifiers is not None:
             raise ScoreError(
-                "the loss does not depend on any layer that is scored through autograd: run the model inside "
-                "the batch, without torch.no_grad, inference_mode or detach"
+                "auxiliary classifiers add to the loss and need a pass of their own; use Scorer.fit and update"
             )
-        torch.autograd.grad(loss.sum(), self._recorder.edges, allow_unused=True)
+        self._observer.begin_batch()
 
     def end_batch(self, *, discard: bool = False) -> None:
         """Add the batch to `state` and remove the hooks. Does nothing if no batch is open.
@@ -198,16 +164,7 @@ class Scorer:
         Raises:
             ScoreError: the criterion needs gradients and no backward pass ran.
         """
-        try:
-            if discard or not self._recorder.on:
-                return
-            if self.criterion.needs_backward and not self._recorder.got_gradient():
-                raise ScoreError(
-                    f"{self.criterion!r} needs gradients, but no backward pass reached a layer in this batch"
-                )
-            self._add_totals()
-        finally:
-            self._recorder.stop()
+        self._observer.end_batch(discard=discard)
 
     def compute(self) -> Scores:
         """Scores from everything seen so far. To reduce over processes, sum `state` over them first.
@@ -215,15 +172,14 @@ class Scorer:
         Raises:
             ScoreError: a layer was never reached, or scores are NaN or infinite.
         """
+        found = {**self._observer.means(), **self._dense.means()}
         members = []
-        counts = {name.removesuffix("/count"): n for name, n in self.state.items() if name.endswith("/count") and n}
-        found = {key: self.state[f"{key}/sum"] / count for key, count in counts.items()}
-        for group, layer in _layers(self.graph):
-            keys = {tap.name: key_of(group, layer, tap) for tap in self._taps}
-            self._check_seen(layer.name, keys)
-            means = {name: found[key] for name, key in keys.items() if key in found}
-            scales = batch_norm_scales(self.model, group, layer)
-            members.append(Member(group.name, layer, _parameter(self.model, layer.weight), means, scales))
+        for group in self.graph.prunable_groups:
+            for layer in group.layers:
+                keys = {tap.name: key_of(group, layer, tap) for tap in self.criterion.taps}
+                means = {name: found[key] for name, key in keys.items() if key in found}
+                scales = batch_norm_scales(self.model, group, layer)
+                members.append(Member(group.name, layer, self.model.get_parameter(layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
@@ -231,61 +187,13 @@ class Scorer:
         how = self.criterion.combine
         return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)
 
-    @contextmanager
-    def _closing(self) -> Iterator[None]:
-        """End the open batch; an exception discards it."""
-        try:
-            yield
-        except BaseException:
-            self.end_batch(discard=True)
-            raise
-        self.end_batch()
-
-    @contextmanager
-    def _reference(self) -> Iterator[None]:
-        assert self._baseline is not None
-        self._recorder.start(reference=True)
-        try:
-            with torch.no_grad(), swapped(self.model, self._baseline):
-                yield
-            self._add_totals()
-        finally:
-            self._recorder.stop()
-
-    def _add_totals(self) -> None:
-        for key, total, count in self._recorder.totals():
-            self.state[f"{key}/sum"] += total.to(self.state[f"{key}/sum"].device)
-            self.state[f"{key}/count"] += count
-
-    def _check_seen(self, layer: str, keys: Mapping[str, str]) -> None:
-        for tap in self._taps:
-            key = keys[tap.name]
-            if tap.optional:
-                continue
-            if tap.gradient and key in self._recorder.without_grad and key not in self._recorder.differentiated:
-                raise ScoreError(
-                    f"{layer}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
-                    "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
-                )
-            if not self.state[f"{key}/count"]:
-                raise ScoreError(
-                    f"{layer}: never called while scoring ({self.criterion!r} needs data); score on batches "
-                    "that reach it, or trace the model without it"
-                )
-            # Another process may have seen it: the sum tells.
-            if tap.gradient and key not in self._recorder.differentiated and not self.state[f"{key}/sum"].any():
-                raise ScoreError(
-                    f"{layer}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
-                    "criterion that needs none, such as L1, FPGM or LRE"
-                )
-
 
 def score(
     model: nn.Module,
     graph: ChannelGraph,
     criterion: Criterion | str,
     batches: Iterable[Any] | None = None,
-    loss: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Loss | None = None,
     *,
     baseline: Mapping[str, Tensor] | None = None,
     bn_mode: BatchNormMode = "eval",
@@ -318,42 +226,22 @@ def score(
     # Sums made in inference mode could not be added to outside of it.
     with torch.inference_mode(False), torch.enable_grad():
         scorer = Scorer(model, graph, criterion, baseline=baseline, bn_mode=bn_mode)
-        if scorer.criterion.needs_forward:
-            with scorer:
-                _run(scorer, batches, loss)
+        criterion = scorer.criterion
+        if not criterion.needs_forward:
+            return scorer.compute()
+        if batches is None:
+            raise ScoreError(f"{criterion!r} needs data: pass batches=..., an iterable of batches such as a DataLoader")
+        if criterion.needs_backward and loss is None:
+            raise ScoreError(
+                f"{criterion!r} needs gradients: pass loss=..., a function of (model, batch) returning a scalar"
+            )
+        again = ", several times" if len(scorer.passes) > 1 else ""
+        none = ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
+        with scorer:
+            for see in scorer.passes:
+                for batch in each_batch(model, batches, none):
+                    see(partial(loss or call_model, model, batch))
         return scorer.compute()
-
-
-def _run(scorer: Scorer, batches: Iterable[Any] | None, loss: Callable[[nn.Module, Any], Any] | None) -> None:
-    criterion, model = scorer.criterion, scorer.model
-    if batches is None or isinstance(batches, Tensor):
-        raise ScoreError(f"{criterion!r} needs data: pass batches=..., an iterable of batches such as a DataLoader")
-    if criterion.needs_backward and loss is None:
-        raise ScoreError(
-            f"{criterion!r} needs gradients: pass loss=..., a function of (model, batch) returning a scalar"
-        )
-    run: Callable[[nn.Module, Any], Any] = loss if loss is not None else call_model
-    for see in scorer.passes:
-        empty = True
-        for batch in batches:
-            empty = False
-            see(partial(run, model, on_device(batch, model)))
-        if empty:
-            again = ", several times" if len(scorer.passes) > 1 else ""
-            raise ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
-
-
-def _layers(graph: ChannelGraph) -> Iterator[tuple[Group, Layer]]:
-    for group in graph.prunable_groups:
-        for layer in group.layers:
-            yield group, layer
-
-
-def _parameter(model: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    weight = getattr(model.get_submodule(path), attribute)
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _check_finite(member: Member, scores: Tensor) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Site, Tap, TapSite, check_choice
-from lightning_prune.criteria.functional import Combine, LayerNormalize, Magnitude
-from lightning_prune.criteria.terms import Reduce, TaylorTerm
+from lightning_prune.criteria.base import Criterion, Member, Site, Tap
+from lightning_prune.criteria.functional import Combine, Normalizer, normalize_scores
+from lightning_prune.criteria.taylor_terms import Reduce, TaylorTerm, WeightTerm
 from lightning_prune.errors import ScoreError
 
 Definition = Literal["paper", "jacobgil", "nvlabs"]
@@ -23,6 +22,7 @@ _REDUCTIONS: dict[Definition, Reduce] = {"paper": "sample", "jacobgil": "dataset
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class Taylor(Criterion):
     """Feature-map Taylor, | (1/M) sum_m dL/dh_m * h_m | per sample, mean over samples, over the layer's l2 norm.
 
@@ -58,64 +58,23 @@ class Taylor(Criterion):
         [0.447, 0.894]
     """
 
-    def __init__(
-        self,
-        *,
-        definition: Definition = "paper",
-        site: Site = "bn",
-        normalize: LayerNormalize = "l2",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("definition", definition, Definition)
-        check_choice("site", site, Site)
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        self.definition = definition
-        self.site = site
-        self.normalize = normalize
-        self.combine = combine
+    definition: Definition = "paper"
+    site: Site = "bn"
+    normalize: Normalizer = "l2"
+    combine: Combine = "mean"
 
     @property
     @override
     def taps(self) -> tuple[Tap, ...]:
-        return (self._term,)
-
-    @property
-    def _term(self) -> TaylorTerm:
-        return TaylorTerm("abs", _REDUCTIONS[self.definition], self.site, "mean")
+        return (TaylorTerm("abs", _REDUCTIONS[self.definition], self.site, "mean"),)
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        raw = (self._term.score(member.means["global"]) for member in members)
-        return [functional.normalize(scores, self.normalize) for scores in raw]
-
-
-@dataclass(frozen=True)
-class WeightTerm(Tap):
-    """Sum over weights of gradient times weight, under the gradient of each batch's mean loss; mean over batches.
-
-    Attributes:
-        magnitude: taken of every weight.
-        site: the layer's own weight, or those of the layers that read it.
-    """
-
-    magnitude: Magnitude
-    site: TapSite = "weight"
-    name: ClassVar[str] = "weight"  # type: ignore[misc]
-    gradient: ClassVar[bool] = True  # type: ignore[misc]
-
-    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
-        """Sum over the weights of a filter."""
-        if gradient is None:
-            raise ScoreError("a Taylor term needs a gradient")
-        return functional.taylor(value, gradient, self.magnitude)
-
-    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
-        """One gradient per batch."""
-        return partial.sum(0), len(partial)
+        return normalize_scores(self.taps[0].scores(members), self.normalize)
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class TaylorFO(Criterion):
     """Squared first-order change of the loss without a channel: (sum g_h h)^2, or sum over its weights (g_w w)^2.
 
@@ -150,27 +109,17 @@ class TaylorFO(Criterion):
         [1.0, 4.0]
     """
 
-    def __init__(
-        self,
-        *,
-        form: FirstOrderForm = "gate",
-        reduce: GateReduce = "batch",
-        site: Site = "bn",
-        normalize: LayerNormalize = "none",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("form", form, FirstOrderForm)
-        check_choice("reduce", reduce, GateReduce)
-        check_choice("site", site, Site)
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        if form == "weight" and reduce == "sample":
+    form: FirstOrderForm = "gate"
+    reduce: GateReduce = "batch"
+    site: Site = "bn"
+    normalize: Normalizer = "none"
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form == "weight" and self.reduce == "sample":
             raise ScoreError("reduce='sample' needs form='gate': weights have one gradient per batch")
-        self.form = form
-        self.reduce = reduce
-        self.site = site
-        self.normalize = normalize
-        self.combine = combine
 
     @property
     @override
@@ -179,5 +128,4 @@ class TaylorFO(Criterion):
 
     @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        (tap,) = self.taps
-        return [functional.normalize(member.means[tap.name], self.normalize) for member in members]
+        return normalize_scores(self.taps[0].scores(members), self.normalize)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.base import Criterion, Member, Tap, TapSite, check_seed
-from lightning_prune.errors import ScoreError
+from lightning_prune.criteria.base import Criterion, Member, Tap
+from lightning_prune.criteria.settings import check_integer, check_seed
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class GramTerm(Tap):
 
     rows: int | None
     seed: int
-    name: ClassVar[str] = "gram"  # type: ignore[misc]
-    site: ClassVar[TapSite] = "reader_rows"  # type: ignore[misc]
-    joint: ClassVar[bool] = True  # type: ignore[misc]
+    name = "gram"
+    site = "reader_rows"
+    joint = True
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         """(rows, channels) to (channels, channels)."""
@@ -35,6 +35,7 @@ class GramTerm(Tap):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class ThiNet(Criterion):
     r"""Order in which channels go when each next one adds least to what the next layer loses with all of them.
 
@@ -73,13 +74,16 @@ class ThiNet(Criterion):
         [1.0, 0.0, 0.5]
     """
 
-    combine: Literal["first"] = "first"  # they are alike
+    combine = "first"  # they are alike
 
-    def __init__(self, *, rows: int | None = 10, seed: int = 0) -> None:
-        check_rows(rows)
-        check_seed(seed)
-        self.rows = rows
-        self.seed = seed
+    rows: int | None = 10
+    seed: int = 0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rows(self.rows)
+        check_seed(self.seed)
 
     @property
     @override
@@ -124,10 +128,6 @@ def removal_places(gram: Tensor, dead: Tensor | None = None) -> Tensor:
 
 
 def check_rows(rows: int | None) -> None:
-    """Refuse what is no number of rows.
-
-    Raises:
-        ScoreError: names what it got.
-    """
-    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-        raise ScoreError(f"rows must be an integer >= 1, or None for all outputs, got {rows!r}")
+    """Refuse what is no number of rows."""
+    if rows is not None:
+        check_integer("rows", rows, "an integer >= 1, or None for all outputs", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import WeightCriterion, check_choice, check_weight
-from lightning_prune.criteria.functional import Combine, Distance, LayerNormalize
+from lightning_prune.criteria.base import WeightCriterion
+from lightning_prune.criteria.functional import Combine, Distance, Normalizer
+from lightning_prune.criteria.settings import check_weight
 from lightning_prune.errors import ScoreError
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class L1(WeightCriterion):
     """Sum of absolute weights of a channel's filters, ||F_c||_1.
 
@@ -35,11 +38,8 @@ class L1(WeightCriterion):
         [3.0, 0.5]
     """
 
-    def __init__(self, *, normalize: LayerNormalize = "mean", combine: Combine = "mean") -> None:
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        self.normalize = normalize
-        self.combine = combine
+    normalize: Normalizer = "mean"
+    combine: Combine = "mean"
 
     @override
     def channel_scores(self, rows: Tensor) -> Tensor:
@@ -47,6 +47,7 @@ class L1(WeightCriterion):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class L2(WeightCriterion):
     """Euclidean norm of the weights of a channel's filters, ||F_c||_2.
 
@@ -65,11 +66,8 @@ class L2(WeightCriterion):
         [5.0, 0.5]
     """
 
-    def __init__(self, *, normalize: LayerNormalize = "mean", combine: Combine = "mean") -> None:
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        self.normalize = normalize
-        self.combine = combine
+    normalize: Normalizer = "mean"
+    combine: Combine = "mean"
 
     @override
     def channel_scores(self, rows: Tensor) -> Tensor:
@@ -77,6 +75,7 @@ class L2(WeightCriterion):
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class FPGM(WeightCriterion):
     """Summed distance of a channel's filters to those of all other channels, sum_j d(F_c, F_j).
 
@@ -107,24 +106,17 @@ class FPGM(WeightCriterion):
 
     dead_score: ClassVar[float] = -1.0
 
-    def __init__(
-        self,
-        *,
-        distance: Distance = "l2",
-        norm_share: float = 0.0,
-        normalize: LayerNormalize = "mean",
-        combine: Combine = "mean",
-    ) -> None:
-        check_choice("distance", distance, Distance)
-        check_weight("norm_share", norm_share)
-        if norm_share >= 1:
-            raise ScoreError(f"norm_share must be in [0, 1), got {norm_share!r}")
-        check_choice("normalize", normalize, LayerNormalize)
-        check_choice("combine", combine, Combine)
-        self.distance = distance
-        self.norm_share = norm_share
-        self.normalize = normalize
-        self.combine = combine
+    distance: Distance = "l2"
+    norm_share: float = 0.0
+    normalize: Normalizer = "mean"
+    combine: Combine = "mean"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("norm_share", self.norm_share)
+        if self.norm_share >= 1:
+            raise ScoreError(f"norm_share must be in [0, 1), got {self.norm_share!r}")
 
     @override
     def channel_scores(self, rows: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""Data modules of the recipes; they know nothing of pruning."""
+"""Data modules of the recipes.
+
+Here: reading, checking, rendering and transforming images and what is known of them, up to batches. Not here: what is
+learnt from them (`tasks`), and pruning, of which they know nothing.
+"""
 
 from lightning_prune.data.cifar10 import CIFAR10DataModule
 from lightning_prune.data.coco import COCODetection
 from lightning_prune.data.digits import DigitsDataModule
-from lightning_prune.data.scene_files import write_coco, write_voc
+from lightning_prune.data.scene_files import write_voc
 from lightning_prune.data.scene_modules import ScenesDetection, ScenesSegmentation
 from lightning_prune.data.scenes import Scene, Scenes
 from lightning_prune.data.voc import VOCDetection, VOCSegmentation
@@ -18,6 +22,5 @@ __all__ = [
     "ScenesSegmentation",
     "VOCDetection",
     "VOCSegmentation",
-    "write_coco",
     "write_voc",
 ]

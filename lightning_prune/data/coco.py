@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
-from lightning_prune.data.modules import (
+from lightning_prune.data.modules import DetectionDataModule, FilesDataModule
+from lightning_prune.data.samples import (
     BadBoxes,
-    DetectionDataModule,
-    DetectionFiles,
-    Objects,
+    Samples,
+    Target,
     check_boxes,
     check_files,
+    plain,
+    read_detection,
+    target_of,
 )
 from lightning_prune.data.transforms import Augmentation, detection_evaluation, detection_training
 from lightning_prune.errors import DataError
 
 
-class COCODetection(DetectionDataModule):
+class COCODetection(FilesDataModule, DetectionDataModule):
     """COCO's boxes, letterboxed; targets as in `DetectionDataModule`.
 
     There is no download: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org.
@@ -63,10 +65,7 @@ class COCODetection(DetectionDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last)
-        self.root = root
-        self.train_on = train_on
-        self.evaluate_on = evaluate_on
+        super().__init__(root, train_on, evaluate_on, batch_size, num_workers, drop_last)
         self.class_names = None if classes is None else tuple(classes)
         self.bad_boxes = bad_boxes
         self.training = detection_training(augment, size)
@@ -79,33 +78,27 @@ class COCODetection(DetectionDataModule):
             raise DataError("the classes are those of the training file: call setup() first, or set classes")
         return len(self.class_names)
 
-    def _load(self) -> dict[str, Dataset[Any]]:
-        train = self._part(self.train_on, self.training, train=True)
-        val = self._part(self.evaluate_on, self.evaluation, train=False)
-        return {"train": train, "val": val, "test": val}
-
-    def _part(self, name: str, transforms: Callable[..., Any], *, train: bool) -> DetectionFiles:
+    def _part(self, image_sets: str, transforms: Callable[..., Any], *, train: bool) -> Samples:
         root = Path(self.root).resolve()
-        path = root / "annotations" / f"instances_{name}.json"
-        index = read_instances(path)
-        names = [row["name"] for row in sorted(index.dataset["categories"], key=lambda row: row["id"])]
-        self.class_names = tuple(names) if self.class_names is None else self.class_names
-        images = [index.imgs[number] for number in sorted(index.imgs)]
-        paths = [root / name / image["file_name"] for image in images]
+        path = root / "annotations" / f"instances_{image_sets}.json"
+        content = _read_instances(path)
+        if self.class_names is None:
+            self.class_names = tuple(row["name"] for row in sorted(content["categories"], key=lambda row: row["id"]))
+        labels = _category_labels(content["categories"], self.class_names, path)
+        images = sorted(content["images"], key=lambda image: image["id"])
+        paths = [root / image_sets / image["file_name"] for image in images]
         check_files(paths, path)
-        labels = category_labels(index, self.class_names, path)
-        objects = [image_objects(index, image["id"], labels, path, self.bad_boxes) for image in images]
-        return DetectionFiles(paths, [found.plain() for found in objects] if train else objects, transforms)
+        rows: dict[int | str, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+        for row in content["annotations"]:
+            if row["category_id"] in labels:
+                rows[row["image_id"]].append(row)
+        targets = [_image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
+        targets = [plain(target) for target in targets] if train else targets
+        return Samples(list(zip(paths, targets, strict=True)), partial(read_detection, transforms=transforms))
 
 
-def read_instances(path: Path) -> Any:
-    """COCO's index (`pycocotools.coco.COCO`) of an instances file.
-
-    Raises:
-        DataError: no such file, no JSON, or one that is not COCO's: something missing, or an unknown image or category.
-    """
-    from pycocotools.coco import COCO
-
+def _read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The ``images``, ``annotations`` and ``categories`` of an instances file, all there and of one another."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -120,11 +113,7 @@ def read_instances(path: Path) -> Any:
             f"{path}, line {error.lineno}, column {error.colno}: no valid JSON ({error.msg}); unpack it again"
         ) from error
     _check_rows(content, path)
-    index = COCO()
-    index.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        index.createIndex()
-    return index
+    return content
 
 
 _NUMBER, _ID = (int, float), (int, str)
@@ -165,39 +154,27 @@ def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str
     return numbers
 
 
-def category_labels(index: Any, classes: Sequence[str], path: Path) -> dict[int | str, int]:
-    """The label of every category that is one of ``classes``.
-
-    Raises:
-        DataError: a class that the file does not have, or has twice.
-    """
-    names = [row["name"] for row in index.cats.values()]
+def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:
+    """The label of every category that is one of ``classes``, each of which the file has once, by the id."""
+    names = [row["name"] for row in categories]
     for name in classes:
         if names.count(name) != 1:
             found = "unknown class" if name not in names else "two categories are called"
             raise DataError(f"{path}: {found} {name!r}; the file's are {', '.join(sorted(names))}")
-    return {number: classes.index(row["name"]) for number, row in index.cats.items() if row["name"] in classes}
+    return {row["id"]: classes.index(row["name"]) for row in categories if row["name"] in classes}
 
 
-def image_objects(
-    index: Any, image_id: int, labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes = "repair"
-) -> Objects:
-    """The objects of one image whose category has a label; boxes (x, y, width, height) become corners.
-
-    Raises:
-        DataError: a bad box.
-    """
-    rows = [row for row in index.imgToAnns[image_id] if row["category_id"] in labels]
+def _image_target(
+    image: dict[str, Any], rows: list[dict[str, Any]], labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes
+) -> Target:
+    """The target of an image and its annotations; boxes (x, y, width, height) become corners."""
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    image = index.imgs[image_id]
-    found = Objects(
+    target = target_of(
         (image["height"], image["width"]),
-        boxes,
-        torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64),
-        torch.zeros(len(rows), dtype=torch.bool),
-        torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool),
-        torch.tensor([float(row["area"]) for row in rows], dtype=torch.float32),
-        image_id,
+        box_convert(boxes, "xywh", "xyxy"),
+        [labels[row["category_id"]] for row in rows],
+        image["id"],
+        iscrowd=[bool(row.get("iscrowd", 0)) for row in rows],
+        area=[float(row["area"]) for row in rows],
     )
-    return check_boxes(found, f"{path}, image {image['file_name']}", bad_boxes)
+    return check_boxes(target, f"{path}, image {image['file_name']}", bad_boxes)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_prune.data.modules import PartsDataModule
 
 Batch = tuple[Tensor, Tensor]
 
 
-class DigitsDataModule(LightningDataModule):
+def plain_batch(samples: list[Batch]) -> Batch:
+    """Stack samples."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+class DigitsDataModule(PartsDataModule):
     """Handwritten digits (Alpaydin and Kaynak, UCI 1998) as (N, 3, 32, 32) images and labels 0..9.
 
     The 8x8 scans are resized bilinearly and repeated over three channels, so that networks for CIFAR-10 take them.
@@ -30,6 +38,7 @@ class DigitsDataModule(LightningDataModule):
         num_workers: 0 is right for data that lie in memory.
     """
 
+    collate = staticmethod(plain_batch)
     num_classes = 10
     class_names = tuple(str(digit) for digit in range(10))
 
@@ -43,38 +52,18 @@ class DigitsDataModule(LightningDataModule):
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
+        super().__init__(batch_size, num_workers, drop_last)
         self.seed = seed
         self.size = size
         self.augment = augment
-        self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.parts: dict[str, Dataset[Batch]] = {}
 
-    def setup(self, stage: str | None = None) -> None:
-        if not self.parts:
-            self.parts = split_digits(self.seed, self.size)
+    def _load(self) -> dict[str, Dataset[Batch]]:
+        return split_digits(self.seed, self.size)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        collate = augmented_batch if self.augment else plain_batch
-        return DataLoader(
-            self.parts["train"],
-            self.batch_size,
-            shuffle=True,
-            drop_last=self.drop_last,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation("val")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation("test")
-
-    def _evaluation(self, part: str) -> DataLoader[Batch]:
-        return DataLoader(self.parts[part], self.batch_size, num_workers=self.num_workers, collate_fn=plain_batch)
+    def _loader(self, part: str, **options: Any) -> DataLoader[Batch]:
+        if part == "train" and self.augment:
+            options["collate_fn"] = augmented_batch
+        return super()._loader(part, **options)
 
 
 def digit_parts(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
@@ -101,12 +90,6 @@ def split_digits(seed: int = 0, size: int = 32) -> dict[str, Dataset[Batch]]:
         name: TensorDataset(images[part].contiguous(), labels[part])  # type: ignore[misc]
         for name, part in parts.items()
     }
-
-
-def plain_batch(samples: list[Batch]) -> Batch:
-    """Stack samples."""
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels)
 
 
 def augmented_batch(samples: list[Batch]) -> Batch:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as transform
 
-from lightning_prune.data.modules import (
-    DetectionDataModule,
-    Objects,
-    PartsDataModule,
-    SegmentationDataModule,
-    detection_sample,
-)
-from lightning_prune.data.scenes import CLASS_NAMES, Part, Scene, Scenes
-from lightning_prune.data.transforms import Target, detection_evaluation, segmentation_evaluation
+from lightning_prune.data.modules import DetectionDataModule, PartsDataModule, SegmentationDataModule
+from lightning_prune.data.samples import Samples, Target, detection_sample, segmentation_sample, target_of
+from lightning_prune.data.scenes import CLASS_NAMES, PARTS, Scenes
+from lightning_prune.data.transforms import detection_evaluation, segmentation_evaluation
 
 
 class ScenesDataModule(PartsDataModule):
@@ -38,8 +33,6 @@ class ScenesDataModule(PartsDataModule):
         DataError: see `Scenes`.
     """
 
-    samples: Callable[[Scenes], Dataset[Any]]
-
     def __init__(
         self,
         batch_size: int = 16,
@@ -53,41 +46,18 @@ class ScenesDataModule(PartsDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, drop_last)
-        parts: tuple[Part, ...] = ("train", "val", "test")
         self.scenes = {
             part: Scenes(part, length, size=size, objects=objects, extent=extent, seed=seed)
-            for part, length in zip(parts, lengths, strict=True)
+            for part, length in zip(PARTS, lengths, strict=True)
         }
 
     def _load(self) -> dict[str, Dataset[Any]]:
-        return {part: type(self).samples(scenes) for part, scenes in self.scenes.items()}
+        return {part: Samples(range(len(scenes)), partial(self.sample, scenes)) for part, scenes in self.scenes.items()}
 
-
-class _SegmentedScenes(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, scenes: Scenes) -> None:
-        self.scenes = scenes
-        self.transforms = segmentation_evaluation(None)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        scene = self.scenes[index]
-        image, mask = self.transforms(_image(scene), tv_tensors.Mask(torch.from_numpy(scene.mask).long()))
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
-
-
-class _BoxedScenes(Dataset[tuple[Tensor, Target]]):
-    def __init__(self, scenes: Scenes) -> None:
-        self.scenes = scenes
-        self.transforms = detection_evaluation(None)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        scene = self.scenes[index]
-        return detection_sample(_image(scene), scene_objects(scene, index), self.transforms)
+    @staticmethod
+    @abstractmethod
+    def sample(scenes: Scenes, index: int) -> Any:
+        """Image and what is to be learnt of one scene."""
 
 
 class ScenesSegmentation(ScenesDataModule, SegmentationDataModule):
@@ -96,28 +66,26 @@ class ScenesSegmentation(ScenesDataModule, SegmentationDataModule):
     Images (N, 3, size, size), standardised by ImageNet's statistics; masks (N, size, size) int64 in 0..10.
     """
 
-    samples = _SegmentedScenes
     num_classes = 11
     class_names = ("background", *CLASS_NAMES)
 
+    @staticmethod
+    def sample(scenes: Scenes, index: int) -> tuple[Tensor, Tensor]:
+        scene = scenes[index]
+        return segmentation_sample(transform.to_image(scene.image), scene.mask, segmentation_evaluation(None))
+
 
 class ScenesDetection(ScenesDataModule, DetectionDataModule):
-    """Scenes of handwritten digits with boxes: ten classes, 0..9; see `ScenesDataModule` and `DetectionDataModule`."""
+    """Scenes of handwritten digits with boxes: ten classes, 0..9; see `ScenesDataModule` and `DetectionDataModule`.
 
-    samples = _BoxedScenes
+    The area of an object is that of its pixels seen.
+    """
+
     num_classes = 10
     class_names = CLASS_NAMES
 
-
-def scene_objects(scene: Scene, index: int) -> Objects:
-    """The objects of a scene; their area is that of the pixels seen."""
-    count = len(scene.labels)
-    none = torch.zeros(count, dtype=torch.bool)
-    area = torch.from_numpy(scene.pixels).float()
-    boxes, labels = torch.from_numpy(scene.boxes), torch.from_numpy(scene.labels)
-    height, width = scene.image.shape[:2]
-    return Objects((height, width), boxes, labels, none, none.clone(), area, index)
-
-
-def _image(scene: Scene) -> tv_tensors.Image:
-    return tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1).contiguous())
+    @staticmethod
+    def sample(scenes: Scenes, index: int) -> tuple[Tensor, Target]:
+        scene = scenes[index]
+        target = target_of(scene.mask.shape, scene.boxes, scene.labels, index, area=scene.pixels)
+        return detection_sample(transform.to_image(scene.image), target, detection_evaluation(None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from lightning_prune.errors import DataError
 Part = Literal["train", "val", "test"]
 Floats = NDArray[np.float32]
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
-_PARTS = ("train", "val", "test")
+PARTS: tuple[Part, ...] = ("train", "val", "test")
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _INK = 0.5  # opacity from which a pixel belongs to its digit
 _TRIES = 8  # places to look for one digit before it is left out
@@ -49,6 +49,7 @@ class Scene:
         return np.bincount(self.instances.ravel(), minlength=len(self.labels) + 1)[1:]
 
 
+@dataclass(eq=False)
 class Scenes:
     """Scikit-learn's handwritten digits at random places, sizes, slants, colours and contrasts.
 
@@ -73,40 +74,32 @@ class Scenes:
         ((64, 64, 3), 4, np.True_)
     """
 
-    def __init__(
-        self,
-        part: Part = "train",
-        length: int = 1000,
-        *,
-        size: int = 128,
-        objects: tuple[int, int] = (1, 5),
-        extent: tuple[float, float] = (0.2, 0.45),
-        hidden: float = 0.15,
-        seed: int = 0,
-    ) -> None:
-        if part not in _PARTS:
-            raise DataError(f"part must be one of {', '.join(_PARTS)}, got {part!r}")
-        if length < 1 or size < 32:
-            raise DataError(f"length must be at least 1 and size at least 32 pixels, got {length} and {size}")
-        if not 0 <= objects[0] <= objects[1] <= 100:
-            raise DataError(f"objects must be (fewest, most) within 0 and 100, got {objects}")
-        if not 4 / size <= extent[0] <= extent[1] <= 0.7:
+    part: Part = "train"
+    length: int = 1000
+    _: KW_ONLY
+    size: int = 128
+    objects: tuple[int, int] = (1, 5)
+    extent: tuple[float, float] = (0.2, 0.45)
+    hidden: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise DataError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
+        if self.length < 1 or self.size < 32:
+            raise DataError(f"length must be at least 1 and size at least 32 pixels, got {self.length} and {self.size}")
+        if not 0 <= self.objects[0] <= self.objects[1] <= 100:
+            raise DataError(f"objects must be (fewest, most) within 0 and 100, got {self.objects}")
+        if not 4 / self.size <= self.extent[0] <= self.extent[1] <= 0.7:
             raise DataError(
-                f"extent must be (smallest, largest) share of the size, within {4 / size:g} (4 pixels) and 0.7, "
-                f"got {extent}"
+                f"extent must be (smallest, largest) share of the size, within {4 / self.size:g} (4 pixels) and 0.7, "
+                f"got {self.extent}"
             )
-        if not 0 <= hidden < 1:
-            raise DataError(f"hidden must lie in [0, 1), got {hidden}")
-        self.part = part
-        self.length = length
-        self.size = size
-        self.objects = objects
-        self.extent = extent
-        self.hidden = hidden
-        self.seed = seed
-        scans, labels, parts = digit_parts(seed)
-        self.scans = np.pad(scans[parts[part]].numpy(), ((0, 0), (2, 2), (2, 2)))
-        self.digits = labels[parts[part]].numpy()
+        if not 0 <= self.hidden < 1:
+            raise DataError(f"hidden must lie in [0, 1), got {self.hidden}")
+        scans, labels, parts = digit_parts(self.seed)
+        self.scans = np.pad(scans[parts[self.part]].numpy(), ((0, 0), (2, 2), (2, 2)))
+        self.digits = labels[parts[self.part]].numpy()
 
     def __len__(self) -> int:
         return self.length
@@ -114,7 +107,7 @@ class Scenes:
     def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, _PARTS.index(self.part), index])
+        rng = np.random.default_rng([self.seed, PARTS.index(self.part), index])
         image = background(rng, self.size)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         labels: list[int] = []

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from lightning_prune.errors import DataError
 
+GREY = 128  # what is outside of an image, as in darknet
 IGNORE = 255  # a mask's value where no class is asked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Augmentation = Literal["none", "flip", "yolo", "ssd"]
@@ -49,7 +50,6 @@ class Letterbox(v2.Transform):
 
     Args:
         size: height and width of the square in pixels.
-        fill: grey of uint8 images.
 
     Example:
         >>> Letterbox(416)(tv_tensors.Image(torch.zeros(3, 100, 200, dtype=torch.uint8))).shape
@@ -58,23 +58,17 @@ class Letterbox(v2.Transform):
 
     _transformed_types = (tv_tensors.Image, tv_tensors.BoundingBoxes, tv_tensors.Mask)
 
-    def __init__(self, size: int = 416, fill: int = 128) -> None:
+    def __init__(self, size: int = 416) -> None:
         super().__init__()
         self.size = size
-        self.fill = fill
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """New height and width, and the padding left, top, right and bottom."""
-        height, width = v2.query_size(flat_inputs)
-        scale = self.size / max(height, width)
-        new = [max(1, round(height * scale)), max(1, round(width * scale))]
-        down, across = self.size - new[0], self.size - new[1]
-        return {"size": new, "padding": [across // 2, down // 2, across - across // 2, down - down // 2]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        resized = v2.functional.resize(inpt, params["size"], antialias=True)
-        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill
-        return v2.functional.pad(resized, params["padding"], fill=fill)
+        sides = v2.functional.get_size(inpt)
+        height, width = (max(1, side * self.size // max(sides)) for side in sides)  # as darknet and `yolo_boxes` round
+        down, across = self.size - height, self.size - width
+        resized = v2.functional.resize(inpt, [height, width], antialias=True)
+        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else GREY
+        return v2.functional.pad(resized, [across // 2, down // 2, across - across // 2, down - down // 2], fill=fill)
 
 
 class DarknetJitter(v2.Transform):
@@ -91,18 +85,16 @@ class DarknetJitter(v2.Transform):
         self.jitter = jitter
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """How far the left, top, right and bottom edges move outwards, and the size then."""
+        """How far the left, top, right and bottom edges move outwards."""
         height, width = v2.query_size(flat_inputs)
         moves = (torch.rand(4) * 2 - 1) * self.jitter * torch.tensor([width, height, width, height])
-        left, top, right, bottom = (int(move) for move in moves)
-        return {"top": -top, "left": -left, "height": height + top + bottom, "width": width + left + right}
+        return {"moves": [int(move) for move in moves]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        top, left, height, width = (params[name] for name in ("top", "left", "height", "width"))
-        old_height, old_width = v2.functional.get_size(inpt)
-        outside = [max(0, -left), max(0, -top), max(0, left + width - old_width), max(0, top + height - old_height)]
-        padded = v2.functional.pad(inpt, outside, fill=128)
-        return v2.functional.crop(padded, max(0, top), max(0, left), height, width)
+        left, top, right, bottom = params["moves"]
+        height, width = v2.functional.get_size(inpt)
+        padded = v2.functional.pad(inpt, [max(0, move) for move in params["moves"]], fill=GREY)
+        return v2.functional.crop(padded, max(0, -top), max(0, -left), height + top + bottom, width + left + right)
 
 
 def detection_training(augment: Augmentation = "yolo", size: int | None = 416) -> v2.Compose:
@@ -133,17 +125,15 @@ def detection_training(augment: Augmentation = "yolo", size: int | None = 416) -
     }
     if augment not in known:
         raise DataError(f"augment must be one of {', '.join(known)}, got {augment!r}")
+    letterbox = [] if size is None else [Letterbox(size)]
     tidy = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(2.0, labels_getter=_rows)]
-    return v2.Compose([*known[augment], *_letterbox(size), *tidy, _TO_FLOAT])
+    return v2.Compose([*known[augment], *letterbox, *tidy, _TO_FLOAT])
 
 
 def detection_evaluation(size: int | None = 416) -> v2.Compose:
     """A letterbox alone, as in `detection_training`; every box stays."""
-    return v2.Compose([*_letterbox(size), v2.ClampBoundingBoxes(), _TO_FLOAT])
-
-
-def _letterbox(size: int | None) -> list[nn.Module]:
-    return [] if size is None else [Letterbox(size)]
+    letterbox = [] if size is None else [Letterbox(size)]
+    return v2.Compose([*letterbox, v2.ClampBoundingBoxes(), _TO_FLOAT])
 
 
 def _rows(sample: tuple[Any, Target]) -> tuple[Tensor, ...]:

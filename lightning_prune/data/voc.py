@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision import tv_tensors
+from torchvision import datasets
 
-from lightning_prune.data.modules import (
-    BadBoxes,
-    DetectionDataModule,
-    DetectionFiles,
-    Objects,
-    SegmentationDataModule,
-    check_boxes,
-    check_files,
-    read_image,
-)
+from lightning_prune.data.modules import DetectionDataModule, FilesDataModule, SegmentationDataModule
+from lightning_prune.data.samples import BadBoxes, Samples, plain, read_detection, read_segmentation
 from lightning_prune.data.transforms import (
-    IGNORE,
     Augmentation,
     detection_evaluation,
     detection_training,
     segmentation_evaluation,
     segmentation_training,
 )
-from lightning_prune.errors import DataError
+from lightning_prune.data.voc_files import fetch, listing, read_annotation, read_classes, sbd_masks
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -41,7 +27,21 @@ VOC_CLASSES = (
 )
 
 
-class VOCSegmentation(SegmentationDataModule):
+class VOCDataModule(FilesDataModule):
+    """Image sets of ``VOCdevkit``, downloaded if asked for."""
+
+    kind: Any  # torchvision's dataset that lists the files
+    download: bool
+
+    def prepare_data(self) -> None:
+        if self.download:
+            fetch(self.kind, self.root, (*self.train_on, *self.evaluate_on))
+
+    def _pairs(self, image_sets: Sequence[str]) -> list[tuple[Path, Path]]:
+        return [pair for name in image_sets for pair in listing(self.kind, self.root, name)]
+
+
+class VOCSegmentation(VOCDataModule, SegmentationDataModule):
     """Pascal VOC's class masks, with torchvision's reference transforms, which Lee et al. (Sensors 23(4):2102) use.
 
     Training images (N, 3, crop, crop): shorter side resized to 0.5 to 2 times ``base``, flipped, cropped, normalised.
@@ -67,6 +67,8 @@ class VOCSegmentation(SegmentationDataModule):
             not of class numbers.
     """
 
+    kind = datasets.VOCSegmentation
+
     def __init__(
         self,
         root: str = "data",
@@ -82,36 +84,24 @@ class VOCSegmentation(SegmentationDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last)
-        self.root = root
-        self.train_on = tuple(train_on)
-        self.evaluate_on = tuple(evaluate_on)
+        super().__init__(root, tuple(train_on), tuple(evaluate_on), batch_size, num_workers, drop_last)
         self.class_names = ("background", *classes)
         self.num_classes = len(self.class_names)
-        self.base = base
-        self.crop = crop
         self.sbd_root = sbd_root
         self.download = download
+        self.training = segmentation_training(base, crop)
+        self.evaluation = segmentation_evaluation(base)
 
-    def prepare_data(self) -> None:
-        if self.download:
-            _fetch("VOCSegmentation", self.root, (*self.train_on, *self.evaluate_on))
-
-    def _load(self) -> dict[str, Dataset[Any]]:
-        training = segmentation_training(self.base, self.crop)
-        train = [self._part(name, training) for name in self.train_on]
-        if self.sbd_root is not None:
-            train.append(_SbdMasks(self.sbd_root, training))
-        evaluation = segmentation_evaluation(self.base)
-        val: Dataset[Any] = ConcatDataset([self._part(name, evaluation) for name in self.evaluate_on])
-        return {"train": ConcatDataset(train), "val": val, "test": val}
-
-    def _part(self, name: str, transforms: Callable[..., Any]) -> Dataset[Any]:
-        paths, masks = _listing("VOCSegmentation", self.root, name)
-        return _VocMasks(paths, masks, self.num_classes, transforms)
+    def _part(self, image_sets: Sequence[str], transforms: Callable[..., Any], *, train: bool) -> Dataset[Any]:
+        classes = self.num_classes
+        load = partial(read_segmentation, read_classes=read_classes, num_classes=classes, transforms=transforms)
+        samples = Samples(self._pairs(image_sets), load)
+        if not train or self.sbd_root is None:
+            return samples
+        return ConcatDataset([samples, sbd_masks(self.sbd_root, len(VOC_CLASSES) + 1, transforms)])
 
 
-class VOCDetection(DetectionDataModule):
+class VOCDetection(VOCDataModule, DetectionDataModule):
     """Pascal VOC's boxes, letterboxed; targets as in `DetectionDataModule`, labels in the order of ``classes``.
 
     Objects marked difficult are evaluated with their flag and not trained on. Images without an object stay, as
@@ -135,6 +125,8 @@ class VOCDetection(DetectionDataModule):
             lacks something, or names an unknown class, or a box outside its image.
     """
 
+    kind = datasets.VOCDetection
+
     def __init__(
         self,
         root: str = "data",
@@ -150,10 +142,7 @@ class VOCDetection(DetectionDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(batch_size, num_workers, drop_last)
-        self.root = root
-        self.train_on = tuple(train_on)
-        self.evaluate_on = tuple(evaluate_on)
+        super().__init__(root, tuple(train_on), tuple(evaluate_on), batch_size, num_workers, drop_last)
         self.class_names = tuple(classes)
         self.num_classes = len(self.class_names)
         self.bad_boxes = bad_boxes
@@ -161,180 +150,9 @@ class VOCDetection(DetectionDataModule):
         self.training = detection_training(augment, size)
         self.evaluation = detection_evaluation(size)
 
-    def prepare_data(self) -> None:
-        if self.download:
-            _fetch("VOCDetection", self.root, (*self.train_on, *self.evaluate_on))
-
-    def _load(self) -> dict[str, Dataset[Any]]:
-        val = self._part(self.evaluate_on, self.evaluation, train=False)
-        return {"train": self._part(self.train_on, self.training, train=True), "val": val, "test": val}
-
-    def _part(self, names: Sequence[str], transforms: Callable[..., Any], *, train: bool) -> DetectionFiles:
-        paths: list[Path] = []
-        objects: list[Objects] = []
-        for name in names:
-            images, annotations = _listing("VOCDetection", self.root, name)
-            for image, annotation in zip(images, annotations, strict=True):
-                found = read_annotation(annotation, self.class_names, len(paths), self.bad_boxes)
-                paths.append(image)
-                objects.append(found.plain() if train else found)
-        return DetectionFiles(paths, objects, transforms)
-
-
-def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_boxes: BadBoxes = "refuse") -> Objects:
-    """One of VOC's XML files. Its boxes count pixels from 1 and include the last: (x1 - 1, y1 - 1, x2, y2) here.
-
-    Args:
-        path: the file.
-        classes: names of the classes, in the order of the labels.
-        image_id: number to give the image.
-        bad_boxes: see `check_boxes`.
-
-    Raises:
-        DataError: naming the file, and the line or the object.
-    """
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        raise DataError(f"{path}, line {line}, column {column + 1}: no valid XML ({error}); unpack it again") from error
-    except (LookupError, ValueError) as error:  # of the encoding that the first line names
-        raise DataError(f"{path}, line 1: no valid XML ({error}); unpack it again") from error
-    size = int(_number(root, "size/height", str(path))), int(_number(root, "size/width", str(path)))
-    boxes, labels, difficult = [], [], []
-    for number, item in enumerate(root.findall("object"), 1):
-        where = f"{path}, object {number}"
-        name = (item.findtext("name") or "").strip()
-        if name not in classes:
-            raise DataError(f"{where}: unknown class {name!r}; the classes are {', '.join(classes)}: set classes")
-        x1, y1, x2, y2 = (_number(item, f"bndbox/{edge}", where) for edge in ("xmin", "ymin", "xmax", "ymax"))
-        boxes.append([x1 - 1, y1 - 1, x2, y2])
-        labels.append(list(classes).index(name))
-        difficult.append((item.findtext("difficult") or "0").strip() == "1")
-    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    found = Objects(
-        size,
-        corners,
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(difficult, dtype=torch.bool),
-        torch.zeros(len(labels), dtype=torch.bool),
-        (corners[:, 2:] - corners[:, :2]).prod(1),
-        image_id,
-    )
-    return check_boxes(found, str(path), bad_boxes)
-
-
-def _number(element: ElementTree.Element, name: str, where: str) -> float:
-    text = element.findtext(name)
-    try:
-        number = float(text or "")
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: {name} is {'missing' if text is None else repr(text)}, not a number")
-    return number
-
-
-def _listing(kind: str, root: str, name: str, *, download: bool = False) -> tuple[list[Path], list[Path]]:
-    """Image files and target files of an image set "YEAR/SET"."""
-    from torchvision import datasets
-
-    year, _, image_set = name.partition("/")
-    folder = Path(root).resolve()
-    try:
-        found = getattr(datasets, kind)(str(folder), year=year, image_set=image_set, download=download)
-    except ValueError as error:
-        raise DataError(f"image sets are named YEAR/SET, such as 2012/train, got {name!r} ({error})") from error
-    except (RuntimeError, OSError) as error:
-        devkit = folder / ("TrainVal/VOCdevkit" if year == "2011" else "VOCdevkit") / f"VOC{year}"
-        problem = f"has no usable image set {image_set!r}" if devkit.is_dir() else "does not exist"
-        raise DataError(
-            f"Pascal VOC: {devkit} {problem} ({error}). Set download: true, or unpack "
-            f"{_archive(year, image_set)} of host.robots.ox.ac.uk/pascal/VOC into {folder}"
-        ) from error
-    images, targets = [Path(path) for path in found.images], [Path(path) for path in found.targets]
-    check_files([*images, *targets], f"image set {name} of {folder}")
-    return images, targets
-
-
-def _fetch(kind: str, root: str, names: Sequence[str]) -> None:
-    """Download the image sets that are not there; torchvision would unpack 2 GB again for each."""
-    for name in names:
-        try:
-            _listing(kind, root, name)
-        except DataError:
-            _listing(kind, root, name, download=True)
-
-
-def _archive(year: str, image_set: str) -> str:
-    from torchvision.datasets.voc import DATASET_YEAR_DICT
-
-    return DATASET_YEAR_DICT["2007-test" if (year, image_set) == ("2007", "test") else year]["filename"]
-
-
-class _VocMasks(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(
-        self, paths: Sequence[Path], masks: Sequence[Path], num_classes: int, transforms: Callable[..., Any]
-    ) -> None:
-        self.paths = paths
-        self.masks = masks
-        self.num_classes = num_classes
-        self.transforms = transforms
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.masks[index]
-        try:
-            with Image.open(path) as image:
-                mode, classes = image.mode, np.array(image)
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{path} is not a readable mask ({error}); unpack it again") from error
-        if mode not in ("P", "L"):
-            raise DataError(f"{path} holds colours (mode {mode}), not class numbers; use VOC's palette PNGs")
-        return masked_sample(read_image(self.paths[index]), classes, self.num_classes, path, self.transforms)
-
-
-class _SbdMasks(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, root: str, transforms: Callable[..., Any]) -> None:
-        from torchvision.datasets import SBDataset
-
-        try:
-            self.files = SBDataset(root, image_set="train_noval", mode="segmentation")
-        except (RuntimeError, OSError) as error:
-            raise DataError(
-                f"SBD: {Path(root).resolve()} does not hold img, cls and train_noval.txt ({error}). Unpack "
-                f"{SBDataset.url} and add {SBDataset.voc_train_url}"
-            ) from error
-        check_files([Path(path) for path in (*self.files.images, *self.files.masks)], "SBD's train_noval.txt")
-        self.transforms = transforms
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = Path(self.files.masks[index])
-        image = read_image(Path(self.files.images[index]))
-        classes = np.array(self.files._get_target(str(path)))
-        return masked_sample(image, classes, len(VOC_CLASSES) + 1, path, self.transforms)
-
-
-def masked_sample(
-    image: tv_tensors.Image, classes: np.ndarray, num_classes: int, path: Path, transforms: Callable[..., Any]
-) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and mask (H, W) int64 after the transforms.
-
-    Raises:
-        DataError: a mask of another size, or a number that is no class.
-    """
-    if classes.shape != tuple(image.shape[-2:]):
-        raise DataError(f"{path} is {classes.shape[::-1]}, but its image is {tuple(image.shape[-1:-3:-1])}")
-    unknown = np.setdiff1d(classes, [*range(num_classes), IGNORE])
-    if len(unknown):
-        raise DataError(
-            f"{path}: {unknown[0]} is none of {num_classes} classes, background included, nor {IGNORE}, ignored: set "
-            "classes"
-        )
-    moved, mask = transforms(image, tv_tensors.Mask(torch.from_numpy(classes.astype(np.int64))))
-    return moved.as_subclass(Tensor), mask.as_subclass(Tensor)
+    def _part(self, image_sets: Sequence[str], transforms: Callable[..., Any], *, train: bool) -> Samples:
+        items = []
+        for number, (image, annotation) in enumerate(self._pairs(image_sets)):
+            target = read_annotation(annotation, self.class_names, number, self.bad_boxes)
+            items.append((image, plain(target) if train else target))
+        return Samples(items, partial(read_detection, transforms=transforms))

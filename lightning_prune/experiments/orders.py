@@ -20,7 +20,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.experiments.predictions import check_predictions, draw_predictions
 from lightning_prune.experiments.runner import Precision, Runner, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
-from lightning_prune.measure.measurement import compare_latency, count_params, flops_by_convention, state_size
+from lightning_prune.measure import compare_latency, count_params, flops_by_convention, state_size
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import load_dense, save
 from lightning_prune.reconstruction.masks import mask_

@@ -99,9 +99,9 @@ class Runner:
         seed_everything(seed, verbose=False)
         scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
         self.fit(copy.deepcopy(task), 1, [scoring], max_steps=0)
-        assert scoring.graph is not None
+        assert scoring.dense_graph is not None
         assert scoring.scores is not None
-        return scoring.graph, scoring.scores
+        return scoring.dense_graph, scoring.scores
 
     def test(self, task: LightningModule) -> tuple[float, float]:
         """(metric on the test part, seconds).

@@ -1,75 +1,63 @@
-"""From classes of labels to named groups of channels."""
+"""From classes of ids to named groups of channels."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.contraction import Call
 from lightning_prune.graph.groups import Group, Layer, Slice
-from lightning_prune.graph.labels import Freeze, LabelSpace, Span, ids_of
+from lightning_prune.graph.label_space import Contraction, Freeze, LabelSpace, Span
 
 
-@dataclass
 class Classes:
-    """Everything the rules said, resolved: per id its class, its layer's own class, roles and reasons."""
+    """Everything the rules said, resolved: per id its class, its layer's own class, roles and reasons.
 
-    space: LabelSpace
-    joint: Tensor
-    own: Tensor
-    reason: Tensor
-    reasons: list[tuple[str, bool]]
-    filters: Tensor
-    masked: Tensor
-    allow_statistics: bool
+    Args:
+        space: what the rules said.
+        joint: (ids,) class of every id, constraints included.
+        frozen: what else has to stay.
+        allow_statistics: channels that only a statistic holds may go.
 
-    @classmethod
-    def of(cls, space: LabelSpace, joint: Tensor, frozen: list[Freeze], *, allow_statistics: bool = False) -> Classes:
-        """Put what the rules and the constraints said into tensors over all ids.
+    Attributes:
+        own: (ids,) class of every id, by what belongs to one layer only.
+        reason: (ids,) number of the first of the ``reasons`` that holds its class, or -1.
+        reasons: text, and whether only a statistic changes; these come last.
+        filters: (ids,) whether a layer makes channels with it.
+        masked: (ids,) whether it is zero in the masked model.
+    """
 
-        Args:
-            space: what the rules said.
-            joint: (ids,) class of every id, constraints included.
-            frozen: what else has to stay.
-            allow_statistics: channels that only a statistic holds may go.
-        """
-        filters, readers = space.marked("filter"), space.marked("reader")
-        masked = ~readers | filters | space.marked("must_mask")
+    def __init__(self, space: LabelSpace, joint: Tensor, frozen: Sequence[Freeze], *, allow_statistics: bool) -> None:
+        self.space, self.joint, self.own = space, joint, space.classes(own=True)
+        self.allow_statistics = allow_statistics
+        self.filters = space.marked("filter")
+        self.masked = ~space.marked("reader") | self.filters | space.marked("must_mask")
         for span in space.spans:
             if span.buffer:
-                masked[span.ids] = False
-        reason, reasons = _reasons(joint, [*frozen, *space.frozen])
-        own = space.classes(own=True)
-        return cls(space, joint, own, reason, reasons, filters, masked, allow_statistics)
-
-    def may_go(self, values: Tensor) -> bool:
-        """Whether any of these label values belongs to channels that can be removed."""
-        numbers = self.reason[ids_of(values)]
-        return any(
-            number < 0 or (self.allow_statistics and self.reasons[number][1]) for number in numbers.unique().tolist()
+                self.masked[span.ids] = False
+        frozen = [*frozen, *space.frozen]
+        self.reasons = sorted(
+            dict.fromkeys((item.reason, item.statistics) for item in frozen), key=lambda reason: reason[1]
         )
+        number = {reason: position for position, reason in enumerate(self.reasons)}
+        first = torch.full((len(joint),), len(number), dtype=torch.int64)
+        for item in frozen:
+            roots = joint[item.ids]
+            first[roots] = first[roots].clamp(max=number[item.reason, item.statistics])
+        self.reason = torch.where(first == len(number), -1, first)[joint]
 
-
-def _reasons(joint: Tensor, frozen: list[Freeze]) -> tuple[Tensor, list[tuple[str, bool]]]:
-    """Per id the number of the first reason that holds its class, or -1; a statistic only if there is no other."""
-    texts = list(dict.fromkeys((item.reason, item.statistics) for item in frozen))
-    texts.sort(key=lambda text: text[1])
-    number = {text: position for position, text in enumerate(texts)}
-    first = torch.full((len(joint),), len(texts), dtype=torch.int64)
-    for item in frozen:
-        roots = joint[item.ids]
-        first[roots] = first[roots].clamp(max=number[item.reason, item.statistics])
-    first = first[joint]
-    first[first == len(texts)] = -1
-    return first, texts
+    def may_go(self, ids: Tensor) -> bool:
+        """Whether any of these belongs to channels that can be removed."""
+        numbers = self.reason[ids[ids >= 0]].unique().tolist()
+        return any(number < 0 or (self.allow_statistics and self.reasons[number][1]) for number in numbers)
 
 
 @dataclass(frozen=True)
-class Member:
-    """Where the classes of one group lie in one tensor dimension: index (channels, k), in the order of the classes."""
+class GroupSpan:
+    """Where the channels of one group lie in one tensor dimension: index (channels, k), in the order of the classes."""
 
     span: Span
     index: Tensor
@@ -80,83 +68,87 @@ class Member:
         return self.index + self.span.start
 
 
-def build_groups(
-    classes: Classes, calls: list[Call], norms: list[tuple[str, Tensor]], module_of: dict[str, str]
-) -> tuple[list[Group], dict[str, Tensor]]:
+def build_groups(classes: Classes, module_of: Mapping[str, str]) -> tuple[list[Group], dict[str, Tensor]]:
     """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes.
 
     Returns the groups and, per group name, the class of each of its channels.
 
     Args:
         classes: what the rules and constraints said.
-        calls: every convolution and matrix product, in order.
-        norms: every batch norm in order: module path and its output's label values.
         module_of: module path that owns each parameter.
     """
-    members = {key: found for key, found in _members(classes).items() if any(_is_layer(classes, m) for m in found[1])}
-    firsts = torch.tensor([int(roots[0]) for roots, _ in members.values()], dtype=torch.int64)
-    layers = LayerFinder(classes, calls, norms, module_of, firsts)
-    groups = [(*_build_group(classes, layers, roots, parts), roots) for roots, parts in members.values()]
+    made_up = [(roots, spans) for roots, spans in _made_up(classes) if any(_is_layer(classes, s) for s in spans)]
+    finder = LayerFinder(classes, module_of, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
+    groups = [(*_build_group(classes, finder, roots, spans), roots) for roots, spans in made_up]
     groups.sort(key=lambda item: item[0])
     named = _unique_names([group for _, group, _ in groups])
     return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
 
 
-def _members(classes: Classes) -> dict[int, tuple[Tensor, list[Member]]]:
+def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
     """Per group (classes of one make-up, held for one reason) its classes and where they lie; those with filters."""
     spans = classes.space.spans
     if not spans:
-        return {}
+        return []
     ids = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
-    sizes = torch.tensor([span.size for span in spans])
-    span_of = torch.repeat_interleave(torch.arange(len(spans)), sizes)
-    roots = classes.joint[ids]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (len(spans),), generator=generator)
-    make_up = torch.zeros(classes.space.count, dtype=torch.int64)
-    make_up.index_add_(0, roots, weights[span_of])  # a sum modulo 2**64 over (span, count)
-    make_up += classes.reason * 0x9E3779B97F4A7C1
-    keys = make_up[roots]
-    wanted = torch.isin(keys, keys[classes.filters[ids]].unique())
-    ids, span_of, roots, keys = ids[wanted], span_of[wanted], roots[wanted], keys[wanted]
-    # By key, span, class, entry; entries already ascend.
-    groups = keys.unique(return_inverse=True)[1]
-    order = torch.argsort((groups * len(spans) + span_of) * classes.space.count + roots, stable=True)
-    ids, span_of, roots, keys = ids[order], span_of[order], roots[order], keys[order]
-    changes = (keys[1:] != keys[:-1]) | (span_of[1:] != span_of[:-1])
-    bounds = [0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]
-    found: dict[int, tuple[Tensor, list[Member]]] = {}
-    for start, end in itertools.pairwise(bounds):
+    span_of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.size for span in spans]))
+    group = _groups_of_classes(classes, ids, span_of)[classes.joint[ids]]
+    wanted = torch.isin(group, group[classes.filters[ids]].unique())
+    ids, span_of, group = ids[wanted], span_of[wanted], group[wanted]
+    # By group, span, class, entry; entries already ascend.
+    order = torch.argsort((group * len(spans) + span_of) * classes.space.count + classes.joint[ids], stable=True)
+    ids, span_of, group = ids[order], span_of[order], group[order]
+    changes = (group[1:] != group[:-1]) | (span_of[1:] != span_of[:-1])
+    found: dict[int, tuple[Tensor, list[GroupSpan]]] = {}
+    for start, end in itertools.pairwise([0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]):
         span = spans[int(span_of[start])]
-        channels, parts = found.setdefault(int(keys[start]), (roots[start:end].unique(), []))
+        channels, parts = found.setdefault(int(group[start]), (classes.joint[ids[start:end]].unique(), []))
         index = (ids[start:end] - span.start).view(len(channels), -1)
         same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
-        parts.append(Member(span, same))
-    return found
+        parts.append(GroupSpan(span, same))
+    return list(found.values())
 
 
-def _is_layer(classes: Classes, member: Member) -> bool:
+def _groups_of_classes(classes: Classes, ids: Tensor, span_of: Tensor) -> Tensor:
+    """(ids,) at the smallest id of each class the number of its group: same reason, same entries in the same spans."""
+    roots = classes.joint[ids]
+    entries, counts = torch.unique(roots * len(classes.space.spans) + span_of, return_counts=True)  # (class, span)
+    owners, lengths = torch.unique_consecutive(entries // len(classes.space.spans), return_counts=True)
+    make_up = torch.stack([entries % len(classes.space.spans), counts], 1).numpy()
+    ends = lengths.cumsum(0).tolist()
+    numbers: dict[tuple[int, bytes], int] = {}
+    keys = (
+        (reason, make_up[start:end].tobytes())
+        for reason, start, end in zip(classes.reason[owners].tolist(), [0, *ends], ends, strict=False)
+    )
+    group = torch.full((classes.space.count,), -1)
+    group[owners] = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    return group
+
+
+def _is_layer(classes: Classes, part: GroupSpan) -> bool:
     """Whether every channel has a filter there."""
-    return not member.span.buffer and bool(classes.filters[member.ids].any(1).all())
+    return not part.span.buffer and bool(classes.filters[part.ids].any(1).all())
 
 
 def _build_group(
-    classes: Classes, finder: LayerFinder, channels: Tensor, members: list[Member]
+    classes: Classes, finder: LayerFinder, channels: Tensor, parts: list[GroupSpan]
 ) -> tuple[tuple[int, int], Group]:
-    filters = [m for m in members if _is_layer(classes, m)]
-    found = sorted(((finder.order(m), m) for m in filters), key=lambda item: item[0])
-    layers = tuple(finder.layer(order, m, channels) for order, m in found)
-    owners = {int(classes.own[m.ids[0, 0]]): layer.name for layer, (_, m) in zip(layers, found, strict=True)}
+    """When its first layer ran, and the group."""
+    found = sorted(((finder.order(p), p) for p in parts if _is_layer(classes, p)), key=lambda item: item[0])
+    layers = tuple(finder.layer(order, part, channels) for order, part in found)
+    own = {id(part): int(classes.own[part.ids[0, 0]]) for part in parts}
+    owners = {own[id(part)]: layer.name for layer, (_, part) in zip(layers, found, strict=True)}
     slices = tuple(
         Slice(
-            m.span.tensor,
-            m.span.dim,
-            m.index,
-            bool(classes.masked[m.ids].any()),
-            owners.get(int(classes.own[m.ids[0, 0]])),
-            finder.module_of.get(m.span.tensor) in finder.norm_modules,
+            p.span.tensor,
+            p.span.dim,
+            p.index,
+            masked=bool(classes.masked[p.ids].any()),
+            layer=owners.get(own[id(p)]),
+            norm=finder.module_of.get(p.span.tensor) in finder.norm_modules,
         )
-        for m in members
+        for p in parts
     )
     number = int(classes.reason[channels[0]])
     reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
@@ -172,60 +164,57 @@ class LayerFinder:
 
     Args:
         classes: what the rules said.
-        calls: every convolution and matrix product, in order.
-        norms: every batch norm in order: module path and its output's label values.
         module_of: module path that owns each parameter.
         firsts: (groups,) the class of each group's first channel.
     """
 
-    def __init__(
-        self,
-        classes: Classes,
-        calls: list[Call],
-        norms: list[tuple[str, Tensor]],
-        module_of: dict[str, str],
-        firsts: Tensor,
-    ) -> None:
+    def __init__(self, classes: Classes, module_of: Mapping[str, str], firsts: Tensor) -> None:
+        space = classes.space
         self.classes = classes
         self.module_of = module_of
-        self.norm_modules = {module for module, _ in norms}
-        self._calls = calls
-        self._made = torch.full((classes.space.count,), -1)
-        self._readers: dict[int, list[Call]] = {}
-        wanted = torch.zeros(classes.space.count, dtype=torch.bool)
+        self.norm_modules = {module for module, _ in space.norms}
+        self._made = torch.full((space.count,), -1)
+        self._readers: dict[int, list[Contraction]] = {}
+        wanted = torch.zeros(space.count, dtype=torch.bool)
         wanted[firsts] = True
-        for number, call in reversed(list(enumerate(calls))):
-            self._made[classes.own[call.makes[call.makes >= 0] >> 1]] = number
-            roots = classes.joint[call.reads[call.reads >= 0] >> 1]
+        for number, contraction in reversed(list(enumerate(space.contractions))):
+            self._made[classes.own[contraction.makes[contraction.makes >= 0]]] = number
+            roots = classes.joint[contraction.reads[contraction.reads >= 0]]
             for root in roots[wanted[roots]].unique().tolist():
-                self._readers.setdefault(root, []).insert(0, call)
+                self._readers.setdefault(root, []).insert(0, contraction)
         # One over a concatenation (DenseNet) normalises several layers: it is none's own, hence by size.
         self._norms: dict[tuple[int, int], str] = {}
-        for module, made in norms:
-            own = classes.own[made[made >= 0] >> 1]
+        for module, made in space.norms:
+            own = classes.own[made[made >= 0]]
             if len(own):
                 self._norms.setdefault((int(own[0]), len(made)), module)
 
-    def order(self, member: Member) -> tuple[int, int]:
+    def order(self, part: GroupSpan) -> tuple[int, int]:
         """When these filters first ran: run, position in it."""
-        number = int(self._made[self.classes.own[member.ids[0, 0]]])
-        return self._calls[number].when if number >= 0 else (0, member.span.start)
+        number = int(self._made[self.classes.own[part.ids[0, 0]]])
+        return self.classes.space.contractions[number].when if number >= 0 else (0, part.span.start)
 
-    def layer(self, order: tuple[int, int], member: Member, channels: Tensor) -> Layer:
+    def layer(self, order: tuple[int, int], part: GroupSpan, channels: Tensor) -> Layer:
         """The layer of these filters, which first ran at ``order``."""
-        span = member.span
-        first = int(self.classes.own[span.start])
-        calls = self._readers.get(int(channels[0]), [])
-        reader = next((call for call in calls if call.when > order and call.when[0] == order[0]), None)
-        name = self.module_of.get(span.tensor) or span.tensor
-        norm = self._norms.get((first, span.size))
+        span = part.span
+        readers = self._readers.get(int(channels[0]), [])
+        reader = next((one for one in readers if one.when > order and one.when[0] == order[0]), None)
         index = None if reader is None else self._reader_index(reader, channels)
-        path = None if reader is None or index is None else reader.module
-        return Layer(name, span.tensor, span.dim, span.size, member.index, norm, path, index)
+        return Layer(
+            self.module_of.get(span.tensor) or span.tensor,
+            span.tensor,
+            span.dim,
+            span.size,
+            part.index,
+            norm=self._norms.get((int(self.classes.own[span.start]), span.size)),
+            reader=None if reader is None or index is None else reader.module,
+            reader_index=index,
+        )
 
-    def _reader_index(self, call: Call, channels: Tensor) -> Tensor | None:
-        labelled = (call.reads >= 0).nonzero().flatten()
-        roots = self.classes.joint[call.reads[labelled] >> 1]
+    def _reader_index(self, reader: Contraction, channels: Tensor) -> Tensor | None:
+        """(channels, r) entries of the reader's input; None if it does not read all channels alike."""
+        labelled = (reader.reads >= 0).nonzero().flatten()
+        roots = self.classes.joint[reader.reads[labelled]]
         mine = torch.isin(roots, channels)
         entries, roots = labelled[mine], roots[mine]
         if len(entries) % len(channels) or len(roots.unique()) != len(channels):
@@ -235,14 +224,10 @@ class LayerFinder:
 
 def _unique_names(groups: list[Group]) -> list[Group]:
     """Groups that share their first layer are told apart by the filters they hold."""
-    seen: dict[str, int] = {}
-    for group in groups:
-        seen[group.name] = seen.get(group.name, 0) + 1
+    names = [group.name for group in groups]
     named = []
     for group in groups:
-        name = group.name
-        if seen[name] > 1:
-            index = group.layers[0].index
-            name = f"{name}[{int(index.min())}:{int(index.max()) + 1}]"
-        named.append(replace(group, name=name))
+        index = group.layers[0].index
+        part = f"[{int(index.min())}:{int(index.max()) + 1}]" if names.count(group.name) > 1 else ""
+        named.append(replace(group, name=group.name + part))
     return named

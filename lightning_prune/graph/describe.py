@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 
-if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+from lightning_prune.graph.groups import Group
+
+Shapes = Mapping[str, Sequence[int]]  # of every parameter and buffer
 
 HEAD = ("group", "layers", "channels", "parameters", "per channel", "prunable")
 LIST = 56  # characters of a list of layers: the table still fits an ordinary terminal
 
 
-def describe(graph: ChannelGraph) -> str:
+def describe(groups: Sequence[Group], shapes: Shapes, notes: Sequence[str] = ()) -> str:
     """Tabulate the groups of a graph, with the totals and the notes of the trace below.
 
     "parameters" are all that have an entry in the group: the filters of its layers, their biases and batch norms,
@@ -23,12 +23,14 @@ def describe(graph: ChannelGraph) -> str:
     between two groups counts in both.
 
     Args:
-        graph: from `lightning_prune.trace`.
+        groups: of one `ChannelGraph`.
+        shapes: of the model's tensors.
+        notes: what the trace could not see or follow.
 
     Example:
         >>> import torch, lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> print(describe(lp.trace(model, torch.zeros(1, 3, 8, 8))))
+        >>> print(lp.trace(model, torch.zeros(1, 3, 8, 8)).describe())
         group  layers  channels  parameters  per channel  prunable
         -----  ------  --------  ----------  -----------  --------
         0           1         8         256           32  yes
@@ -36,29 +38,28 @@ def describe(graph: ChannelGraph) -> str:
         <BLANKLINE>
         8 of 12 channels (67 %) can be pruned: 1 of 2 groups, 1 of 2 layers.
     """
-    rows = [HEAD, *(_row(graph, group) for group in graph.groups)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    rows = [_row(group, shapes) for group in groups]
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
     rule = tuple("-" * width for width in (*widths[:-1], len(HEAD[-1])))
-    table = [*(_aligned(row, widths) for row in (HEAD, rule, *rows[1:])), ""] if graph.groups else []
-    return "\n".join([*table, totals(graph), *(f"note: {note}" for note in graph.notes)])
+    table = [*(_aligned(row, widths) for row in (HEAD, rule, *rows)), ""] if groups else []
+    return "\n".join([*table, totals(groups), *(f"note: {note}" for note in notes)])
 
 
-def totals(graph: ChannelGraph) -> str:
+def totals(groups: Sequence[Group]) -> str:
     """Say in one sentence how much of a model can be pruned at all.
 
     Example:
-        >>> from lightning_prune.graph.groups import ChannelGraph
-        >>> totals(ChannelGraph((), {}))
+        >>> totals([])
         'There are no channels to prune: no convolution or linear layer was seen.'
     """
-    if not graph.groups:
+    if not groups:
         return "There are no channels to prune: no convolution or linear layer was seen."
-    channels = sum(group.size for group in graph.groups)
-    prunable = sum(group.size for group in graph.prunable_groups)
-    layers = len({layer.name for group in graph.groups for layer in group.layers})
+    prunable = [group for group in groups if group.prunable]
+    all_channels, channels = (sum(group.size for group in some) for some in (groups, prunable))
+    all_layers, layers = (len({layer.name for group in some for layer in group.layers}) for some in (groups, prunable))
     return (
-        f"{prunable:,} of {channels:,} channels ({percent(prunable, channels)}) can be pruned: "
-        f"{len(graph.prunable_groups)} of {len(graph.groups)} groups, {len(graph.layers)} of {layers} layers."
+        f"{channels:,} of {all_channels:,} channels ({percent(channels, all_channels)}) can be pruned: "
+        f"{len(prunable)} of {len(groups)} groups, {layers} of {all_layers} layers."
     )
 
 
@@ -74,12 +75,12 @@ def percent(part: int, whole: int) -> str:
     return f"{min(99, max(1, round(100 * part / whole)))} %"
 
 
-def parameters(graph: ChannelGraph, group: Group) -> tuple[int, int]:
+def parameters(group: Group, shapes: Shapes) -> tuple[int, int]:
     """Count the parameters that hang on a group, and those that go with its first channel.
 
     Args:
-        graph: the graph that holds the group.
-        group: one of its groups.
+        group: one of a graph's groups.
+        shapes: of the model's tensors.
 
     Returns:
         Number for the whole group, number for one channel.
@@ -88,17 +89,17 @@ def parameters(graph: ChannelGraph, group: Group) -> tuple[int, int]:
         >>> import torch, lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
         >>> graph = lp.trace(model, torch.zeros(1, 3, 8, 8))
-        >>> parameters(graph, graph.group("0"))  # a filter of 27, its bias, 4 weights that read it
+        >>> parameters(graph.group("0"), graph.shapes)  # a filter of 27, its bias, 4 weights that read it
         (256, 32)
     """
     touched: dict[str, dict[int, list[torch.Tensor]]] = {}
     for part in group.slices:
         # Running statistics are the only flat tensors that masking leaves alone; they are no parameters.
-        if part.tensor in graph.shapes and (part.masked or len(graph.shapes[part.tensor]) > 1):
+        if part.tensor in shapes and (part.masked or len(shapes[part.tensor]) > 1):
             touched.setdefault(part.tensor, {}).setdefault(part.dim, []).append(part.index)
     whole = one = 0
     for tensor, dims in touched.items():
-        shape = list(graph.shapes[tensor])
+        shape = list(shapes[tensor])
         all_left, one_left = shape.copy(), shape.copy()
         for dim, indices in dims.items():
             all_left[dim] -= torch.cat([index.flatten() for index in indices]).unique().numel()
@@ -128,8 +129,8 @@ def shortened(names: Sequence[str], limit: int = LIST) -> str:
     return shown
 
 
-def _row(graph: ChannelGraph, group: Group) -> tuple[str, ...]:
-    whole, one = parameters(graph, group)
+def _row(group: Group, shapes: Shapes) -> tuple[str, ...]:
+    whole, one = parameters(group, shapes)
     verdict = group.verdict
     others = [layer.name for layer in group.layers[1:]]  # the first one is the group's name
     if others:

@@ -1,15 +1,10 @@
-"""What a traced model is made of, as people speak of it: layers, groups of channels, slices of tensors."""
+"""What a group of channels is made of: layers, slices of tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from lightning_prune.errors import PlanError
-from lightning_prune.graph.describe import describe
-from lightning_prune.model_state.cutting import Cut, NewSize
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,117 +91,3 @@ class Group:
     def layer(self, name: str) -> Layer:
         """A member by its module path."""
         return next(layer for layer in self.layers if layer.name == name)
-
-
-@dataclass(frozen=True, eq=False)
-class SizeAttribute:
-    """An integer attribute of a module that says how many of certain channels there are.
-
-    Attributes:
-        module: module path.
-        attribute: its name.
-        position: the item, if the attribute is a list or tuple.
-        sources: per group, channel indices that count 1 each (a channel may count several times).
-        fixed: what never goes.
-    """
-
-    module: str
-    attribute: str
-    position: int | None
-    sources: dict[str, Tensor]
-    fixed: int
-
-    def value(self, removed: dict[str, Tensor]) -> int:
-        """The number once these channels ({group: indices}) are gone."""
-        kept = 0
-        for group, channels in self.sources.items():
-            gone = removed.get(group)
-            kept += len(channels) if gone is None else int((~torch.isin(channels, gone)).sum())
-        return self.fixed + kept
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGraph:
-    """All channel groups of a model, from `lightning_prune.trace`.
-
-    Attributes:
-        groups: in the order the model runs; those that cannot be pruned carry the reason.
-        shapes: shape of every parameter and buffer, so that a graph is never used on another model.
-        notes: what the trace could not see or follow (operators without a rule, unused parameters).
-        sizes: integer attributes of modules that change with the channels.
-    """
-
-    groups: tuple[Group, ...]
-    shapes: dict[str, tuple[int, ...]]
-    notes: tuple[str, ...] = ()
-    sizes: tuple[SizeAttribute, ...] = ()
-    _by_name: dict[str, Group] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
-
-    @property
-    def prunable_groups(self) -> tuple[Group, ...]:
-        """Those that can lose channels."""
-        return tuple(group for group in self.groups if group.prunable)
-
-    @property
-    def layers(self) -> dict[str, Layer]:
-        """Member layers of all prunable groups by name."""
-        return {layer.name: layer for group in self.prunable_groups for layer in group.layers}
-
-    def group(self, name: str) -> Group:
-        """A group by its name.
-
-        Raises:
-            PlanError: there is none of that name.
-        """
-        if name not in self._by_name:
-            raise PlanError(f"the model has no channel group {name!r}; its groups are {', '.join(self._by_name)}")
-        return self._by_name[name]
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that is not the traced one.
-
-        Raises:
-            PlanError: names or shapes differ.
-        """
-        shapes = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        for name, shape in self.shapes.items():
-            if name not in shapes:
-                raise PlanError(f"the graph was traced on another model: this one has no tensor {name!r}")
-            if shapes[name] != shape:
-                raise PlanError(
-                    f"the graph was traced on another model: {name!r} is {list(shapes[name])} here and was "
-                    f"{list(shape)}; trace the model again"
-                )
-
-    def cuts(self, removed: dict[str, Tensor]) -> list[Cut]:
-        """What survives of every tensor dimension when these channels ({group: indices}) go."""
-        gone: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
-        for name, channels in removed.items():
-            if len(channels):
-                for part in self.group(name).slices:
-                    gone.setdefault((part.tensor, part.dim), []).append((part.index, channels))
-        kept: dict[tuple[int, ...], Tensor] = {}  # most slices of a group share one index
-        found = []
-        for (tensor, dim), entries in gone.items():
-            size = self.shapes[tensor][dim]
-            key = (size, *(id(part) for pair in entries for part in pair))
-            if key not in kept:
-                keep = torch.ones(size, dtype=torch.bool)
-                for index, channels in entries:
-                    keep[index[channels].flatten()] = False
-                kept[key] = keep.nonzero().flatten()
-            if not len(kept[key]):
-                raise PlanError(f"the plan leaves nothing of {tensor!r} along dimension {dim}; keep more channels")
-            found.append(Cut(tensor, dim, kept[key]))
-        return found
-
-    def new_sizes(self, removed: dict[str, Tensor]) -> list[NewSize]:
-        """Integer attributes that change when these channels go."""
-        return [NewSize(s.module, s.attribute, s.position, s.value(removed)) for s in self.sizes]
-
-    def describe(self) -> str:
-        """A table of the groups for people: layers, channels, parameters, prunable or why not."""
-        return describe(self)

@@ -1,197 +1,148 @@
-"""Channel labels: which slice of which parameter removes an element of a tensor, and what must go together.
+"""Channel labels of one tensor: which slice of which parameter removes each of its elements.
 
-Every parameter and buffer gets one integer id per slice of each of its dimensions. A *label layer* is an int64
-tensor with the shape of the tensor it describes; its elements are ``2 * id + live`` (``live``: the element may
-differ from zero when its channel is masked) or -1 where nothing removes the element. Dimensions along which a
-layer does not vary have stride 0, so a layer costs as much as the channel count whatever the resolution; the
-dimensions along which it does vary are its *signature*. A tensor may carry several layers with disjoint
-signatures.
+Every parameter and buffer gets one integer id per slice of each of its dimensions
+(`lightning_prune.graph.label_space`). `Labels` have the shape of the tensor they describe; what moves the tensor's
+elements is executed on them too. Dimensions along which nothing varies have stride 0, so labels cost as much as there
+are channels, whatever the resolution. A tensor may carry several labels that vary along different dimensions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_prune.graph.constraints import Constraint, Size
-
 NO_LABEL = -1
+_FLAGS = {flag: torch.tensor(flag) for flag in (False, True)}
 
 
-@dataclass(frozen=True)
-class Info:
+class Labels:
+    """For every element of a tensor the id of the slice whose removal removes it.
+
+    Attributes:
+        ids: int64 of the tensor's shape, -1 where nothing removes the element.
+        live: whether the element may differ from zero when its channel is masked: bool of the same shape, or a single
+            one for all.
+        dims: the dimensions along which they vary.
+    """
+
+    def __init__(self, ids: Tensor, live: Tensor | bool = False) -> None:
+        self.ids = ids
+        self.live = live if isinstance(live, Tensor) else _FLAGS[live]
+        self.dims = varying(ids)
+        if self.live.dim():
+            flags = varying(self.live)
+            self.live = self.live if flags else self.live[(0,) * self.live.dim()]
+            self.dims = tuple(sorted({*self.dims, *flags}))
+
+    @classmethod
+    def along(cls, vector: Labels, shape: Sequence[int], dim: int) -> Labels:
+        """Labels of ``shape`` that vary along ``dim`` only. vector: (shape[dim],)."""
+        return vector.map(lambda t: t.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Labels], dim: int = 0) -> Labels:
+        """Concatenated along a dimension."""
+        live = torch.cat([part.live.expand(part.ids.shape) for part in parts], dim)
+        return Labels(collapse(torch.cat([part.ids for part in parts], dim)), collapse(live))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Labels:
+        """The same change of layout to ids and live."""
+        return Labels(function(self.ids), function(self.live) if self.live.dim() else self.live)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Labels:
+        """What an operator that only moves elements makes of them."""
+        return self.pieces(lambda tensor: [move(tensor)])[0]
+
+    def pieces(self, move: Callable[[Tensor], Sequence[Tensor]]) -> list[Labels]:
+        """`moved` for an operator with several results."""
+        # detach: an in-place transposition must not turn the labels that others share.
+        ids = move(self.ids.detach())
+        live = [collapse(t) for t in move(self.live.detach())] if self.live.dim() else [self.live] * len(ids)
+        return [Labels(collapse(one), flag) for one, flag in zip(ids, live, strict=True)]
+
+    def region(self, dims: Sequence[int] | None = None) -> Labels:
+        """Every dimension but ``dims`` (default: those along which they vary) cut to one slice."""
+        return self.map(lambda tensor: region(tensor, self.dims if dims is None else dims))
+
+    def flat(self) -> Labels:
+        """(n,) one label for each that varies."""
+        return self.region().map(torch.flatten)
+
+    def expand(self, shape: Sequence[int]) -> Labels:
+        """Broadcast to a shape."""
+        return self if self.ids.shape == shape else self.map(lambda tensor: tensor.expand(shape))
+
+    def where(self, mask: Tensor) -> Labels:
+        """(n,) those under a mask of the same shape."""
+        return self.map(lambda tensor: tensor[mask])
+
+    def constant(self) -> Labels:
+        """After what gives no zero even for a masked channel."""
+        return Labels(self.ids, live=True)
+
+    def equal(self, other: Labels) -> bool:
+        """Whether both say the same of every element."""
+        return torch.equal(self.ids, other.ids) and bool((self.live == other.live).all())
+
+
+@dataclass(frozen=True, eq=False)
+class TensorInfo:
     """What is known of one tensor while the model runs.
 
     Attributes:
-        layers: its label layers.
+        labels: each varies along other dimensions.
         data: it depends on the model's input, not on parameters alone.
         uniform: made by a factory (zeros, empty, ...): its extents follow those of the tensor it was made for.
     """
 
-    layers: tuple[Tensor, ...] = ()
+    labels: tuple[Labels, ...] = ()
     data: bool = False
     uniform: bool = False
 
+    def with_labels(self, labels: Iterable[Labels]) -> TensorInfo:
+        """The same with other labels; any that do not vary are left out."""
+        return replace(self, labels=tuple(one for one in labels if one.dims))
 
-@dataclass(frozen=True)
-class Span:
-    """The ids of one dimension of one parameter or buffer: ``start .. start + size``."""
-
-    tensor: str
-    dim: int
-    start: int
-    size: int
-    buffer: bool
-
-    @property
-    def ids(self) -> slice:
-        """Where they lie in a tensor over all ids."""
-        return slice(self.start, self.start + self.size)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TensorInfo:
+        """After an operator that only moves elements."""
+        return self.with_labels(one.moved(move) for one in self.labels)
 
 
-Pairs = list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """Ids that must stay, and why. ``statistics``: their removal is possible, but changes a statistic."""
-
-    ids: Tensor
-    reason: str
-    statistics: bool = False
-
-
-@dataclass
-class LabelSpace:
-    """Hands out ids and collects what the rules say about them."""
-
-    count: int = 0
-    spans: list[Span] = field(default_factory=list)
-    pairs: Pairs = field(default_factory=list)
-    own_pairs: Pairs = field(default_factory=list)
-    frozen: list[Freeze] = field(default_factory=list)
-    constraints: list[Constraint] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    seen: set[tuple[object, ...]] = field(default_factory=set)
-    _marks: dict[str, list[Tensor]] = field(default_factory=dict)
-    _classes: dict[bool, Tensor] = field(default_factory=dict)
-
-    def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None) -> Info:
-        """One layer for every dimension of more than one slice. Buffers are not masked, hence live.
-
-        Args:
-            name: qualified name.
-            tensor: a parameter or buffer.
-            buffer: which of the two.
-            dims: only the first so many dimensions (a convolution's kernel positions never go).
-        """
-        layers = []
-        for dim, size in enumerate(tensor.shape[:dims]):
-            if size < 2:
-                continue  # a single slice can never be removed
-            self.spans.append(Span(name, dim, self.count, size, buffer))
-            values = self.fresh(size) * 2 + int(buffer)
-            shape = [1] * tensor.dim()
-            shape[dim] = size
-            layers.append(values.view(shape).expand(tensor.shape))
-        return Info(tuple(layers))
-
-    def fresh(self, size: int) -> Tensor:
-        """New ids; without a span they belong to no tensor (an addition's result, say)."""
-        ids = torch.arange(self.count, self.count + size)
-        self.count += size
-        return ids
-
-    def tie(self, first: Tensor, second: Tensor, *, own: bool = False) -> None:
-        """Channels that go together. ``own``: they also belong to the same layer (a filter and its batch norm)."""
-        (self.own_pairs if own else self.pairs).append((first.flatten(), second.flatten()))
-
-    def freeze(self, values: Tensor, reason: str, *, statistics: bool = False) -> None:
-        """Channels that must stay, and why. ``values`` are label values, -1 ignored."""
-        ids = ids_of(values)
-        if len(ids):
-            self.frozen.append(Freeze(ids, reason, statistics))
-
-    def mark(self, role: str, values: Tensor) -> None:
-        """Remember a role of slices: ``filter``, ``reader`` or ``must_mask``."""
-        self._marks.setdefault(role, []).append(ids_of(values))
-
-    def classes(self, *, own: bool = False) -> Tensor:
-        """(count,) the smallest id of the class each id belongs to, once everything is recorded."""
-        if own not in self._classes:
-            pairs = self.own_pairs if own else self.own_pairs + self.pairs
-            first, second = (torch.cat([pair[side] for pair in pairs]) if pairs else torch.arange(0) for side in (0, 1))
-            self._classes[own] = connected_components(self.count, first, second)
-        return self._classes[own]
-
-    def marked(self, role: str) -> Tensor:
-        """Boolean mask over all ids."""
-        mask = torch.zeros(self.count, dtype=torch.bool)
-        for ids in self._marks.get(role, []):
-            mask[ids] = True
-        return mask
-
-
-def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
-    """(count,) smallest member of every element's component, for the edges (first[i], second[i]).
+def varying(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions along which it has memory of its own.
 
     Example:
-        >>> connected_components(5, torch.tensor([1, 4]), torch.tensor([0, 1])).tolist()
-        [0, 0, 2, 3, 0]
+        >>> varying(torch.arange(4).view(1, 4, 1).expand(2, 4, 8))
+        (1,)
     """
-    parent = torch.arange(count)
-    while True:
-        a, b = parent[first], parent[second]
-        apart = a != b
-        if not apart.any():
-            return parent
-        first, second, a, b = first[apart], second[apart], a[apart], b[apart]
-        parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-        while True:
-            grand = parent[parent]
-            if torch.equal(grand, parent):
-                break
-            parent = grand
-
-
-def ids_of(values: Tensor) -> Tensor:
-    """(n,) ids in label values, -1 left out; a stride-0 layer is not blown up."""
-    values = region(values, signature(values)).flatten()
-    return values[values >= 0] >> 1
-
-
-def signature(layer: Tensor) -> tuple[int, ...]:
-    """Dimensions along which a layer varies."""
     return tuple(
-        d for d, (size, stride) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and stride
+        d for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if size > 1 and stride
     )
 
 
-def region(layer: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The layer with every dimension but ``dims`` cut to one slice."""
-    for dim in range(layer.dim()):
-        if dim not in dims and layer.shape[dim] > 1:
-            layer = layer.narrow(dim, 0, 1)
-    return layer
+def region(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """A tensor with every dimension but ``dims`` cut to one slice."""
+    for dim in range(tensor.dim()):
+        if dim not in dims and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
-def collapse(layer: Tensor) -> Tensor:
-    """The same layer with stride 0 wherever nothing varies (operators that copy lose it)."""
-    dims = signature(layer)
-    core = region(layer, dims)
+def collapse(tensor: Tensor) -> Tensor:
+    """The same with stride 0 wherever nothing varies (operators that copy lose it)."""
+    dims = varying(tensor)
+    core = region(tensor, dims)
     for dim in dims:
         head = core.narrow(dim, 0, 1)
         if bool((core == head).all()):
             core = head
-    return core.expand(layer.shape)
+    return core.expand(tensor.shape)
 
 
-def spread(values: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """A layer of ``shape`` that varies along ``dim`` only. values: (shape[dim],)."""
-    view = [1] * len(shape)
-    view[dim] = -1
-    return values.view(view).expand(shape)
+def ids_of(ids: Tensor) -> Tensor:
+    """(n,) ids in labels, -1 left out; what has stride 0 is not blown up."""
+    found = region(ids, varying(ids)).flatten()
+    return found[found >= 0]

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import Place
-from lightning_prune.graph.contraction import Call
-from lightning_prune.graph.labels import Info, LabelSpace
-from lightning_prune.graph.recording import Recorder
+from lightning_prune.graph.constraints import CallSite
+from lightning_prune.graph.elementwise import IsZero, Operand, combine
+from lightning_prune.graph.label_space import LabelSpace
+from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.recording import OperatorRecorder
 
 
-@dataclass
-class Context:
+@dataclass(eq=False)
+class OperatorCall:
     """One recorded operator."""
 
     space: LabelSpace
-    recorder: Recorder
+    recorder: OperatorRecorder
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    calls: list[Call]
-    norms: list[tuple[str, Tensor]]
 
     @property
     def name(self) -> str:
         """The operator without namespace; in-place variants under the name of their plain twin."""
         return self.func.overloadpacket._qualified_op_name.split("::")[1].removesuffix("_")
 
-    @property
+    @cached_property
     def where(self) -> str:
         """Operator and module path, for messages."""
         name = self.func.overloadpacket._qualified_op_name.replace("::", ".")
         return f"{name} at {self.recorder.module!r}" if self.recorder.module else name
 
-    @property
-    def place(self) -> Place:
+    @cached_property
+    def site(self) -> CallSite:
         """Where it ran, for constraints."""
-        return Place(tuple(reversed(self.recorder.module_stack)), self.recorder.kind, self.where)
+        return CallSite(self.recorder.stack, self.recorder.kind, self.where)
 
-    def info(self, value: Any) -> Info:
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that it returned."""
+        values = self.output if isinstance(self.output, (list, tuple)) else [self.output]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor argument, lists opened."""
+        return list(_tensors((*self.args, *self.kwargs.values())))
+
+    def info(self, value: Any) -> TensorInfo:
         """What is known of an argument."""
-        return self.recorder.info(value) if isinstance(value, Tensor) else Info(uniform=True)
+        return self.recorder.info(value) if isinstance(value, Tensor) else TensorInfo(uniform=True)
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -55,22 +66,47 @@ class Context:
             return self.args[position]
         return self.kwargs.get(name, default if fallback is None else fallback)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor argument, lists opened."""
-        for value in (*self.args, *self.kwargs.values()):
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Tensor):
-                    yield item
+    def rerun(self, tensor: Tensor) -> Any:
+        """The operator with another first argument."""
+        return self.func(tensor, *self.args[1:], **self.kwargs)
 
-    def freeze_inputs(self, reason: str) -> Info:
+    def operand(self, vector: Tensor, dim: int) -> Operand:
+        """A vector of one entry per channel as it meets the output's dimension ``dim``."""
+        info = self.info(vector)
+        shape = torch.Size([len(vector) if d == dim else 1 for d in range(self.outputs[0].dim())])
+        labels = tuple(one.map(lambda tensor: tensor.view(shape)) for one in info.labels)
+        return Operand(shape, TensorInfo(labels, info.data))
+
+    def combine(self, operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size | None = None) -> TensorInfo:
+        """Labels of what the operator computes element by element, in the output's shape unless another is given."""
+        return combine(self.space, operands, self.outputs[0].shape if shape is None else shape, is_zero, self.where)
+
+    def fold(self, labels: Labels, keep: Sequence[int]) -> Labels | None:
+        """See `LabelSpace.fold`."""
+        return self.space.fold(labels, keep, self.where)
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """These channels must stay."""
+        self.space.freeze(labels.ids, reason)
+
+    def freeze_statistic(self, labels: Labels, what: str = "enters a statistic") -> None:
+        """These channels go at the price of a statistic that changes."""
+        self.space.freeze(labels.ids, f"{what} over channels in {self.where}", statistics=True)
+
+    def freeze_inputs(self, reason: str) -> TensorInfo:
         """Freeze every label that enters; the output has none."""
-        data = False
-        for tensor in self.tensors():
-            info = self.info(tensor)
-            data = data or info.data
-            for layer in info.layers:
-                self.space.freeze(layer, reason)
-        return Info(data=data)
+        infos = [self.info(tensor) for tensor in self.tensors]
+        for info in infos:
+            for labels in info.labels:
+                self.freeze(labels, reason)
+        return TensorInfo(data=any(info.data for info in infos))
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                yield item
 
 
 @cache
@@ -80,9 +116,3 @@ def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
         argument.name: (position, argument.default_value if argument.has_default_value() else None)
         for position, argument in enumerate(func._schema.arguments)
     }
-
-
-def tensors_out(output: Any) -> list[Tensor]:
-    """The tensors an operator returned."""
-    values = output if isinstance(output, (list, tuple)) else [output]
-    return [value for value in values if isinstance(value, Tensor)]

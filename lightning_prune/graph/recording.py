@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,49 +15,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_prune.graph.labels import Info
+from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.model_state.preservation import preserved
 
-Observe = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
+Observe = Callable[["OperatorRecorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 
-class Recorder(TorchDispatchMode):
+class OperatorRecorder(TorchDispatchMode):
     """Dispatch mode that calls ``observe(recorder, op, args, kwargs, output)`` after every operator.
 
     Information is held per tensor object, weakly: an activation's labels go when the activation goes.
     """
 
-    def __init__(self, known: dict[Tensor, Info], observe: Observe, run: int = 0) -> None:
+    def __init__(self, known: Mapping[Tensor, TensorInfo], modules: RunningModules, observe: Observe, run: int) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.order = run, 0
+        self.before: Tensor | None = None
+        self._modules = modules
         self._info = WeakIdKeyDictionary(dict(known))
         self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._observe = observe
-        self.module_stack: list[str] = []
-        self.kinds: list[str] = []
-        self.before: Tensor | None = None
-        self.order = 0
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Paths of the modules that are running, innermost first; the type of those made in the forward."""
+        return tuple(map(self._modules.path, reversed(self._modules.stack)))
 
     @property
     def module(self) -> str:
         """Path of the innermost module that is running."""
-        return self.module_stack[-1] if self.module_stack else ""
+        return self._modules.path(self._modules.stack[-1]) if self._modules.stack else ""
 
     @property
     def kind(self) -> str:
         """Type of the innermost module that is running."""
-        return self.kinds[-1] if self.kinds else ""
+        types = [type(module) for module in self._modules.stack[-1:]]
+        return "".join(f"{of.__module__}.{of.__qualname__}" for of in types)
 
-    def info(self, tensor: Tensor) -> Info:
+    def info(self, tensor: Tensor) -> TensorInfo:
         """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
         found = self._info.get(tensor)
         if found is None:
             owner = self._by_storage.get(tensor.untyped_storage()._cdata)
             same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
-            found = self._info[owner] if same else Info()
+            found = self._info[owner] if same else TensorInfo()
         return found
 
-    def set_info(self, tensor: Tensor, info: Info) -> None:
+    def set_info(self, tensor: Tensor, info: TensorInfo) -> None:
         """Remember the labels of a tensor for as long as it lives."""
         self._info[tensor] = info
 
@@ -78,51 +82,42 @@ class Recorder(TorchDispatchMode):
         return output
 
 
-@contextlib.contextmanager
-def module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep ``recorder.module_stack`` up to date while the model runs."""
-    names = {id(module): name for name, module in model.named_modules()}
+class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
+    """Which modules are running, also those made in the forward; on an exception those that were.
 
-    def enter(module: nn.Module, _: Any) -> None:
-        recorder.module_stack.append(names.get(id(module), type(module).__name__))
-        recorder.kinds.append(f"{type(module).__module__}.{type(module).__qualname__}")
+    (`torch.utils.module_tracker` keeps a set: it does not tell which of them is the innermost.)
 
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        recorder.module_stack.pop()
-        recorder.kinds.pop()
+    Attributes:
+        names: module paths of the model by the module's id.
+        stack: outermost first.
+    """
 
-    with _module_hooks(enter, leave):
-        yield
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.stack: list[nn.Module] = []
 
+    def path(self, module: nn.Module) -> str:
+        """Its path in the model; else its type."""
+        return self.names.get(id(module), type(module).__name__)
 
-@contextlib.contextmanager
-def module_stack(model: nn.Module) -> Iterator[list[str]]:
-    """Paths of the modules that are running, outermost first; on an exception those that were."""
-    names = {id(module): name for name, module in model.named_modules()}
-    stack: list[str] = []
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Those that belong to the model, innermost first."""
+        return tuple(self.names[id(module)] for module in reversed(self.stack) if id(module) in self.names)
 
-    def enter(module: nn.Module, _: Any) -> None:
-        if id(module) in names:
-            stack.append(names[id(module)])
+    def __enter__(self) -> RunningModules:
+        register = nn.modules.module
+        self._hooks = (
+            register.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
+            register.register_module_forward_hook(self._leave),
+        )
+        return self
 
-    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
-        if id(module) in names:
-            stack.pop()
+    def _leave(self, *_: Any) -> None:  # what it returned would replace the module's output
+        self.stack.pop()
 
-    with _module_hooks(enter, leave):
-        yield stack
-
-
-@contextlib.contextmanager
-def _module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
             hook.remove()
 
 

@@ -1,24 +1,60 @@
-"""Try smaller channels out before anyone relies on them: sizes in Python code show only when the code runs.
+"""Which smaller models are tried out before anyone relies on a graph: sizes in Python code show only when it runs.
 
-After the constraints are resolved the model is run once more with about half of the channels of every group gone,
-on the meta device, where that costs neither memory nor arithmetic (`rehearsal_bench`). A failure names the
-module; the sizes fixed in modules of its type are then met in another way, or their channels are left as they are.
-Where the layout of channels was read off one run (views, chunks), other shares of them go too, and results are
-compared, since a wrong guess need not fail.
+After the constraints are resolved the model is run once more with about half of the channels of every group gone
+(`lightning_prune.graph.trial_runs`). A failure names the module; the sizes fixed in modules of its type are then met
+in another way, or their channels are left as they are. Where the layout of channels was read off one run (views,
+chunks), other shares of them go too, and results are compared, since a wrong guess need not fail.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_prune.graph.build_groups import Classes
-from lightning_prune.graph.constraints import Choice, Constraint, Grid, Grouped, Merge
-from lightning_prune.graph.groups import ChannelGraph, Group
-from lightning_prune.graph.rehearsal_bench import Bench, Failure, even, first, half, last, most, odd
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.constraints import GroupedConvolution, Reshape
+from lightning_prune.graph.groups import Group
+from lightning_prune.graph.resolve import Choice
+from lightning_prune.graph.sizes import is_torch
+from lightning_prune.graph.trial_runs import Failure, TrialRuns
+
+Share = Callable[[int, Group], Tensor]  # of the group at a position, which channels go
+
+
+def half(_: int, group: Group) -> Tensor:
+    """About half of a group's channels, the same at every call."""
+    generator = torch.Generator().manual_seed(group.size)
+    return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
+
+
+def first(_: int, group: Group) -> Tensor:
+    """A single channel: what is left rarely divides as it did."""
+    return torch.arange(min(1, group.size))
+
+
+def last(_: int, group: Group) -> Tensor:
+    """The other end: of uneven pieces another one shrinks."""
+    return torch.tensor([group.size - 1])
+
+
+def most(_: int, group: Group) -> Tensor:
+    """All but one channel."""
+    return torch.arange(group.size - 1)
+
+
+def even(position: int, group: Group) -> Tensor:
+    """Half of every other group: neighbours no longer shrink alike."""
+    return half(position, group) if position % 2 == 0 else torch.arange(0)
+
+
+def odd(position: int, group: Group) -> Tensor:
+    """Half of the others."""
+    return even(position + 1, group)
 
 
 @dataclass
@@ -53,25 +89,25 @@ class Draft:
     uneven: bool = False
 
 
-def places_of(
-    constraints: Sequence[Constraint], choices: dict[str, Choice], classes: Classes
-) -> tuple[dict[str, str], set[str]]:
+def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str, str], set[str]]:
     """Where sizes of channels that may go were met, and the module types whose layouts are guesses."""
     places: dict[str, str] = {}
     guessed: set[str] = set()
-    for constraint in constraints:
-        if isinstance(constraint, Grouped) or (isinstance(constraint, Grid) and constraint.exact):
+    for constraint in classes.space.constraints:
+        if (
+            isinstance(constraint, GroupedConvolution)
+            or constraint.exact
+            or not constraint.site.stack
+            or not classes.may_go(constraint.ids)
+        ):
             continue
-        if not constraint.place.stack or not classes.may_go(constraint.values):
-            continue
-        places[constraint.place.stack[0]] = constraint.place.kind
-        repaired = choices.get(constraint.place.kind, Choice.AS_IS).repairs
-        if repaired or not isinstance(constraint, Merge):
-            guessed.add(constraint.place.kind)
+        kind = places[constraint.site.stack[0]] = constraint.site.kind
+        if not isinstance(constraint, Reshape) or choices.get(kind, Choice.AS_IS).repairs:
+            guessed.add(kind)
     return places, guessed
 
 
-def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Callable[[Decisions], Draft]) -> Draft:
+def settle(model: nn.Module, example_inputs: Any, modes: Sequence[bool], draft: Callable[[Decisions], Draft]) -> Draft:
     """The graph whose channels can be removed without the model's code breaking.
 
     Args:
@@ -81,10 +117,10 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
         draft: builds the graph under given decisions; returns the same object if they come to the same.
     """
     decisions = Decisions()
-    bench = Bench(model, example_inputs, modes)
+    runs = TrialRuns(model, example_inputs, modes)
     current = draft(decisions)
     while current.graph.prunable_groups:
-        failure = _failing(bench, current)
+        failure = _failing(runs, current)
         if failure is None:
             break
         before = current
@@ -94,37 +130,43 @@ def settle(model: nn.Module, example_inputs: Any, modes: list[bool], draft: Call
     return current
 
 
-def _failing(bench: Bench, draft: Draft) -> Failure | None:
+def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
     """The first thing that goes wrong with fewer channels."""
-    groups = draft.graph.prunable_groups
-    failure = bench.runs(draft.graph, groups, half)
-    if failure is None and draft.guessed:
-        for share in (first, last, most, even, odd):
-            failure = failure or bench.runs(draft.graph, groups, share)
-        failure = failure or _differing(bench, draft)
-    return failure
+    for share in (half, first, last, most, even, odd) if draft.guessed else (half,):
+        failure = runs.failure(draft.graph, _removed(draft.graph.prunable_groups, share))
+        if failure is not None:
+            return failure
+    return _differing(runs, draft) if draft.guessed else None
 
 
-def _differing(bench: Bench, draft: Draft) -> Failure | None:
+def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
-    exact = tuple(group for group in draft.graph.prunable_groups if group.statistics is None)
     shares = (half, even, first, last, most) if draft.uneven else (half, even)
-    failure = bench.differs(draft.graph, exact, shares)
+
+    def difference(groups: Sequence[Group]) -> Failure | None:
+        found = (runs.difference(draft.graph, _removed(groups, share)) for share in shares)
+        return next((failure for failure in found if failure is not None), None)
+
+    exact = [group for group in draft.graph.prunable_groups if group.statistics is None]
+    failure = difference(exact)
     if failure is None or failure.stack:
         return failure
     for kind in sorted(draft.guessed):
         paths = [path for path, of in draft.places.items() if of == kind]
-        groups = tuple(group for group in exact if any(_touches(group, path) for path in paths))
-        if groups and (found := bench.differs(draft.graph, groups, shares)):
+        groups = [group for group in exact if any(_touches(group, path) for path in paths)]
+        if groups and (found := difference(groups)):
             return replace(found, stack=found.stack or (paths[0],))
     return replace(failure, stack=tuple(path for path, of in draft.places.items() if of in draft.guessed))
 
 
+def _removed(groups: Sequence[Group], share: Share) -> dict[str, Tensor]:
+    return {group.name: share(position, group) for position, group in enumerate(groups)}
+
+
 def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:
     """Meet the sizes of the failing module's type in the next way; without any, hold the channels it touches."""
-    own = failure.stack[0] if failure.stack else ""
-    candidates = [own] if not _is_torch(model, own) else list(failure.stack)
-    for path in candidates:
+    own = failure.stack[:1] or ("",)
+    for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
         kind = draft.places.get(path)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
             decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
@@ -141,10 +183,6 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             return
     decisions.held[""] = f"cannot be removed: the smaller model fails ({failure.message})"
     decisions.held_whole.add("")
-
-
-def _is_torch(model: nn.Module, path: str) -> bool:
-    return type(model.get_submodule(path)).__module__.startswith("torch.nn.")
 
 
 def _touches(group: Group, path: str) -> bool:

@@ -12,21 +12,21 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
-from lightning_prune.graph.constraints import Cut, resolve
-from lightning_prune.graph.contraction import Call
-from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.labels import Freeze, Info, LabelSpace, region, signature
-from lightning_prune.graph.operator_call import Context, tensors_out
+from lightning_prune.graph.label_space import Freeze, LabelSpace
+from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
 from lightning_prune.graph.recording import (
-    Recorder,
-    module_names,
+    OperatorRecorder,
+    RunningModules,
     normalise_mode,
     tensors_in,
     untouched,
     watch_training_flag,
 )
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
+from lightning_prune.graph.resolve import resolve
 from lightning_prune.model_state.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
@@ -76,45 +76,43 @@ class _Tracer:
         self.model = model
         self.statistics = statistics
         self.space = LabelSpace()
-        self.calls: list[Call] = []
-        self.norms: list[tuple[str, Tensor]] = []
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
-        self.known: dict[Tensor, Info] = {}
+        self.known: dict[Tensor, TensorInfo] = {}
         kernels = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, _ConvNd)}
-        tensors: list[tuple[str, Tensor, bool]] = [(name, tensor, False) for name, tensor in model.named_parameters()]
-        tensors += [(name, tensor, True) for name, tensor in model.named_buffers()]
-        for name, tensor, buffer in tensors:
+        parameters = dict(model.named_parameters())
+        for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
             if is_lazy(tensor):
                 raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
             self.names[id(tensor)] = name
             dims = 2 if id(tensor) in kernels else None
-            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer, dims=dims)
+            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
 
     def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
         """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
-        recorder = Recorder(self.known, self._observe, self.runs)
+        running = RunningModules(self.model)
+        recorder = OperatorRecorder(self.known, running, self._observe, self.runs)
         self.runs += 1
         for tensor in tensors_in(example_inputs):
-            recorder.set_info(tensor, Info(data=True))
+            recorder.set_info(tensor, TensorInfo(data=True))
         try:
-            with module_names(self.model, recorder), recorder:
+            with running, recorder:
                 output = call_model(self.model, example_inputs)
         except Exception as error:
-            place = f" in module {recorder.module!r}" if recorder.module else ""
             if optional:
                 self.notes[f"not traced in train mode: {type(error).__name__}: {error}"] = None
                 return False
+            place = f" in module {recorder.module!r}" if recorder.module else ""
             raise TraceError(
                 f"the model does not run on the example inputs{place}: {type(error).__name__}: {error}. "
                 "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
             ) from error
         for tensor in tensors_in(output):
-            for layer in recorder.info(tensor).layers:
-                self.space.freeze(layer, OUTPUT)
+            for labels in recorder.info(tensor).labels:
+                self.space.freeze(labels.ids, OUTPUT)
         return True
 
     def draft(self, decisions: Decisions) -> Draft:
@@ -125,20 +123,20 @@ class _Tracer:
             for path, module in modules.items()
             for key, _ in module.named_parameters(recurse=False)
         }
-        resolved = resolve(self.space, self.space.constraints, decisions.choices)
+        resolved = resolve(self.space, decisions.choices)
         found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
-        cuts = [c for c in resolved.active if isinstance(c, Cut)]
-        outcome = (resolved.axes, tuple(found), tuple(decisions.held), tuple(decisions.held_whole))
+        outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
-        frozen = [*self._held(decisions), *resolved.frozen, *sizes.unmatched(cuts, found)]
-        classes = Classes.of(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
-        groups, channels = build_groups(classes, self.calls, self.norms, module_of)
+        frozen = [*self._held(decisions), *resolved.frozen, *sizes.unmatched(resolved.splits, found)]
+        classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
+        groups, channels = build_groups(classes, module_of)
         free = {group.name: channels[group.name] for group in groups if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
-        graph = ChannelGraph(tuple(groups), shapes, self._notes(), tuple(sizes.attributes(found, resolved.joint, free)))
-        places, guessed = places_of(self.space.constraints, decisions.choices, classes)
-        self._last = outcome, Draft(graph, places, guessed, uneven=bool(cuts))
+        attributes = tuple(sizes.attributes(found, resolved.joint, free))
+        graph = ChannelGraph(tuple(groups), shapes, self._notes(), attributes)
+        places, guessed = places_of(classes, decisions.choices)
+        self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
         return self._last[1]
 
     def _held(self, decisions: Decisions) -> list[Freeze]:
@@ -154,72 +152,60 @@ class _Tracer:
 
     def _notes(self) -> tuple[str, ...]:
         unused = [name for name, _ in self.model.named_parameters() if name not in self.used]
-        notes = list(self.notes)
-        if unused:
-            notes.append(f"never used in the trace, left as they are: {', '.join(unused)}")
-        return tuple(notes)
+        return (*self.notes, *([f"never used in the trace, left as they are: {', '.join(unused)}"] if unused else []))
 
-    def _observe(self, recorder: Recorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        context = Context(self.space, recorder, func, args, kwargs, output, self.calls, self.norms)
-        for tensor in context.tensors():
-            name = self.names.get(id(tensor))
-            if name is not None:
-                self.used.add(name)
-        outputs = tensors_out(output)
-        if not outputs:
+    def _observe(self, recorder: OperatorRecorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        call = OperatorCall(self.space, recorder, func, args, kwargs, output)
+        self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)
+        if not call.outputs:
             return
-        if not outputs[0].numel():
-            context.freeze_inputs(f"meets an empty tensor in {context.where}: trace with other example inputs")
+        if not call.outputs[0].numel():
+            call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
             return
+        before = call.info(call.outputs[0])
         rule = rules.rule_for(func)
-        before = context.info(outputs[0])
-        if rule is None:
-            reason = f"passes an operator without a rule, {context.where}"
-            if any(context.info(tensor).layers for tensor in context.tensors()):
-                self.notes[f"no rule for {context.where}: the channels that reach it are not pruned"] = None
-            infos = [context.freeze_inputs(reason)] * len(outputs)
+        if rule is not None:
+            result = rule(call)
         else:
-            result = rule(context)
-            infos = result if isinstance(result, list) else [result] * len(outputs)
+            if any(call.info(tensor).labels for tensor in call.tensors):
+                self.notes[f"no rule for {call.where}: the channels that reach it are not pruned"] = None
+            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}")
+        infos = result if isinstance(result, list) else [result]
+        infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if func._schema.is_mutable:
-            self._check_aliases(recorder, context, outputs[0], before, infos[0])
-        for tensor, info in zip(outputs, infos, strict=True):
+            self._check_aliases(call, before, infos[0])
+        for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
                 recorder.set_info(tensor, info)
 
-    def _check_aliases(self, recorder: Recorder, context: Context, tensor: Tensor, before: Info, after: Info) -> None:
+    def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
-        if _same(before.layers, after.layers):
+        if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
             return
-        for alias in recorder.aliases(tensor):
-            info = recorder.info(alias)
-            if all(_spans(alias, tensor, layer) for layer in after.layers) and (info.layers or info.uniform):
-                recorder.set_info(alias, self._written(alias, info, after))
+        for alias in call.recorder.aliases(call.outputs[0]):
+            info = call.info(alias)
+            same_channels = all(_same_layout(alias, call.outputs[0], labels.dims) for labels in after.labels)
+            if same_channels and (info.labels or info.uniform):
+                call.recorder.set_info(alias, self._written(alias, info, after))
             else:
-                for layer in (*info.layers, *after.layers):
-                    self.space.freeze(layer, f"is written through a view by {context.where}")
+                for labels in (*info.labels, *after.labels):
+                    call.freeze(labels, f"is written through a view by {call.where}")
 
-    def _written(self, alias: Tensor, info: Info, after: Info) -> Info:
+    def _written(self, alias: Tensor, info: TensorInfo, after: TensorInfo) -> TensorInfo:
         """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
-        layers = []
-        for layer in after.layers:
-            dims = signature(layer)
-            values = region(layer, dims)
-            for old in info.layers:
-                if signature(old) == dims:
-                    self.space.tie(region(old, dims) >> 1, values >> 1)
-                    values = values | (region(old, dims) & 1)
-            layers.append(values.expand(alias.shape))
-        kept = [old for old in info.layers if signature(old) not in {signature(layer) for layer in layers}]
-        return Info((*layers, *kept), data=True)
+        written = []
+        for new in after.labels:
+            core = new.region()
+            for old in (labels.region() for labels in info.labels if labels.dims == new.dims):
+                self.space.tie(old.ids, core.ids)
+                core = Labels(core.ids, core.live | old.live)
+            written.append(core.expand(alias.shape))
+        kept = [old for old in info.labels if old.dims not in {new.dims for new in written}]
+        return TensorInfo((*written, *kept), data=True)
 
 
-def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def _spans(alias: Tensor, view: Tensor, layer: Tensor) -> bool:
+def _same_layout(alias: Tensor, view: Tensor, dims: tuple[int, ...]) -> bool:
     """Whether two views of one storage have the same channels: they differ in positions only."""
     return alias.dim() == view.dim() and all(
-        alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in signature(layer)
+        alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in dims
     )

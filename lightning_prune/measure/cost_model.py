@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import OperatorCounter, count_params, run_observed, samples_in
+from lightning_prune.measure.flops import count_params
+from lightning_prune.measure.operators import OperatorCounter
+from lightning_prune.measure.samples import samples_in
 from lightning_prune.plan import Plan
 
 
@@ -52,21 +54,28 @@ class CostModel:
         self._macs, self.fixed_macs = macs_by_parameter(model, example_inputs)
         self.macs = sum(self._macs.values()) + self.fixed_macs
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._offsets: dict[str, int] = {}
-        channels = 0
+        self._starts: dict[str, int] = {}  # of the channels of each group, all numbered in one row
+        self._channels = 0
+        owners: dict[tuple[str, int], Tensor] = {}  # {(parameter, dimension): the channel of every entry}
         for group in graph.groups:
-            self._offsets[group.name] = channels
-            channels += group.size
-        self._channels = channels
-        self._dims: list[tuple[str, int]] = []
-        self._entry_dim, self._entry_channel = self._entries(graph)
+            self._starts[group.name] = self._channels
+            channels = self._channels + torch.arange(group.size).unsqueeze(1)
+            self._channels += group.size
+            for part in group.slices:
+                if part.tensor in self._shapes:
+                    nobody = torch.full((self._shapes[part.tensor][part.dim],), -1)
+                    owner = owners.setdefault((part.tensor, part.dim), nobody)
+                    owner[part.index.flatten()] = channels.expand(part.index.shape).flatten()
+        self._dims = list(owners)
+        self._owner = torch.cat([torch.zeros(0, dtype=torch.int64), *owners.values()])
+        self._dim = torch.repeat_interleave(torch.tensor([len(owner) for owner in owners.values()], dtype=torch.int64))
 
     def of(self, plan: Plan) -> tuple[int, int]:
         """Parameters and multiply-accumulates of the reconstructed model."""
-        removed = torch.zeros(self._channels, dtype=torch.bool)
+        removed = torch.zeros(self._channels + 1, dtype=torch.bool)  # the last one stands for nobody
         for name, group in plan.groups.items():
-            removed[self._offsets[name] + torch.tensor(group.removed, dtype=torch.int64)] = True
-        gone = torch.bincount(self._entry_dim[removed[self._entry_channel]], minlength=len(self._dims)).tolist()
+            removed[self._starts[name] + torch.tensor(group.removed, dtype=torch.int64)] = True
+        gone = torch.bincount(self._dim[removed[self._owner]], minlength=len(self._dims)).tolist()
         shapes: dict[str, list[int]] = {}
         for (name, dim), count in zip(self._dims, gone, strict=True):
             if count:
@@ -79,24 +88,6 @@ class CostModel:
             macs -= dense - dense * after // before
         return params, macs
 
-    def _entries(self, graph: ChannelGraph) -> tuple[Tensor, Tensor]:
-        """Where every parameter entry of a channel lies, by (parameter, dimension), and whose it is."""
-        owners: dict[tuple[str, int], Tensor] = {}
-        for group in graph.groups:
-            channels = self._offsets[group.name] + torch.arange(group.size).unsqueeze(1)
-            for part in group.slices:
-                if part.tensor in self._shapes:
-                    nobody = torch.full((self._shapes[part.tensor][part.dim],), -1)
-                    owner = owners.setdefault((part.tensor, part.dim), nobody)
-                    owner[part.index.flatten()] = channels.expand(part.index.shape).flatten()
-        self._dims = list(owners)
-        found_dims, found_channels = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-        for position, owner in enumerate(owners.values()):
-            owned = owner[owner >= 0]
-            found_channels.append(owned)
-            found_dims.append(torch.full_like(owned, position))
-        return torch.cat(found_dims), torch.cat(found_channels)
-
 
 def macs_by_parameter(model: nn.Module, example_inputs: Any) -> tuple[dict[str, int], int]:
     """{parameter: multiply-accumulates per sample of the operators that use it, or a view of it}, and all others.
@@ -108,11 +99,10 @@ def macs_by_parameter(model: nn.Module, example_inputs: Any) -> tuple[dict[str, 
         >>> macs_by_parameter(nn.Linear(4, 2), torch.zeros(1, 4))
         ({'weight': 8}, 0)
     """
-    mode = _ParameterCounter(model)
-    run_observed(model, example_inputs, mode)
+    counter = _ParameterCounter(model).watch(model, example_inputs)
     batch = samples_in(example_inputs) or 1
-    found = {name: macs // batch for name, macs in mode.found.items()}
-    return found, mode.macs // batch - sum(found.values())
+    found = {name: macs // batch for name, macs in counter.found.items()}
+    return found, counter.macs // batch - sum(found.values())
 
 
 class _ParameterCounter(OperatorCounter):

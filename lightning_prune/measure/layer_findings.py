@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_prune.graph.describe import shortened
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
+from lightning_prune.measure.layers import LayerTime, ModelTime
+from lightning_prune.measure.machine import Machine
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for
@@ -28,6 +29,12 @@ _POOLING = (
     f"pooling, over {FAR} times as long as its bytes ask for: PyTorch goes element by element unless channels come "
     "last in memory; model.to(memory_format=torch.channels_last), or ONNX Runtime, goes many at a time"
 )
+_MEMORY = (
+    "bound by memory, below this machine's balance of {:.1f} FLOPs per byte; only fewer bytes help: larger batches "
+    "where weights are most of them, norms and activations fused into convolutions elsewhere (ONNX Runtime, "
+    "torch.compile)"
+)
+_ROUND_TO = f"; pruning with round_to={LANES} (--round-to {LANES}) fills them"
 _WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
 _SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
 _OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
@@ -71,24 +78,26 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
 
     Example:
         >>> from torch import nn, zeros
-        >>> from lightning_prune.measure.layers import measure_machine, time_layers
+        >>> from lightning_prune.measure import measure_machine, time_layers
         >>> times = time_layers({"": (nn.Sequential(nn.Conv2d(3, 9, 3)), zeros(1, 3, 64, 64))})[""]
         >>> [finding.layers for finding in explain_speed(times, measure_machine()) if finding.kind == "lanes"]
         [('0',)]
     """
     layers = sorted(after.layers, key=lambda layer: -layer.latency.median)
     dense = {} if before is None else {layer.name: layer for layer in before.layers}
+    twins = [(layer, dense[layer.name]) for layer in layers if layer.name in dense]
     near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
     far = [layer for layer in layers if layer not in near]
+    memory = _MEMORY.format(machine.balance)
     found = [
-        _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], _memory(machine)),
+        _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], memory),
         _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
         _about("pooling", after, [layer for layer in far if layer.kind in POOLS], _POOLING),
         _about("far", after, [layer for layer in far if layer.kind not in POOLS], _FAR),
-        _lanes(after, [layer for layer in layers if empty_lanes(layer) and _chosen(layer, dense)], bool(dense)),
-        _about("not shrunk", after, [layer for layer in layers if _whole(layer, dense)], _WHOLE),
-        _about("slower", after, [layer for layer in layers if _slower(layer, dense)], _SLOWER),
-        _outside(after),
+        _about("not shrunk", after, [now for now, was in twins if was.flops and now.flops >= was.flops], _WHOLE),
+        _about("slower", after, [now for now, was in twins if now.flops < was.flops and _is_slower(now, was)], _SLOWER),
+        _lanes(after, [layer for layer in layers if empty_lanes(layer) and _is_chosen(layer, dense)], bool(dense)),
+        Finding("outside", after.outside / after.total, f"{_percent(after.outside / after.total)} {_OUTSIDE}"),
     ]
     said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
     overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
@@ -109,61 +118,37 @@ def empty_lanes(layer: LayerTime) -> float:
 
 def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str) -> Finding:
     names = tuple(layer.name for layer in layers)
-    if not names:
-        return Finding(kind, 0.0, "")
     share = times.share(*layers)
-    return Finding(kind, share, f"{_percent(share)} in {shortened(names, 50)}: {text}", names)
+    return Finding(kind, share, f"{_percent(share)} in {shortened(names, 50)}: {text}" if names else "", names)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} % of the time"
 
 
-def _memory(machine: Machine) -> str:
-    return (
-        f"bound by memory, below this machine's balance of {machine.balance:.1f} FLOPs per byte; only fewer bytes "
-        "help: larger batches where weights are most of them, norms and activations fused into convolutions elsewhere "
-        "(ONNX Runtime, torch.compile)"
-    )
+def _is_slower(now: LayerTime, was: LayerTime) -> bool:
+    """By more than the spread."""
+    return now.latency.median > was.latency.median + (now.latency.iqr + was.latency.iqr) / 2
 
 
-def _chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
+def _is_chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
     """Whether pruning, where there was one, left a number of channels that does not fill the lanes."""
-    twin = dense.get(layer.name)
-    if twin is None:
+    if layer.name not in dense:
         return True
-    return any(now != was and now % LANES for now, was in zip(layer.channels, twin.channels, strict=True))
+    pairs = zip(layer.channels, dense[layer.name].channels, strict=True)
+    return any(now != was and now % LANES for now, was in pairs)
 
 
 def _lanes(times: ModelTime, layers: Sequence[LayerTime], pruned: bool) -> Finding:
     if not layers:
         return Finding("lanes", 0.0, "")
-    empty = sum(layer.latency.median * empty_lanes(layer) for layer in layers)
-    names, lost = tuple(layer.name for layer in layers), empty / times.total
+    names = tuple(layer.name for layer in layers)
+    lost = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / times.total
     text = (
         f"up to {_percent(lost)} in {shortened(names, 50)}: channel counts that are no multiple of {LANES} leave up to "
-        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty"
-        f"{f'; pruning with round_to={LANES} (--round-to {LANES}) fills them' if pruned else ''}"
+        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty{_ROUND_TO if pruned else ''}"
     )
     return Finding("lanes", lost, text, names)
-
-
-def _whole(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
-    twin = dense.get(layer.name)
-    return twin is not None and bool(twin.flops) and layer.flops >= twin.flops
-
-
-def _slower(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
-    twin = dense.get(layer.name)
-    if twin is None or layer.flops >= twin.flops:
-        return False
-    spread = (layer.latency.iqr + twin.latency.iqr) / 2
-    return layer.latency.median > twin.latency.median + spread
-
-
-def _outside(times: ModelTime) -> Finding:
-    share = times.outside / times.total
-    return Finding("outside", share, f"{_percent(share)} {_OUTSIDE}")
 
 
 def _speed(before: ModelTime, after: ModelTime) -> Finding:

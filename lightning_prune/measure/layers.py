@@ -1,48 +1,25 @@
-"""Where the time of a forward pass goes, layer by layer, and what this machine could do at best; on the CPU."""
+"""Where the time of a forward pass goes, layer by layer; on the CPU."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.graph import call_model
-from lightning_prune.measure.measurement import Latency, OperatorCounter, run_observed, summary
-from lightning_prune.model_state.preservation import preserved
+from lightning_prune.errors import PruningError
+from lightning_prune.measure.latency import Latency, in_turns, timed_pass
+from lightning_prune.measure.machine import Machine
+from lightning_prune.measure.operators import OperatorCounter
 
 Bound = Literal["compute", "memory", "call"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the CPU does at best, with the threads that torch has.
-
-    Attributes:
-        flops: floating-point operations per second, of a large matrix product.
-        bandwidth: bytes per second, read and written, of copying more than the caches hold.
-        call: seconds that the call of a layer takes which computes nothing to speak of: a rectifier on one number.
-        product_call: the same for a layer with weights: a 1x1 convolution on one pixel.
-        threads: of the CPU.
-    """
-
-    flops: float
-    bandwidth: float
-    call: float
-    product_call: float
-    threads: int
-
-    @property
-    def balance(self) -> float:
-        """FLOPs per byte below which memory, not arithmetic, sets the pace."""
-        return self.flops / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -162,158 +139,70 @@ def time_layers(
         TraceError: a model does not run on its inputs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> [(layer.name, layer.calls) for layer in time_layers({"": (net, torch.zeros(1, 3, 8, 8))})[""].layers]
         [('0', 1), ('1', 1)]
     """
-    if warmup < 0 or repeats < 1:
-        raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
     for name, (model, _) in models.items():
         elsewhere = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
         if elsewhere is not None:
             raise PruningError(f"layers are timed on the CPU only, and model {name!r} is on {elsewhere}")
     counted = {name: _count(model, inputs) for name, (model, inputs) in models.items()}
-    plain: dict[str, list[float]] = {name: [] for name in models}
-    timed: dict[str, list[float]] = {name: [] for name in models}
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    with ExitStack() as stack:
-        stack.enter_context(thread_count(threads))
-        for model, _ in models.values():
-            stack.enter_context(preserved(model))
-            model.eval()
-        for round_ in range(warmup + repeats):
-            for name, (model, inputs) in models.items():
-                if len(models) > 1:
-                    _run(model, inputs)  # the model before has left the caches full of its own weights
-                alone = _seconds(lambda: _run(model, inputs))  # noqa: B023
-                with _timers(model, counted[name]) as spent:
-                    together = _seconds(lambda: _run(model, inputs))  # noqa: B023
-                if round_ >= warmup:
-                    plain[name].append(1e3 * alone)
-                    timed[name].append(1e3 * together)
-                    samples[name].append(spent)
-    return {
-        name: ModelTime(
-            tuple(
-                LayerTime(*cost.facts(), summary([1e3 * spent.get(cost.name, 0.0) for spent in samples[name]]))
-                for cost in counted[name].values()
-            ),
-            summary(plain[name]),
-            summary(timed[name]),
+
+    def timer(name: str, model: nn.Module, inputs: Any) -> tuple[float, float, dict[nn.Module, float]]:
+        plain = timed_pass(model, inputs)
+        with _timers(counted[name]) as spent:
+            return plain, timed_pass(model, inputs), spent
+
+    found = {}
+    for name, rounds in in_turns(models, timer, warmup=warmup, repeats=repeats, threads=threads).items():
+        plain, timed, spent = zip(*rounds, strict=True)
+        layers = (
+            layer_time(Latency.of([times.get(module, 0.0) for times in spent]))
+            for module, layer_time in counted[name].items()
         )
-        for name in models
+        found[name] = ModelTime(tuple(layers), Latency.of(plain), Latency.of(timed))
+    return found
+
+
+def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, Callable[[Latency], LayerTime]]:
+    """The `LayerTime` but for the time, of modules that call no other, in the order in which they first run."""
+    counter = OperatorCounter()
+    calls: Counter[nn.Module] = Counter()
+    flops: Counter[nn.Module] = Counter()
+    moved: Counter[nn.Module] = Counter()
+    running: list[nn.Module] = []
+    callers: set[nn.Module] = set()
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        callers.update(running[-1:])
+        running.append(module)
+        flops[module] -= counter.flops
+        moved[module] += _bytes((args, kwargs, *module.parameters(), *module.buffers()))
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+        running.pop()
+        calls[module] += 1
+        flops[module] += counter.flops
+        moved[module] += _bytes(output)
+
+    with _hooks(model.modules(), begin, end):
+        counter.watch(model, inputs)
+    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+    return {
+        layer: partial(
+            LayerTime, names[layer], type(layer).__name__, _channels(layer), calls[layer], flops[layer], moved[layer]
+        )
+        for layer in flops
+        if layer not in callers
     }
 
 
-def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
-    """Measure what this CPU does at best: a product of 1,024 x 1,024 matrices, and a copy of 128 MiB, in float32.
-
-    The fastest of the repeats counts for the limits, the median for the calls. Write-allocation is not counted, so the
-    bandwidth is that of useful bytes.
-
-    Args:
-        repeats: of each.
-        threads: of the CPU; None: as torch is set.
-
-    Example:
-        >>> measure_machine(repeats=1).balance > 0
-        True
-    """
-    size, count = 1024, 2**25
-    left, right = torch.ones(size, size), torch.ones(size, size)
-    product = torch.empty(size, size)
-    source, target = torch.zeros(count), torch.empty(count)
-    pixel, scalar = torch.zeros(1, 8, 1, 1), torch.zeros(1)
-    convolution, rectifier = nn.Conv2d(8, 8, 1).eval(), nn.ReLU()
-    with thread_count(threads), torch.no_grad():
-        seconds = {
-            name: [_seconds(run) for _ in range(many)]
-            for name, many, run in (
-                ("product", repeats + 1, lambda: torch.mm(left, right, out=product)),
-                ("copy", repeats + 1, lambda: target.copy_(source)),
-                ("call", 50 * repeats, lambda: rectifier(scalar)),
-                ("product_call", 50 * repeats, lambda: convolution(pixel)),
-            )
-        }
-        return Machine(
-            2 * size**3 / min(seconds["product"]),
-            2 * 4 * count / min(seconds["copy"]),
-            median(seconds["call"]),
-            median(seconds["product_call"]),
-            torch.get_num_threads(),
-        )
-
-
 @contextmanager
-def thread_count(threads: int | None) -> Iterator[int]:
-    """So many threads of the CPU for a while, and how many that is; None leaves them as they are.
-
-    Raises:
-        PruningError: less than one.
-    """
-    if threads is not None and threads < 1:
-        raise PruningError(f"threads must be at least 1, got {threads}")
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-
-
-@dataclass
-class _Cost:
-    """What one pass asks of a module."""
-
-    name: str
-    module: nn.Module
-    calls: int = 0
-    flops: int = 0
-    bytes: int = 0
-    calls_others: bool = False
-
-    def facts(self) -> tuple[str, str, tuple[int, ...], int, int, int]:
-        ends = (
-            (getattr(self.module, f"in_{what}", None), getattr(self.module, f"out_{what}", None))
-            for what in ("channels", "features")
-        )
-        channels = next(((a, b) for a, b in ends if isinstance(a, int) and isinstance(b, int)), ())
-        return self.name, type(self.module).__name__, channels, self.calls, self.flops, self.bytes
-
-
-def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, _Cost]:
-    """The modules that run and call no other, in the order in which they first run."""
-    counter = OperatorCounter()
-    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-    costs: dict[nn.Module, _Cost] = {}
-    running: list[tuple[_Cost, int]] = []
-
-    def so_far() -> int:
-        return 2 * counter.macs + counter.others
-
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        cost = costs.setdefault(module, _Cost(names[module], module))
-        if running:
-            running[-1][0].calls_others = True
-        cost.bytes += _bytes((args, kwargs)) + _bytes([*module.parameters(), *module.buffers()])
-        running.append((cost, so_far()))
-
-    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-        cost, before = running.pop()
-        cost.calls += 1
-        cost.flops += so_far() - before
-        cost.bytes += _bytes(output)
-
-    with _hooks(model.modules(), begin, end):
-        run_observed(model, inputs, counter)
-    return {module: cost for module, cost in costs.items() if not cost.calls_others}
-
-
-@contextmanager
-def _timers(model: nn.Module, costs: Mapping[nn.Module, _Cost]) -> Iterator[dict[str, float]]:
-    """Seconds spent in each module, by name, while inside."""
-    spent: dict[str, float] = {}
+def _timers(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, float]]:
+    """Milliseconds spent in each module while inside."""
+    spent: dict[nn.Module, float] = {}
     started: list[float] = []
     clock = time.perf_counter
 
@@ -321,16 +210,15 @@ def _timers(model: nn.Module, costs: Mapping[nn.Module, _Cost]) -> Iterator[dict
         started.append(clock())
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-        seconds = clock() - started.pop()
-        name = costs[module].name
-        spent[name] = spent.get(name, 0.0) + seconds
+        milliseconds = 1e3 * (clock() - started.pop())
+        spent[module] = spent.get(module, 0.0) + milliseconds
 
-    with _hooks((module for module in model.modules() if module in costs), begin, end):
+    with _hooks(modules, begin, end):
         yield spent
 
 
 @contextmanager
-def _hooks(modules: Iterator[nn.Module], begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
+def _hooks(modules: Iterable[nn.Module], begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
@@ -338,19 +226,13 @@ def _hooks(modules: Iterator[nn.Module], begin: Callable[..., None], end: Callab
         yield
 
 
+def _channels(layer: nn.Module) -> tuple[int, ...]:
+    for what in ("channels", "features"):
+        ends = getattr(layer, f"in_{what}", None), getattr(layer, f"out_{what}", None)
+        if all(isinstance(end, int) for end in ends):
+            return ends  # type: ignore[return-value]
+    return ()
+
+
 def _bytes(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _run(model: nn.Module, inputs: Any) -> None:
-    try:
-        with torch.no_grad():
-            call_model(model, inputs)
-    except Exception as error:
-        raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started

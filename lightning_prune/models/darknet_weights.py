@@ -8,17 +8,22 @@ size that tells whether a file belongs to a network.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.errors import WeightsError
-from lightning_prune.models.yolo_parts import BOXES_PER_CELL, Convolution, YoloNetwork
 
+if TYPE_CHECKING:
+    from lightning_prune.models.yolo_parts import YoloNetwork
+
+Convolution = tuple[int, nn.Conv2d, nn.BatchNorm2d | None]  # the first: its number in darknet's counting
 FLOAT = 4
 
 
@@ -66,24 +71,20 @@ def load_darknet_weights(model: YoloNetwork, path: str | Path, *, other_classes:
         content = path.read_bytes()
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-    version, seen, start = _header(content, path)
-    layers = model.darknet_layers()
-    present, skipped = _contents(model, layers, len(content), start, path, other_classes)
+    version, seen, offset = _header(content, path)
+    arrays, skipped = _contents(model, len(content), offset, path, other_classes)
     staged: list[tuple[Tensor, Tensor]] = []
-    offset = start
-    for number, shapes in present:
-        for name, tensor, shape in shapes:
-            count = int(np.prod(shape))
-            values = np.frombuffer(content, "<f4", count, offset)
-            _check(values, name, number, offset, path)
-            if number not in skipped:
-                staged.append((tensor, torch.from_numpy(values.astype(np.float32)).view(shape)))
-            offset += count * FLOAT
+    for array in arrays:
+        values = np.frombuffer(content, "<f4", math.prod(array.shape), offset)
+        _check(values, array, offset, path)
+        if array.layer not in skipped:
+            staged.append((array.tensor, torch.from_numpy(values.astype(np.float32)).view(array.shape)))
+        offset += values.nbytes
     with torch.no_grad():
         for tensor, loaded in staged:
             tensor.copy_(loaded)
-    taken = tuple(number for number, _ in present if number not in skipped)
-    return DarknetFile(version, seen, taken, tuple(number for number, *_ in layers if number not in taken))
+    taken = tuple(dict.fromkeys(array.layer for array in arrays if array.layer not in skipped))
+    return DarknetFile(version, seen, taken, tuple(n for n, *_ in model.darknet_layers() if n not in taken))
 
 
 def save_darknet_weights(
@@ -104,10 +105,12 @@ def save_darknet_weights(
         upto: number of the last layer to write, in darknet's counting; None: all. 74 makes a darknet53.conv.74.
     """
     path = Path(path)
-    parts = [struct.pack("<3i", *version), struct.pack("<Q" if _wide(version) else "<i", seen)]
-    for layer in model.darknet_layers():
-        if upto is None or layer[0] <= upto:
-            parts += [tensor.detach().cpu().float().numpy().astype("<f4").tobytes() for _, tensor in _tensors(layer)]
+    parts = [struct.pack("<3i", *version), struct.pack(_seen_layout(version), seen)]
+    parts += [
+        array.tensor.detach().cpu().float().numpy().astype("<f4").tobytes()
+        for array in _arrays(model)
+        if upto is None or array.layer <= upto
+    ]
     draft = path.with_name(f"{path.name}.tmp")
     try:
         draft.write_bytes(b"".join(parts))
@@ -116,8 +119,8 @@ def save_darknet_weights(
         draft.unlink(missing_ok=True)
 
 
-def _wide(version: tuple[int, int, int]) -> bool:
-    return version[0] * 10 + version[1] >= 2
+def _seen_layout(version: tuple[int, int, int]) -> str:
+    return "<Q" if version[0] * 10 + version[1] >= 2 else "<i"
 
 
 def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]:
@@ -130,80 +133,77 @@ def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]
             f"{path} is not a darknet file: bytes 0 to 11 should hold its version and read "
             f"{'.'.join(map(str, version))}"
         )
-    layout = "<Q" if _wide(version) else "<i"
+    layout = _seen_layout(version)
     start = 12 + struct.calcsize(layout)
     if len(content) < start:
         raise WeightsError(f"{path} ends at byte {len(content)}, inside the header of {start} bytes")
     return version, struct.unpack_from(layout, content, 12)[0], start
 
 
-Shapes = list[tuple[str, Tensor, tuple[int, ...]]]
+class _Array(NamedTuple):
+    """Numbers in a file: of which layer, what they are, where they go, and their shape in the file."""
+
+    layer: int
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+
+def _arrays(model: YoloNetwork) -> list[_Array]:
+    """What the convolutions leave in a file, in order."""
+    arrays = []
+    for layer, conv, norm in model.darknet_layers():
+        tensors = {"bias": conv.bias}
+        if norm is not None:
+            tensors = {"beta": norm.bias, "gamma": norm.weight}
+            tensors |= {"running mean": norm.running_mean, "running variance": norm.running_var}
+        for name, tensor in (*tensors.items(), ("weights", conv.weight)):
+            assert tensor is not None
+            arrays.append(_Array(layer, name, tensor, tuple(tensor.shape)))
+    return arrays
 
 
 def _contents(
-    model: YoloNetwork, layers: list[Convolution], size: int, start: int, path: Path, other_classes: bool
-) -> tuple[list[tuple[int, Shapes]], set[int]]:
-    """The layers that the file holds with the shapes of their arrays, and the numbers of those to skip."""
-    own = [(layer[0], [(name, tensor, tuple(tensor.shape)) for name, tensor in _tensors(layer)]) for layer in layers]
-    ends = np.cumsum([start, *(FLOAT * sum(tensor.numel() for _, tensor, _ in shapes) for _, shapes in own)])
-    backbone = sum(number <= model.backbone_end for number, _ in own)
-    if size == ends[-1]:
-        return own, set()
-    if size == ends[backbone]:
-        return own[:backbone], set()
-    detectors = {number: conv for number, conv, norm in layers if norm is None}
-    per_class = FLOAT * BOXES_PER_CELL * sum(1 + conv.weight[0].numel() for conv in detectors.values())
-    difference = size - int(ends[-1])
-    classes = model.num_classes + difference // per_class
-    if difference % per_class or classes < 1:
-        place = int(np.searchsorted(ends, size, side="right")) - 1
-        where = (
-            f"{size - ends[-1]} bytes after this network's last layer"
-            if place == len(own)
-            else f"inside layer {own[place][0]}, which takes bytes {ends[place]} to {ends[place + 1]}"
-        )
+    model: YoloNetwork, size: int, start: int, path: Path, other_classes: bool
+) -> tuple[list[_Array], set[int]]:
+    """The arrays that a file of some size holds, and the numbers of the layers to skip."""
+    arrays, end, ends = _arrays(model), start, {}
+    for array in arrays:
+        ends[array.layer] = end = end + FLOAT * array.tensor.numel()
+    backbone = max(of for layer, of in ends.items() if layer <= model.backbone_end)
+    if size == end:
+        return arrays, set()
+    if size == backbone:
+        return [array for array in arrays if array.layer <= model.backbone_end], set()
+    detectors = {layer for layer, _, norm in model.darknet_layers() if norm is None}
+    boxes = len(model.anchors[0])  # per cell
+    per_class = FLOAT * boxes * sum(math.prod(array.shape[1:]) for array in arrays if array.layer in detectors)
+    classes = model.num_classes + (size - end) // per_class
+    if (size - end) % per_class or classes < 1:
+        layers = zip(ends, (start, *ends.values()), ends.values(), strict=False)
+        cut = (f"inside layer {n}, which takes bytes {first} to {last}" for n, first, last in layers if size < last)
+        where = next(cut, f"{size - end} bytes after this network's last layer")
         raise WeightsError(
             f"{path} ends at byte {size}, {where}: it is truncated or belongs to another network. Complete files of "
-            f"this {type(model).__name__} have {ends[-1]} bytes, those of its backbone {ends[backbone]}"
+            f"this {type(model).__name__} have {end} bytes, those of its backbone {backbone}"
         )
     if not other_classes:
         raise WeightsError(
             f"{path} has {size} bytes, which is this {type(model).__name__} with {classes} classes, and the model has "
             f"{model.num_classes}; pass other_classes=True to load all but the detection convolutions"
         )
-    outputs = BOXES_PER_CELL * (5 + classes)
-    there = [
-        (number, [(name, t, (outputs, *shape[1:])) for name, t, shape in shapes] if number in detectors else shapes)
-        for number, shapes in own
-    ]
-    return there, set(detectors)
+    outputs = boxes * (5 + classes)
+    return [a._replace(shape=(outputs, *a.shape[1:])) if a.layer in detectors else a for a in arrays], detectors
 
 
-def _tensors(layer: Convolution) -> list[tuple[str, Tensor]]:
-    """What a convolution leaves in the file, in order."""
-    _, conv, norm = layer
-    if norm is None:
-        assert conv.bias is not None
-        return [("bias", conv.bias), ("weights", conv.weight)]
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return [
-        ("beta", norm.bias),
-        ("gamma", norm.weight),
-        ("running mean", norm.running_mean),
-        ("running variance", norm.running_var),
-        ("weights", conv.weight),
-    ]
-
-
-def _check(values: np.ndarray, name: str, number: int, offset: int, path: Path) -> None:
+def _check(values: np.ndarray, array: _Array, offset: int, path: Path) -> None:
     """Numbers that no trained network has show a foreign file of the right size."""
     wrong = ~np.isfinite(values)
-    if name == "running variance":
+    if array.name == "running variance":
         wrong |= values < 0
     if wrong.any():
         place = int(wrong.argmax())
         raise WeightsError(
-            f"{path} is damaged or not a darknet file: byte {offset + place * FLOAT}, {name} of layer {number}, "
-            f"reads {values[place]}"
+            f"{path} is damaged or not a darknet file: byte {offset + place * FLOAT}, {array.name} of layer "
+            f"{array.layer}, reads {values[place]}"
         )

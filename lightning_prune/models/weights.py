@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +32,61 @@ def load_torchvision_weights(
     """
     state = _state_dict(weights)
     own = model.state_dict()
-    skipped = [name for name in own if name in skip]
-    # torchvision's oldest files have no batch counters; ours stay as they are then
-    wanted = {
-        name: tensor
-        for name, tensor in own.items()
-        if name not in skip and (name in state or not name.endswith(".num_batches_tracked"))
-    }
     offered = {name: tensor for name, tensor in state.items() if name not in skip}
-    missing, unexpected = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
-    if missing or unexpected:
-        raise WeightsError(f"the weights belong to another model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-    for name, tensor in wanted.items():
-        if tensor.shape != offered[name].shape:
-            raise WeightsError(
-                f"the weights belong to another model: {name!r} is {list(offered[name].shape)} there and "
-                f"{list(tensor.shape)} here"
-            )
+    # torchvision's oldest files have no batch counters; ours stay as they are then
+    optional = {name for name in own if name.endswith(".num_batches_tracked")} - state.keys()
+    wanted = {name: tensor for name, tensor in own.items() if name not in skip and name not in optional}
+    if difference := misfit(wanted, offered):
+        raise WeightsError(f"the weights belong to another model: {difference}")
     model.load_state_dict({**own, **offered})
-    return skipped
+    return [name for name in own if name in skip]
 
 
-def _state_dict(weights: Any) -> dict[str, Tensor]:
-    if isinstance(weights, dict):
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting a model's own, in words; empty if it fits.
+
+    Args:
+        own: the tensors that the model has.
+        state: those offered to it.
+
+    Example:
+        >>> misfit({"weight": torch.zeros(2), "bias": torch.zeros(2)}, {"weight": torch.zeros(2)})
+        "missing ['bias'], unexpected []"
+        >>> misfit({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(4, 3)})
+        "'weight' is [4, 3] there and [2, 3] here"
+    """
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        return f"missing {missing[:5]}, unexpected {unexpected[:5]}"
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            return f"{name!r} is {list(state[name].shape)} there and {list(tensor.shape)} here"
+    return ""
+
+
+def _state_dict(weights: Any) -> Mapping[str, Tensor]:
+    if isinstance(weights, Mapping):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
         return _read(Path(weights))
     from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
 
     try:
-        found = get_weight(weights) if isinstance(weights, str) else weights
-        state: dict[str, Tensor] = found.get_state_dict(progress=False, check_hash=True)
+        found: Any = get_weight(weights) if isinstance(weights, str) else weights
+        return found.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise WeightsError(f"{weights} could not be downloaded ({error}); give the path of the file instead") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
         ) from error
-    return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"there is no file {path}")
     try:
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path} is not a state dict: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

@@ -101,12 +101,10 @@ def flatten(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Grid]
     raw, cells, anchors, strides, first = [], [], [], [], [0]
     for head, stride, sizes in zip(maps, network.strides, network.anchors, strict=True):
         batch, _, rows, columns = head.shape
-        entries = head.view(batch, BOXES_PER_CELL, -1, rows, columns).permute(0, 1, 3, 4, 2)
-        raw.append(entries.reshape(batch, BOXES_PER_CELL * rows * columns, -1))
-        y, x = torch.meshgrid(
-            torch.arange(rows, device=head.device), torch.arange(columns, device=head.device), indexing="ij"
-        )
-        cells.append(torch.stack([x, y], -1).view(-1, 2).repeat(BOXES_PER_CELL, 1).to(head.dtype))
+        entries = head.view(batch, BOXES_PER_CELL, -1, rows, columns)
+        raw.append(entries.permute(0, 1, 3, 4, 2).flatten(1, 3))
+        row, column = (torch.arange(count, device=head.device) for count in (rows, columns))
+        cells.append(torch.cartesian_prod(row, column).flip(1).repeat(BOXES_PER_CELL, 1).to(head.dtype))
         anchors.append(head.new_tensor(sizes).repeat_interleave(rows * columns, 0))
         strides.append(head.new_full((BOXES_PER_CELL * rows * columns, 1), stride))
         first.append(first[-1] + BOXES_PER_CELL * rows * columns)

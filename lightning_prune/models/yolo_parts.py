@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Anchors = tuple[tuple[float, float], ...]
-Convolution = tuple[int, nn.Conv2d, nn.BatchNorm2d | None]
+from lightning_prune.models.darknet_weights import Convolution, load_darknet_weights
 
+Anchors = tuple[tuple[float, float], ...]
 BOXES_PER_CELL = 3
 
 
@@ -52,6 +53,18 @@ class YoloNetwork(nn.Module, ABC):
     A map is (N, 3 (5 + classes), H / stride, W / stride); channel ``anchor (5 + classes) + entry`` holds tx, ty, tw,
     th, objectness and class logits. `lightning_prune.models.yolo_boxes.decode` turns them into boxes.
 
+    Shapes: images (N, 3, H, W), sides multiples of 32.
+
+    Args:
+        num_classes: without background; 80 for COCO, 20 for Pascal VOC.
+        width: factor on all channel counts, for small demonstrations; 1 is the published network.
+        anchors: three (width, height) for every head in pixels of the network's input, small to large; None: COCO's
+            at 416.
+        objectness_prior: objectness that an untrained network predicts; 0.5 is darknet's, a small one settles faster.
+        weights: path of a complete .weights file, or of the backbone's (``darknet53.conv.74``,
+            ``yolov3-tiny.conv.15``); of a file with another number of classes everything but the detection
+            convolutions is taken. See `load_darknet_weights`.
+
     Attributes:
         num_classes: classes, without background.
         strides: pixels per cell, one number for every head.
@@ -60,24 +73,46 @@ class YoloNetwork(nn.Module, ABC):
         numbers: of the layers with weights, in darknet's counting. Submodules stand in the same order.
         predictors: name patterns of the last two convolutions of every head, which Lee et al. (Sensors 23(4):2102)
             do not prune: for `ignore` of a selection.
+
+    Raises:
+        ValueError: anchors, classes, width or prior out of range.
+        WeightsError: the file does not fit.
     """
 
     strides: tuple[int, ...]
+    coco_anchors: Anchors
     backbone_end: int
     numbers: tuple[int, ...]
     predictors = ("*.expand.conv", "*.predict")
 
-    def __init__(self, num_classes: int, anchors: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self,
+        num_classes: int = 80,
+        *,
+        width: float = 1.0,
+        anchors: Sequence[Sequence[float]] | None = None,
+        objectness_prior: float = 0.5,
+        weights: str | Path | None = None,
+    ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        pairs = tuple((float(width), float(height)) for width, height in anchors)
+        given = self.coco_anchors if anchors is None else anchors
+        pairs = tuple((float(width), float(height)) for width, height in given)
         expected = BOXES_PER_CELL * len(self.strides)
         if len(pairs) != expected or not all(w > 0 and h > 0 for w, h in pairs):
             raise ValueError(f"{type(self).__name__} needs {expected} anchors (width, height) above 0, got {pairs}")
         self.num_classes = num_classes
         groups = [pairs[start : start + BOXES_PER_CELL] for start in range(0, expected, BOXES_PER_CELL)]
         self.anchors: tuple[Anchors, ...] = tuple(reversed(groups))  # listed from small to large; heads: large first
+        self._build(width)
+        self._initialise(objectness_prior)
+        if weights is not None:
+            load_darknet_weights(self, weights, other_classes=True)
+
+    @abstractmethod
+    def _build(self, width: float) -> None:
+        """Make the submodules, in the order of darknet's cfg."""
 
     @property
     def outputs(self) -> int:
@@ -86,7 +121,7 @@ class YoloNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Raw head maps of images (N, C, H, W)."""
+        """Raw head maps of images (N, 3, H, W)."""
 
     def darknet_layers(self) -> list[Convolution]:
         """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""

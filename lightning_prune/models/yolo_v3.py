@@ -1,17 +1,14 @@
-"""YOLOv3 (Redmon and Farhadi, arXiv:1804.02767, 2018): Darknet-53 and three detection branches."""
+"""YOLOv3 (Redmon and Farhadi, arXiv:1804.02767, 2018) and YOLOv3-tiny (darknet's cfg/yolov3-tiny.cfg)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lightning_prune.models.darknet_weights import load_darknet_weights
 from lightning_prune.models.yolo_parts import Branch, ConvUnit, YoloNetwork, join, scaled
 
 BLOCKS = (1, 2, 8, 8, 4)
-ANCHORS = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
 _SHORTCUTS = {
     first + 3 * k for first, blocks in zip((1, 5, 12, 37, 62), BLOCKS, strict=True) for k in range(1, blocks + 1)
 }
@@ -35,13 +32,12 @@ class Darknet53(nn.Module):
 
     Args:
         width: factor on all channel counts.
-        in_channels: of the images.
     """
 
-    def __init__(self, width: float = 1.0, in_channels: int = 3) -> None:
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         inputs = scaled(32, width)
-        self.stem = ConvUnit(in_channels, inputs, 3)
+        self.stem = ConvUnit(3, inputs, 3)
         self.stages = nn.ModuleList()
         for stage, blocks in enumerate(BLOCKS):
             outputs, inner = scaled(64 * 2**stage, width), scaled(32 * 2**stage, width)
@@ -57,22 +53,7 @@ class Darknet53(nn.Module):
 
 
 class YoloV3(YoloNetwork):
-    """YOLOv3: 75 convolutions, 23 shortcuts, heads at strides 32, 16 and 8.
-
-    Shapes: images (N, in_channels, H, W), sides multiples of 32; maps as in `YoloNetwork`, three of them.
-
-    Args:
-        num_classes: without background; 80 for COCO, 20 for Pascal VOC.
-        width: factor on all channel counts, for small demonstrations; 1 is the published network.
-        in_channels: of the images.
-        anchors: nine (width, height) in pixels of the network's input, small to large; default: COCO's at 416.
-        objectness_prior: objectness that an untrained network predicts; 0.5 is darknet's, a small one settles faster.
-        weights: path of ``darknet53.conv.74`` or ``yolov3.weights``; of a file with another number of classes
-            everything but the detection convolutions is taken. See `load_darknet_weights`.
-
-    Raises:
-        ValueError: anchors, classes, width or prior out of range.
-        WeightsError: the file does not fit.
+    """YOLOv3: 75 convolutions, 23 shortcuts, heads at strides 32, 16 and 8; arguments as of `YoloNetwork`.
 
     Example:
         >>> import torch
@@ -81,39 +62,23 @@ class YoloV3(YoloNetwork):
     """
 
     strides = (32, 16, 8)
+    coco_anchors = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
     backbone_end = 74
     numbers = tuple(sorted(set(range(106)) - _WITHOUT_WEIGHTS))
 
-    def __init__(
-        self,
-        num_classes: int = 80,
-        *,
-        width: float = 1.0,
-        in_channels: int = 3,
-        anchors: Sequence[Sequence[float]] = ANCHORS,
-        objectness_prior: float = 0.5,
-        weights: str | Path | None = None,
-    ) -> None:
-        super().__init__(num_classes, anchors)
-        self.backbone = Darknet53(width, in_channels)
-        self.coarse = self._branch(scaled(1024, width), scaled(512, width), scaled(1024, width))
-        self.to_middle = ConvUnit(scaled(512, width), scaled(256, width), 1)
-        self.middle = self._branch(scaled(256, width) + scaled(512, width), scaled(256, width), scaled(512, width))
-        self.to_fine = ConvUnit(scaled(256, width), scaled(128, width), 1)
-        self.fine = self._branch(scaled(128, width) + scaled(256, width), scaled(128, width), scaled(256, width))
-        self._initialise(objectness_prior)
-        if weights is not None:
-            load_darknet_weights(self, weights, other_classes=True)
+    def _build(self, width: float) -> None:
+        w128, w256, w512, w1024 = (scaled(channels, width) for channels in (128, 256, 512, 1024))
+        self.backbone = Darknet53(width)
+        self.coarse = self._branch(w1024, w512, w1024)
+        self.to_middle = ConvUnit(w512, w256, 1)
+        self.middle = self._branch(w256 + w512, w256, w512)
+        self.to_fine = ConvUnit(w256, w128, 1)
+        self.fine = self._branch(w128 + w256, w128, w256)
 
     def _branch(self, inputs: int, narrow: int, wide: int) -> Branch:
-        body = nn.Sequential(
-            ConvUnit(inputs, narrow, 1),
-            ConvUnit(narrow, wide, 3),
-            ConvUnit(wide, narrow, 1),
-            ConvUnit(narrow, wide, 3),
-            ConvUnit(wide, narrow, 1),
-        )
-        return Branch(body, ConvUnit(narrow, wide, 3), self.outputs)
+        widths = (inputs, narrow, wide, narrow, wide, narrow)
+        units = [ConvUnit(ins, outs, 1 if outs == narrow else 3) for ins, outs in pairwise(widths)]
+        return Branch(nn.Sequential(*units), ConvUnit(narrow, wide, 3), self.outputs)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw head maps at strides 32, 16 and 8."""
@@ -123,3 +88,51 @@ class YoloV3(YoloNetwork):
         middle_map, x = self.middle(join(self.to_middle(x), middle))
         fine_map, _ = self.fine(join(self.to_fine(x), fine))
         return coarse_map, middle_map, fine_map
+
+
+class SameMaxPool(nn.Module):
+    """2x2 max-pool of stride 1 that keeps the size: the window hangs over to the right and below, where nothing is.
+
+    What lies outside never wins, not even against negative values (a zero pad would).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, stride=1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)[..., 1:, 1:]
+
+
+class YoloV3Tiny(YoloNetwork):
+    """YOLOv3-tiny: 13 convolutions, heads at strides 32 and 16; arguments as of `YoloNetwork`.
+
+    Example:
+        >>> import torch
+        >>> [tuple(m.shape) for m in YoloV3Tiny(20, width=0.25)(torch.zeros(1, 3, 64, 64))]
+        [(1, 75, 2, 2), (1, 75, 4, 4)]
+    """
+
+    strides = (32, 16)
+    coco_anchors = ((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319))
+    backbone_end = 14
+    numbers = (0, 2, 4, 6, 8, 10, 12, 13, 14, 15, 18, 21, 22)
+
+    def _build(self, width: float) -> None:
+        widths = [3, *(scaled(channels, width) for channels in (16, 32, 64, 128, 256, 512, 1024))]
+        units = [ConvUnit(inputs, outputs, 3) for inputs, outputs in pairwise(widths)]
+        pooled = [layer for unit in units[:4] for layer in (unit, nn.MaxPool2d(2))]
+        self.shallow = nn.Sequential(*pooled, units[4])
+        self.deep = nn.Sequential(nn.MaxPool2d(2), units[5], SameMaxPool(), units[6])
+        w128, w256, w512 = (scaled(channels, width) for channels in (128, 256, 512))
+        self.coarse = Branch(ConvUnit(widths[-1], w256, 1), ConvUnit(w256, w512, 3), self.outputs)
+        self.to_fine = ConvUnit(w256, w128, 1)
+        self.fine = Branch(nn.Identity(), ConvUnit(w128 + widths[5], w256, 3), self.outputs)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw head maps at strides 32 and 16."""
+        self._check_size(images)
+        shallow = self.shallow(images)
+        coarse_map, x = self.coarse(self.deep(shallow))
+        fine_map, _ = self.fine(join(self.to_fine(x), shallow))
+        return coarse_map, fine_map

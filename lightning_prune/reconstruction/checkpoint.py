@@ -6,13 +6,13 @@ Lightning checkpoints that were written while a model was pruned are read as wel
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic
@@ -221,11 +221,11 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
+        code = _code_in(path)
+        if not code:
             raise CheckpointError(f"{path} cannot be read: damaged, cut short, or not a checkpoint at all") from error
         raise CheckpointError(
-            f"{path} cannot be read: it holds a {found[1]}, and reading that would run code from the file; save the "
+            f"{path} cannot be read: it holds {_some(code)}, and reading that would run code from the file; save the "
             "weights alone, torch.save(model.state_dict(), ...)"
         ) from error
     if not isinstance(content, dict) or not content:
@@ -245,6 +245,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
     return content
+
+
+def _code_in(path: str | os.PathLike[str]) -> list[str]:
+    """Names of what a file would have to import; none if it cannot be told."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # noqa: BLE001  # not a zip archive, a damaged pickle, ...
+        return []
 
 
 def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str) -> list[str]:

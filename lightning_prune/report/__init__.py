@@ -1,4 +1,8 @@
-"""What a pruning run measured, as plain data, and the table that a terminal, log or README shows of it."""
+"""What people are shown: one table type, one page, figures, and the picture of a graph.
+
+Here: the data classes of a report, tables, pages, pictures. Not here: models, measuring, or anything that runs; what is
+shown comes as plain data, plans, graphs and scores.
+"""
 
 from lightning_prune.report.data import (
     DENSE,
@@ -13,13 +17,16 @@ from lightning_prune.report.data import (
     PruneReport,
     StageResult,
 )
-from lightning_prune.report.table import markdown_table, print_report
+from lightning_prune.report.summary import markdown_table, print_report
+from lightning_prune.report.table import Cell, Column, Table
 
 __all__ = [
     "DENSE",
     "FINE_TUNED",
     "MASKED",
     "RECONSTRUCTED",
+    "Cell",
+    "Column",
     "EpochRecord",
     "LayerChannels",
     "Losslessness",
@@ -27,6 +34,7 @@ __all__ = [
     "Predictions",
     "PruneReport",
     "StageResult",
+    "Table",
     "markdown_table",
     "print_report",
 ]

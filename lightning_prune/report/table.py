@@ -1,274 +1,232 @@
-"""The table of a report and its lines: one set of cells, shown by the terminal, Markdown and HTML alike."""
+"""One table for every reader: a terminal, Markdown, CSV, HTML."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_prune.report.data import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, PruneReport, ratio
+from lightning_prune.report.pages import render
 
 if TYPE_CHECKING:
-    from rich.box import Box
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table as RichTable
     from rich.text import Text
 
 MISSING = "\u2013"  # what was not measured
-MINUS = "\u2212"
-UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 TIMES = "\u00d7"
-IN_ASCII = {TIMES: "x", "±": "+-", MINUS: "-", MISSING: "-", "→": "->", "µ": "u", "…": "..."}
+IN_ASCII = str.maketrans({TIMES: "x", "±": "+-", "\u2212": "-", MISSING: "-", "→": "->", "µ": "u", "…": "..."})
+Look = Literal["key", "quiet"]  # of a row: it stands out, or stays back
+STYLES = {"key": "bold", "quiet": "dim"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, and what stands small beside it: its spread, and its ratio to the dense model's."""
+    """A number or a word, and what stands small beside it.
+
+    Attributes:
+        value: the text itself.
+        spread: half the width of what was measured.
+        times: ratio to another row.
+        more: what a page shows when asked for it.
+
+    Example:
+        >>> str(Cell("4.93", "0.11", "2.5×"))
+        '4.93 ± 0.11 (2.5×)'
+    """
 
     value: str
     spread: str = ""
     times: str = ""
+    more: str = ""
 
-    def text(self) -> str:
-        """The cell as a line: "4.93 ± 0.11 (2.5×)"."""
+    def __str__(self) -> str:
         spread = f" ± {self.spread}" if self.spread else ""
         return f"{self.value}{spread} ({self.times})" if self.times else f"{self.value}{spread}"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One quantity over all stages."""
+    """One quantity over all rows.
+
+    Attributes:
+        title: a terminal breaks it at its line breaks.
+        unit: below it, or in brackets behind it.
+        left: text that may be wrapped; numbers stand to the right.
+        optional: left out where a terminal is too narrow.
+    """
 
     title: str
-    unit: str
-    cells: tuple[Cell, ...]
+    unit: str = ""
+    left: bool = False
+    optional: bool = False
+
+    @property
+    def heading(self) -> str:
+        """Title and unit in one line."""
+        return " ".join(self.title.split()) + (f" ({self.unit})" if self.unit else "")
 
 
-def columns(report: PruneReport) -> tuple[Column, ...]:
-    """The columns of the table, a cell for every stage, in the order in which they are shown."""
-    stages = report.stages
-    accuracy = [MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}" for s in stages]
-    return (
-        Column(capitalized(report.metric), "%", tuple(Cell(text) for text in accuracy)),
-        _column("Parameters", "M", [s.params for s in stages], report, scales=((1e6, "M"), (1e3, "k")), times=True),
-        _column(
-            "FLOPs",
-            "M",
-            [report.flops(s) for s in stages],
-            report,
-            scales=((1e10, "G"), (1e6, "M")),
-            times=True,
-        ),
-        _column(
-            f"{report.device} latency",
-            "ms",
-            [s.latency_ms for s in stages],
-            report,
-            times=True,
-            # a ± promises half a width, the distance between the quartiles is a whole one
-            spreads=[None if s.latency_iqr_ms is None else s.latency_iqr_ms / 2 for s in stages],
-        ),
-        _column("Epoch", "s", [report.epoch_seconds(s) for s in stages], report),
-        _column("On disk", "MB", [s.size_bytes and s.size_bytes / 1e6 for s in stages], report),
-    )
+@dataclass(frozen=True)
+class Table:
+    """Columns, and rows of numbers, texts and cells; the first column names the rows.
 
+    Printed with rich's ``console.print``, it fits the terminal. What gives way, in this order: the space between
+    columns, what stands beside a number, optional columns from the right, the beginnings of long module paths.
 
-def _column(
-    title: str,
-    unit: str,
-    values: list[Any],
-    report: PruneReport,
-    *,
-    scales: tuple[tuple[float, str], ...] = (),
-    times: bool = False,
-    spreads: list[float | None] | None = None,
-) -> Column:
-    """Format a quantity in one unit with one number of decimals, so that a column can be compared by eye."""
-    known = [abs(v) for v in values if v is not None and math.isfinite(v)]
-    if scales:
-        unit = next((name for least, name in scales if max(known, default=least) >= least), scales[-1][1])
-        values = [None if v is None else v / UNITS[unit] for v in values]
-        known = [v / UNITS[unit] for v in known]
-    digits = _decimals([v for v in known if v])
-    dense = next((v for s, v in zip(report.stages, values, strict=True) if s.name == DENSE), None)
-    cells = []
-    for value, spread in zip(values, spreads or [None] * len(values), strict=True):
-        if value is None:
-            cells.append(Cell(MISSING))
-            continue
-        factor = ratio(dense, value) if times else None
-        shown = "" if factor is None or 0.95 < factor < 1.05 else f"{factor:.1f}{TIMES}"
-        cells.append(Cell(f"{value:,.{digits}f}", "" if spread is None else f"{spread:,.{digits}f}", shown))
-    return Column(title, unit, tuple(cells))
-
-
-def _decimals(values: list[float]) -> int:
-    """Decimals that keep three digits of the smallest value without drowning the largest."""
-    if not values or max(values) >= 1e5:
-        return 0
-    usual = 2 if max(values) < 100 else 1
-    return max(usual, min(2 - math.floor(math.log10(min(values))), 6))
-
-
-def summary_line(report: PruneReport) -> str:
-    """What pruning bought: parameters, FLOPs, latency, and the accuracy it cost."""
-    parts = [
-        times(report.params_cut, "fewer parameters", "more parameters"),
-        times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
-        times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
-    ]
-    if report.accuracy_change is not None:
-        parts.append(f"{report.metric} {points(report.accuracy_change)} after fine-tuning")
-    return ", ".join(part for part in parts if part)
-
-
-def lossless_line(report: PruneReport) -> str:
-    """Whether masked and reconstructed model agree, with the measured error."""
-    found = report.losslessness
-    if found is None:
-        return "losslessness: not checked"
-    verdict = "lossless" if found.passed else "NOT lossless"
-    line = f"{verdict}: max relative error {found.max_rel_error:.1e} in {found.dtype}"
-    return f"{line}, {found.changed:,} of {found.total:,} predictions changed" if found.total else line
-
-
-def savings_line(report: PruneReport) -> str:
-    """What an epoch of fine-tuning takes before and after reconstruction; empty where it was not measured."""
-    first, second = report.order_epoch_seconds("A"), report.order_epoch_seconds("B")
-    if first is None and second is None:
-        return ""
-    shown = [
-        f"{value:.{_decimals([value])}f} s/epoch in order {order} ({what})"
-        for order, what, value in (("A", MASKED, first), ("B", RECONSTRUCTED, second))
-        if value is not None
-    ]
-    line = f"fine-tuning: {' against '.join(shown)}"
-    if report.epoch_speedup is not None:
-        line += f", {times(report.epoch_speedup, 'faster', 'slower')}"
-    tuned = [(order, report.stage(name)) for order, name in FINE_TUNED.items()]
-    reached = [f"{order} {100 * s.accuracy:.2f} %" for order, s in tuned if s and s.accuracy is not None]
-    return f"{line}; {report.metric} {', '.join(reached)}" if reached else line
-
-
-def points(change: float) -> str:
-    """A difference in per cent, signed: "−0.28 points"."""
-    text = f"{change:+.2f}"
-    text = "±0.00" if float(text) == 0 else text.replace("-", MINUS)
-    return f"{text} points"
-
-
-def times(factor: float | None, better: str, worse: str) -> str:
-    """A factor with what it is of: "4.0× fewer parameters"; empty where there is none."""
-    if factor is None:
-        return ""
-    return f"{factor:.1f}{TIMES} {better}" if factor >= 1 else f"{1 / factor:.1f}{TIMES} {worse}"
-
-
-def capitalized(metric: str) -> str:
-    """A metric's name at the start of a line; mIoU and mAP stay as they are.
+    Attributes:
+        columns: one per entry of a row.
+        rows: from top to bottom.
+        looks: of rows, by their numbers.
+        gaps: numbers of the rows that a terminal puts an empty line below.
 
     Example:
-        >>> capitalized("accuracy"), capitalized("mIoU")
-        ('Accuracy', 'mIoU')
+        >>> table = Table.of(("layer", "kept"), [("conv1", 3)])
+        >>> print(table.markdown())
+        | layer | kept |
+        | --- | ---: |
+        | conv1 | 3 |
+        >>> table.csv().splitlines()
+        ['layer,kept', 'conv1,3']
     """
-    return metric.capitalize() if metric.islower() else metric
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    looks: Mapping[int, Look] = field(default_factory=dict)
+    gaps: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, titles: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> Table:
+        """A table whose columns have a title and nothing else."""
+        return cls(tuple(map(Column, titles)), tuple(rows))
+
+    @property
+    def headings(self) -> list[str]:
+        """Of all columns."""
+        return [column.heading for column in self.columns]
+
+    @property
+    def data(self) -> list[list[Any]]:
+        """Rows of numbers and texts."""
+        return [[str(entry) if isinstance(entry, Cell) else entry for entry in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        """The table for a README."""
+        rule = ["---:" if number and not column.left else "---" for number, column in enumerate(self.columns)]
+        lines = [[_inline(entry) for entry in line] for line in (self.headings, rule, *self.data)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def csv(self) -> str:
+        """The table for other programs."""
+        stream = io.StringIO(newline="")
+        csv.writer(stream, lineterminator="\n").writerows([self.headings, *self.data])
+        return stream.getvalue()
+
+    def html(self, kind: str = "") -> str:
+        """The table for a page; ``kind`` is its class in the style sheet."""
+        return render("table.html", table=self, kind=kind)
+
+    def text(self, width: int = 100) -> str:
+        """The table for a terminal of that many columns, without colours."""
+        return plain_text(lambda console: console.print(self), width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        unlimited = options.update(width=10_000)
+        for drawn in self._narrower(console, options.max_width):
+            if console.measure(drawn, options=unlimited).maximum <= options.max_width:
+                break
+        yield drawn
+
+    def _narrower(self, console: Console, width: int) -> Iterator[RichTable]:
+        """The same table, taking less room every time."""
+        table = self
+        yield table._drawn(console, padding=1)
+        yield table._drawn(console)
+        yield table._drawn(console, tight=True)
+        while optional := [number for number, column in enumerate(table.columns) if column.optional]:
+            table = table._without(optional[-1])
+            yield table._drawn(console, tight=True)
+        drawn = table._drawn(console, tight=True)
+        excess = console.measure(drawn, options=console.options.update(width=10_000)).maximum - width
+        longest = max((len(str(row[0])) for row in table.rows), default=0)
+        limit = max(longest - excess - (2 if console.options.ascii_only else 0), 12)
+        names = [name if " " in (name := str(row[0])) else shorten(name, limit) for row in table.rows]
+        rows = tuple((name, *row[1:]) for name, row in zip(names, table.rows, strict=True))
+        yield replace(table, rows=rows)._drawn(console, tight=True)
+
+    def _without(self, gone: int) -> Table:
+        columns, *rows = ((*line[:gone], *line[gone + 1 :]) for line in (self.columns, *self.rows))
+        return replace(self, columns=columns, rows=tuple(rows))
+
+    def _drawn(self, console: Console, *, padding: int = 0, tight: bool = False) -> RichTable:
+        from rich import box
+        from rich.table import Table as RichTable
+
+        ascii_rule = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+        rule = ascii_rule if console.options.ascii_only else box.SIMPLE_HEAD
+        drawn = RichTable(box=rule, show_edge=False, padding=(0, padding), pad_edge=False)
+        for number, column in enumerate(self.columns):
+            left = column.left or not number
+            title = printable(console, f"{column.title}\n{column.unit}" if column.unit else column.title)
+            overflow: Literal["fold", "ellipsis"] = "fold" if left else "ellipsis"
+            drawn.add_column(title, justify="left" if left else "right", no_wrap=not left, overflow=overflow)
+        for number, row in enumerate(self.rows):
+            style = STYLES[self.looks[number]] if number in self.looks else ""
+            drawn.add_row(
+                *(_shown(console, entry, tight) for entry in row), style=style, end_section=number in self.gaps
+            )
+        return drawn
 
 
-def footnote(report: PruneReport) -> str:
-    """How to read the table."""
-    parts = [f"{TIMES}: times less than {DENSE}", f"FLOPs by the convention {report.convention!r}"]
-    if any(stage.latency_iqr_ms is not None for stage in report.stages):
-        parts.append("latency: median ± half the interquartile range")
-    return "; ".join(parts)
+def _inline(entry: Any) -> str:
+    return str(entry).replace("|", "\\|").replace("\n", " ")
 
 
-def markdown_table(report: PruneReport) -> str:
-    """The table and its lines in Markdown, for a README.
+def _shown(console: Console, entry: Any, tight: bool) -> Text:
+    """A cell in the colours of its parts; where it is tight, a spread takes the place of the ratio."""
+    from rich.text import Text
 
-    Example:
-        >>> from lightning_prune.report import StageResult
-        >>> report = PruneReport("demo", stages=(StageResult("dense", accuracy=0.5),))
-        >>> print(markdown_table(report).splitlines()[2][:17])
-        | dense | 50.00 |
-    """
-    cols = columns(report)
-    lines = ["| Model | " + " | ".join(_cell(f"{c.title} ({c.unit})") for c in cols) + " |"]
-    lines.append("| --- |" + " ---: |" * len(cols))
-    for row, stage in enumerate(report.stages):
-        lines.append(f"| {_cell(stage.name)} | " + " | ".join(_cell(c.cells[row].text()) for c in cols) + " |")
-    said = [line for line in (summary_line(report), lossless_line(report), savings_line(report)) if line]
-    return "\n".join([*lines, "", *(f"- {line}" for line in said), "", f"<sub>{footnote(report)}</sub>", ""])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def is_ascii(console: Console) -> bool:
-    """Whether it cannot hold × and ±: a log file may be ASCII, where they would end the run."""
-    return not console.encoding.lower().startswith("utf")
+    cell = entry if isinstance(entry, Cell) else Cell(str(entry))
+    parts = [printable(console, cell.value)]
+    if cell.spread:
+        parts.append(printable(console, f" ±{'' if tight else ' '}{cell.spread}", "dim"))
+    if cell.times and not (tight and cell.spread):
+        parts.append(printable(console, f" {cell.times}", "cyan"))
+    return Text.assemble(*parts)
 
 
 def printable(console: Console, text: str, style: str = "") -> Text:
-    """Text that the console's encoding can hold."""
+    """Text that the console's encoding can hold: × and ± would end a run whose log file is ASCII."""
     from rich.text import Text
 
-    if is_ascii(console):
-        for sign, word in IN_ASCII.items():
-            text = text.replace(sign, word)
-        text = text.encode("ascii", "replace").decode()
+    if console.options.ascii_only:
+        text = text.translate(IN_ASCII).encode("ascii", "replace").decode()
     return Text(text, style)
 
 
-def head_rule(console: Console) -> Box:
-    """A rule under the heads of a table, and no other line."""
-    from rich import box
+def print_line(console: Console, text: str, style: str = "", indent: str = "") -> None:
+    """Print a sentence, wrapped at words; further lines are indented, and nothing is printed of an empty one."""
+    lines = printable(console, text, style).wrap(console, console.width - len(indent)) if text else ()
+    for number, line in enumerate(lines):
+        console.print(printable(console, indent if number else "") + line)
 
-    plain = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-    return plain if is_ascii(console) else box.SIMPLE_HEAD
 
-
-def print_report(report: PruneReport, console: Console | None = None) -> None:
-    """Print the table and its lines; fits 80 columns, uses 100, and reads the same in a log without colours.
-
-    Args:
-        report: what was measured.
-        console: where to; the terminal by default.
-    """
+def plain_text(show: Callable[[Console], object], width: int) -> str:
+    """What ``show(console)`` prints on a terminal of that width without colours."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = console or Console()
-    shown = partial(printable, console)
-    roomy = console.width >= 100
-    table = Table(box=head_rule(console), show_edge=False, padding=(0, 1) if roomy else 0, pad_edge=False)
-    table.add_column("")
-    cols = columns(report)
-    for column in cols:
-        table.add_column(shown(f"{column.title}\n{column.unit}"), justify="right", no_wrap=True)
-    for row, stage in enumerate(report.stages):
-        cells = []
-        for column in cols:
-            cell = column.cells[row]
-            text = shown(cell.value)
-            if cell.spread:
-                text.append_text(shown(f" ± {cell.spread}" if roomy else f" ±{cell.spread}", "dim"))
-            if any(c.times for c in column.cells) and (roomy or not any(c.spread for c in column.cells)):
-                width = max(len(c.times) for c in column.cells)
-                text.append_text(shown(f" {cell.times:>{width}}", "cyan"))
-            cells.append(text)
-        table.add_row(shown(stage.name, "bold" if stage.name in (DENSE, FINE_TUNED["B"]) else ""), *cells)
+    stream = io.StringIO()
+    show(Console(file=stream, width=width, color_system=None, force_terminal=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"
 
-    console.print()
-    console.print(shown(report.title, "bold"))
-    console.print()
-    console.print(table)
-    console.print()
-    if summary := summary_line(report):
-        console.print(shown(summary, "bold"))
-    found = report.losslessness
-    console.print(shown(lossless_line(report), "yellow" if found is None else "green" if found.passed else "bold red"))
-    for line in (savings_line(report), *report.notes):
-        if line:
-            console.print(shown(line))
-    console.print(shown(footnote(report), "dim"))
+
+def shorten(name: str, limit: int = 34) -> str:
+    """Cut the beginning of a long module path: its end tells layers apart.
+
+    Example:
+        >>> shorten("features.denseblock4.denselayer24.conv1", 20)
+        '….denselayer24.conv1'
+    """
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"

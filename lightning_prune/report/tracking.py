@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import GroupPlan, Plan
-from lightning_prune.report import RECONSTRUCTED, LayerChannels, PruneReport
-from lightning_prune.report.figures import DPI, WIDTH, add_title, shorten, styled
-from lightning_prune.report.table import MISSING, columns
+from lightning_prune.report.data import RECONSTRUCTED, LayerChannels, PruneReport
+from lightning_prune.report.figures import figure_of_rows, styled
+from lightning_prune.report.summary import stages_table
+from lightning_prune.report.table import MISSING, Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns by name, and rows of text and numbers.
-
-    Example:
-        >>> print(Table(("layer", "kept"), (("conv1", 3),)).markdown())
-        | layer | kept |
-        | --- | --- |
-        | conv1 | 3 |
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
-
-    def markdown(self) -> str:
-        """The table for a page."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def layer_channels(graph: ChannelGraph, plan: Plan | None, *, prefix: str = "") -> tuple[LayerChannels, ...]:
@@ -80,21 +62,21 @@ def share_removed(graph: ChannelGraph, plan: Plan | None) -> float:
 
 def channels_table(layers: Sequence[LayerChannels]) -> Table:
     """A row per layer."""
-    rows = [(layer.layer, layer.group, layer.dense, layer.kept, layer.kept / max(layer.dense, 1)) for layer in layers]
-    return Table(("layer", "group", "dense", "kept", "share kept"), tuple(rows))
+    rows = ((layer.layer, layer.group, layer.dense, layer.kept, layer.kept / max(layer.dense, 1)) for layer in layers)
+    return Table.of(("layer", "group", "dense", "kept", "share kept"), rows)
 
 
 def summary_table(report: PruneReport) -> Table:
     """The report's table without the columns that nobody measured, and with the losslessness error."""
-    shown = [column for column in columns(report) if any(cell.value != MISSING for cell in column.cells)]
-    names = ["model", *(f"{column.title} ({column.unit})" for column in shown)]
-    rows = [[stage.name, *(column.cells[row].text() for column in shown)] for row, stage in enumerate(report.stages)]
-    found = report.losslessness
+    table, found = stages_table(report), report.losslessness
+    measured = [n for n in range(1, len(table.columns)) if any(str(row[n]) != MISSING for row in table.rows)]
+    columns = [Column("model"), *(table.columns[n] for n in measured)]
+    rows = [[row[0], *(row[n] for n in measured)] for row in table.rows]
     if found is not None:
-        names.append("Error against masked (relative)")
+        columns.append(Column("Error against masked", "relative"))
         for row in rows:
             row.append(f"{found.max_rel_error:.1e}" if row[0] == RECONSTRUCTED else MISSING)
-    return Table(tuple(names), tuple(map(tuple, rows)))
+    return Table(tuple(columns), tuple(map(tuple, rows)))
 
 
 def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
@@ -112,45 +94,33 @@ def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
     rows = [(group, layer, values) for group, of in scores.layers.items() for layer, values in of.items()]
     if not rows:
         raise PruningError("there are no scores of layers, so there is nothing to draw")
-    from matplotlib.figure import Figure
-
-    count = len(rows)
-    pitch, size = (0.3, 9) if count <= 24 else (0.23, 8)
-    top, bottom = 0.85, 0.6
-    height = top + count * pitch + bottom
-    names = [shorten(layer) for _, layer, _ in rows]
-    left = 0.35 + max(map(len, names)) * size * 0.62 / 72
+    marks = [_marks(group, layer, values, plan) for group, layer, values in rows]
+    everything = sorted(value for *_, values in rows for value in values.tolist())
+    said = f"a stroke per channel, {len(everything):,} in all"
+    if removed := sum(len(below) for _, below in marks):
+        said += f"; above the line: kept, below it: {removed:,} removed"
+    names = [layer for _, layer, _ in rows]
     with styled("light") as palette:
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + 0.3) / WIDTH, count * pitch / height))
-        axes.set_ylim(count - 0.5, -0.5)
-        everything = sorted(value for *_, values in rows for value in values.tolist())
+        figure, axes, _ = figure_of_rows(names, palette, "Scores per layer", said, bottom=0.6, right=0.3)
         if everything[0] > 0 and everything[-1] > 50 * everything[len(everything) // 2]:
             axes.set_xscale("log")
-        removed_in_all = 0
-        for row, (group, layer, values) in enumerate(rows):
-            group_plan = None if plan is None else plan.groups.get(group)
-            if group_plan is not None and group_plan.size != len(values):
-                raise PruningError(
-                    f"group {group!r} has {len(values)} scores, and the plan is for {group_plan.size} channels"
-                )
-            kept = set(range(len(values)) if group_plan is None else _kept(group_plan, layer))
-            above = [value for channel, value in enumerate(values.tolist()) if channel in kept]
-            below = [value for channel, value in enumerate(values.tolist()) if channel not in kept]
-            removed_in_all += len(below)
-            opacity = max(0.25, min(0.8, 24 / len(values)))
+        for row, (above, below) in enumerate(marks):
+            opacity = max(0.25, min(0.8, 24 / (len(above) + len(below))))
             axes.axhline(row, color=palette.track, lw=0.6, zorder=1)
             axes.vlines(above, row - 0.38, row, color=palette.orders["B"], lw=1.1, alpha=opacity, zorder=3)
             axes.vlines(below, row, row + 0.38, color=palette.orders["A"], lw=1.1, alpha=opacity, zorder=3)
-        axes.set_yticks(range(count), names, size=size)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
         axes.set_xlabel("score")
-        said = f"a stroke per channel, {len(everything):,} in all"
-        if removed_in_all:
-            said += f"; above the line: kept, below it: {removed_in_all:,} removed"
-        add_title(figure, palette, "Scores per layer", said)
     return figure
+
+
+def _marks(group: str, layer: str, values: Tensor, plan: Plan | None) -> tuple[list[float], list[float]]:
+    """Scores of the channels that are kept and of those that go."""
+    chosen = None if plan is None else plan.groups.get(group)
+    if chosen is not None and chosen.size != len(values):
+        raise PruningError(f"group {group!r} has {len(values)} scores, and the plan is for {chosen.size} channels")
+    kept = set(range(len(values)) if chosen is None else _kept(chosen, layer))
+    scores = values.tolist()
+    return [v for n, v in enumerate(scores) if n in kept], [v for n, v in enumerate(scores) if n not in kept]
 
 
 def _kept(plan: GroupPlan, layer: str) -> tuple[int, ...]:

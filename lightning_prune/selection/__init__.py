@@ -1,18 +1,19 @@
-"""Selection: from scores to a plan, under a ratio, a number of channels or a budget, and constraints."""
+"""Which channels stay: from scores to a plan, by a ratio or a budget, under constraints.
+
+Here: selections, and what a plan would do before it is done. Not here: the scores (criteria/), what carries the plan
+out (reconstruction/), the removal in several steps (schedule).
+"""
 
 from lightning_prune.selection.base import Question, Selection
 from lightning_prune.selection.budget import Budget, Reach
 from lightning_prune.selection.explanation import Explanation, explain
-from lightning_prune.selection.network import ChannelsPerRound, GlobalRatio, NetworkSelection
-from lightning_prune.selection.ratio import LayerRatio
+from lightning_prune.selection.ratio import GlobalRatio, LayerRatio
 
 __all__ = [
     "Budget",
-    "ChannelsPerRound",
     "Explanation",
     "GlobalRatio",
     "LayerRatio",
-    "NetworkSelection",
     "Question",
     "Reach",
     "Selection",

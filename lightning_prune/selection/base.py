@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +18,72 @@ from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
 
-Scores = Mapping[str, Tensor]
-S = TypeVar("S", bound="Selection")
-Kept = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ''
+ByLayer = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
     """What a selection has to decide on.
 
     Attributes:
         graph: the channel graph.
         groups: those that may lose channels.
-        ranked: {group: {layer: score (channels,)}}; under joint coupling one entry per group, ''.
-        plan: what a choice comes to, with ``min_channels``, ``round_to`` and the coupling applied.
+        scores: as `Selection.select` takes them.
+        coupling: how the layers of a group come together.
+        batch_norm: whether batch norms are masked with their filters.
         model: the traced model, if one was given.
         example_inputs: what it runs on.
+        whole: {group: score (channels,)}, of all its layers together.
+        ranked: the scores by which channels are chosen.
+
+    Raises:
+        PlanError: an unknown coupling.
+        ScoreError: scores are missing, of wrong length, NaN or infinite.
     """
 
     graph: ChannelGraph
     groups: list[Group]
-    ranked: Kept
-    plan: Callable[[Kept], Plan]
-    model: nn.Module | None = None
-    example_inputs: Any = None
+    scores: Mapping[str, Tensor]
+    coupling: Coupling
+    batch_norm: bool
+    model: nn.Module | None
+    example_inputs: Any
+
+    def __post_init__(self) -> None:
+        check_coupling(self.coupling)
+        self.whole = {group.name: self._scores(group) for group in self.groups}
+        self.ranked: ByLayer = {name: {"": values} for name, values in self.whole.items()}
+        if self.coupling != "joint":
+            self.ranked = {g.name: {layer.name: self._scores(g, layer.name) for layer in g.layers} for g in self.groups}
+
+    def _scores(self, group: Group, layer: str = "") -> Tensor:
+        """Of a group, or of one of its layers, such that they can be ranked: (channels,) float64 on the CPU."""
+        found: Mapping[str, Tensor] = self.scores
+        if layer:
+            layers = getattr(self.scores, "layers", None)
+            if layers is None:
+                raise ScoreError(
+                    f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
+                )
+            found = layers.get(group.name, {})
+        title = f"layer {layer!r} of group {group.name!r}" if layer else f"group {group.name!r}"
+        values = found.get(layer or group.name)
+        if values is None:
+            raise ScoreError(f"no scores for {title}")
+        if not isinstance(values, Tensor):
+            raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
+        if values.shape != (group.size,):
+            raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
+        if not bool(values.isfinite().all()):
+            raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
+        return values.detach().double().cpu()
 
 
+@dataclass(repr=False, eq=False, kw_only=True)
 class Selection(ABC):
-    """Chooses which channels stay.
+    """Chooses which channels stay, under constraints that hold whatever is chosen.
+
+    A selection of your own is a dataclass, too, that implements ``_kept``.
 
     Attributes:
         needs_model: whether `select` has to be given the model and example inputs.
@@ -55,19 +92,30 @@ class Selection(ABC):
         min_channels: channels that every group (every layer under union) keeps: a count, or a share in (0, 1).
         round_to: kept channels are rounded up to a multiple (8 fills SIMD lanes); the best of the condemned stay.
         ignore: name patterns (``layer4.*``); a group with a matching layer is left as it is.
+
+    Raises:
+        PlanError: a constraint that makes no sense.
     """
 
     needs_model: ClassVar[bool] = False
 
-    def __init__(self, *, min_channels: float = 1, round_to: int = 1, ignore: Iterable[str] = ()) -> None:
-        share = isinstance(min_channels, float) and 0 < min_channels < 1
-        if not share and not is_count(min_channels):
-            raise PlanError(f"min_channels must be a count >= 1 or a share in (0, 1), got {min_channels!r}")
-        if not is_count(round_to):
-            raise PlanError(f"round_to must be an integer >= 1, got {round_to!r}")
-        self.min_channels = min_channels
-        self.round_to = int(round_to)
-        self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    min_channels: float = 1
+    round_to: int = 1
+    ignore: Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.min_channels, float) and 0 < self.min_channels < 1
+        if not share and not is_count(self.min_channels):
+            raise PlanError(f"min_channels must be a count >= 1 or a share in (0, 1), got {self.min_channels!r}")
+        if not is_count(self.round_to):
+            raise PlanError(f"round_to must be an integer >= 1, got {self.round_to!r}")
+        self.round_to = int(self.round_to)
+        self.ignore = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+
+    def __repr__(self) -> str:
+        shared = {field.name for field in fields(Selection)}
+        names = sorted((field.name for field in fields(self)), key=shared.__contains__)  # its own come first
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def part(self, share: float) -> Self:  # noqa: ARG002
         """The same selection asked for a share, in (0, 1], of what it removes: a step of a ramp.
@@ -81,14 +129,14 @@ class Selection(ABC):
     def select(
         self,
         graph: ChannelGraph,
-        scores: Scores,
+        scores: Mapping[str, Tensor],
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
         model: nn.Module | None = None,
         example_inputs: Any = None,
     ) -> Plan:
-        """The plan for these scores.
+        """Choose the channels that stay: the plan for these scores.
 
         Args:
             graph: from `lightning_prune.trace`.
@@ -103,43 +151,27 @@ class Selection(ABC):
             PlanError: nothing to prune, an ignore pattern that matches nothing, an unknown coupling, or no model
                 where one is needed.
             ScoreError: scores are missing, of wrong length, NaN or infinite.
+
+        Example:
+            >>> import lightning_prune as lp
+            >>> graph = lp.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.zeros(1, 3))
+            >>> plan = lp.LayerRatio(0.5).select(graph, {"0": torch.tensor([0.3, 2.0, 0.1, 5.0])})
+            >>> plan.groups["0"].keep
+            (1, 3)
         """
-        question = self._question(graph, scores, coupling, batch_norm, model, example_inputs)
-        plan = question.plan(self._kept(question))
+        question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
+        plan = self._plan(question, self._kept(question))
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
         return plan
 
-    @final
-    def _question(
-        self,
-        graph: ChannelGraph,
-        scores: Scores,
-        coupling: Coupling,
-        batch_norm: bool,
-        model: nn.Module | None,
-        example_inputs: Any,
-    ) -> Question:
-        check_coupling(coupling)
-        if self.needs_model and (model is None or example_inputs is None):
-            raise PlanError(f"{self!r} counts the pruned model: pass select(..., model=..., example_inputs=...)")
-        groups = self._candidates(graph)
-        ranked = {group.name: _rankings(group, scores, coupling) for group in groups}
-        whole = {group.name: _ranking(group, "", scores[group.name]) for group in groups}
-
-        def plan_of(kept: Kept) -> Plan:
-            plans = {g.name: self._group_plan(g, whole[g.name], kept[g.name], coupling) for g in groups}
-            return Plan(plans, coupling, batch_norm)
-
-        return Question(graph, groups, ranked, plan_of, model, example_inputs)
-
     @abstractmethod
-    def _kept(self, question: Question) -> Kept:
-        """Which channels every ranked layer keeps, before rounding and coupling."""
+    def _kept(self, question: Question) -> ByLayer:
+        """Which channels every ranked layer keeps, as masks, before rounding and coupling."""
 
-    @abstractmethod
     def _asks_for_removal(self) -> bool:
         """Whether a plan that removes nothing is worth a warning."""
+        return True
 
     def _candidates(self, graph: ChannelGraph) -> list[Group]:
         check_patterns("ignore", self.ignore, graph)
@@ -149,42 +181,35 @@ class Selection(ABC):
             if not any(fnmatchcase(layer.name, pattern) for layer in group.layers for pattern in self.ignore)
         ]
         if not groups:
-            reasons = (
-                "; ".join(f"{g.name} {g.reason or 'is ignored'}" for g in graph.groups) or "it has no layer to prune"
-            )
-            raise PlanError(f"nothing to prune in this model: {reasons}")
+            reasons = [f"{group.name} {group.reason or 'is ignored'}" for group in graph.groups]
+            raise PlanError(f"nothing to prune in this model: {'; '.join(reasons) or 'it has no layer to prune'}")
         return groups
 
-    def _least(self, size: int) -> int:
-        """How many of ``size`` channels have to stay."""
-        least = math.ceil(self.min_channels * size) if self.min_channels < 1 else int(self.min_channels)
-        return min(size, least)
+    @final
+    def _plan(self, question: Question, kept: ByLayer) -> Plan:
+        """What a choice comes to, with the constraints and the coupling applied."""
+        plans = {group.name: self._group_plan(group, question, kept[group.name]) for group in question.groups}
+        return Plan(plans, question.coupling, question.batch_norm)
 
-    def _group_plan(self, group: Group, scores: Tensor, kept: dict[str, Tensor], coupling: Coupling) -> GroupPlan:
-        kept = {name: mask.clone() for name, mask in kept.items()}
-        own = {layer.name: kept.get(layer.name, kept.get("")) for layer in group.layers}
-        masks = [mask for mask in own.values() if mask is not None]
-        together = torch.stack(masks)
-        keep = together.all(0) if coupling == "intersection" else together.any(0)
+    def _group_plan(self, group: Group, question: Question, kept: dict[str, Tensor]) -> GroupPlan:
+        own = {layer.name: kept[layer.name if layer.name in kept else ""] for layer in group.layers}
+        masks = torch.stack(list(own.values()))  # (layers, channels)
+        keep = masks.all(0) if question.coupling == "intersection" else masks.any(0)
         # Layers that each keep enough may have too few in common.
         least = max(int(keep.sum()), self._least(group.size))
         target = min(group.size, math.ceil(least / self.round_to) * self.round_to)
         missing = target - int(keep.sum())
         if missing:
-            condemned = torch.where(keep, torch.inf, -scores)
+            condemned = torch.where(keep, torch.inf, -question.whole[group.name])
             back = torch.argsort(condemned, stable=True)[:missing]
             keep[back] = True
-            for mask in masks:
-                mask[back] = True
-        members = {name: _indices(mask) for name, mask in own.items() if mask is not None}
-        return GroupPlan(group.size, _indices(keep), members)
+            masks[:, back] = True
+        return GroupPlan(group.size, _indices(keep), dict(zip(own, map(_indices, masks), strict=True)))
 
-
-def changed(selection: S, **values: Any) -> S:
-    """A copy with other values of some attributes."""
-    other = copy.copy(selection)
-    vars(other).update(values)
-    return other
+    def _least(self, size: int) -> int:
+        """How many of ``size`` channels have to stay."""
+        least = math.ceil(self.min_channels * size) if self.min_channels < 1 else int(self.min_channels)
+        return min(size, least)
 
 
 def check_ratio(ratio: float) -> float:
@@ -193,55 +218,41 @@ def check_ratio(ratio: float) -> float:
     Raises:
         PlanError: with the value.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+    if not is_number(ratio) or not 0 <= ratio < 1:
         raise PlanError(f"ratio is the share of channels to remove and must be in [0, 1), got {ratio!r}")
     return float(ratio)
 
 
-def _rankings(group: Group, scores: Scores, coupling: Coupling) -> dict[str, Tensor]:
-    """{'': group score} under joint coupling, {layer: its own score} else; checked."""
-    if group.name not in scores:
-        raise ScoreError(f"no scores for group {group.name!r}")
-    if coupling == "joint":
-        return {"": _ranking(group, "", scores[group.name])}
-    layers = getattr(scores, "layers", None)
-    if layers is None:
-        raise ScoreError(f"coupling={coupling!r} needs scores per layer; use the result of lightning_prune.score")
-    members = layers.get(group.name, {})
-    missing = [layer.name for layer in group.layers if layer.name not in members]
-    if missing:
-        raise ScoreError(f"no scores for layer {missing[0]!r} of group {group.name!r}")
-    return {layer.name: _ranking(group, layer.name, members[layer.name]) for layer in group.layers}
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse anything but these values of a setting.
+
+    Raises:
+        PlanError: with the value and the choices.
+    """
+    if value not in choices:
+        raise PlanError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _ranking(group: Group, layer: str, values: Tensor) -> Tensor:
-    """Scores of a group, or of one of its layers, checked: (channels,) float64 on the CPU."""
-    title = f"group {group.name!r}" + (f", layer {layer!r}" if layer else "")
-    if not isinstance(values, Tensor):
-        raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
-    if values.shape != (group.size,):
-        raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
-    if not bool(values.isfinite().all()):
-        raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
-    return values.detach().double().cpu()
-
-
-def check_patterns(what: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
-    """Refuse name patterns that match no layer.
+def check_patterns(name: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
+    """Refuse name patterns, of the setting of that name, that match no layer.
 
     Raises:
         PlanError: with the pattern and the layers there are.
     """
-    names = [layer.name for group in graph.groups for layer in group.layers]
+    layers = [layer.name for group in graph.groups for layer in group.layers]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise PlanError(f"{what}: no layer matches {pattern!r}; layers are {', '.join(names)}")
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise PlanError(f"{name}: no layer matches {pattern!r}; layers are {', '.join(layers)}")
 
 
-def is_count(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """An integer or a float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
     """A whole number of at least 1; a bool is none."""
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return whole and not isinstance(value, bool) and value >= 1  # type: ignore[operator]
+    return is_number(value) and value >= 1 and float(value).is_integer()
 
 
 def _indices(mask: Tensor) -> tuple[int, ...]:

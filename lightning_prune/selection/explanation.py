@@ -9,11 +9,10 @@ from torch import nn
 
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.graph.describe import percent, shortened
-from lightning_prune.measure.cost_model import CostModel
-from lightning_prune.measure.measurement import count_flops, count_params
+from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.small_model import reconstruct
-from lightning_prune.selection import Reach
+from lightning_prune.selection.budget import Reach
 
 HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
 
@@ -66,25 +65,21 @@ class Explanation:
     reach: Reach | None = None
 
     def __str__(self) -> str:
-        rows = [HEAD, *map(_row, self.groups)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-        rows.insert(1, tuple("-" * width for width in widths))
-        channels, kept = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
-        totals = {"channels": (channels, kept), "params": self.params, "MACs": self.macs}
-        lines = [_aligned(row, widths) for row in rows]
-        lines += [
-            "saved: what comes back if that group alone is left whole; they do not add up",
-            "",
+        rows = [
+            (g.name, *(f"{number:,}" for number in (g.channels, g.kept, g.params_saved, g.macs_saved)))
+            for g in self.groups
         ]
+        lines = [*_aligned(rows), "saved: what comes back if that group alone is left whole; they do not add up", ""]
         noted: dict[str, list[str]] = {}
         for group in self.groups:
-            noted.setdefault(group.note, []).append(group.name)
-        notes = [f"{', '.join(names)}: {note}" for note, names in noted.items() if note]
-        lines += [*notes, ""] if notes else []
-        for name, (before, after) in totals.items():
+            if group.note:
+                noted.setdefault(group.note, []).append(group.name)
+        lines += [*(f"{', '.join(names)}: {note}" for note, names in noted.items()), *[""][: len(noted)]]
+        channels = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
+        for name, (before, after) in {"channels": channels, "params": self.params, "MACs": self.macs}.items():
             lines.append(f"{name}: {after:,} of {before:,} remain ({percent(after, before)})")
         lines.append("lossless: " + ("yes, by construction" if self.lossless else "NO, by choice of the plan"))
-        return "\n".join([*lines, *(str(self.reach).splitlines() if self.reach else ())])
+        return "\n".join([*lines, *([str(self.reach)] if self.reach else ())])
 
 
 def explain(
@@ -92,8 +87,8 @@ def explain(
 ) -> Explanation:
     """Say what a plan would do; the model is left as it is.
 
-    The totals are counted on a reconstructed copy, the shares of the groups follow from shapes, see
-    `lightning_prune.measure.cost_model.CostModel`.
+    The totals are counted on a reconstructed copy, the savings of the groups follow from shapes, see
+    `lightning_prune.measure.CostModel`.
 
     Args:
         model: the traced model.
@@ -140,13 +135,13 @@ def explain(
 
 def _explained(group: Group, plan: Plan, cost: CostModel) -> GroupExplanation:
     planned = plan.groups.get(group.name)
+    kept, params, macs = group.size, 0, 0
+    if planned is not None and planned.removed:
+        others = {name: of for name, of in plan.groups.items() if name != group.name}
+        whole, with_it = cost.of(Plan(others, plan.coupling, plan.batch_norm)), cost.of(plan)
+        kept, params, macs = len(planned.keep), whole[0] - with_it[0], whole[1] - with_it[1]
     layers = tuple(layer.name for layer in group.layers)
-    if planned is None or not planned.removed:
-        return GroupExplanation(group.name, layers, group.size, group.size, 0, 0, _note(group, planned))
-    others = {name: of for name, of in plan.groups.items() if name != group.name}
-    whole, with_it = cost.of(Plan(others, plan.coupling, plan.batch_norm)), cost.of(plan)
-    saved = whole[0] - with_it[0], whole[1] - with_it[1]
-    return GroupExplanation(group.name, layers, group.size, len(planned.keep), *saved, _note(group, planned))
+    return GroupExplanation(group.name, layers, group.size, kept, params, macs, _note(group, planned))
 
 
 def _note(group: Group, planned: GroupPlan | None) -> str:
@@ -169,13 +164,8 @@ def _note(group: Group, planned: GroupPlan | None) -> str:
     return "; ".join(notes)
 
 
-def _row(group: GroupExplanation) -> tuple[str, ...]:
-    numbers = (group.channels, group.kept, group.params_saved, group.macs_saved)
-    return group.name, *(f"{number:,}" for number in numbers)
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """The name to the left, numbers to the right."""
-    name, *numbers = row
-    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-    return "  ".join([name.ljust(widths[0]), *cells])
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table under `HEAD` and a rule: the name to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    lines = (HEAD, tuple("-" * width for width in widths), *rows)
+    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]) for name, *numbers in lines]

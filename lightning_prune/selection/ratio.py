@@ -1,11 +1,12 @@
-"""The same share of every layer."""
+"""A share of the channels: the same of every layer, or of the whole network, wherever the weakest are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +14,15 @@ from typing_extensions import override
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import Kept, Question, Selection, changed, check_patterns, check_ratio
+from lightning_prune.selection.base import ByLayer, Question, Selection, check_choice, check_patterns, check_ratio
+from lightning_prune.selection.ranking import Ranking
+
+Over = Literal["all", "inner", "groups"]
+Rounding = Literal["round", "floor"]
 
 
+@final
+@dataclass(repr=False, eq=False)
 class LayerRatio(Selection):
     """The same share of every layer: removes ``round(ratio * channels)`` of each (per layer: PFEC, FPGM, LR).
 
@@ -35,33 +42,21 @@ class LayerRatio(Selection):
         LayerRatio(ratio=0.5, rounding='round', overrides={'layer4.*': 0.7}, min_channels=1, round_to=1, ignore=())
     """
 
-    def __init__(
-        self,
-        ratio: float = 0.5,
-        *,
-        rounding: Literal["round", "floor"] = "round",
-        overrides: Mapping[str, float] | None = None,
-        min_channels: float = 1,
-        round_to: int = 1,
-        ignore: Iterable[str] = (),
-    ) -> None:
-        super().__init__(min_channels=min_channels, round_to=round_to, ignore=ignore)
-        if rounding not in ("round", "floor"):
-            raise PlanError(f"rounding must be 'round' or 'floor', got {rounding!r}")
-        self.ratio = check_ratio(ratio)
-        self.rounding = rounding
-        self.overrides = {pattern: check_ratio(value) for pattern, value in (overrides or {}).items()}
+    ratio: float = 0.5
+    _: KW_ONLY
+    rounding: Rounding = "round"
+    overrides: Mapping[str, float] = field(default_factory=dict)
 
-    def __repr__(self) -> str:
-        return (
-            f"LayerRatio(ratio={self.ratio!r}, rounding={self.rounding!r}, overrides={self.overrides!r}, "
-            f"min_channels={self.min_channels!r}, round_to={self.round_to!r}, ignore={self.ignore!r})"
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rounding", self.rounding, get_args(Rounding))
+        self.ratio = check_ratio(self.ratio)
+        self.overrides = {pattern: check_ratio(ratio) for pattern, ratio in self.overrides.items()}
 
     @override
     def part(self, share: float) -> LayerRatio:
         overrides = {pattern: share * ratio for pattern, ratio in self.overrides.items()}
-        return changed(self, ratio=share * self.ratio, overrides=overrides)
+        return replace(self, ratio=share * self.ratio, overrides=overrides)
 
     def _asks_for_removal(self) -> bool:
         return max(self.ratio, *self.overrides.values(), 0.0) > 0
@@ -70,19 +65,92 @@ class LayerRatio(Selection):
         check_patterns("overrides", self.overrides, graph)
         return super()._candidates(graph)
 
-    def _ratio(self, group: Group, layer: str) -> float:
-        names = [layer] if layer else [member.name for member in group.layers]
-        return next((v for p, v in self.overrides.items() if any(fnmatchcase(n, p) for n in names)), self.ratio)
-
-    def _kept(self, question: Question) -> Kept:
+    def _kept(self, question: Question) -> ByLayer:
         return {
             group.name: {name: self._strongest(group, name, s) for name, s in question.ranked[group.name].items()}
             for group in question.groups
         }
 
     def _strongest(self, group: Group, layer: str, scores: Tensor) -> Tensor:
-        size = len(scores)
-        count = (round if self.rounding == "round" else math.floor)(self._ratio(group, layer) * size)
-        mask = torch.ones(size, dtype=torch.bool)
-        mask[torch.argsort(scores, stable=True)[: min(count, size - self._least(size))]] = False
+        names = [layer] if layer else [member.name for member in group.layers]
+        matching = (v for p, v in self.overrides.items() if any(fnmatchcase(n, p) for n in names))
+        wanted = next(matching, self.ratio) * group.size
+        count = round(wanted) if self.rounding == "round" else math.floor(wanted)
+        mask = torch.ones(group.size, dtype=torch.bool)
+        mask[torch.argsort(scores, stable=True)[: min(count, group.size - self._least(group.size))]] = False
         return mask
+
+
+@final
+@dataclass(repr=False, eq=False)
+class GlobalRatio(Selection):
+    """The weakest share over the whole network, wherever they are (JRE, Taylor, BN scale).
+
+    Args:
+        ratio: share removed, in [0, 1).
+        over: what the share is of: ``all`` filters of all prunable layers, ``groups``: every channel of a group
+            counts once, ``inner``: only layers that feed no addition are candidates (JRE's ResNet setting), that is
+            groups of one layer and the depthwise convolutions behind it.
+        min_channels: see `Selection`.
+        round_to: see `Selection`.
+        ignore: see `Selection`.
+
+    Raises:
+        PlanError: a ratio outside [0, 1), or unknown ``over``; in `select` also if it leaves no candidate.
+
+    Example:
+        >>> GlobalRatio(0.5)
+        GlobalRatio(ratio=0.5, over='all', min_channels=1, round_to=1, ignore=())
+    """
+
+    ratio: float = 0.5
+    _: KW_ONLY
+    over: Over = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("over", self.over, get_args(Over))
+        self.ratio = check_ratio(self.ratio)
+
+    @override
+    def part(self, share: float) -> GlobalRatio:
+        return replace(self, ratio=share * self.ratio)
+
+    def total(self, graph: ChannelGraph) -> int:
+        """How many channels there are, counted as ``over`` says.
+
+        Raises:
+            PlanError: nothing to prune.
+        """
+        return sum(group.size * self._filters(group, "") for group in self._candidates(graph))
+
+    def _asks_for_removal(self) -> bool:
+        return self.ratio > 0
+
+    def _candidates(self, graph: ChannelGraph) -> list[Group]:
+        groups = super()._candidates(graph)
+        if self.over == "inner":
+            groups = [group for group in groups if _is_chain(group)]
+            if not groups:
+                raise PlanError("over='inner': every prunable layer feeds an addition; use over='all' or 'groups'")
+        return groups
+
+    def _kept(self, question: Question) -> ByLayer:
+        ranking = Ranking(question, self._least)
+        filters = torch.tensor([self._filters(group, name) for group, name in ranking.layers])
+        sizes = torch.tensor([group.size for group, _ in ranking.layers])
+        gone = filters[ranking.owners].cumsum(0)
+        return ranking.kept(int((gone <= self.ratio * int(filters @ sizes) + 1e-9).sum()))
+
+    def _filters(self, group: Group, layer: str) -> int:
+        """How many one channel counts for."""
+        if self.over == "groups":
+            return 1
+        layers = [group.layer(layer)] if layer else group.layers
+        return sum(member.index.shape[1] for member in layers)
+
+
+def _is_chain(group: Group) -> bool:
+    """One layer, read by nothing or by layers that hand its channels on one by one: no addition ties it to others."""
+    names = {layer.name for layer in group.layers}
+    return sum(layer.reader not in names for layer in group.layers) <= 1

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassROC
 
-from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
+from lightning_prune.tasks.task import Schedule, Task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,7 +37,7 @@ class RocCurves:
     macro_auc: float
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(Task):
     """Train any classifier on (images, labels) batches.
 
     Logs `train_loss`; `val_loss`, `val_acc` (micro top-1) and `val_auc` (macro, one class against the rest);
@@ -53,9 +52,7 @@ class ClassificationTask(LightningModule):
         label_smoothing: Share of the target spread evenly over all classes; for training only, so that
             `val_loss` compares between settings.
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds a scheduler, stepped once an epoch, from the optimizer. "cosine" falls to zero
-            over the Trainer's max_epochs, "poly" as a power over its steps, "constant" leaves the learning rate
-            as it is.
+        lr_scheduler: "cosine", "poly", "constant", or what builds a scheduler from the optimizer; see `Task`.
         input_size: One image as (C, H, W), for `example_input_array`.
 
     Raises:
@@ -79,68 +76,44 @@ class ClassificationTask(LightningModule):
         lr_scheduler: Schedule = "cosine",
         input_size: Sequence[int] = (3, 32, 32),
     ) -> None:
-        super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+        super().__init__(model, num_classes, optimizer, lr_scheduler, input_size)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
-        self.model = model
-        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        # Two images, so that batch norm can be run in train mode on it even where the map is 1x1.
-        self.example_input_array = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
-
         # torchmetrics keeps its states out of state_dict and empties them at the end of an epoch.
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
-        self._val_curve = MulticlassROC(num_classes)
-        self._test_curve = MulticlassROC(num_classes)
+        self.accuracy: Any = nn.ModuleDict()
+        self.curve: Any = nn.ModuleDict()
+        for stage in ("val", "test"):
+            self.accuracy[stage] = MulticlassAccuracy(num_classes, average="micro")
+            self.curve[stage] = MulticlassROC(num_classes)
         self.val_roc: RocCurves | None = None
         self.test_roc: RocCurves | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, C, H, W)."""
-        return self.model(images)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of one batch, averaged over its images."""
         images, labels = batch
-        loss = F.cross_entropy(self._logits(images), labels, label_smoothing=self.label_smoothing)
-        self.log(
-            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(labels)
-        )
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the validation metrics."""
-        self._evaluate(batch, "val", self.val_acc, self._val_curve)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the test metrics."""
-        self._evaluate(batch, "test", self.test_acc, self._test_curve)
+        return {"loss": F.cross_entropy(self._logits(images), labels, label_smoothing=self.label_smoothing)}
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Class probabilities (N, num_classes) of a batch, with or without labels."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).softmax(dim=-1)
 
+    def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
+        images, labels = batch
+        logits = self._logits(images).float()  # half precision would tie most probabilities
+        self.accuracy[stage].update(logits, labels)
+        self.curve[stage].update(logits.softmax(dim=-1), labels)
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{stage}_loss", loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_acc", self.accuracy[stage], prog_bar=True, batch_size=len(labels))
+
     def on_validation_epoch_end(self) -> None:
-        """Compute the validation curves and log the macro AUC."""
-        self.val_roc = self._close_curve(self._val_curve)
-        self.log("val_auc", self.val_roc.macro_auc, sync_dist=True)
+        self.val_roc = self._close_curve("val")
 
     def on_test_epoch_end(self) -> None:
-        """Compute the test curves and log the AUC, macro and of every class."""
-        self.test_roc = self._close_curve(self._test_curve)
-        self.log("test_auc", self.test_roc.macro_auc, sync_dist=True)
-        areas = self.test_roc.auc.tolist()
-        self.log_dict({f"test_auc_class_{c}": area for c, area in enumerate(areas)}, sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule in the form that Lightning expects."""
-        return optimizer_and_schedule(self, self.optimizer, self.lr_scheduler)
+        self.test_roc = self._close_curve("test")
+        self.log_classes("test_auc", self.test_roc.auc)
 
     def _logits(self, images: Tensor) -> Tensor:
         logits = self(images)
@@ -152,25 +125,18 @@ class ClassificationTask(LightningModule):
             )
         return logits
 
-    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, curve: MulticlassROC) -> None:
-        images, labels = batch
-        logits = self._logits(images).float()  # half precision would tie most probabilities
-        loss = F.cross_entropy(logits, labels)
-        accuracy.update(logits, labels)
-        curve.update(logits.softmax(dim=-1), labels)
-        self.log(f"{stage}_loss", loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
-        self.log(f"{stage}_acc", accuracy, prog_bar=True, batch_size=len(labels))
-
-    def _close_curve(self, curve: MulticlassROC) -> RocCurves:
+    def _close_curve(self, stage: str) -> RocCurves:
         with warnings.catch_warnings():
             # A class that is absent (the sanity check sees two batches) has an undefined area: NaN below.
             warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
-            fpr, tpr, thresholds = (tuple(x.cpu() for x in rows) for rows in curve.compute())
-        curve.reset()
+            fpr, tpr, thresholds = (tuple(x.cpu() for x in rows) for rows in self.curve[stage].compute())
+        self.curve[stage].reset()
         areas = torch.stack(
             [
                 torch.trapezoid(t, f) if t[-1] > 0 and f[-1] > 0 else t.new_tensor(torch.nan)
                 for f, t in zip(fpr, tpr, strict=True)
             ]
         )
-        return RocCurves(fpr, tpr, thresholds, areas, areas.nanmean().item())
+        curves = RocCurves(fpr, tpr, thresholds, areas, areas.nanmean().item())
+        self.log_same({f"{stage}_auc": curves.macro_auc})
+        return curves

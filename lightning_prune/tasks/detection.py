@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_prune.tasks.detectors import Detections, Detector, Images, Target, detector_for
 from lightning_prune.tasks.drawing import draw, image_loggers, log_images
-from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
+from lightning_prune.tasks.task import Schedule, Task
 from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 
 Batch = tuple[Images, Sequence[Target]]
@@ -24,7 +22,7 @@ COCO_NAMES = ("map", "map_50", "map_75", "mar_100")
 LOW_SCORE, HIGH_SCORE = 0.01, 0.2  # Lee et al. tested at the first and trained at the second
 
 
-class DetectionTask(LightningModule):
+class DetectionTask(Task):
     """Train any detector on (images, targets) batches.
 
     Logs `train_loss` and its parts (`train_loss_box`, ...); `val_map`, `val_map_50`, `val_map_75` and `val_mar_100` as
@@ -45,8 +43,7 @@ class DetectionTask(LightningModule):
         class_names: for drawings.
         drawn_images: of each validation and test.
         optimizer: builds the optimizer from the parameters.
-        lr_scheduler: builds a scheduler, stepped once an epoch, from the optimizer. "cosine" falls to zero over the
-            Trainer's max_epochs, "poly" as a power of the steps left, "constant" leaves the learning rate as it is.
+        lr_scheduler: "cosine", "poly", "constant", or what builds a scheduler from the optimizer; see `Task`.
         burn_in: steps over which the learning rate rises, as (step / burn_in) ** 4 (darknet: 1000).
         val_loss: log `val_loss` and `test_loss` too, for the price of a second forward pass.
         input_size: one image as (C, H, W), for `example_input_array`.
@@ -62,6 +59,8 @@ class DetectionTask(LightningModule):
         [(2, 24, 2, 2), (2, 24, 4, 4)]
     """
 
+    fewest_classes = 1
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,58 +75,35 @@ class DetectionTask(LightningModule):
         val_loss: bool = False,
         input_size: Sequence[int] = (3, 416, 416),
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        super().__init__(model, num_classes, optimizer, lr_scheduler, input_size)
         if burn_in < 0 or drawn_images < 0:
             raise ValueError(f"burn_in and drawn_images must be at least 0, got {burn_in} and {drawn_images}.")
         if class_names and len(class_names) != num_classes:
             raise ValueError(f"class_names must hold {num_classes} names, got {len(class_names)}.")
-        self.model = model
-        self.num_classes = num_classes
         self.detector = detector if detector is not None else detector_for(model)
         self.detector.check(model, num_classes)
         self.class_names = tuple(class_names) or tuple(str(label) for label in range(num_classes))
         self.drawn_images = drawn_images
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.burn_in = burn_in
         self.val_loss = val_loss
-        images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
-        self.example_input_array = self.detector.example(images)
-
+        self.example_input_array = self.detector.example(self.example_input_array)
         # torchmetrics keeps its states out of state_dict.
-        self.val_coco = MeanAveragePrecision(backend="pycocotools")
-        self.test_coco = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
-        for metric in (self.val_coco, self.test_coco):
-            metric.warn_on_many_detections = False  # COCO counts the best hundred, as is its rule
-        self.val_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
-        self.test_voc = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
-        self.test_voc_high = VocMeanAveragePrecision(num_classes, min_score=HIGH_SCORE)
+        self.coco: Any = nn.ModuleDict()
+        self.voc: Any = nn.ModuleDict()
+        for stage in ("val", "test"):
+            coco = MeanAveragePrecision(backend="pycocotools", class_metrics=stage == "test")
+            coco.warn_on_many_detections = False  # COCO counts the best hundred, as is its rule
+            self.coco[stage] = coco
+            self.voc[stage] = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
+        self.voc_high = VocMeanAveragePrecision(num_classes, min_score=HIGH_SCORE)
 
-    def forward(self, images: Any) -> Any:
-        """What the network itself returns: raw head maps of a tensor, or boxes of a list of images in eval mode."""
-        return self.model(images)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sum of the detector's losses on one batch; crowds and difficult objects are left out."""
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The detector's losses on one batch and their sum; crowds and difficult objects are left out."""
         images, targets = self._checked(batch)
-        losses = self.detector.losses(self.model, images, [_plain(target) for target in targets], self.global_step)
-        loss = torch.stack(list(losses.values())).sum()
-        self.log(
-            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(images)
-        )
-        for name, part in losses.items():
-            self.log(_part_name(name), part, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the validation metrics."""
-        self._evaluate(batch, batch_idx, "val", self.val_coco, self.val_voc)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the test metrics."""
-        self._evaluate(batch, batch_idx, "test", self.test_coco, self.test_voc, self.test_voc_high)
+        parts = self.detector.losses(self.model, images, [_plain(target) for target in targets], self.global_step)
+        # torchvision's own names begin with "loss_" already
+        named = {name if name.startswith("loss_") else f"loss_{name}": part for name, part in parts.items()}
+        return {"loss": torch.stack(list(parts.values())).sum(), **named}
 
     def predict_step(self, batch: Batch | Images, batch_idx: int) -> list[Detections]:
         """``boxes`` (xyxy in the image's own pixels), ``scores`` and ``labels`` of every image of a batch."""
@@ -140,22 +116,41 @@ class DetectionTask(LightningModule):
         shown = zip(images, targets if predictions is None else predictions, strict=True)
         return [draw(image, found, self.class_names) for image, found in shown]
 
+    def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
+        images, targets = self._checked(batch)
+        found = [_in_float32(detections) for detections in self.detector.detect(self.model, images)]
+        self.coco[stage].update(found, [_known_to_coco(target) for target in targets])
+        for metric in (self.voc[stage], self.voc_high) if stage == "test" else (self.voc[stage],):
+            metric.update(found, targets)
+        if self.val_loss:
+            with isolate_rng():  # Faster R-CNN samples its proposals: alike every time, and training goes on as without
+                torch.manual_seed(batch_idx)
+                loss = self.loss(batch)
+            self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
+        if batch_idx == 0 and not self.trainer.sanity_checking and image_loggers(self.loggers):
+            some = slice(self.drawn_images)
+            drawn = self.draw_predictions((images[some], targets[some]), found[some])
+            log_images(self.loggers, f"{stage}_detections", drawn, self.global_step)
+
     def on_validation_epoch_end(self) -> None:
-        """Log the validation's mean average precisions."""
-        self._close("val", self.val_coco, self.val_voc)
+        self._close("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test's mean average precisions, also of every class and at a high score."""
-        results = self._close("test", self.test_coco, self.test_voc)
-        self._log_same({f"test_map_{name}_conf20": value for name, value in self.test_voc_high.compute().items()})
-        self.test_voc_high.reset()
+        results = self._close("test")
+        self.log_same({f"test_map_{name}_conf20": value for name, value in self.voc_high.compute().items()})
+        self.voc_high.reset()
         per_class = torch.full((self.num_classes,), torch.nan)
         per_class[results["classes"].view(-1).long().cpu()] = _defined(results["map_per_class"]).view(-1).cpu()
-        self._log_same({f"test_map_class_{label}": value for label, value in enumerate(per_class)})
+        self.log_classes("test_map", per_class)
 
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule in the form that Lightning expects."""
-        return optimizer_and_schedule(self, self.optimizer, self.lr_scheduler)
+    def _close(self, stage: str) -> dict[str, Tensor]:
+        coco, voc = self.coco[stage], self.voc[stage]
+        results: dict[str, Tensor] = coco.compute()
+        self.log_same({f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES})
+        self.log_same({f"{stage}_map_{name}": value for name, value in voc.compute().items()})
+        coco.reset()
+        voc.reset()
+        return results
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One step, with a smaller learning rate during burn-in; what schedulers see stays theirs."""
@@ -168,36 +163,6 @@ class DetectionTask(LightningModule):
         finally:
             for group, rate in zip(optimizer.param_groups, before, strict=True):
                 group["lr"] = rate
-
-    def _evaluate(self, batch: Batch, batch_idx: int, stage: str, coco: MeanAveragePrecision, *voc: Metric) -> None:
-        images, targets = self._checked(batch)
-        found = [_in_full(detections) for detections in self.detector.detect(self.model, images)]
-        coco.update(found, [_known_to_coco(target) for target in targets])
-        for metric in voc:
-            metric.update(found, targets)
-        if self.val_loss:
-            plain = [_plain(target) for target in targets]
-            with isolate_rng():  # Faster R-CNN samples its proposals: alike every time, and training goes on as without
-                torch.manual_seed(batch_idx)
-                losses = self.detector.losses(self.model, images, plain, self.global_step)
-            loss = torch.stack(list(losses.values())).sum()
-            self.log(f"{stage}_loss", loss, batch_size=len(images), sync_dist=True)
-        if batch_idx == 0 and not self.trainer.sanity_checking and image_loggers(self.loggers):
-            some = slice(self.drawn_images)
-            drawn = self.draw_predictions((images[some], targets[some]), found[some])
-            log_images(self.loggers, f"{stage}_detections", drawn, self.global_step)
-
-    def _close(self, stage: str, coco: MeanAveragePrecision, voc: VocMeanAveragePrecision) -> dict[str, Tensor]:
-        results: dict[str, Tensor] = coco.compute()
-        logged = {f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES}
-        self._log_same(logged | {f"{stage}_map_{name}": value for name, value in voc.compute().items()})
-        coco.reset()
-        voc.reset()
-        return results
-
-    def _log_same(self, values: dict[str, Tensor]) -> None:
-        """Log what is over all processes already; saying so keeps Lightning from advising otherwise."""
-        self.log_dict({name: float(value) for name, value in values.items()}, sync_dist=True)
 
     def _checked(self, batch: Batch) -> Batch:
         images, targets = batch
@@ -234,7 +199,7 @@ def _plain(target: Target) -> Target:
     return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
 
 
-def _in_full(found: Detections) -> Detections:
+def _in_float32(found: Detections) -> Detections:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
@@ -250,8 +215,3 @@ def _known_to_coco(target: Target) -> Target:
 def _defined(value: Tensor) -> Tensor:
     """NaN for -1, with which pycocotools says that there was nothing to find."""
     return value.float().where(value >= 0, torch.nan)
-
-
-def _part_name(name: str) -> str:
-    """`train_loss_box`; torchvision's own names begin with "loss_" already."""
-    return f"train_{name if name.startswith('loss_') else f'loss_{name}'}"

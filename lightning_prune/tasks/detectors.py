@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,6 +82,7 @@ class MultiScale:
         return self.smallest + 32 * int(torch.randint(steps, (), generator=generator))
 
 
+@dataclass(frozen=True)
 class YoloDetector(Detector):
     """YOLOv3 and YOLOv3-tiny: letterboxes images, decodes head maps, suppresses overlapping boxes of a class.
 
@@ -99,34 +100,24 @@ class YoloDetector(Detector):
         ValueError: a size that is no multiple of 32, an unknown loss, or a threshold outside [0, 1].
     """
 
-    def __init__(
-        self,
-        size: int = 416,
-        *,
-        loss: YoloLoss = "ciou",
-        ignore_threshold: float = 0.5,
-        multi_scale: MultiScale | None = None,
-        min_score: float = 0.005,
-        nms_threshold: float = 0.45,
-        max_candidates: int = 3000,
-        max_detections: int = 300,
-    ) -> None:
-        if size < 32 or size % 32:
-            raise ValueError(f"size must be a multiple of 32, got {size}")
-        if loss not in get_args(YoloLoss):
-            raise ValueError(f"loss must be one of {', '.join(get_args(YoloLoss))}, got {loss!r}")
-        thresholds = {"ignore_threshold": ignore_threshold, "min_score": min_score, "nms_threshold": nms_threshold}
-        for name, value in thresholds.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        self.size = size
-        self.loss = loss
-        self.ignore_threshold = ignore_threshold
-        self.multi_scale = multi_scale
-        self.min_score = min_score
-        self.nms_threshold = nms_threshold
-        self.max_candidates = max_candidates
-        self.max_detections = max_detections
+    size: int = 416
+    _: KW_ONLY
+    loss: YoloLoss = "ciou"
+    ignore_threshold: float = 0.5
+    multi_scale: MultiScale | None = None
+    min_score: float = 0.005
+    nms_threshold: float = 0.45
+    max_candidates: int = 3000
+    max_detections: int = 300
+
+    def __post_init__(self) -> None:
+        if self.size < 32 or self.size % 32:
+            raise ValueError(f"size must be a multiple of 32, got {self.size}")
+        if self.loss not in get_args(YoloLoss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(YoloLoss))}, got {self.loss!r}")
+        for name in ("ignore_threshold", "min_score", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def check(self, model: nn.Module, num_classes: int) -> None:
         _same_classes(model, _yolo(model).num_classes, num_classes)
@@ -162,6 +153,7 @@ class YoloDetector(Detector):
         return results
 
 
+@dataclass(frozen=True)
 class TorchvisionDetector(Detector):
     """torchvision's Faster R-CNN, RetinaNet, SSD, SSDLite and FCOS, or a network with their interface.
 
@@ -172,15 +164,14 @@ class TorchvisionDetector(Detector):
         background: whether label 0 means background, as in Faster R-CNN and SSD; None: known from the network's type.
     """
 
-    def __init__(self, background: bool | None = None) -> None:
-        self.background = background
+    background: bool | None = None
 
     def check(self, model: nn.Module, num_classes: int) -> None:
         if isinstance(model, MaskRCNN | KeypointRCNN):
             raise ValueError(f"{type(model).__name__} trains on more than boxes, which is all that targets hold here")
         outputs = _outputs(model)
         if outputs is not None:
-            _same_classes(model, outputs - self._offset(model), num_classes, outputs - self._offset(model) != outputs)
+            _same_classes(model, outputs, num_classes, self._offset(model))
 
     def example(self, images: Tensor) -> list[Tensor]:
         return list(images)
@@ -241,24 +232,21 @@ def _in_full(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _outputs(model: nn.Module) -> int | None:
-    """Labels that one of torchvision's networks tells apart, background included."""
+    """Labels that one of torchvision's networks tells apart, background included; None: not known."""
     if isinstance(model, FasterRCNN):
-        score = getattr(model.roi_heads.box_predictor, "cls_score", None)
-        return None if score is None else int(score.out_features)
-    if isinstance(model, SSD):
-        return int(model.head.classification_head.num_columns)
-    if isinstance(model, RetinaNet | FCOS):
-        return int(model.head.classification_head.num_classes)
+        return getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
+    if isinstance(model, _TORCHVISION):
+        head: Any = model.head.classification_head
+        return head.num_columns if isinstance(model, SSD) else head.num_classes
     return None
 
 
-def _same_classes(model: nn.Module, has: int, wanted: int, background: bool = False) -> None:
-    if has != wanted:
-        build = wanted + 1 if background else wanted
-        note = " (background is one of them)" if background else ""
+def _same_classes(model: nn.Module, outputs: int, wanted: int, offset: int = 0) -> None:
+    if outputs - offset != wanted:
+        note = " (background is one of them)" if offset else ""
         raise ValueError(
-            f"{type(model).__name__} predicts {has} classes and the task has {wanted}: build the network with "
-            f"num_classes={build}{note}"
+            f"{type(model).__name__} predicts {outputs - offset} classes and the task has {wanted}: build the network "
+            f"with num_classes={wanted + offset}{note}"
         )
 
 

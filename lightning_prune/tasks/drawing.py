@@ -38,18 +38,16 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
     """
     pixels, factor = _enlarged(image)
     scores = found.get("scores", torch.ones(len(found["labels"])))
-    kept = (scores >= min_score).nonzero().view(-1).tolist()
     picture = to_pil_image(pixels)
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    boxes = (found["boxes"].detach().float() * factor).tolist()
-    for place in sorted(kept, key=lambda at: float(scores[at])):  # the surest on top
-        label, box = int(found["labels"][place]), boxes[place]
+    for place in scores.argsort(stable=True).tolist():  # the surest on top
+        if scores[place] < min_score:
+            continue
+        label, box = int(found["labels"][place]), (found["boxes"][place].detach().float() * factor).tolist()
         text = class_names[label] + (f" {scores[place]:.2f}" if "scores" in found else "")
-        canvas.rectangle(box, outline=COLOURS[label % len(COLOURS)], width=2)
-        corner = (box[0] + 3, box[1] + 1)
-        canvas.rectangle(
-            (*box[:2], canvas.textbbox(corner, text, font)[2] + 3, box[1] + 17), COLOURS[label % len(COLOURS)]
-        )
+        colour, corner = COLOURS[label % len(COLOURS)], (box[0] + 3, box[1] + 1)
+        canvas.rectangle(box, outline=colour, width=2)
+        canvas.rectangle((*box[:2], canvas.textbbox(corner, text, font)[2] + 3, box[1] + 17), colour)
         canvas.text(corner, text, "white", font)
     return pil_to_tensor(picture)
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import LightningModule
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightning_prune.tasks.drawing import draw_classes
-from lightning_prune.tasks.optimization import Schedule, optimizer_and_schedule
+from lightning_prune.tasks.task import Schedule, Task
 
 Batch = tuple[Tensor, Tensor]
 Output = Tensor | Mapping[str, Tensor]
 
 
-class SegmentationTask(LightningModule):
+class SegmentationTask(Task):
     r"""Train any segmentation network on (images, masks) batches.
 
     Logs `train_loss`; `val_loss`, `val_acc` (global pixel accuracy) and `val_miou`; the same for the test set, and
@@ -42,8 +42,7 @@ class SegmentationTask(LightningModule):
         ignore_index: Mask value of pixels that count neither in the loss nor in the metrics.
         aux_weight: Weight of the auxiliary head's loss (torchvision's reference: 0.5).
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds a scheduler, stepped once an epoch, from the optimizer, or "poly", "cosine", "constant",
-            see `optimizer_and_schedule`.
+        lr_scheduler: "poly", "cosine", "constant", or what builds a scheduler from the optimizer; see `Task`.
         input_size: One image as (C, H, W), for `example_input_array`.
 
     Raises:
@@ -67,50 +66,41 @@ class SegmentationTask(LightningModule):
         lr_scheduler: Schedule = "poly",
         input_size: Sequence[int] = (3, 480, 480),
     ) -> None:
-        super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+        super().__init__(model, num_classes, optimizer, lr_scheduler, input_size)
         if 0 <= ignore_index < num_classes:
             raise ValueError(f"ignore_index must be no class 0..{num_classes - 1}, got {ignore_index}.")
         if aux_weight < 0:
             raise ValueError(f"aux_weight must not be negative, got {aux_weight}.")
-        self.model = model
-        self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.aux_weight = aux_weight
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        # Two images, so that batch norm can be run in train mode behind DeepLab's global pooling.
-        self.example_input_array = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
-        self.val_acc, self.val_miou = self._metrics()
-        self.test_acc, self.test_miou = self._metrics()
+        metrics = MetricCollection(
+            {
+                "acc": MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index),
+                "miou": MulticlassJaccardIndex(num_classes, ignore_index=ignore_index),
+            },
+            compute_groups=False,
+        )
+        self.metrics: Any = nn.ModuleDict({stage: metrics.clone(f"{stage}_") for stage in ("val", "test")})
 
-    def forward(self, images: Tensor) -> Output:
-        """What the model returns for images (N, C, H, W): logits, or a dict of them."""
-        return self.model(images)
-
-    def loss(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the pixels of one batch that are not ignored, the auxiliary head's added."""
         images, masks = batch
         out, aux = self._logits(images, masks)
         loss = self._cross_entropy(out, masks)
-        return loss if aux is None else loss + self.aux_weight * self._cross_entropy(aux, masks)
+        return {"loss": loss if aux is None else loss + self.aux_weight * self._cross_entropy(aux, masks)}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        loss = self.loss(batch)
-        self.log(
-            "train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True, batch_size=len(batch[1])
-        )
-        return loss
+    def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
+        images, masks = batch
+        logits = self._logits(images, masks)[0]
+        self.metrics[stage].update(logits.argmax(dim=1), masks)
+        shown: dict[str, Any] = {"prog_bar": True, "batch_size": len(masks)}
+        self.log(f"{stage}_loss", self._cross_entropy(logits, masks), sync_dist=True, **shown)
+        self.log_dict(self.metrics[stage], **shown)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the validation metrics."""
-        self._evaluate(batch, "val", self.val_acc, self.val_miou)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add one batch to the test metrics."""
-        self._evaluate(batch, "test", self.test_acc, self.test_miou)
+    def on_test_epoch_end(self) -> None:
+        miou = self.metrics["test"]["miou"]
+        with miou.sync_context():
+            self.log_classes("test_iou", class_iou(miou.confmat))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Classes (N, H, W) of a batch, with or without masks."""
@@ -122,22 +112,6 @@ class SegmentationTask(LightningModule):
         images, masks = batch
         shown = zip(images, masks if predictions is None else predictions, strict=True)
         return [draw_classes(image, classes) for image, classes in shown]
-
-    def on_test_epoch_end(self) -> None:
-        """Log the IoU of every class, over all processes."""
-        with self.test_miou.sync_context():
-            ious = class_iou(self.test_miou.confmat).tolist()
-        self.log_dict({f"test_iou_class_{c}": iou for c, iou in enumerate(ious)}, sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule in the form that Lightning expects."""
-        return optimizer_and_schedule(self, self.optimizer, self.lr_scheduler)
-
-    def _metrics(self) -> tuple[MulticlassAccuracy, MulticlassJaccardIndex]:
-        return (
-            MulticlassAccuracy(self.num_classes, average="micro", ignore_index=self.ignore_index),
-            MulticlassJaccardIndex(self.num_classes, average="macro", ignore_index=self.ignore_index),
-        )
 
     def _logits(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         output = self(images)
@@ -160,17 +134,6 @@ class SegmentationTask(LightningModule):
         logits = logits if logits.dtype == torch.float64 else logits.float()  # a sum over a million pixels
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
-
-    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy, miou: MulticlassJaccardIndex) -> None:
-        images, masks = batch
-        logits = self._logits(images, masks)[0]
-        classes = logits.argmax(dim=1)
-        accuracy.update(classes, masks)
-        miou.update(classes, masks)
-        options: dict[str, Any] = {"prog_bar": True, "batch_size": len(masks)}
-        self.log(f"{stage}_loss", self._cross_entropy(logits, masks), sync_dist=True, **options)
-        self.log(f"{stage}_acc", accuracy, **options)
-        self.log(f"{stage}_miou", miou, **options)
 
 
 def class_iou(confusion: Tensor) -> Tensor:

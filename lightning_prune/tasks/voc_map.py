@@ -52,16 +52,14 @@ class VocMeanAveragePrecision(Metric):
     def update(self, found: Sequence[dict[str, Tensor]], truths: Sequence[dict[str, Tensor]]) -> None:
         """Add images: ``boxes``, ``scores``, ``labels`` found, and true ``boxes``, ``labels`` and ``difficult``."""
         for detections, truth in zip(found, truths, strict=True):
-            labels = truth["labels"]
-            difficult = truth.get("difficult", torch.zeros_like(labels)).bool()
-            self.positives += torch.bincount(labels[~difficult], minlength=self.num_classes)
             order = detections["scores"].argsort(descending=True, stable=True)
-            outcome = self._match(
-                detections["boxes"][order], detections["labels"][order], truth["boxes"], labels, difficult
-            )
-            counted = (outcome >= 0) & (detections["scores"][order] >= self.min_score)
-            self.scores.append(detections["scores"][order][counted].float())
-            self.labels.append(detections["labels"][order][counted])
+            boxes, scores, labels = (detections[name][order] for name in ("boxes", "scores", "labels"))
+            difficult = truth.get("difficult", torch.zeros_like(truth["labels"])).bool()
+            self.positives += torch.bincount(truth["labels"][~difficult], minlength=self.num_classes)
+            outcome = self._match(boxes, labels, truth["boxes"], truth["labels"], difficult)
+            counted = (outcome >= 0) & (scores >= self.min_score)
+            self.scores.append(scores[counted].float())
+            self.labels.append(labels[counted])
             self.hits.append(outcome[counted])
 
     def compute(self) -> dict[str, Tensor]:

@@ -95,7 +95,8 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind: str, epoch: 
     assert {k: v.shape for k, v in resumed.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
     assert len(second.scoring.history) == len(first.scoring.history)
-    if first.reconstruction is not None:
+    assert (second.reconstruction is None) == (kind == "never")
+    if kind != "never":
         assert second.reconstruction.lossless.passed
         assert [record.epoch for record in second.reconstruction.records] == [0, 1, 2, 3, 4]
 

@@ -6,6 +6,7 @@ import copy
 import csv
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lightning_prune.callbacks.loggers import FolderSink, Sink, sinks_of
 from lightning_prune.criteria import JRE
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError, PruningError
-from lightning_prune.measure.measurement import count_flops
+from lightning_prune.measure import count_flops
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.report.tracking import channels_table, layer_channels, scores_figure, share_removed
 from lightning_prune.schedule import Gradual, Rounds
@@ -163,11 +164,25 @@ def test_wandb_gets_its_own_kinds_and_artifacts(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.glob("wandb/offline-*/files/media/images/prune/channels_*.png"))
 
 
+class Counting(Task):
+    """Counts what its network computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+        self.net.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.passes += 1
+
+
 def test_without_a_logger_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TrackingCallback, "_measure", None)
-    prune = PruneCallback("l1", 0.5)
-    fit(Task(), prune)
+    alone, unlogged, logged = Counting(), Counting(), Counting()
+    fit(alone, PruneCallback("l1", 0.5, track=False))
+    fit(unlogged, prune := PruneCallback("l1", 0.5))
+    fit(logged, PruneCallback("l1", 0.5), logger=Memory())
+    assert alone.passes == unlogged.passes < logged.passes  # nothing is measured
     assert prune.tracking.state_dict() == {}
     assert not list(tmp_path.iterdir())
 
@@ -197,13 +212,13 @@ class Interrupt(Callback):
             raise Stop
 
 
-def run(memory: Memory, folder: Path, stop: int | None = None, ckpt: Path | None = None) -> PruneCallback:
+def run(memory: Memory, folder: Path, stop: int | None = None, ckpt: Path | None = None) -> None:
     torch.manual_seed(0)
     prune = PruneCallback(JRE(), 0.5, reconstruct="during", schedule=Gradual(2, epochs=2))
     saving = ModelCheckpoint(folder, save_last=True)
-    runner = trainer(prune, saving, Interrupt(stop), epochs=4, enable_checkpointing=True, logger=memory)
+    loggers = [memory, CSVLogger(folder, "logs", version="whole" if ckpt is None else "resumed")]
+    runner = trainer(prune, saving, Interrupt(stop), epochs=4, enable_checkpointing=True, logger=loggers)
     runner.fit(Task(), loader(), loader(8, shuffle=False), ckpt_path=ckpt)
-    return prune
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
@@ -213,15 +228,17 @@ def test_a_resumed_run_logs_what_is_missing_and_nothing_twice(epoch: int, tmp_pa
     run(whole, tmp_path / "whole")
     with pytest.raises(Stop):
         run(broken, tmp_path / "broken", epoch)
-    prune = run(resumed, tmp_path / "broken", ckpt=tmp_path / "broken" / "last.ckpt")
+    run(resumed, tmp_path / "broken", ckpt=tmp_path / "broken" / "last.ckpt")
     # What happened since the checkpoint was written happens again, and is told again.
     saved = [row for row in broken.rows if row["step"] < 4 * epoch]
     for name in ("prune/params", "prune/share", "prune/round", "epoch"):
         told = [row[name] for row in (*saved, *resumed.rows) if name in row and "prune/round" in row]
         assert told == [row[name] for row in whole.rows if name in row and "prune/round" in row], name
-    assert prune.tracking._stages.keys() == {"dense", "reconstructed"}
-    assert prune.tracking._stages["dense"].params == 3809
-    assert len(prune.tracking._seconds["reconstructed"]) == 4
+    dense, small = read_csv(tmp_path / "broken" / "logs" / "resumed" / "prune" / "summary.csv")
+    assert (dense["model"], dense["Parameters (k)"], small["model"]) == ("dense", "3.81", "reconstructed")
+    seconds = [row["prune/epoch_seconds"] for row in (*saved, *resumed.rows) if "prune/epoch_seconds" in row]
+    assert len(seconds) == 4
+    assert float(small["Epoch (s)"]) == pytest.approx(median(seconds), abs=0.01)
 
 
 @pytest.mark.parametrize("when", ["before", "never"])

@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_prune.cli import main
 from lightning_prune.graph import trace
-from lightning_prune.graph.describe import describe
 
 HERE = f"{__name__}.tiny_net"
 
@@ -47,7 +46,7 @@ def refused(capsys, *argv: str) -> str:
 def test_the_table_is_printed_as_it_stands(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")  # a narrow terminal wraps no line
     assert main(["graph", HERE]) == 0
-    assert capsys.readouterr().out == describe(trace(tiny_net(), torch.zeros(1, 3, 224, 224))) + "\n"
+    assert capsys.readouterr().out == trace(tiny_net(), torch.zeros(1, 3, 224, 224)).describe() + "\n"
 
 
 def test_arguments_and_input_shape(capsys) -> None:

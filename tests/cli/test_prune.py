@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.cli import main
-from lightning_prune.measure.measurement import Latency
+from lightning_prune.measure import Latency
 from lightning_prune.report.table import TIMES
 from lightning_prune.tasks import ClassificationTask
 from tests.cli.tiny import MODEL, NET, TinyData, files, refused, tiny_net

@@ -52,7 +52,7 @@ def test_batch_norm_modes_and_random_state_are_restored(fails: bool) -> None:
     model[3].eval()
     before, random = state(model), torch.get_rng_state()
 
-    def forward(module: nn.Module, batch: int) -> None:
+    def loss(module: nn.Module, batch: int) -> None:
         torch.rand(1)
         module(torch.randn(4, 2))
         if fails and batch:
@@ -60,10 +60,10 @@ def test_batch_norm_modes_and_random_state_are_restored(fails: bool) -> None:
 
     if fails:
         with pytest.raises(RuntimeError, match="out of memory"):
-            recalibrate_bn_(model, range(2), forward=forward)
+            recalibrate_bn_(model, range(2), loss=loss)
         assert same(state(model), before)
     else:
-        recalibrate_bn_(model, range(2), forward=forward)
+        recalibrate_bn_(model, range(2), loss=loss)
         assert not same(state(model), before)
     assert [module.training for module in model] == [True, True, True, False]
     assert model[2].momentum == 0.2
@@ -73,7 +73,7 @@ def test_batch_norm_modes_and_random_state_are_restored(fails: bool) -> None:
 def test_a_batch_norm_that_is_not_reached_keeps_its_statistics() -> None:
     model = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
     model[1].running_mean.fill_(7.0)
-    recalibrate_bn_(model, [torch.randn(4, 2)], forward=lambda m, x: m[0](x))
+    recalibrate_bn_(model, [torch.randn(4, 2)], loss=lambda m, x: m[0](x))
     assert model[1].running_mean.tolist() == [7.0, 7.0]
     assert model[0].running_mean.any()
 
@@ -121,14 +121,14 @@ def test_failures_leave_everything_as_it_was(compensate) -> None:
     modes = [module.training for module in model.modules()]
     calls = []
 
-    def forward(module: nn.Module, batch: Tensor) -> None:
+    def loss(module: nn.Module, batch: Tensor) -> None:
         calls.append(torch.rand(1))
         module(batch)
         if len(calls) == 4:
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        compensate(model, graph, plan, [x] * 4, forward=forward)
+        compensate(model, graph, plan, [x] * 4, loss=loss)
     assert same(state(model), before)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
@@ -159,7 +159,7 @@ def test_bad_input_is_refused(compensate) -> None:
         with pytest.raises(CompensationError, match=says):
             compensate(model, graph, plan, batches)
     with pytest.raises(CompensationError, match=r"no batch reached reader"):
-        compensate(model, graph, plan, [x], forward=lambda m, batch: m.first(batch))
+        compensate(model, graph, plan, [x], loss=lambda m, batch: m.first(batch))
     with pytest.warns(NoEffectWarning):
         assert compensate(model, graph, Plan({}), [x]) == ()
     assert same(state(model), before)

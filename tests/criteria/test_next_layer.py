@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_prune as lp
 from lightning_prune.criteria import NextLayerTaylor
-from lightning_prune.criteria.channel_contributions import channel_effects
-from lightning_prune.criteria.observe.readers import readers_of
+from lightning_prune.criteria.channel_contributions import channel_contributions, next_layers
 from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
+from lightning_prune.graph.readers import readers_of
 from tests import zoo
 from tests.criteria.taylor import READ, case, close, loss, members, raw
 from tests.reference import taylor as reference
@@ -28,9 +28,9 @@ def test_next_output_matches_reruns_without_each_channel(name, magnitude):
         readers = readers_of(model, group)
         assert readers
         total = torch.zeros(group.size, dtype=torch.float64)
-        for path, place in readers.items():
+        for path, reader in readers.items():
             total += torch.tensor(
-                reference.next_output(model, path, images, labels, place.index, magnitude), dtype=torch.float64
+                reference.next_output(model, path, images, labels, reader.index, magnitude), dtype=torch.float64
             )
         output = reference.captured(model, [layer.name], images, labels)[layer.name]["output"]
         positions = output[0].numel() // layer.filters
@@ -45,8 +45,8 @@ def test_next_weight_matches_loops(name, magnitude):
     found = raw(criterion, model, graph, [(images, labels)])
     for group, layer in members(graph):
         total = torch.zeros(group.size, dtype=torch.float64)
-        for place in readers_of(model, group).values():
-            expected = reference.next_weight(model, place.tensor, place.dim, images, labels, place.index, magnitude)
+        for reader in readers_of(model, group).values():
+            expected = reference.next_weight(model, reader.weight, reader.dim, images, labels, reader.index, magnitude)
             total += torch.tensor(expected, dtype=torch.float64)
         close(found[layer.name], total, atol=1e-12)
 
@@ -67,8 +67,8 @@ def test_next_layers_are_those_that_mix_the_channels():
 def test_a_next_layer_that_does_not_run_adds_nothing():
     model, graph, images, labels = case("Auxiliary")
     found = raw(NextLayerTaylor(normalize="none"), model, graph, [(images, labels)])["a.0"]
-    place = readers_of(model, graph.group("a.0"))["b.0"]
-    expected = reference.next_output(model, "b.0", images, labels, place.index, "abs")
+    reader = readers_of(model, graph.group("a.0"))["b.0"]
+    expected = reference.next_output(model, "b.0", images, labels, reader.index, "abs")
     close(found, [value / 64 for value in expected])
 
 
@@ -99,13 +99,14 @@ def test_signed_forms_are_molchanovs_at_the_next_layers_input(name):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor made inside has."""
+    """The most elements that the memory behind any tensor made inside has room for; views take none."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in leaves]
         self.numel = max([self.numel, *sizes])
         return out
 
@@ -144,7 +145,7 @@ def test_memory_of_the_output_form_is_bounded_by_the_chunk():
     ids=repr,
 )
 @pytest.mark.parametrize("fan", [1, 2])
-def test_channel_effects_are_the_change_without_the_channel(layer, fan):
+def test_channel_contributions_are_the_change_without_the_channel(layer, fan):
     torch.manual_seed(0)
     layer, x = layer.double(), torch.randn(2, 6, 7, 7, dtype=torch.float64)
     dim = 1
@@ -158,7 +159,7 @@ def test_channel_effects_are_the_change_without_the_channel(layer, fan):
     else:
         index = torch.randperm(size)[: size // fan * fan].view(-1, fan)
     output = layer(x)
-    found = channel_effects(layer, x, index, output.shape)
+    found = channel_contributions(layer, x, index, output.shape)
     for row, entries in enumerate(index.tolist()):
         chosen = entries if transposed else reference.inputs_of(layer, entries)
         without = x.clone()
@@ -170,7 +171,7 @@ def test_channel_effects_are_the_change_without_the_channel(layer, fan):
 def test_channels_of_one_transposed_group_only_are_refused(index):
     layer = nn.ConvTranspose2d(4, 4, 2, groups=2)
     with pytest.raises(ScoreError, match="only some groups of a transposed"):
-        channel_effects(layer, torch.zeros(1, 4, 2, 2), torch.tensor(index), torch.Size([1, 4, 3, 3]))
+        channel_contributions(layer, torch.zeros(1, 4, 2, 2), torch.tensor(index), torch.Size([1, 4, 3, 3]))
 
 
 class Doubled(nn.Conv2d):
@@ -205,7 +206,7 @@ def test_a_next_layer_with_a_parametrised_weight_is_refused_by_name():
 
 def test_a_group_that_nothing_reads_is_refused_by_name():
     with pytest.raises(ScoreError, match="lonely: no convolution or linear layer reads its channels"):
-        readers_of(nn.Conv2d(1, 2, 1), Group("lonely", 2, (), ()))
+        next_layers(nn.Conv2d(1, 2, 1), Group("lonely", 2, (), ()))
 
 
 def test_next_layers_that_see_other_numbers_of_samples_are_refused():

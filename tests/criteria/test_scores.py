@@ -1,4 +1,4 @@
-"""Scores kept for later: the same after a trip to disk, refused for another model, combined in other ways."""
+"""Scores kept for later: the same after a trip to disk, refused for another model; normalisers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, graph) -> None:
     assert "weights_only=False" not in str(error.value)
 
 
-# Members of a group
+# Normalisers
 
 
 MEMBERS = {"a": torch.tensor([1.0, 4.0, 0.0]).double(), "b": torch.tensor([30.0, 10.0, 20.0]).double()}
@@ -112,46 +112,18 @@ MEMBERS = {"a": torch.tensor([1.0, 4.0, 0.0]).double(), "b": torch.tensor([30.0,
         ("rank", [0.5, 1, 0], [1, 0, 0.5]),
     ],
 )
-def test_members_are_normalised_then_combined(normalize, a, b) -> None:
-    scores = Scores({"a": MEMBERS["a"]}, {"a": MEMBERS})
-    for how, combine in (
-        ("sum", lambda x, y: x + y),
-        ("mean", lambda x, y: (x + y) / 2),
-        ("max", max),
-    ):
-        found = scores.combined(how, normalize=normalize)
-        assert found["a"].tolist() == pytest.approx([combine(x, y) for x, y in zip(a, b, strict=True)])
-        assert found.layers["a"]["b"].tolist() == pytest.approx(b)
-    assert scores.layers["a"]["a"].tolist() == [1, 4, 0]
+def test_normalisers_by_hand(normalize, a, b) -> None:
+    found = functional.normalize_scores(list(MEMBERS.values()), normalize)
+    assert [scores.tolist() for scores in found] == [pytest.approx(a), pytest.approx(b)]
 
 
 @pytest.mark.parametrize("normalize", ["none", "max", "mean", "l2", "minmax", "rank"])
 def test_over_the_network_the_order_of_all_channels_stays(normalize) -> None:
-    scores = Scores({"a": MEMBERS["a"], "b": MEMBERS["b"]}, {"a": {"a": MEMBERS["a"]}, "b": {"b": MEMBERS["b"]}})
-    network = scores.combined(normalize=normalize, scope="network")
-    raw, found = (torch.cat([s["a"], s["b"]]) for s in (scores, network))
-    assert torch.equal(raw.argsort(), found.argsort())
+    raw = list(MEMBERS.values())
+    network = functional.normalize_scores(raw, normalize, "network")
+    assert torch.equal(torch.cat(raw).argsort(), torch.cat(network).argsort())
     if normalize != "none":
-        assert not torch.equal(found[:3], scores.combined(normalize=normalize)["a"])
-
-
-def test_combining_anew_is_what_the_criterion_would_have_done(graph, scores) -> None:
-    model = build("Residual")
-    for how in ("sum", "mean", "max"):
-        for normalize in ("max", "l2", "minmax"):
-            direct = lp.score(model, graph, lp.L1(normalize=normalize, combine=how))
-            raw = lp.score(model, graph, lp.L1(normalize="none"))
-            anew = raw.combined(how, normalize=normalize)
-            assert all(torch.allclose(anew[name], direct[name]) for name in direct)
-
-
-def test_unknown_ways_are_refused(scores) -> None:
-    with pytest.raises(ScoreError, match="how must be one of 'mean', 'sum', 'max', got 'min'"):
-        scores.combined("min")
-    with pytest.raises(ScoreError, match="normalize must be one of 'none', 'max', 'mean', 'l2'"):
-        scores.combined(normalize="z")
-    with pytest.raises(ScoreError, match="scope must be one of 'layer', 'network', got 'group'"):
-        scores.combined(scope="group")
+        assert not torch.equal(network[0], functional.normalize(raw[0], normalize))
 
 
 @pytest.mark.parametrize("how", ["none", "max", "mean", "l2", "minmax", "rank", "percentile"])

@@ -12,7 +12,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph import trace
 from lightning_prune.graph.groups import Group, Layer
 from tests.criteria.helpers import Interrupt, hooks
-from tests.graph.helpers import CASES, Case, conv_case, graph_of, identity, linear_case, residual_case
+from tests.graph.helpers import CASES, conv_case, graph_of, identity, linear_case, residual_case
 
 
 def test_only_sites_are_differentiated():
@@ -24,32 +24,17 @@ def test_only_sites_are_differentiated():
     assert arrived == []
 
 
-def incremental(case: Case, criterion, run):
-    scorer = Scorer(case.model, case.graph, criterion)
-    with scorer:
-        for batch in case.split(4):
-            run(scorer, batch)
-            assert not scorer._recorder.edges  # they would keep the graph and its activations alive
-    return scorer.compute()
-
-
-def test_incremental_use_and_the_trainers_own_backward_agree_with_score():
+def test_the_trainers_own_backward_agrees_with_score():
     case = conv_case()
-
-    def by_backward(scorer, batch):
-        with scorer.batch():
-            scorer.backward(case.loss(case.model, batch))
-
-    def by_trainer(scorer, batch):
-        scorer.begin_batch()
-        case.loss(case.model, batch).backward()
-        scorer.end_batch()
-
+    with Scorer(case.model, case.graph, JRE()) as scorer:
+        for batch in case.split(4):
+            scorer.begin_batch()
+            case.loss(case.model, batch).backward()
+            scorer.end_batch()
+            assert not any(watcher.edges for watcher in scorer._observer._watchers)  # they keep graphs alive
     expected = score(case.model, case.graph, JRE(), case.split(4), case.loss)
-    for run in (by_backward, by_trainer):
-        found = incremental(case, JRE(), run)
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name])
+    for name, found in scorer.compute().items():
+        torch.testing.assert_close(found, expected[name])
 
 
 def test_watching_training_without_with_leaves_gradients_to_the_trainer():
@@ -196,12 +181,13 @@ def test_activation_checkpointing_counts_once(by_trainer):
     case = conv_case()
     sums = []
     for run in (lambda x: case.model(x), lambda x: checkpoint(case.model, x, use_reentrant=False)):
-        with Scorer(case.model, case.graph, JRE()) as scorer, scorer.batch():
-            loss = F.cross_entropy(run(case.images), case.labels)
+        with Scorer(case.model, case.graph, JRE()) as scorer:
             if by_trainer:
-                loss.backward()
+                scorer.begin_batch()
+                F.cross_entropy(run(case.images), case.labels).backward()
+                scorer.end_batch()
             else:
-                scorer.backward(loss)
+                scorer.update(lambda run=run: F.cross_entropy(run(case.images), case.labels))
         sums.append(scorer.state)
     for key in sums[0]:
         torch.testing.assert_close(sums[1][key], sums[0][key])

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 import lightning_prune as lp
 from lightning_prune.criteria import ThiNet
-from lightning_prune.criteria.observe import sampling
-from lightning_prune.criteria.observe.readers import readers_of
+from lightning_prune.criteria.observe import sampled_outputs
 from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.criteria.thinet import removal_places
 from lightning_prune.errors import ScoreError
+from lightning_prune.graph.readers import readers_of
 from tests import zoo
 from tests.criteria.taylor import READ, case, close, loss, members, raw
 from tests.criteria.test_next_layer import Doubled, Largest
@@ -22,8 +22,8 @@ def rows_of(model, group, images):
     """All rows of all readers of a group, (rows, channels)."""
     found = [
         each
-        for path, place in readers_of(model, group).items()
-        for each in reference.effects(model, path, images, place.index)
+        for path, reader in readers_of(model, group).items()
+        for each in reference.effects(model, path, images, reader.index)
     ]
     return torch.cat([each.flatten(0, 1) for each in found])
 
@@ -48,19 +48,19 @@ def test_order_and_products_match_trying_every_set(name):
 def test_a_draw_is_rows_of_the_reference(name, monkeypatch):
     model, graph, images, _ = case(name)
     drawn = {}
-    original = sampling.SampledReaderWatcher._draw
+    original = sampled_outputs.SampledOutputWatcher._draw
 
     def draw(self, key, tap, path, call, shape):
         drawn[key, path, call] = original(self, key, tap, path, call, shape)
         return drawn[key, path, call]
 
-    monkeypatch.setattr(sampling.SampledReaderWatcher, "_draw", draw)
+    monkeypatch.setattr(sampled_outputs.SampledOutputWatcher, "_draw", draw)
     with Scorer(model, graph, ThiNet(rows=7, seed=3)) as scorer:
         scorer.update(lambda: model(images))
     for group in graph.prunable_groups:
         key, rows = f"{group.name}/{group.layers[0].name}/gram", []
-        for path, place in readers_of(model, group).items():
-            for call, each in enumerate(reference.effects(model, path, images, place.index)):
+        for path, reader in readers_of(model, group).items():
+            for call, each in enumerate(reference.effects(model, path, images, reader.index)):
                 chosen = drawn[key, path, call]
                 assert chosen.shape == (4, 7)
                 assert each.shape[1] < 8 or len(chosen.unique()) > 4  # not one output again and again
@@ -114,8 +114,8 @@ def test_sums_of_several_processes_add_up():
     ids=repr,
 )
 @pytest.mark.parametrize("fan", [1, 2])
-def test_sampled_effects_are_the_change_without_the_channel(layer, fan, monkeypatch):
-    monkeypatch.setattr(sampling, "_ELEMENTS", 100)  # several parts
+def test_sampled_contributions_are_the_change_without_the_channel(layer, fan, monkeypatch):
+    monkeypatch.setattr(sampled_outputs, "_ELEMENTS", 100)  # several parts
     layer, x = layer.double(), torch.randn(2, 6, 7, 8, dtype=torch.float64)
     if isinstance(layer, nn.Linear):
         x = x.movedim(1, -1)
@@ -123,18 +123,18 @@ def test_sampled_effects_are_the_change_without_the_channel(layer, fan, monkeypa
     index = torch.randperm(size)[: size // fan * fan].view(-1, fan)
     output = layer(x)
     chosen = torch.randint(output[0].numel(), (2, 9))
-    parts = list(sampling.sampled_effects(layer, x, index, output.shape, chosen))
+    parts = list(sampled_outputs.sampled_contributions(layer, x, index, output.shape, chosen))
     (expected,) = reference.effects(layer, "", x, index)
     close(torch.cat(parts), torch.cat([expected[n, chosen[n]] for n in range(2)]), atol=1e-12)
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_sampled_effects_in_other_dimensions(dims):
+def test_sampled_contributions_in_other_dimensions(dims):
     kind = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
     layer, x = kind(4, 3, 3, stride=2, padding=1).double(), torch.randn(2, 4, *[5, 6, 7][:dims], dtype=torch.float64)
     index, output = torch.arange(4).unsqueeze(1), layer(x)
     chosen = torch.arange(output[0].numel()).expand(2, -1)
-    found = torch.cat(list(sampling.sampled_effects(layer, x, index, output.shape, chosen)))
+    found = torch.cat(list(sampled_outputs.sampled_contributions(layer, x, index, output.shape, chosen)))
     close(found, reference.effects(layer, "", x, index)[0].flatten(0, 1), atol=1e-12)
 
 

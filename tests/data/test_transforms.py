@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from lightning_prune.data.modules import Objects, check_boxes, detection_batch, detection_sample, segmentation_batch
+from lightning_prune.data.modules import detection_batch, segmentation_batch
+from lightning_prune.data.samples import check_boxes, detection_sample, target_of
 from lightning_prune.data.transforms import (
     DarknetJitter,
     Letterbox,
@@ -19,10 +20,7 @@ from lightning_prune.errors import DataError
 
 
 def objects(boxes, size=(60, 100), **fields):
-    count = len(boxes)
-    none = torch.zeros(count, dtype=torch.bool)
-    options = {"labels": torch.arange(count), "difficult": none, "iscrowd": none, "area": torch.ones(count)}
-    return Objects(size, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), image_id=0, **{**options, **fields})
+    return target_of(size, boxes, range(len(boxes)), 0, **{"area": [1.0] * len(boxes), **fields})
 
 
 def marked(height, width, box):
@@ -171,7 +169,7 @@ def test_detection_batches_are_stacked_where_they_can_be():
 
 def test_small_overhang_is_clipped_and_large_refused():
     clipped = check_boxes(objects([[-1.5, 0, 101, 61]]), "a.xml")
-    assert clipped.boxes.tolist() == [[0, 0, 100, 60]]
+    assert clipped["boxes"].tolist() == [[0, 0, 100, 60]]
     with pytest.raises(
         DataError, match=r"a\.xml: box 2, .* image of 100 x 60 leaves it by 5 pixels.*bad_boxes: repair"
     ):
@@ -185,8 +183,8 @@ def test_small_overhang_is_clipped_and_large_refused():
 def test_bad_boxes_can_be_repaired():
     boxes = [[0, 0, 150, 60], [5, 5, 5, 9], [200, 0, 210, 5], [float("nan"), 5, 9, 9], [1, 2, 3, 4]]
     repaired = check_boxes(objects(boxes), "a.xml", "repair")
-    assert repaired.boxes.tolist() == [[0, 0, 100, 60], [1, 2, 3, 4]]
-    assert repaired.labels.tolist() == [0, 4]
+    assert repaired["boxes"].tolist() == [[0, 0, 100, 60], [1, 2, 3, 4]]
+    assert repaired["labels"].tolist() == [0, 4]
 
 
 def test_letterbox_pads_masks_with_ignored_pixels():

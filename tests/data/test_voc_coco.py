@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from scipy.io import savemat
 
-from lightning_prune.data import COCODetection, Scenes, VOCDetection, VOCSegmentation, write_coco, write_voc
-from lightning_prune.data.coco import read_instances
-from lightning_prune.data.voc import VOC_CLASSES, read_annotation
+from lightning_prune.data import COCODetection, Scenes, VOCDetection, VOCSegmentation, write_voc
+from lightning_prune.data.samples import plain
+from lightning_prune.data.voc import VOC_CLASSES
+from lightning_prune.data.voc_files import read_annotation
 from lightning_prune.errors import DataError
+from tests.data.coco_tree import write_coco
 
 DIGITS = tuple("0123456789")
 SIZE = 48
@@ -87,17 +88,6 @@ def test_masks_survive_the_round_trip(tree):
     assert masks.dtype == torch.int64
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)  # theirs
-def test_cocos_run_lengths_are_the_pixels_seen(tree):
-    index = read_instances(tree / "coco/annotations/instances_val2017.json")
-    scene = PARTS["val"][0]
-    for number, row in enumerate(index.loadAnns(index.getAnnIds(imgIds=1)), 1):
-        assert np.array_equal(index.annToMask(row).astype(bool), scene.instances == number)
-        assert coco_mask.toBbox(row["segmentation"]).tolist() == row["bbox"]
-
-
 def test_the_palette_is_vocs(tree):
     with Image.open(tree / "VOCdevkit/VOC2012/SegmentationClass/val_000000.png") as image:
         assert image.mode == "P"
@@ -124,12 +114,12 @@ def annotation(tmp_path, old="", new=""):
 
 def test_an_annotation_by_hand(tmp_path):
     found = read_annotation(annotation(tmp_path), VOC_CLASSES)
-    assert found.size == (50, 100)
-    assert found.boxes.tolist() == [[10, 5, 20, 15], [0, 0, 100, 50]]
-    assert [VOC_CLASSES[label] for label in found.labels] == ["dog", "person"]
-    assert found.difficult.tolist() == [False, True]
-    assert found.area.tolist() == [100, 5000]
-    assert found.plain().labels.tolist() == [VOC_CLASSES.index("dog")]
+    assert found["orig_size"] == (50, 100)
+    assert found["boxes"].tolist() == [[10, 5, 20, 15], [0, 0, 100, 50]]
+    assert [VOC_CLASSES[label] for label in found["labels"]] == ["dog", "person"]
+    assert found["difficult"].tolist() == [False, True]
+    assert found["area"].tolist() == [100, 5000]
+    assert plain(found)["labels"].tolist() == [VOC_CLASSES.index("dog")]
     assert len(VOC_CLASSES) == 20
 
 
@@ -185,7 +175,7 @@ def test_difficult_objects_and_crowds_are_only_evaluated(tree):
 def test_several_image_sets_are_joined(tree):
     module = voc_boxes(tree, train_on=("2012/train", "2012/val"))
     assert len(module.parts["train"]) == 8
-    assert [objects.image_id for objects in module.parts["train"].objects] == list(range(8))
+    assert [target["image_id"] for _, target in module.parts["train"].items] == list(range(8))
     assert len(voc_masks(tree, train_on=("2012/train", "2012/val")).parts["train"]) == 8
 
 

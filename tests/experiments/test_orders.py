@@ -17,7 +17,7 @@ from lightning_prune.criteria import JRE, L1
 from lightning_prune.data import DigitsDataModule
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.experiments.orders import OrderSettings, compare_orders
-from lightning_prune.measure.measurement import count_params
+from lightning_prune.measure import count_params
 from lightning_prune.reconstruction.checkpoint import load
 from lightning_prune.report import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED
 from lightning_prune.report.html import read_report

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune.graph.groups import ChannelGraph, Group, Layer
+from lightning_prune.graph import ChannelGraph, Group, Layer
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph import trace
 from lightning_prune.graph.describe import describe, parameters, percent, shortened, totals
 from lightning_prune.graph.groups import Group, Layer
 from lightning_prune.plan import GroupPlan, Plan
@@ -34,7 +34,7 @@ b2.0          2        12       1,500          125  yes, together with down.0
 head.fc       1         5          65           13  no: reaches the model's output
 
 40 of 45 channels (89 %) can be pruned: 4 of 5 groups, 6 of 7 layers."""
-    assert describe(trace(build("Residual"), images())) == expected
+    assert trace(build("Residual"), images()).describe() == expected
 
 
 @pytest.mark.parametrize("name", ["Residual", "PreActivation", "Dense", "InvertedResidual", "Grouped", "Vgg", "Shared"])
@@ -46,7 +46,7 @@ def test_parameters_per_channel_are_those_that_reconstruction_removes(name: str)
         kept = tuple(range(1, one.size))
         plan = Plan({one.name: GroupPlan(one.size, kept, {layer.name: kept for layer in one.layers})})
         small = sum(p.numel() for p in reconstruct(model, graph, plan).parameters())
-        assert parameters(graph, one)[1] == dense - small, one.name
+        assert parameters(one, graph.shapes)[1] == dense - small, one.name
 
 
 def test_a_weight_that_makes_and_reads_the_same_channels_counts_once() -> None:
@@ -63,18 +63,18 @@ def test_a_weight_that_makes_and_reads_the_same_channels_counts_once() -> None:
     graph = trace(Loop(), torch.zeros(1, 3, 4, 4))
     assert [layer.name for layer in graph.group("stem").layers] == ["stem", "step"]
     # 3 of the stem, row and column of the 8x8 step which cross once, 2 of the output
-    assert parameters(graph, graph.group("stem")) == (24 + 64 + 16, 3 + 15 + 2)
+    assert parameters(graph.group("stem"), graph.shapes) == (24 + 64 + 16, 3 + 15 + 2)
 
 
 def test_running_statistics_are_no_parameters() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False))
     graph = trace(model, torch.zeros(1, 3, 4, 4))
-    assert parameters(graph, graph.group("0")) == (sum(p.numel() for p in model.parameters()), 3 + 2 + 2)
+    assert parameters(graph.group("0"), graph.shapes) == (sum(p.numel() for p in model.parameters()), 3 + 2 + 2)
 
 
 def test_long_lists_are_cut_and_their_number_told() -> None:
     names = [f"encoder.layers.{n}.mlp" for n in range(30)]
-    text = describe(ChannelGraph((group(*names),), {}))
+    text = describe([group(*names)], {})
     row = text.splitlines()[2]
     assert row.endswith("encoder.layers.1.mlp, encoder.layers.2.mlp … (29)")
     assert len(row) < 140
@@ -82,7 +82,7 @@ def test_long_lists_are_cut_and_their_number_told() -> None:
 
 
 def test_a_refused_group_says_why_and_with_whom() -> None:
-    text = describe(ChannelGraph((group("a", "b", reason="meets a statistic"),), {}, ("no rule for aten.foo",)))
+    text = describe([group("a", "b", reason="meets a statistic")], {}, ["no rule for aten.foo"])
     assert "no: meets a statistic; together with b" in text
     assert text.endswith(
         "0 of 8 channels (0 %) can be pruned: 0 of 1 groups, 0 of 2 layers.\nnote: no rule for aten.foo"
@@ -90,7 +90,7 @@ def test_a_refused_group_says_why_and_with_whom() -> None:
 
 
 def test_columns_are_aligned_and_nothing_trails() -> None:
-    lines = describe(trace(build("InvertedResidual"), images())).splitlines()
+    lines = trace(build("InvertedResidual"), images()).describe().splitlines()
     table = lines[: lines.index("")]
     assert len({line.index(word) for line, word in zip(table[2:], ["yes"] * 3, strict=False)}) == 1
     assert all(line == line.rstrip() for line in lines)
@@ -100,11 +100,11 @@ def test_a_layer_in_two_groups_counts_once() -> None:
     halves = tuple(
         Group(f"conv[{n}:{n + 4}]", 4, (Layer("conv", "conv.weight", 0, 8, identity(4) + n),), ()) for n in (0, 4)
     )
-    assert totals(ChannelGraph(halves, {})).endswith("2 of 2 groups, 1 of 1 layers.")
+    assert totals(halves).endswith("2 of 2 groups, 1 of 1 layers.")
 
 
 def test_a_graph_without_groups_is_told_in_one_sentence() -> None:
-    assert describe(ChannelGraph((), {}, ("a note",))).splitlines() == [
+    assert describe([], {}, ["a note"]).splitlines() == [
         "There are no channels to prune: no convolution or linear layer was seen.",
         "note: a note",
     ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import trace
-from lightning_prune.graph.labels import connected_components
+from lightning_prune.graph.label_space import connected_components
 from tests.zoo import ZOO, build, images
 
 

@@ -9,9 +9,19 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.measure.layer_findings import TIMES, empty_lanes, explain_speed
-from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
-from lightning_prune.measure.measurement import Latency, count_flops, with_samples
+from lightning_prune.measure import (
+    TIMES,
+    Latency,
+    LayerTime,
+    Machine,
+    ModelTime,
+    count_flops,
+    empty_lanes,
+    explain_speed,
+    measure_machine,
+    time_layers,
+    with_samples,
+)
 
 MACHINE = Machine(flops=100e9, bandwidth=10e9, call=2e-6, product_call=10e-6, threads=1)  # a balance of 10
 
@@ -50,7 +60,6 @@ def test_layers_that_run_are_counted_by_hand() -> None:
     assert conv.bytes == 4 * (2 * 3 * 36 + 5 * 3 * 9 + 2 * 5 * 36)
     assert (relu.name, relu.calls, relu.flops, relu.bytes) == ("relu", 2, 2 * 360, 2 * 2 * 4 * 360)
     assert (slow.name, slow.calls, slow.flops, slow.channels) == ("slow", 1, 0, ())
-    assert conv.intensity == conv.flops / conv.bytes
 
 
 def test_flops_of_all_layers_are_those_of_the_model() -> None:
@@ -66,7 +75,6 @@ def test_times_go_to_the_layer_that_takes_them() -> None:
     assert len(slow.latency.samples) == 3
     assert times.share(slow) > 0.5
     assert times.latency.median >= 10
-    assert times.inside + times.outside == pytest.approx(times.total)
 
 
 def test_what_no_layer_does_is_between_them() -> None:
@@ -119,7 +127,6 @@ def test_the_machine_is_measured() -> None:
     assert 1e8 < machine.flops < 1e14
     assert 1e8 < machine.bandwidth < 1e13
     assert 0 < machine.call < 1e-2
-    assert machine.balance == machine.flops / machine.bandwidth
     assert machine.threads == torch.get_num_threads()
 
 
@@ -137,6 +144,23 @@ def model(*layers: LayerTime, rest: float = 0.0) -> ModelTime:
 
 def kinds(after: ModelTime, before: ModelTime | None = None) -> dict[str, str]:
     return {finding.kind: finding.text for finding in explain_speed(after, MACHINE, before)}
+
+
+def test_a_pass_is_taken_apart_by_medians() -> None:
+    a = LayerTime("a", "Conv2d", (8, 8), 1, 300, 100, Latency(2.0, 1.0, (1.0, 2.0, 3.0)))
+    b = LayerTime("b", "ReLU", (), 2, 50, 0, Latency(2.0, 0.0, (2.0, 2.0, 2.0)))
+    times = ModelTime((a, b), Latency(3.0, 1.5, (2.0, 3.0, 5.0)), Latency(5.0, 1.0, (4.0, 6.0, 5.0)))
+    assert times.overhead == 1  # twice, twice and once as long as the pass without timers
+    assert (times.inside, times.outside, times.total) == (4, 1, 5)  # 1, 2 and 0 ms are left over
+    assert (times.share(a), times.share(a, b), times.flops) == (0.4, 0.8, 350)
+    assert (a.intensity, b.intensity) == (3, 0)
+
+
+def test_a_layer_is_held_against_three_limits() -> None:
+    assert MACHINE.balance == 10
+    limits = layer(flops=3 * 10**8, moved=2 * 10**7).limits(MACHINE)
+    assert limits == pytest.approx({"compute": 3.0, "memory": 2.0, "call": 0.01})
+    assert layer(channels=()).limits(MACHINE)["call"] == pytest.approx(0.002)
 
 
 def test_the_limit_is_what_asks_for_most() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import statistics
+import time
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from torch import nn
 
 from lightning_prune import models
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.measure import measurement
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     compare_latency,
     count_flops,
     count_params,
@@ -282,7 +282,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     clock = Clock()
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.measure.measurement import (
+from lightning_prune.measure import (
     compare_latency,
     count_flops,
     flops_by_convention,

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_prune import models
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure.measurement import count_flops, count_params
+from lightning_prune.measure import count_flops, count_params
 from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection import LayerRatio
 from tests.helpers import RandomScores

@@ -8,8 +8,7 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.models import YoloV3, YoloV3Tiny, save_darknet_weights
-from lightning_prune.models.yolo_boxes import letterbox
-from lightning_prune.models.yolo_v3_tiny import SameMaxPool
+from lightning_prune.models.yolo_v3 import SameMaxPool
 from tests.reference import darknet
 from tests.zoo import randomise_
 
@@ -109,12 +108,3 @@ def test_sizes_that_are_no_multiple_of_32_are_refused(side):
 def test_options_out_of_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         YoloV3Tiny(**options)
-
-
-@pytest.mark.parametrize("longer", [77, 303, 389, 616])
-def test_the_longer_side_fills_the_letterbox(longer):
-    """77 * (320 / 77) is a little less than 320 in floating point."""
-    batch, (placement,) = letterbox([torch.zeros(3, longer // 2, longer)], 320)
-    assert placement.offset[0] == 0
-    assert placement.scale[0] == 320 / longer
-    assert not batch[0, :, 160].any()

@@ -6,8 +6,8 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from itertools import combinations
-from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.groups import Group, Layer, Slice
 from lightning_prune.report.graph_picture import graph_html, graph_svg
-from lightning_prune.report.graph_picture.layout import TIMES, layout
+from lightning_prune.report.graph_picture.layout import layout
+from lightning_prune.report.table import TIMES
 from tests.zoo import ZOO, build, images
 
 MODELS = ("resnet18", "mobilenet_v2", "densenet121", "convnext_tiny", "regnet_y_400mf", "shufflenet_v2_x0_5")
@@ -52,6 +53,11 @@ def text(element: ET.Element) -> str:
     for title in copy.findall("title"):
         title.text = ""
     return "".join(copy.itertext()).strip()
+
+
+def height(row: ET.Element) -> float:
+    """Where it is moved to."""
+    return float(row.get("transform").rstrip(")").split()[-1])
 
 
 def lanes(root: ET.Element) -> list[ET.Element]:
@@ -174,10 +180,10 @@ def test_marks_are_those_of_the_layout(traced) -> None:
 
 def test_marks_lie_in_the_row_of_their_layer() -> None:
     root = drawn(trace(build("Residual"), images()))
-    row_of = {e.get("y"): text(e) for e in of_kind(root, "name")}
+    row_of = {height(row): text(name) for row in root for name in of_kind(row, "name") if row.tag == "g"}
     first = lanes(root)[0]
-    made = [row_of[f"{float(e.get('cy')) + 4:g}"] for e in of_kind(first, "made")]
-    read = [row_of[f"{float(e.get('cy')) + 4:g}"] for e in of_kind(first, "read")]
+    made = [row_of[float(e.get("cy"))] for e in of_kind(first, "made")]
+    read = [row_of[float(e.get("cy"))] for e in of_kind(first, "read")]
     assert (made, read) == (["stem.0", "a2.0"], ["a1.0", "b1.0", "down.0"])
 
 
@@ -246,7 +252,7 @@ def test_reasons_and_notes_are_told_in_full() -> None:
     (lane,) = lanes(root)
     assert reason in lane.find("title").text
     below = " ".join(text(e) for e in of_kind(root, "kind", "text"))
-    assert "many words: conv" in below
+    assert f"{reason}: conv" in below
     assert "note 0" in below
     assert "more" in below
     assert "note 19" not in below
@@ -289,11 +295,11 @@ def test_nothing_is_fetched_and_nothing_runs(draw) -> None:
 
 
 def test_every_colour_is_defined_for_both_schemes() -> None:
-    css = Path(sys.modules["lightning_prune.report.graph_picture"].__file__).with_name("picture.css").read_text("utf-8")
-    light, dark = css.split("prefers-color-scheme: dark")
-    for name in re.findall(r"(--[\w]+):", light):
-        assert f"{name}:" in dark or name in ("--c", "--font"), name
-    assert {f"--c{n}" for n in range(8)} <= set(re.findall(r"(--c\d)", dark))
+    css = resources.files("lightning_prune.report").joinpath("templates", "style.css").read_text("utf-8")
+    light, dark = (re.findall(r"(--\w+):", css.split("}")[number]) for number in (0, 1))
+    assert light == dark
+    assert set(re.findall(r"var\((--\w+)\)", css)) == {*light, "--c"}
+    assert {f"--c{n}" for n in range(8)} <= set(light)
 
 
 class Page(HTMLParser):
@@ -314,7 +320,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.words.append(data)
         if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip()
 
 
 def test_the_page_tabulates_every_group() -> None:

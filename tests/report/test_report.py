@@ -24,8 +24,9 @@ from lightning_prune.report import (
     markdown_table,
     print_report,
 )
-from lightning_prune.report.html import html_page, read_report, table_text, write_report
-from lightning_prune.report.table import MINUS, MISSING, TIMES
+from lightning_prune.report.html import html_page, table_text, write_report
+from lightning_prune.report.summary import MINUS
+from lightning_prune.report.table import MISSING, TIMES
 
 
 def epochs(seconds, accuracies):
@@ -43,7 +44,7 @@ def report():
             StageResult("dense", 0.98, "accuracy", 11_173_962, flops, 20.0, 1.0, 22.0, 1.0, 44_780_000),
             StageResult("masked", 0.42, "accuracy", 11_173_962, flops, 21.0, 1.2, None, None, 44_780_000),
             StageResult("reconstructed", 0.42, "accuracy", 2_793_490, small, 8.0, 0.4, None, None, 11_200_000),
-            StageResult("fine-tuned (order A)", 0.97, "accuracy", 2_793_490, small, 8.1, 0.4, None, 0.5, 11_200_000),
+            StageResult("fine-tuned (order A)", 0.97, "accuracy", 2_793_490, small, 8.1, 0.4, 24.0, 0.5, 11_200_000),
             StageResult("fine-tuned (order B)", 0.975, "accuracy", 2_793_490, small, 8.2, 0.3, 10.0, 0.5, 11_200_000),
         ),
         (
@@ -107,14 +108,10 @@ def test_accuracy_change_falls_back_to_order_a(report):
     assert only_a.accuracy_change == pytest.approx(-1.0)
 
 
-def test_epoch_of_an_order_is_the_median_of_its_epochs_unless_the_stage_says():
+def test_epoch_of_an_order_is_the_median_of_its_epochs():
     uneven = tuple(EpochRecord(i, s, 0.0, 0.0) for i, s in enumerate((90.0, 10.0, 12.0)))
-    report = PruneReport("t", timings=(OrderTiming("A", uneven), OrderTiming("B")))
-    assert report.order_epoch_seconds("A") == 12.0
-    assert report.order_epoch_seconds("B") is None
-    assert report.epoch_speedup is None
-    told = dataclasses.replace(report, stages=(StageResult("fine-tuned (order A)", epoch_seconds=7.0),))
-    assert told.order_epoch_seconds("A") == 7.0
+    assert OrderTiming("A", uneven).epoch_seconds == 12.0
+    assert OrderTiming("B").epoch_seconds is None
 
 
 @pytest.mark.parametrize("width", [100, 110, 160])
@@ -163,14 +160,15 @@ def test_what_is_worse_is_called_worse(report):
     slow = dataclasses.replace(
         report,
         losslessness=Losslessness(0.2, 0.1, "float32", False, 3, 360),
-        timings=(OrderTiming("A", epochs(5.0, (0.9,))), OrderTiming("B", epochs(10.0, (0.9,)))),
-        stages=tuple(dataclasses.replace(s, epoch_seconds=None) for s in report.stages),
+        stages=tuple(
+            dataclasses.replace(s, epoch_seconds=s.epoch_seconds and 100 / s.epoch_seconds) for s in report.stages
+        ),
     )
     text = " ".join(table_text(slow).split())
     assert "NOT lossless: max relative error 1.0e-01 in float32, 3 of 360 predictions changed" in text
-    assert f"2.0{TIMES} slower" in text
+    assert f"2.4{TIMES} slower" in text
     assert 'class="verdict failed"' in html_page(slow)
-    assert "2.0\u00d7</dd><dt>slower training epoch" in html_page(slow)
+    assert "2.4\u00d7</dd><dt>slower training epoch" in html_page(slow)
 
 
 def test_a_log_in_ascii_gets_ascii(report):
@@ -205,7 +203,7 @@ def test_page_asks_for_nothing_outside_itself(report):
     assert all(address.startswith("data:") for address in addresses)
     assert "default-src 'none'" in page
     assert "@import" not in page
-    assert "url(" not in page
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= {"#not-prunable"}
 
 
 def test_json_holds_the_report(report, tmp_path):
@@ -213,8 +211,8 @@ def test_json_holds_the_report(report, tmp_path):
     assert set(files) == {"json", "html", "channels", "accuracy_time", "table", "markdown"}
     assert all(path.stat().st_size > 0 for path in files.values())
     assert sorted(path.name for path in files["json"].parent.iterdir()) == sorted(p.name for p in files.values())
-    assert read_report(files["json"]) == report
     data = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert data == report.to_dict()
     assert data["stages"][2]["params"] == 2_793_490
     assert data["timings"][1]["epochs"][1]["accuracy"] is None
 
@@ -239,11 +237,10 @@ def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
 def test_non_finite_numbers_survive_strict_json():
     broken = Losslessness(float("inf"), float("nan"), "float32", passed=False)
     report = PruneReport("t", stages=(StageResult("dense", accuracy=float("nan")),), losslessness=broken)
-    text = json.dumps(report.to_dict(), allow_nan=False)
-    again = PruneReport.from_dict(json.loads(text))
-    assert again.losslessness.max_abs_error == float("inf")
-    assert np.isnan(again.losslessness.max_rel_error)
-    assert np.isnan(again.stages[0].accuracy)
+    again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert float(again["losslessness"]["max_abs_error"]) == float("inf")
+    assert np.isnan(float(again["losslessness"]["max_rel_error"]))
+    assert np.isnan(float(again["stages"][0]["accuracy"]))
     assert "nan" in table_text(report)
 
 
@@ -251,11 +248,11 @@ def test_values_of_numpy_and_paths_become_plain_data(tmp_path):
     report = PruneReport(
         "t",
         {"seed": np.int64(3), "where": tmp_path, "pair": (1, 2)},
-        [StageResult("dense", params=np.int64(5))],
+        (StageResult("dense", params=np.int64(5)),),
     )
     assert report.settings == {"seed": 3, "where": str(tmp_path), "pair": [1, 2]}
     assert report.to_dict()["stages"][0]["params"] == 5
-    assert PruneReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
 def test_nothing_measured_is_shown_as_nothing(tmp_path):
@@ -293,14 +290,6 @@ def test_unit_fits_the_size_of_the_model(params, unit, shown):
         ),
         (lambda: PruneReport("t", timings=(OrderTiming("A"),) * 2), "every order can be reported once"),
         (lambda: PruneReport("t", stages=(StageResult("a", flops={"macs": 1.0}),)), "'flops2'.*macs"),
-        (lambda: PruneReport.from_dict({"title": "t", "colour": 1}), "expected the keys title"),
-        (lambda: PruneReport.from_dict({}), "not a PruneReport"),
-        (lambda: PruneReport.from_dict([]), "not a PruneReport"),
-        (
-            lambda: PruneReport.from_dict({"title": "t", "stages": [{"accuracy": "much"}]}),
-            "not a PruneReport",
-        ),
-        (lambda: PruneReport.from_dict({"title": "t", "stages": [3]}), "not a StageResult"),
     ],
 )
 def test_what_is_no_report_is_refused(build, message):
@@ -308,19 +297,13 @@ def test_what_is_no_report_is_refused(build, message):
         build()
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text("{")
-    with pytest.raises(PruningError, match=r"report\.json is not the JSON of a report"):
-        read_report(path)
-
-
 def test_what_the_models_find_is_shown_in_rows_and_survives_json(report, tmp_path):
     with_images = dataclasses.replace(
         report, predictions=(Predictions("truth", ("QUJD", "REVG")), Predictions("dense"))
     )
     files = write_report(with_images, tmp_path)
-    assert read_report(files["json"]) == with_images
+    data = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert data["predictions"] == [{"name": "truth", "images": ["QUJD", "REVG"]}, {"name": "dense", "images": []}]
     page = files["html"].read_text(encoding="utf-8")
     assert '<figcaption>truth</figcaption><div><img src="data:image/jpeg;base64,QUJD"' in page
     assert "What is found" in page

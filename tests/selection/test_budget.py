@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import PlanError, ScoreError, TraceError
 from lightning_prune.selection import Budget
-from lightning_prune.selection.budget import _smallest
+from lightning_prune.selection.search import smallest
 from tests.criteria.helpers import assert_same, snapshot
 from tests.helpers import RandomScores
 from tests.zoo import ZOO, build, images, randomise_
@@ -233,20 +233,24 @@ def test_the_search_finds_the_smallest_count_from_any_guess(last: int) -> None:
         for first in range(last + 2):
             asked: list[int] = []
 
-            def fits(count: int, first: int = first, asked: list[int] = asked) -> bool:
+            def verdict(count: int, first: int = first, asked: list[int] = asked) -> str:
                 asked.append(count)
-                return count >= first
+                return "fits" if count >= first else "too much"
 
-            assert _smallest(fits, last, guess) == (first if first <= last else None)
+            assert smallest(verdict, last, guess) == (first if first <= last else None)
             assert len(asked) == len(set(asked))
 
 
 def test_the_search_takes_a_logarithm_of_steps() -> None:
     asked: list[int] = []
     for guess in (0, 5_000, 10_000):
-        assert _smallest(lambda n: asked.append(n) or n >= 4_321, 10_000, guess) == 4_321
+        assert smallest(lambda n: asked.append(n) or ("fits" if n >= 4_321 else "too much"), 10_000, guess) == 4_321
     assert len(asked) <= 3 * 30
-    assert _smallest(lambda n: n >= 40, 100, 90, lambda n: 40 <= n < 60) != 40  # near enough
+
+
+def test_the_search_ends_at_the_first_that_is_enough() -> None:
+    near = {count: "enough" if count < 60 else "fits" for count in range(40, 101)}
+    assert 40 < smallest(lambda n: near.get(n, "too much"), 100, 90) < 60
 
 
 # Refused
@@ -288,11 +292,6 @@ def test_it_needs_the_traced_model_and_sound_scores() -> None:
         Budget(flops=0.5).select(graph, scores, model=model, example_inputs=x[:, :2])
     with pytest.raises(ScoreError, match="no scores for group '2'"):
         Budget(flops=0.5).select(graph, {"0": scores["0"]}, model=model, example_inputs=x)
-
-
-def test_its_repr_can_be_evaluated() -> None:
-    asked = Budget(flops=0.5, latency_ms=3, min_channels=0.25, round_to=8, ignore="a.*")
-    assert repr(eval(repr(asked))) == repr(asked)
 
 
 # With the rest of the package

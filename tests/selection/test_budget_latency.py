@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.errors import NoEffectWarning, PlanError
-from lightning_prune.measure.measurement import Latency, measure_latency
+from lightning_prune.measure import Latency, measure_latency
 from lightning_prune.selection import Budget, budget
 from tests.selection.test_budget import chosen, shares, wide
 from tests.zoo import images

@@ -13,7 +13,8 @@ from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.plan import Plan
-from lightning_prune.selection import GlobalRatio, LayerRatio
+from lightning_prune.schedule import keep_removed
+from lightning_prune.selection import Budget, GlobalRatio, LayerRatio
 from tests.helpers import RandomScores
 from tests.zoo import build, images
 
@@ -217,6 +218,22 @@ def test_a_layer_at_its_minimum_does_not_end_the_selection(residual) -> None:
     assert {k: len(v.removed) for k, v in plan.groups.items()} == {"stem.0": 7, "a1.0": 1, "b1.0": 0, "b2.0": 0}
 
 
+def test_constraints_end_what_a_ratio_asks_for() -> None:
+    graph = chain(10, 10)
+    plan = GlobalRatio(0.99, min_channels=3, ignore="1").select(graph, rising(graph))
+    assert kept(plan) == {"0": (7, 8, 9)}
+
+
+def test_what_is_gone_counts_towards_a_higher_ratio() -> None:
+    graph = chain(10, 10)
+    first = GlobalRatio(0.2).select(graph, rising(graph))
+    assert kept(first) == {"0": tuple(range(2, 10)), "1": tuple(range(2, 10))}
+    turned = {name: values.flip(0) for name, values in rising(graph).items()}
+    turned = Scores(turned, {name: {name: values} for name, values in turned.items()})
+    second = GlobalRatio(0.4).select(graph, keep_removed(turned, first))
+    assert kept(second) == {"0": tuple(range(2, 8)), "1": tuple(range(2, 8))}
+
+
 # Coupling
 
 
@@ -261,6 +278,35 @@ def test_ties_go_in_order(residual, selection, coupling) -> None:
             assert own == tuple(range(group.size - len(own), group.size))  # the first channels went
 
 
+# As an object
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        LayerRatio(0.25, rounding="floor", overrides={"a": 0.5}, min_channels=0.5, round_to=8, ignore="a.*"),
+        GlobalRatio(0.25, over="inner", min_channels=2, ignore=["a", "b"]),
+        Budget(flops=0.5, latency_ms=3, convention="paper", repeats=3, min_channels=0.25, round_to=8),
+    ],
+    ids=lambda selection: type(selection).__name__,
+)
+def test_a_selection_says_how_to_make_it_again_with_its_own_settings_first(selection) -> None:
+    again = eval(repr(selection))
+    assert vars(again) == vars(selection)
+    assert repr(selection).endswith(f"round_to={selection.round_to}, ignore={selection.ignore})")
+    assert hash(again) != hash(selection)  # an object of its own
+
+
+def test_a_part_of_a_selection_keeps_its_constraints() -> None:
+    whole = LayerRatio(0.5, overrides={"a": 0.2}, rounding="floor", round_to=4, ignore="b")
+    assert repr(whole.part(0.5)) == repr(
+        LayerRatio(0.25, overrides={"a": 0.1}, rounding="floor", round_to=4, ignore="b")
+    )
+    assert repr(GlobalRatio(0.5, over="groups").part(0.1)) == repr(GlobalRatio(0.05, over="groups"))
+    assert repr(Budget(params=0.4, repeats=3).part(0.5)) == repr(Budget(params=0.7, repeats=3))
+    assert whole.ratio == 0.5
+
+
 # Refused
 
 
@@ -282,7 +328,7 @@ def test_constraints_that_make_no_sense_are_refused(value) -> None:
 
 
 def test_unknown_settings_are_refused(residual) -> None:
-    with pytest.raises(PlanError, match="rounding must be 'round' or 'floor', got 'ceil'"):
+    with pytest.raises(PlanError, match="rounding must be one of round, floor, got 'ceil'"):
         LayerRatio(0.5, rounding="ceil")
     with pytest.raises(PlanError, match="over must be one of all, inner, groups, got 'layers'"):
         GlobalRatio(0.5, over="layers")
@@ -325,7 +371,7 @@ def test_union_needs_sound_scores_per_layer(residual) -> None:
         LayerRatio(0.5).select(residual, dict(good), coupling="union")
     layers = {name: dict(of) for name, of in good.layers.items()}
     layers["b2.0"]["down.0"] = torch.full((12,), torch.nan)
-    with pytest.raises(ScoreError, match=r"group 'b2.0', layer 'down.0': 12 scores are NaN"):
+    with pytest.raises(ScoreError, match=r"layer 'down.0' of group 'b2.0': 12 scores are NaN"):
         LayerRatio(0.5).select(residual, Scores(good, layers), coupling="union")
     del layers["b2.0"]["down.0"]
     with pytest.raises(ScoreError, match=r"no scores for layer 'down.0' of group 'b2.0'"):

@@ -1,4 +1,4 @@
-"""ClassificationTask: loss, metrics against scikit-learn, optimizer and schedule, and what it refuses."""
+"""ClassificationTask: loss, metrics against scikit-learn, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Trainer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.tasks import ClassificationTask
+from tests.tasks.helpers import make_trainer
 
 CLASSES = 4
 
@@ -30,17 +30,6 @@ def make_task(**kwargs) -> ClassificationTask:
 
 def make_loader(labels: torch.Tensor, batch_size: int = 8) -> DataLoader:
     return DataLoader(TensorDataset(torch.rand(len(labels), 3, 8, 8), labels), batch_size)
-
-
-def make_trainer(tmp_path, **kwargs) -> Trainer:
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
-    return Trainer(**{**options, **quiet, **kwargs})
-
-
-def fit(trainer: Trainer, task: ClassificationTask, images: int) -> None:
-    loader = make_loader(torch.arange(images) % CLASSES)
-    trainer.fit(task, loader, loader)
 
 
 def test_training_step_returns_the_smoothed_cross_entropy():
@@ -101,59 +90,10 @@ def test_fit_logs_and_leaves_no_metric_state_behind(tmp_path):
     assert {"train_loss", "val_loss", "val_acc", "val_auc"} <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
     assert task.val_roc is not None
-    assert task._val_curve.preds == []
+    assert task.curve["val"].preds == []
     twin = copy.deepcopy(task)
     twin.load_state_dict(task.state_dict(), strict=True)
     torch.testing.assert_close(twin(task.example_input_array), task(task.example_input_array))
-
-
-def test_cosine_falls_over_the_epochs_of_the_trainer(tmp_path):
-    task = make_task()
-    trainer = make_trainer(tmp_path, max_epochs=3)
-    fit(trainer, task, images=8)
-
-    (optimizer,) = trainer.optimizers
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert {k: optimizer.defaults[k] for k in ("momentum", "weight_decay", "nesterov")} == {
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-        "nesterov": False,
-    }
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
-
-
-@pytest.mark.parametrize("epochs_run", [1, 2, 3])
-def test_a_scheduler_of_ones_own_steps_once_an_epoch(tmp_path, epochs_run):
-    task = make_task(
-        optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], gamma=0.1),
-    )
-    trainer = make_trainer(tmp_path, max_epochs=epochs_run)
-    fit(trainer, task, images=24)
-
-    (optimizer,) = trainer.optimizers
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001 if epochs_run >= 2 else 0.01)
-
-
-def test_constant_leaves_the_learning_rate(tmp_path):
-    task = make_task(lr_scheduler="constant")
-    trainer = make_trainer(tmp_path, max_epochs=2)
-    fit(trainer, task, images=8)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
-
-
-def test_a_plateau_scheduler_passes_its_monitor_on():
-    from pytorch_lightning.cli import ReduceLROnPlateau
-
-    task = make_task(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val_loss"))
-    assert task.configure_optimizers()["lr_scheduler"]["monitor"] == "val_loss"
-
-
-def test_cosine_without_an_end_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=1)
-    with pytest.raises(ValueError, match="max_epochs"):
-        fit(trainer, make_task(), images=8)
 
 
 def test_logits_of_another_width_are_refused():
@@ -168,21 +108,9 @@ def test_bad_label_smoothing_is_refused(kwargs):
         make_task(**kwargs)
 
 
-def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="num_classes"):
-        ClassificationTask(nn.Flatten(), 1)
-
-
 def test_predict_step_takes_images_with_and_without_labels():
     task = make_task().eval()
     images = torch.rand(3, 3, 8, 8)
     bare, labelled = task.predict_step(images, 0), task.predict_step((images, torch.zeros(3)), 0)
     torch.testing.assert_close(bare, labelled)
     torch.testing.assert_close(bare.sum(dim=1), torch.ones(3))
-
-
-def test_example_input_follows_input_size_and_touches_no_global_rng():
-    state = torch.get_rng_state()
-    task = ClassificationTask(nn.Flatten(), 3, input_size=(1, 5, 7))
-    assert task.example_input_array.shape == (2, 1, 5, 7)
-    assert torch.equal(torch.get_rng_state(), state)

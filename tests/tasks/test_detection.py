@@ -10,9 +10,8 @@ from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from lightning_prune.models import YoloV3Tiny
-from lightning_prune.tasks import DetectionTask, MultiScale, TorchvisionDetector, YoloDetector
+from lightning_prune.tasks import DetectionTask, TorchvisionDetector, YoloDetector
 from tests.tasks.helpers import (
-    ANCHORS,
     CLASSES,
     SIDE,
     listed,
@@ -138,7 +137,7 @@ def test_fit_logs_and_leaves_nothing_in_the_state(tmp_path):
     }
     assert expected <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
-    assert task.val_coco.detection_box == []
+    assert task.coco["val"].detection_box == []
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
@@ -169,72 +168,6 @@ def test_a_narrow_yolo_learns_eight_pictures(tmp_path, loss):
     trainer.fit(task, loader(samples, 8), loader(samples))
     (logged,) = make_trainer(tmp_path).test(task, loader(samples), verbose=False)
     assert logged["test_map_50"] > 0.8
-
-
-def test_boxes_come_back_in_the_pixels_of_the_image():
-    """One prediction written into the head map, of an image that is letterboxed and scaled."""
-    task = yolo_task().eval()
-    net = task.model
-    maps = [torch.full((1, 3 * (5 + CLASSES), SIDE // s, SIDE // s), -20.0) for s in net.strides]
-    maps[1][0, :7, 2, 1] = torch.tensor([0.0, 0, 0, 0, 20, -20, 20])  # centre (24, 40), the 8x8 anchor, class 1
-    net.forward = lambda images: maps
-    wide = torch.zeros(3, 64, 128)  # halved, 16 pixels of grey above
-    (found,) = task.predict_step([wide], 0)
-    torch.testing.assert_close(found["boxes"], torch.tensor([[40.0, 40.0, 56.0, 56.0]]))
-    assert found["labels"].tolist() == [1]
-    torch.testing.assert_close(found["scores"], torch.ones(1))
-
-
-def test_overlapping_boxes_of_one_class_are_suppressed_and_clipped():
-    task = yolo_task().eval()
-    maps = [torch.full((1, 21, SIDE // s, SIDE // s), -20.0) for s in task.model.strides]
-    maps[1][0, :7, 0, 0] = torch.tensor([0.0, 0, 1, 1, 3, -20, 20])  # at (8, 8), 22 wide: leaves the image
-    maps[1][0, 7:14, 0, 0] = torch.tensor([0.0, 0, 0.6, 0.6, 2, -20, 20])  # nearly the same
-    maps[1][0, 14:21, 0, 0] = torch.tensor([0.0, 0, 0.3, 0.3, 2, 20, -20])  # of the other class
-    task.model.forward = lambda images: maps
-    (found,) = task.predict_step(torch.zeros(1, 3, SIDE, SIDE), 0)
-    assert found["labels"].tolist() == [1, 0]
-    assert found["boxes"].min() == 0
-    half = 8 * math.e / 2
-    torch.testing.assert_close(found["boxes"][0], torch.tensor([0.0, 0.0, 8 + half, 8 + half]))
-
-
-@pytest.mark.parametrize("log_width", [20.0, 100.0])
-def test_an_exploded_box_does_not_disturb_the_suppression_of_others(log_width):
-    task = yolo_task().eval()
-    maps = [torch.full((1, 21, SIDE // s, SIDE // s), -20.0) for s in task.model.strides]
-    maps[1][0, :7, 1, 1] = torch.tensor([0.0, 0, 1, 1, 3, -20, 20])
-    maps[1][0, 7:14, 1, 1] = torch.tensor([0.0, 0, 0.6, 0.6, 2, -20, 20])  # nearly the same
-    maps[1][0, 14:21, 3, 3] = torch.tensor([0.0, 0, log_width, 0, 1, 20, -20])
-    task.model.forward = lambda images: maps
-    (found,) = task.predict_step(torch.zeros(1, 3, SIDE, SIDE), 0)
-    assert found["labels"].tolist() == [1, 0]
-    assert found["boxes"][1, [0, 2]].tolist() == [0, SIDE]
-
-
-def test_few_candidates_are_the_best():
-    net = YoloV3Tiny(CLASSES, width=0.25, anchors=ANCHORS)
-    images = torch.rand(1, 3, SIDE, SIDE)
-    every = YoloDetector(SIDE, nms_threshold=1.0).detect(net.eval(), images)[0]["scores"]
-    few = YoloDetector(SIDE, nms_threshold=1.0, max_candidates=7).detect(net, images)[0]["scores"]
-    torch.testing.assert_close(few, every[:7])
-    assert len(YoloDetector(SIDE, nms_threshold=1.0, max_detections=5).detect(net, images)[0]["scores"]) == 5
-
-
-def test_multi_scale_changes_the_input_in_training_only():
-    sizes = []
-    detector = YoloDetector(SIDE, multi_scale=MultiScale(32, 128, every=1))
-    task = yolo_task(detector=detector)
-    task.log = lambda *_, **__: None
-    task.model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[-1]))
-    for step in range(20):
-        detector.losses(task.model, *stacked(pictures(2)), step)
-    assert sizes == [detector.multi_scale.at(step) for step in range(20)]
-    assert len(set(sizes)) == 4
-    sizes.clear()
-    detector.losses(task.model.eval(), *stacked(pictures(2)), 3)
-    detector.detect(task.model, stacked(pictures(2))[0])
-    assert sizes == [SIDE, SIDE]
 
 
 def test_burn_in_raises_the_learning_rate_with_the_fourth_power(tmp_path):
@@ -282,7 +215,6 @@ def test_images_without_targets_are_refused():
         (lambda: DetectionTask(nn.Identity(), 2, detector=YoloDetector()), "takes YoloV3 or YoloV3Tiny, got Identity"),
         (lambda: TorchvisionDetector().losses(nn.Identity(), [], [], 0), "Identity is none of torchvision's detectors"),
         (lambda: DetectionTask(torchvision_detector("mask_rcnn"), 2), "MaskRCNN trains on more than boxes"),
-        (lambda: yolo_task(0), "num_classes"),
         (lambda: yolo_task(burn_in=-1), "burn_in"),
         (lambda: yolo_task(class_names=["one"]), "2 names, got 1"),
         (lambda: YoloDetector(100), "multiple of 32"),

@@ -1,4 +1,4 @@
-"""SegmentationTask: loss, metrics against a slow reference, schedules, what it refuses, and pruning inside fit."""
+"""SegmentationTask: loss, metrics against a slow reference, what it refuses, and pruning inside fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import segmentation
@@ -16,6 +15,7 @@ from lightning_prune import LayerRatio, PruneCallback, check_lossless, mask_, re
 from lightning_prune.data import ScenesSegmentation
 from lightning_prune.tasks import SegmentationTask
 from tests.helpers import random_plan
+from tests.tasks.helpers import make_trainer
 from tests.zoo import randomise_
 
 CLASSES = 4
@@ -45,12 +45,6 @@ def make_loader(count=7, ignored=0.1, classes=CLASSES) -> DataLoader:
     masks = torch.randint(classes, (count, 12, 12))
     masks[torch.rand(masks.shape) < ignored] = 255
     return DataLoader(TensorDataset(torch.rand(count, 3, 12, 12), masks), 3)
-
-
-def make_trainer(tmp_path, **options) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
-    base = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    return Trainer(**{**base, **quiet, **options})
 
 
 def slow_metrics(task, loader):
@@ -125,39 +119,7 @@ def test_fit_logs_and_leaves_no_metric_state_behind(tmp_path):
     trainer.fit(task, loader, loader)
     assert {"train_loss", "val_loss", "val_acc", "val_miou"} <= set(trainer.callback_metrics)
     assert all(name.startswith("model.") for name in task.state_dict())
-    assert task.val_miou.confmat.sum() == 0
-
-
-@pytest.mark.parametrize("steps", [1, 4, 6])
-def test_poly_falls_over_all_steps(tmp_path, steps):
-    """Three batches an epoch, two epochs: torchvision's reference (1 - step / steps) ** 0.9."""
-    task, loader = make_task(), make_loader()
-    trainer = make_trainer(tmp_path, max_epochs=2)
-    rates = []
-    task.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-    trainer.fit(task, loader, loader)
-    assert len(rates) == 6
-    assert rates[steps - 1] == pytest.approx(0.01 * (1 - (steps - 1) / 6) ** 0.9)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-
-
-def test_a_scheduler_of_ones_own_steps_once_an_epoch(tmp_path):
-    task = make_task(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.2))
-    trainer = make_trainer(tmp_path)
-    trainer.fit(task, make_loader(), make_loader())
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.002)
-
-
-@pytest.mark.parametrize(("schedule", "epochs"), [("poly", -1), ("cosine", -1)])
-def test_a_schedule_without_an_end_is_refused(tmp_path, schedule, epochs):
-    trainer = make_trainer(tmp_path, max_epochs=epochs, max_steps=1)
-    with pytest.raises(ValueError, match=f'lr_scheduler="{schedule}" needs .* max_epochs'):
-        trainer.fit(make_task(lr_scheduler=schedule), make_loader(), make_loader())
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="'linear'"):
-        make_task(lr_scheduler="linear").configure_optimizers()
+    assert task.metrics["val"]["miou"].confmat.sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -195,8 +157,6 @@ def test_a_dict_without_logits_is_refused():
 def test_bad_options_are_refused(options, name):
     with pytest.raises(ValueError, match=name):
         make_task(**options)
-    with pytest.raises(ValueError, match="num_classes"):
-        SegmentationTask(Net(), 1)
 
 
 def test_predict_step_takes_images_with_and_without_masks():

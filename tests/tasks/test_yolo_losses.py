@@ -1,4 +1,4 @@
-"""Both YOLO losses against slow references, on logits; letterboxing and decoding."""
+"""Both YOLO losses against slow references, on logits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_prune.models import YoloV3, YoloV3Tiny
-from lightning_prune.models.yolo_boxes import decode, flatten, letterbox
-from lightning_prune.tasks import MultiScale
+from lightning_prune.models import YoloV3Tiny
 from lightning_prune.tasks.yolo_losses import Truths, ciou_loss, darknet_loss
 from tests.reference import yolo_loss as reference
 
@@ -106,72 +104,3 @@ def test_an_overflowing_size_elsewhere_does_not_spoil_the_gradient(loss):
     maps = [m.requires_grad_() for m in maps]
     total = sum(loss(maps, truths_of(TRUTHS[:1]), net).values())
     assert all(g.isfinite().all() for g in torch.autograd.grad(total, maps))
-
-
-def test_decoding_one_prediction_by_hand():
-    net = YoloV3(2, width=0.0625)
-    maps = [torch.zeros(1, 21, 96 // s, 64 // s) for s in net.strides]
-    maps[1][0, 7:14, 2, 3] = torch.tensor([math.log(3), 0, math.log(2), 0, 0, math.log(3), -math.log(3)])
-    boxes, scores = decode(maps, net)
-    assert boxes.shape == (1, 3 * (6 + 24 + 96), 4)
-    place = 3 * 6 + 24 + 2 * 4 + 3  # head, anchor, row, column
-    width, height = 2 * 62, 45
-    x, y = (3 + 0.75) * 16, (2 + 0.5) * 16
-    expected = torch.tensor([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
-    torch.testing.assert_close(boxes[0, place], expected)
-    torch.testing.assert_close(scores[0, place], torch.tensor([0.5 * 0.75, 0.5 * 0.25]))
-
-
-def test_the_grid_numbers_places_as_the_maps_are_laid_out():
-    net = network()
-    maps = [m.detach() for m in random_maps()]
-    raw, grid = flatten(maps, net)
-    assert grid.first == (0, 12, 60)
-    torch.testing.assert_close(raw[1, 12 + 2 * 16 + 3 * 4 + 1], maps[1][1, 16:24, 3, 1])
-    assert grid.cell[12 + 2 * 16 + 3 * 4 + 1].tolist() == [1, 3]
-
-
-@pytest.mark.parametrize("size", [(50, 80), (80, 50), (64, 64), (33, 100), (200, 96)])
-def test_letterboxed_boxes_come_back(size):
-    image = torch.rand(3, *size)
-    batch, (placement,) = letterbox([image], 96)
-    boxes = torch.tensor([[1.0, 2.0, 30.0, 31.0], [0.0, 0.0, size[1], size[0]]])
-    inside = placement.to_network(boxes)
-    torch.testing.assert_close(placement.to_image(inside), boxes)
-    x1, y1, x2, y2 = (round(v) for v in inside[1].tolist())
-    assert max(x2 - x1, y2 - y1) == 96
-    outside = torch.ones(96, 96, dtype=torch.bool)
-    outside[y1:y2, x1:x2] = False
-    assert (batch[0][:, outside] == 0.5).all()
-    assert (batch[0][:, y1:y2, x1:x2] != 0.5).float().mean() > 0.9
-
-
-def test_a_letterboxed_object_lies_where_its_box_says():
-    image = torch.zeros(1, 40, 80)
-    image[:, 10:20, 30:60] = 1
-    batch, (placement,) = letterbox(image[None], 160)
-    rows, columns = (batch[0, 0] > 0.75).nonzero().unbind(1)
-    found = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
-    torch.testing.assert_close(found, placement.to_network(torch.tensor([30.0, 10, 60, 20])), atol=1.0, rtol=0)
-
-
-def test_images_of_the_right_size_are_not_touched():
-    images = torch.rand(2, 3, 64, 64)
-    batch, placements = letterbox(images, 64)
-    assert torch.equal(batch, images)
-    assert {p.offset for p in placements} == {(0, 0)}
-
-
-def test_multi_scale_draws_every_size_and_depends_on_step_and_seed_only():
-    sizes = MultiScale(320, 608, every=10)
-    drawn = [sizes.at(step) for step in range(2000)]
-    assert set(drawn) == set(range(320, 609, 32))
-    assert all(len(set(drawn[start : start + 10])) == 1 for start in range(0, 2000, 10))
-    assert drawn == [MultiScale(320, 608, every=10).at(step) for step in range(2000)]
-    assert drawn != [MultiScale(320, 608, every=10, seed=1).at(step) for step in range(2000)]
-
-
-@pytest.mark.parametrize("options", [{"smallest": 330}, {"smallest": 640}, {"every": 0}, {"largest": 600}])
-def test_multi_scale_refuses_what_it_cannot_do(options):
-    with pytest.raises(ValueError, match="multiples of 32"):
-        MultiScale(**options)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +12,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.criteria import functional
+from lightning_prune.criteria.observe.hooks import calls_of
 from lightning_prune.errors import ScoreError
-from lightning_prune.graph.groups import ChannelGraph
+from lightning_prune.graph import ChannelGraph
 
 _SHRINKAGE = 0.1
 _TINY = 1e-12
 
 
-class AuxiliaryHeads:
+class AuxiliaryClassifiers:
     """Linear classifiers of relu(z), averaged over positions, at some layers' outputs z (after batch norm).
 
     Their labels are those that the step gives to `torch.nn.functional.cross_entropy`, so that a training step needs no
@@ -29,9 +28,9 @@ class AuxiliaryHeads:
 
     Args:
         model: the model; hooks are on it only while a step runs.
-        graph: its channel graph: outputs of its prunable layers carry heads.
+        graph: its channel graph: outputs of its prunable layers may carry classifiers.
         count: how many, evenly spread in the order in which the layers run.
-        weight: of each head's loss.
+        weight: of each one's loss.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, count: int, weight: float) -> None:
@@ -40,17 +39,16 @@ class AuxiliaryHeads:
         self._count = count
         self._weight = weight
         self.moments: dict[str, Moments] = {}
-        self._classifiers: dict[str, Classifier] | None = None
+        self._classifiers: dict[str, Callable[[Tensor], Tensor]] | None = None
 
     def fit(self, step: Callable[[], Any]) -> None:
-        """Learn from one batch; ``step`` runs the model and its loss.
-
-        Raises:
-            ScoreError: the step computes no cross-entropy over (N, classes), or not of the samples that a layer sees.
-        """
+        """Learn from one batch; ``step`` runs the model and its loss."""
         seen: dict[str, Tensor] = {}
-        look = partial(_remember, seen)
-        with self._hooked(look, only=self.moments), _Labels() as labels, torch.no_grad():
+        with (
+            self._watched(self.moments, lambda path, z: seen.setdefault(path, z)),
+            _Labels() as labels,
+            torch.no_grad(),
+        ):
             step()
         shares = labels.shares()
         if not self.moments:
@@ -66,13 +64,9 @@ class AuxiliaryHeads:
         self._classifiers = None
 
     def joint(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """A step whose loss has the heads' cross-entropies added.
-
-        Raises:
-            ScoreError: nothing was fitted.
-        """
+        """A step whose loss has the cross-entropies of the classifiers added."""
         if not self.moments:
-            raise ScoreError("auxiliary heads have to be fitted first: call Scorer.fit(step) on every batch")
+            raise ScoreError("auxiliary classifiers have to be fitted first: call Scorer.fit(step) on every batch")
         if self._classifiers is None:
             for path, moments in self.moments.items():
                 if not torch.isfinite(moments.squares).all():
@@ -83,10 +77,10 @@ class AuxiliaryHeads:
         def run() -> Any:
             logits: dict[str, Tensor] = {}
 
-            def classify(path: str, z: Tensor) -> None:
-                logits.setdefault(path, classifiers[path](_pooled(z)))
+            def classify(path: str, features: Tensor) -> None:
+                logits.setdefault(path, classifiers[path](features))
 
-            with self._hooked(classify, only=classifiers), _Labels() as labels:
+            with self._watched(classifiers, classify), _Labels() as labels:
                 loss = step()
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 shares = labels.shares()
@@ -98,38 +92,17 @@ class AuxiliaryHeads:
         return run
 
     @contextmanager
-    def _hooked(self, look: Callable[[str, Tensor], None], *, only: Iterable[str]) -> Iterator[None]:
-        """Show outputs of these layers, or of all if none are named, before anything works on them in place."""
+    def _watched(self, only: Iterable[str], look: Callable[[str, Tensor], Any]) -> Iterator[None]:
+        """Show relu(z), averaged over positions, of these layers, or of all if none are named."""
 
-        def leave(path: str, module: nn.Module, _args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # activation checkpointing repeats the forward pass inside the backward pass
+        def see(path: str, module: nn.Module, _value: Any, output: Any) -> None:
             if isinstance(output, Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
                 with torch.autocast(output.device.type, enabled=False):
-                    look(path, output)
+                    z = functional.widened(output).relu()
+                    look(path, z.flatten(2).mean(2) if z.ndim > 2 else z)
 
-        handles = [
-            self._model.get_submodule(path).register_forward_hook(partial(leave, path))
-            for path in sorted(only or self._candidates)
-        ]
-        try:
+        with calls_of(self._model, sorted(only or self._candidates), see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Logits (f - centre) W^T + b of features f, (N, F) to (N, K)."""
-
-    centre: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Logits in the type of the features."""
-        return F.linear(features - self.centre.to(features), self.weight.to(features), self.bias.to(features))
 
 
 class Moments:
@@ -157,19 +130,18 @@ class Moments:
         self.sums = self.sums + shares.T @ features
         self.squares = self.squares + (features * shares.sum(1, keepdim=True)).T @ features
 
-    def classifier(self) -> Classifier:
-        r"""Fisher's linear discriminant of what was added.
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        r"""Fisher's linear discriminant of what was added: features f, (N, F), to logits w_k^T (f - c) + b_k, (N, K).
 
-        With :math:`d_k` from the mean of all features to that of class k, :math:`w_k = S^{-1} d_k` and
+        With c the mean of all features and :math:`d_k` from there to that of class k, :math:`w_k = S^{-1} d_k` and
         :math:`b_k = \log \pi_k - w_k^T d_k / 2`; S is the covariance within the classes, a tenth of it replaced by its
         mean variance on the diagonal.
 
         Example:
             >>> moments = Moments()
             >>> moments.add(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.eye(2).repeat_interleave(2, 0))
-            >>> found = moments.classifier()  # means 1 and 5, variance 1
-            >>> found.centre.tolist(), found.weight.tolist(), found(torch.tensor([[3.0], [4.0]])).diff().tolist()
-            ([3.0], [[-2.0], [2.0]], [[0.0], [4.0]])
+            >>> moments.classifier()(torch.tensor([[3.0], [4.0]])).diff().tolist()  # means 1 and 5, variance 1
+            [[0.0], [4.0]]
         """
         assert self.counts is not None
         total = self.counts.sum()
@@ -179,8 +151,9 @@ class Moments:
         within = (1 - _SHRINKAGE) * within + _SHRINKAGE * spread * torch.eye(len(within)).to(within)
         centre = self.sums.sum(0) / total
         weight = torch.linalg.solve(within, (means - centre).T).T
-        prior = (self.counts / total).clamp(min=_TINY).log()
-        return Classifier(self.origin + centre, weight, prior - (weight * (means - centre)).sum(1) / 2)
+        bias = (self.counts / total).clamp(min=_TINY).log() - (weight * (means - centre)).sum(1) / 2
+        origin = self.origin + centre
+        return lambda features: F.linear(features - origin.to(features), weight.to(features), bias.to(features))
 
 
 class _Labels(TorchFunctionMode):
@@ -200,26 +173,13 @@ class _Labels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def shares(self) -> Tensor:
-        """By how much each sample belongs to each class, (N, K) float64; ignored ones to none.
-
-        Raises:
-            ScoreError: there was no such loss.
-        """
+        """By how much each sample belongs to each class, (N, K) float64; ignored ones to none."""
         if self._target is None:
             raise ScoreError(
-                "auxiliary heads need labels, but no torch.nn.functional.cross_entropy of (N, classes) was computed; "
-                "use DCP(heads=0), or another criterion, such as Taylor"
+                "auxiliary classifiers need labels, but no torch.nn.functional.cross_entropy of (N, classes) was "
+                "computed; use DCP(heads=0), or another criterion, such as Taylor"
             )
         if self._target.is_floating_point():
             return self._target.double()
         known = (self._target >= 0) & (self._target < self._classes)
         return F.one_hot(self._target.clamp(0, self._classes - 1), self._classes).double() * known.unsqueeze(1)
-
-
-def _remember(seen: dict[str, Tensor], path: str, z: Tensor) -> None:
-    seen.setdefault(path, _pooled(z))
-
-
-def _pooled(z: Tensor) -> Tensor:
-    z = functional.widened(z).relu()
-    return z.flatten(2).mean(2) if z.ndim > 2 else z

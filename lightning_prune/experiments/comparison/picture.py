@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison.cells import Comparison, Row
 from lightning_prune.report.figures import DPI, Palette, Theme, add_title, styled
-from lightning_prune.report.table import capitalized
+from lightning_prune.report.summary import capitalized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +45,7 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
         criterion: (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
         for number, criterion in enumerate(dict.fromkeys(cell.criterion for cell in comparison.cells))
     }
-    ranked = sorted(curves, key=lambda criterion: -_mean_after(curves[criterion]))
+    ranked = sorted(curves, key=lambda name: -statistics.fmean(row.after.mean for row in curves[name]))
     with styled(theme) as palette:
         height = max(4.6, 1.5 + 0.23 * (len(curves) + 1))
         figure = Figure(figsize=(11.0, height), dpi=DPI)
@@ -58,16 +57,8 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
                 _curve(axes, curves[criterion], when, comparison, looks[criterion])
             _finish(axes, comparison, title, palette)
         _below(panels[1], comparison, {name: color for name, (color, _) in looks.items()})
-        handles = {line.get_label(): line for line in panels[1].get_lines()}
-        shown = [handles[name] for name in (*ranked, "dense")]
-        figure.legend(
-            shown,
-            [*ranked, "dense"],
-            loc="center left",
-            bbox_to_anchor=(right + 0.005, 0.5),
-            frameon=False,
-            handlelength=2.2,
-        )
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (right + 0.005, 0.5)}
+        figure.legend(*panels[1].get_legend_handles_labels(), frameon=False, handlelength=2.2, **place)
         seeds = max(row.seeds for row in comparison.rows)
         bars = f"mean of {seeds} seeds, bars: ± one standard deviation" if seeds > 1 else "one seed"
         add_title(figure, palette, f"{capitalized(comparison.metric)} against FLOPs (%)", bars)
@@ -78,21 +69,15 @@ def _curve(axes: Axes, rows: list[Row], when: str, comparison: Comparison, look:
     rows = sorted(rows, key=lambda row: row.macs.mean)
     spreads = [getattr(row, when) for row in rows]
     share = 100 / comparison.dense.macs
-    axes.errorbar(
-        [row.macs.mean * share for row in rows],
-        [100 * spread.mean for spread in spreads],
-        xerr=[(row.macs.deviation or 0) * share for row in rows],
-        yerr=[100 * (spread.deviation or 0) for spread in spreads],
-        color=look[0],
-        marker=look[1],
-        ms=7,
-        mec=axes.get_figure().get_facecolor(),  # type: ignore[union-attr]
-        mew=0.5,
-        lw=1.5,
-        elinewidth=1.0,
-        capsize=2,
-        zorder=3,
-    )[0].set_label(rows[0].criterion)
+    x, y = [row.macs.mean * share for row in rows], [100 * spread.mean for spread in spreads]
+    bars: dict[str, Any] = {
+        "xerr": [(row.macs.deviation or 0) * share for row in rows],
+        "yerr": [100 * (spread.deviation or 0) for spread in spreads],
+    }
+    edge = axes.get_figure().get_facecolor()  # type: ignore[union-attr]
+    marks: dict[str, Any] = {"color": look[0], "marker": look[1], "ms": 7, "mec": edge, "mew": 0.5}
+    drawn = axes.errorbar(x, y, **bars, **marks, lw=1.5, elinewidth=1.0, capsize=2, zorder=3)
+    drawn[0].set_label(rows[0].criterion)
 
 
 def _finish(axes: Axes, comparison: Comparison, title: str, palette: Palette) -> None:
@@ -132,7 +117,3 @@ def _below(axes: Axes, comparison: Comparison, colors: dict[str, str]) -> None:
             size=9,
             color=colors[row.criterion],
         )
-
-
-def _mean_after(rows: list[Row]) -> float:
-    return math.fsum(row.after.mean for row in rows) / len(rows)

@@ -19,7 +19,7 @@ from lightning_prune.experiments.comparison.digests import data_summary, digest,
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.measurement import count_flops, count_params
+from lightning_prune.measure import count_flops, count_params
 from lightning_prune.plan import Coupling
 from lightning_prune.reconstruction.checkpoint import load_dense
 from lightning_prune.reconstruction.small_model import reconstruct

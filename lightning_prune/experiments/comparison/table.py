@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from functools import partial
-from itertools import groupby
+from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison.cells import Cell, Comparison, Row, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
 from lightning_prune.files import atomic
 from lightning_prune.report.figures import save_figure
-from lightning_prune.report.table import MISSING, TIMES, is_ascii, printable
+from lightning_prune.report.table import MISSING, TIMES, Column, Table, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,40 +20,39 @@ if TYPE_CHECKING:
 
 def csv_text(comparison: Comparison) -> str:
     """One line per cell, after a line of column names; accuracies in [0, 1]."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [field.name for field in fields(Cell)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(cell) for cell in comparison.cells)
-    return stream.getvalue()
+    return Table.of([field.name for field in fields(Cell)], map(astuple, comparison.cells)).csv()
 
 
-def heads(comparison: Comparison) -> tuple[str, ...]:
-    """Column titles."""
-    metric = comparison.metric
-    return ("criterion", "ratio", f"{metric} before %", f"{metric} after %", "MACs M", "parameters k", "seeds")
-
-
-def lines(comparison: Comparison) -> list[tuple[str, ...]]:
-    """The dense model's line, then one per row."""
-    dense = comparison.dense
-    first = ("dense", MISSING, f"{100 * dense.accuracy:.2f}", MISSING, f"{dense.macs / 1e6:.2f}")
-    return [(*first, f"{dense.params / 1e3:.1f}", MISSING), *(_line(row, comparison) for row in comparison.rows)]
-
-
-def markdown_table(comparison: Comparison) -> str:
-    """The table in Markdown, with what was refused and how to read it.
+def comparison_table(comparison: Comparison) -> Table:
+    """The dense model's row, then one per criterion and ratio; the most accurate of every ratio stands first.
 
     Example:
         >>> from lightning_prune.experiments.comparison import Dense
         >>> cells = tuple(Cell("l1", 0.5, seed, 0.5, 0.9 + 0.02 * seed, 500, 90, 0.5) for seed in (0, 1))
-        >>> print(markdown_table(Comparison(Dense(0.95, 1000, 200), cells, (), {})).splitlines()[3])
+        >>> print(comparison_table(Comparison(Dense(0.95, 1000, 200), cells, (), {})).markdown().splitlines()[3])
         | l1 | 0.5 | 50.00 ± 0.00 | 91.00 ± 1.41 | 0.00 (2.0×) | 0.1 (2.2×) | 2 |
     """
-    columns = heads(comparison)
-    table = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    table += ["| " + " | ".join(line) + " |" for line in lines(comparison)]
+    dense, metric, rows = comparison.dense, comparison.metric, comparison.rows
+    columns = (
+        *(Column("criterion"), Column("ratio"), Column(f"{metric}\nbefore", "%"), Column(f"{metric}\nafter", "%")),
+        *(Column("MACs", "M"), Column("parameters", "k"), Column("seeds")),
+    )
+    costs = f"{dense.macs / 1e6:.2f}", f"{dense.params / 1e3:.1f}"
+    first = ("dense", MISSING, f"{100 * dense.accuracy:.2f}", MISSING, *costs, MISSING)
+    ratios = [None, *(row.ratio for row in rows), None]
+    return Table(
+        columns,
+        (first, *(_line(row, comparison) for row in rows)),
+        {n: "key" for n in range(len(rows) + 1) if not n or ratios[n] != ratios[n - 1]},
+        frozenset(n for n in range(len(rows)) if ratios[n] != ratios[n + 1]),
+    )
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The table in Markdown, with what was refused and how to read it."""
     refused = [f"- {text}" for text in refusals(comparison)]
-    return "\n".join([*table, "", *refused, *([""] if refused else []), f"<sub>{footnote(comparison)}</sub>", ""])
+    lines = [comparison_table(comparison).markdown(), "", *refused, *([""] if refused else [])]
+    return "\n".join([*lines, f"<sub>{footnote(comparison)}</sub>", ""])
 
 
 def refusals(comparison: Comparison) -> list[str]:
@@ -81,32 +76,14 @@ def footnote(comparison: Comparison) -> str:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table; the most accurate of every ratio stands first.
-
-    Args:
-        comparison: what was measured.
-        console: where to; the terminal by default.
-    """
-    from rich import box
+    """Print the table, what was refused and how to read it; to the terminal by default."""
     from rich.console import Console
-    from rich.table import Table
 
     console = console or Console()
-    shown = partial(printable, console)
-    table = Table(
-        box=box.ASCII2 if is_ascii(console) else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True
-    )
-    for number, title in enumerate(heads(comparison)):
-        kind: dict[str, Any] = {"justify": "right", "no_wrap": True} if number else {"overflow": "fold"}
-        table.add_column(shown(title.replace(" ", "\n")), **kind)
-    for _, block in groupby(lines(comparison), key=lambda line: line[1]):
-        for rank, line in enumerate(block):
-            table.add_row(*(shown(cell, "bold" if rank == 0 else "") for cell in line))
-        table.add_section()
-    console.print(table)
+    console.print(comparison_table(comparison))
     for text in refusals(comparison):
-        console.print(shown(text, "yellow"))
-    console.print(shown(footnote(comparison), "dim"))
+        print_line(console, text, "yellow")
+    print_line(console, footnote(comparison), "dim")
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Path]:
@@ -118,12 +95,11 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     writers: dict[str, Callable[[Comparison], str]] = {"csv": csv_text, "md": markdown_table}
     files = {kind: Path(folder) / f"comparison.{kind}" for kind in (*writers, *(["png"] if comparison.cells else []))}
     try:
-        for kind, path in files.items():
-            if kind == "png":
-                save_figure(comparison_figure(comparison), path)
-                continue
-            with atomic(path) as stream:
-                stream.write(writers[kind](comparison).encode())
+        for kind, write in writers.items():
+            with atomic(files[kind]) as stream:
+                stream.write(write(comparison).encode())
+        if "png" in files:
+            save_figure(comparison_figure(comparison), files["png"])
     except OSError as error:
         raise PruningError(f"cannot write to {folder}: {error.strerror or error}") from error
     return files

@@ -1,8 +1,8 @@
 """How channels pass through each operator: the only such table.
 
-A rule is ``rule(context) -> Info | list[Info]``, the labels of the outputs. An operator without a rule freezes
-every channel that reaches it; nothing is ever assumed to be element-wise. New operators are added by naming them
-in `RULES`.
+A rule is ``rule(call) -> TensorInfo``: what is known of the first output, or a list where others have labels too. An
+operator without a rule freezes every channel that reaches it; nothing is ever assumed to be element-wise. New
+operators are added by naming them in `RULES`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from lightning_prune.graph.labels import Info
-from lightning_prune.graph.operator_call import Context
-from lightning_prune.graph.rules import movement, pointwise, spatial, statistics, sums
+from lightning_prune.graph.labels import TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
+from lightning_prune.graph.rules import contractions, movement, pointwise, spatial, statistics
 
-Rule = Callable[["Context"], "Info | list[Info]"]
+Rule = Callable[[OperatorCall], "TensorInfo | list[TensorInfo]"]
 
 _GROUPS: dict[Rule, str] = {
     pointwise.elementwise: (
@@ -50,12 +50,12 @@ _GROUPS: dict[Rule, str] = {
     movement.concatenation: "cat",
     movement.stack: "stack",
     movement.padding: "constant_pad_nd",
-    sums.convolution: (
+    contractions.convolution: (
         "convolution _convolution cudnn_convolution mkldnn_convolution miopen_convolution miopen_depthwise_convolution "
         "convolution_overrideable"
     ),
-    sums.deformable_convolution: "torchvision.deform_conv2d",
-    sums.matrix_product: "mm addmm bmm baddbmm",
+    contractions.deformable_convolution: "torchvision.deform_conv2d",
+    contractions.matrix_product: "mm addmm bmm baddbmm",
     statistics.batch_norm: (
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
         "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm"

@@ -7,45 +7,30 @@ are recorded as constraints, see `lightning_prune.graph.constraints`.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import Cut, Grid, Merge
-from lightning_prune.graph.contraction import fold
-from lightning_prune.graph.elementwise import Operand, combine
-from lightning_prune.graph.labels import NO_LABEL, Info, collapse, region, signature, spread
-from lightning_prune.graph.operator_call import Context
+from lightning_prune.graph.constraints import Grid, Reshape, Split
+from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
 
 
-def movement(c: Context) -> Info:
+def movement(call: OperatorCall) -> TensorInfo:
     """Operators that only rearrange: executed on the labels."""
-    info = c.info(c.args[0])
-    # detach: an in-place transposition must not turn the layer that others share.
-    layers = tuple(collapse(c.func(layer.detach(), *c.args[1:], **c.kwargs)) for layer in info.layers)
-    return Info(tuple(layer for layer in layers if signature(layer)), data=info.data, uniform=info.uniform)
+    return call.info(call.args[0]).moved(call.rerun)
 
 
-def expansion(c: Context) -> Info:
+def expansion(call: OperatorCall) -> TensorInfo:
     """``expand``: sizes of labelled dimensions may be written in the code."""
-    info = movement(c)
-    for layer in info.layers:
-        _sizes(c, layer)
-    return info
+    return _sized(call, movement(call))
 
 
-def view(c: Context) -> Info:
+def view(call: OperatorCall) -> TensorInfo:
     """Reshaping. Channels that are laid out over several dimensions may lose whole slices along one of them."""
-    info = c.info(c.args[0])
-    layers = []
-    for layer in info.layers:
-        viewed = collapse(layer.reshape(c.output.shape))
-        dims = signature(viewed)
-        if not dims:
-            continue
-        layers.append(viewed)
-        _sizes(c, viewed)
-    return Info(tuple(layers), data=info.data, uniform=info.uniform)
+    return _sized(call, call.info(call.args[0]).moved(lambda tensor: tensor.reshape(call.output.shape)))
 
 
 _SIZES_FROM_INPUT = tuple(
@@ -54,255 +39,219 @@ _SIZES_FROM_INPUT = tuple(
 )
 
 
-def _sizes(c: Context, layer: Tensor) -> None:
+def _sized(call: OperatorCall, info: TensorInfo) -> TensorInfo:
     """Remember sizes that the code may have passed; most of torch's own layers take theirs from the input."""
-    if c.place.kind.startswith(_SIZES_FROM_INPUT):
-        return
-    dims = signature(layer)
-    values = region(layer, dims).reshape([layer.shape[d] for d in dims])
-    key = (*c.place.stack[:1], values.shape, values.numpy().tobytes())
-    if key not in c.space.seen:  # one line of code, or several that pass the same sizes
-        c.space.seen.add(key)
-        whole = len(dims) > 1
-        c.space.constraints.append(Grid(values, tuple(range(len(dims))), c.place) if whole else Merge(values, c.place))
+    if call.recorder.kind.startswith(_SIZES_FROM_INPUT):
+        return info
+    for labels in info.labels:
+        ids = _grid(labels, labels.dims)
+        key = (*call.site.stack[:1], ids.shape, ids.numpy().tobytes())
+        if key not in call.space.seen:  # one line of code, or several that pass the same sizes
+            call.space.seen.add(key)
+            grid = Grid(ids, tuple(range(ids.dim())), call.site)
+            call.space.constraints.append(grid if ids.dim() > 1 else Reshape(ids, call.site))
+    return info
 
 
-def selection(c: Context) -> Info | list[Info]:
+def _grid(labels: Labels, dims: tuple[int, ...]) -> Tensor:
+    """Ids along the dimensions that vary, in the order ``dims``."""
+    rest = (d for d in range(labels.ids.dim()) if d not in dims)
+    return labels.region().ids.permute(*dims, *rest).reshape([labels.ids.shape[d] for d in dims])
+
+
+def selection(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
     """slice, select, split: free across the channels; along them the bounds are sizes of the code."""
-    tensor = c.args[0]
-    info = c.info(tensor)
-    dim = c.argument("dim", 0) % max(tensor.dim(), 1)
-    several = isinstance(c.output, (list, tuple))
-    count = len(c.output) if several else 1
-    kept: list[list[Tensor]] = [[] for _ in range(count)]
-    pieces = _pieces(c, dim)
-    for layer in info.layers:
-        moved = c.func(layer, *c.args[1:], **c.kwargs)
-        moved = list(moved) if isinstance(moved, (list, tuple)) else [moved]
-        if dim in signature(layer) and pieces != [(0, tensor.shape[dim])]:
-            _cut(c, layer, dim, pieces)
-        for part, into in zip(moved, kept, strict=True):
-            part = collapse(part)
-            if signature(part):
-                into.append(part)
-    infos = [Info(tuple(layers), data=info.data, uniform=info.uniform) for layers in kept]
-    return infos if several else infos[0]
+    tensor = call.args[0]
+    info = call.info(tensor)
+    dim = call.argument("dim", 0) % max(tensor.dim(), 1)
+    intervals = _intervals(call, dim)
+    for labels in info.labels:
+        if dim in labels.dims and intervals != [(0, tensor.shape[dim])]:
+            _split(call, labels, dim, intervals)
+    if not isinstance(call.output, (list, tuple)):
+        return info.moved(call.rerun)
+    pieces = [labels.pieces(call.rerun) for labels in info.labels]
+    return [info.with_labels(labels[k] for labels in pieces) for k in range(len(call.output))]
 
 
-def _pieces(c: Context, dim: int) -> list[tuple[int, int]] | None:
+def _intervals(call: OperatorCall, dim: int) -> list[tuple[int, int]] | None:
     """(start, end) of each piece along the dimension; None: single elements or a step."""
-    name = c.name
-    size = c.args[0].shape[dim]
-    if name in ("split", "split_with_sizes", "split_copy", "unsafe_split", "chunk"):
-        bounds = [0]
-        for piece in c.output:
-            bounds.append(bounds[-1] + piece.shape[dim])
-        return list(itertools.pairwise(bounds))
-    if name in ("slice", "narrow"):
-        if c.argument("step", 1) != 1:
-            return None
-        start = c.argument("start") or 0
+    size = call.args[0].shape[dim]
+    if call.name in ("split", "split_with_sizes", "split_copy", "unsafe_split", "chunk"):
+        return list(itertools.pairwise(itertools.accumulate((piece.shape[dim] for piece in call.output), initial=0)))
+    if call.name in ("slice", "narrow") and call.argument("step", 1) == 1:
+        start = call.argument("start") or 0
         start = min(max(start + size if start < 0 else start, 0), size)
-        return [(start, start + c.output.shape[dim])]
+        return [(start, start + call.output.shape[dim])]
     return None
 
 
-def _cut(c: Context, layer: Tensor, dim: int, pieces: list[tuple[int, int]] | None) -> None:
-    dims = signature(layer)
-    values = region(layer, dims)
-    others = tuple(d for d in dims if d != dim)
-    if not others:
-        if pieces is None:
-            c.space.freeze(layer, f"is taken by its number in {c.where}")
-            return
-        key = values.flatten()
-        for known in reversed(c.space.constraints):
-            if isinstance(known, Cut) and known.place.stack == c.place.stack and torch.equal(known.values, key):
-                known.intervals += pieces
+def _split(call: OperatorCall, labels: Labels, dim: int, intervals: list[tuple[int, int]] | None) -> None:
+    """Remember that the code cuts along channels."""
+    others = tuple(d for d in labels.dims if d != dim)
+    if others:
+        # Whole slices along the other dimensions may go; this one keeps its size, or every piece shrinks alike.
+        ids, axes = _grid(labels, (*others, dim)), tuple(range(len(others)))
+        lengths = {end - start for start, end in intervals or []}
+        if intervals and len(intervals) > 1 and len(lengths) == 1 and max(lengths) > 1:
+            ids, axes = ids.unflatten(-1, (len(intervals), -1)), (*axes, len(others) + 1)
+        call.space.constraints.append(Grid(ids, axes, call.site))
+    elif intervals is None:
+        call.freeze(labels, f"is taken by its number in {call.where}")
+    else:
+        ids = labels.flat().ids
+        for known in reversed(call.space.constraints):
+            if isinstance(known, Split) and known.site.stack == call.site.stack and torch.equal(known.ids, ids):
+                known.intervals += intervals
                 return
-        c.space.constraints.append(Cut(key, c.place, list(pieces), listed=len(pieces) > 1))
-        return
-    # Whole slices along the other dimensions may go; this one keeps its size, or every piece shrinks alike.
-    grid = values.permute(*others, dim, *(d for d in range(layer.dim()) if d not in dims))
-    grid = grid.reshape([layer.shape[d] for d in (*others, dim)])
-    axes = tuple(range(len(others)))
-    lengths = {end - start for start, end in pieces or []}
-    if pieces and len(pieces) > 1 and len(lengths) == 1 and max(lengths) > 1:
-        grid, axes = grid.unflatten(-1, (len(pieces), -1)), (*axes, len(others) + 1)
-    c.space.constraints.append(Grid(grid, axes, c.place))
+        call.space.constraints.append(Split(ids, call.site, intervals, listed=len(intervals) > 1))
 
 
-def index(c: Context) -> Info:
+def index(call: OperatorCall) -> TensorInfo:
     """``x[indices]``: executed on the labels; channels that are picked by number stay."""
-    tensor, indices = c.args[0], c.argument("indices")
-    info = c.info(tensor)
-    used = set()
+    indices = call.argument("indices")
+    picked: set[int] = set()
     position = 0
     for item in indices:
         width = item.dim() if item is not None and item.dtype in (torch.bool, torch.uint8) else 1
-        if item is not None:
-            used |= set(range(position, position + width))
+        picked |= set(range(position, position + width)) if item is not None else set()
         position += width
-    layers = []
-    for layer in info.layers:
-        if used & set(signature(layer)):
-            c.space.freeze(layer, f"is taken by its number in {c.where}")
-        else:
-            layers.append(collapse(c.func(layer, indices)))
-    return Info(tuple(layer for layer in layers if signature(layer)), data=info.data, uniform=info.uniform)
+    return _picked(call, picked)
 
 
-def pick(c: Context) -> Info:
+def pick(call: OperatorCall) -> TensorInfo:
     """``index_select``, ``roll``, ``embedding``, ``unfold``: executed, unless channels themselves are picked."""
-    tensor = c.args[0]
-    info = c.info(tensor)
-    used = _picked_dims(c, tensor)
-    layers = []
-    for layer in info.layers:
-        if used & set(signature(layer)):
-            c.space.freeze(layer, f"is taken by its number in {c.where}")
-        else:
-            layers.append(collapse(c.func(layer, *c.args[1:], **c.kwargs)))
-    return Info(tuple(layer for layer in layers if signature(layer)), data=info.data, uniform=info.uniform)
+    rank = call.args[0].dim()
+    if call.name == "embedding":
+        return _picked(call, {0})
+    if call.name == "roll":
+        return _picked(call, {d % rank for d in call.argument("dims") or range(rank)})
+    return _picked(call, {call.argument("dimension" if call.name == "unfold" else "dim") % rank})
 
 
-def _picked_dims(c: Context, tensor: Tensor) -> set[int]:
-    if c.name == "embedding":
-        return {0}
-    if c.name == "roll":
-        dims = c.argument("dims") or range(tensor.dim())
-        return {d % tensor.dim() for d in dims}
-    return {c.argument("dimension" if c.name == "unfold" else "dim") % tensor.dim()}
+def _picked(call: OperatorCall, dims: set[int]) -> TensorInfo:
+    info = call.info(call.args[0])
+    for labels in info.labels:
+        if dims & set(labels.dims):
+            call.freeze(labels, f"is taken by its number in {call.where}")
+    free = (labels for labels in info.labels if not dims & set(labels.dims))
+    return info.with_labels(labels.moved(call.rerun) for labels in free)
 
 
-def shuffle(c: Context) -> Info:
+def shuffle(call: OperatorCall) -> TensorInfo:
     """``channel_shuffle``: every group loses the same number of channels."""
-    tensor, groups = c.args[0], c.argument("groups")
-    info = c.info(tensor)
-    for layer in info.layers:
-        if signature(layer) == (1,):
-            c.space.constraints.append(
-                Grid(region(layer, (1,)).reshape(groups, -1), (1,), c.place, exact=True),
-            )
-        elif 1 in signature(layer):
-            return c.freeze_inputs(f"varies over more than the channels shuffled by {c.where}")
-    return movement(c)
+    for labels in call.info(call.args[0]).labels:
+        if labels.dims == (1,):
+            ids = labels.flat().ids.reshape(call.argument("groups"), -1)
+            call.space.constraints.append(Grid(ids, (1,), call.site, exact=True))
+        elif 1 in labels.dims:
+            return call.freeze_inputs(f"varies over more than the channels shuffled by {call.where}")
+    return movement(call)
 
 
-def unfold_depth(c: Context) -> Info:
+def unfold_depth(call: OperatorCall) -> TensorInfo:
     """``pixel_shuffle``: the channels that become one channel's positions go together."""
-    tensor, area = c.args[0], c.argument("upscale_factor") ** 2
-    for layer in c.info(tensor).layers:
-        if signature(layer) != (1,):
-            return c.freeze_inputs(f"varies over more than the channels in {c.where}")
-        c.space.constraints.append(Grid(region(layer, (1,)).reshape(-1, area), (0,), c.place, exact=True))
-    return movement(c)
+    for labels in call.info(call.args[0]).labels:
+        if labels.dims != (1,):
+            return call.freeze_inputs(f"varies over more than the channels in {call.where}")
+        ids = labels.flat().ids.reshape(-1, call.argument("upscale_factor") ** 2)
+        call.space.constraints.append(Grid(ids, (0,), call.site, exact=True))
+    return movement(call)
 
 
-def patches(c: Context) -> Info:
+def patches(call: OperatorCall) -> TensorInfo:
     """``im2col``: every channel becomes its kernel positions, which follow each other."""
-    info = c.info(c.args[0])
-    area = c.output.shape[1] // c.args[0].shape[1]
-    layers = []
-    for layer in info.layers:
-        if 1 in signature(layer) and (folded := fold(c.space, layer, (1,), c.where)) is not None:
-            layers.append(spread(region(folded, (1,)).flatten().repeat_interleave(area), c.output.shape, 1))
+    info = call.info(call.args[0])
+    area = call.output.shape[1] // call.args[0].shape[1]
+    found = []
+    for labels in info.labels:
+        if (folded := call.fold(labels, (1,))) is not None:
+            positions = folded.flat().map(lambda tensor: tensor.repeat_interleave(area))
+            found.append(Labels.along(positions, call.output.shape, 1))
         else:
-            c.space.freeze(layer, f"varies over the positions that {c.where} collects")
-    return Info(tuple(layers), data=info.data)
+            call.freeze(labels, f"varies over the positions that {call.where} collects")
+    return TensorInfo(tuple(found), info.data)
 
 
-def unpatches(c: Context) -> Info:
+def unpatches(call: OperatorCall) -> TensorInfo:
     """``col2im``: the reverse; a channel's kernel positions go together."""
-    info = c.info(c.args[0])
-    channels = c.output.shape[1]
-    layers = []
-    for layer in info.layers:
-        if 1 in signature(layer) and (flat := fold(c.space, layer, (1,), c.where)) is not None:
-            grid = region(flat, (1,)).reshape(1, channels, -1)
-            folded = fold(c.space, grid, (1,), c.where)
-            if folded is not None:
-                layers.append(spread(region(folded, (1,)).flatten(), c.output.shape, 1))
+    info = call.info(call.args[0])
+    found = []
+    for labels in info.labels:
+        if (flat := call.fold(labels, (1,))) is not None:
+            grid = flat.flat().map(lambda tensor: tensor.reshape(call.output.shape[1], -1))
+            if (folded := call.fold(grid, (0,))) is not None:
+                found.append(Labels.along(folded.flat(), call.output.shape, 1))
         else:
-            c.space.freeze(layer, f"varies over the positions that {c.where} puts together")
-    return Info(tuple(layers), data=info.data)
+            call.freeze(labels, f"varies over the positions that {call.where} puts together")
+    return TensorInfo(tuple(found), info.data)
 
 
-def concatenation(c: Context) -> Info:
+def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
-    parts = [part for part in c.argument("tensors") if part.dim() == c.output.dim()]
-    return _join(c, parts, [c.info(part) for part in parts], c.argument("dim", 0) % c.output.dim())
+    parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
+    dim = call.argument("dim", 0) % call.output.dim()
+    return _join(call, [Operand(part.shape, call.info(part)) for part in parts], dim)
 
 
-def stack(c: Context) -> Info:
+def stack(call: OperatorCall) -> TensorInfo:
     """``stack``: the parts lie side by side in a new dimension, their channels are tied."""
-    parts = list(c.argument("tensors"))
-    dim = c.argument("dim", 0) % c.output.dim()
-    infos = []
-    for part in parts:
-        info = c.info(part)
-        infos.append(Info(tuple(layer.unsqueeze(dim) for layer in info.layers), info.data, info.uniform))
-    return _join(c, [part.unsqueeze(dim) for part in parts], infos, dim)
+    dim = call.argument("dim", 0) % call.output.dim()
+    parts = []
+    for part in call.argument("tensors"):
+        info = call.info(part)
+        labels = tuple(one.map(lambda tensor: tensor.unsqueeze(dim)) for one in info.labels)
+        parts.append(Operand(part.unsqueeze(dim).shape, replace(info, labels=labels)))
+    return _join(call, parts, dim)
 
 
-def _join(c: Context, parts: list[Tensor], infos: list[Info], dim: int) -> Info:
-    layers = list(_join_varied(infos, dim))
-    along: list[Tensor] = []
+def _join(call: OperatorCall, parts: list[Operand], dim: int) -> TensorInfo:
+    """Parts that follow each other along ``dim``."""
+    data = any(part.info.data for part in parts)
+    single = [part.info.labels[0] for part in parts if len(part.info.labels) == 1]
+    if len(single) == len(parts) and any(dim in one.dims and len(one.dims) > 1 for one in single):
+        return TensorInfo(data=data).with_labels([Labels.joined(single, dim)])
+
+    # Labels along ``dim`` follow each other; those across it are what all parts have in common.
+    follow: list[Labels] = []
     across: list[Operand] = []
-    for part, info in zip(parts, infos, strict=True):
-        values: Tensor | None = None
-        others = []
-        for layer in info.layers:
-            dims = signature(layer)
-            if dims == (dim,) and values is None:
-                values = region(layer, dims).flatten()
-            elif dim not in dims:
-                others.append(layer.narrow(dim, 0, 1))
-            elif not layers:
-                c.space.freeze(layer, f"is joined along several dimensions by {c.where}")
-        along.append(torch.full((part.shape[dim],), NO_LABEL) if values is None else values)
-        shape = torch.Size([1 if d == dim else size for d, size in enumerate(part.shape)])
-        across.append(Operand(shape, Info(tuple(others), data=info.data, uniform=info.uniform)))
-    joined = torch.cat(along)
-    shape = torch.Size([1 if d == dim else size for d, size in enumerate(c.output.shape)])
-    if not layers:
-        combined = combine(c.space, across, shape, all, c.where)
-        layers = [layer.expand(c.output.shape) for layer in combined.layers]
-    if (joined != NO_LABEL).any():
-        layers.append(spread(joined, c.output.shape, dim))
-    return Info(tuple(layers), data=any(info.data for info in infos))
+    for part in parts:
+        own = [labels for labels in part.info.labels if dim in labels.dims]
+        lead = next((labels for labels in own if labels.dims == (dim,)), None)
+        for labels in own:
+            if labels is not lead:
+                call.freeze(labels, f"is joined along several dimensions by {call.where}")
+        follow.append(Labels(torch.full((part.shape[dim],), NO_LABEL)) if lead is None else lead.flat())
+        others = (labels for labels in part.info.labels if dim not in labels.dims)
+        kept = part.info.with_labels(labels.map(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in others)
+        across.append(Operand(_one_slice(part.shape, dim), kept))
+    common = call.combine(across, all, _one_slice(call.output.shape, dim))
+    joined = Labels.joined(follow)
+    found = [
+        *(labels.expand(call.output.shape) for labels in common.labels),
+        Labels.along(joined, call.output.shape, dim),
+    ]
+    return TensorInfo(data=data).with_labels(found)
 
 
-def _join_varied(infos: list[Info], dim: int) -> list[Tensor]:
-    """Parts of one layer each, some of which vary along ``dim`` and another dimension: joined as they are."""
-    if not all(len(info.layers) == 1 for info in infos):
-        return []
-    layers = [info.layers[0] for info in infos]
-    dims = {signature(layer) for layer in layers}
-    if not any(dim in d and len(d) > 1 for d in dims):
-        return []
-    joined = collapse(torch.cat(layers, dim))
-    return [joined] if signature(joined) else []
+def _one_slice(shape: torch.Size, dim: int) -> torch.Size:
+    return torch.Size([1 if d == dim else size for d, size in enumerate(shape)])
 
 
-def padding(c: Context) -> Info:
+def padding(call: OperatorCall) -> TensorInfo:
     """``constant_pad_nd``: the padding itself has no labels."""
-    info, pad = c.info(c.args[0]), list(c.argument("pad"))
-    rank = c.args[0].dim()
+    info, pad = call.info(call.args[0]), list(call.argument("pad"))
+    rank = call.args[0].dim()
     amounts = {rank - 1 - k // 2: (pad[k], pad[k + 1]) for k in range(0, len(pad), 2)}
-    value = c.argument("value", 0)
-    layers = []
-    for layer in info.layers:
-        dims = signature(layer)
-        values = region(layer, dims)
-        if value != 0:
-            values = torch.where(values >= 0, values | 1, values)
-        own = {d: amounts[d] for d in dims if any(amounts.get(d, ()))}
-        if any(amount < 0 for pair in own.values() for amount in pair):
-            c.space.freeze(layer, f"is cut at fixed places by {c.where}")
+    found = []
+    for labels in info.labels:
+        own = {d: amounts[d] for d in labels.dims if any(amounts.get(d, ()))}
+        if min((amount for pair in own.values() for amount in pair), default=0) < 0:
+            call.freeze(labels, f"is cut at fixed places by {call.where}")
             continue
-        if own:
-            flat = [a for d in reversed(range(rank)) for a in own.get(d, (0, 0))]
-            values = torch.constant_pad_nd(values, flat, NO_LABEL)
-        layers.append(values.expand(c.output.shape))
-    return Info(tuple(layers), data=info.data, uniform=info.uniform)
+        around = [amount for d in reversed(range(rank)) for amount in own.get(d, (0, 0))]
+        core = labels.region()
+        live = torch.constant_pad_nd(core.live, around) if core.live.dim() else core.live
+        padded = Labels(torch.constant_pad_nd(core.ids, around, NO_LABEL), live).expand(call.output.shape)
+        found.append(padded if call.argument("value", 0) == 0 else padded.constant())
+    return info.with_labels(found)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.elementwise import Operand, combine
-from lightning_prune.graph.labels import Info, collapse, region, signature
-from lightning_prune.graph.operator_call import Context, tensors_out
+from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.labels import TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
 
 
-def elementwise(c: Context) -> Info | list[Info]:
+def elementwise(call: OperatorCall) -> TensorInfo:
     """Any function of the elements at one place; whether it keeps zeros is asked of the operator itself."""
-    tensors = [value for value in (*c.args, *c.kwargs.values()) if isinstance(value, Tensor)]
-    operands = [Operand(_real_extents(tensor), c.info(tensor)) for tensor in tensors]
-    if not any(operand.info.layers for operand in operands):
-        return Info(data=any(o.info.data for o in operands), uniform=all(o.info.uniform for o in operands))
-    shape = tensors_out(c.output)[0].shape
-    return combine(c.space, operands, shape, lambda zeros: _keeps_zero(c, tensors, zeros), c.where)
+    operands = [Operand(_real_extents(tensor), call.info(tensor)) for tensor in call.tensors]
+    if not any(operand.info.labels for operand in operands):
+        return TensorInfo((), any(o.info.data for o in operands), all(o.info.uniform for o in operands))
+    return call.combine(operands, lambda zeros: _keeps_zero(call, zeros))
 
 
 def _real_extents(tensor: Tensor) -> torch.Size:
@@ -28,21 +27,19 @@ def _real_extents(tensor: Tensor) -> torch.Size:
     return torch.Size(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def gate(c: Context) -> Info:
+def gate(call: OperatorCall) -> TensorInfo:
     """``glu``: the first half of the channels times the sigmoid of the second."""
-    tensor, dim = c.args[0], c.argument("dim", -1) % c.args[0].dim()
-    info, half = c.info(tensor), c.output.shape[dim]
-    operands = []
-    for start in (0, half):
-        layers = tuple(collapse(layer.narrow(dim, start, half)) for layer in info.layers)
-        operands.append(Operand(c.output.shape, Info(tuple(layer for layer in layers if signature(layer)), info.data)))
-    return combine(c.space, operands, c.output.shape, lambda zeros: zeros[0], c.where)
+    dim, shape = call.argument("dim", -1) % call.args[0].dim(), call.output.shape
+    info = call.info(call.args[0])
+    halves = [info.moved(partial(torch.narrow, dim=dim, start=s, length=shape[dim])) for s in (0, shape[dim])]
+    operands = [Operand(shape, TensorInfo(half.labels, info.data)) for half in halves]
+    return call.combine(operands, lambda zeros: zeros[0])
 
 
-def _keeps_zero(c: Context, tensors: list[Tensor], zeros: tuple[bool, ...]) -> bool | None:
-    scalars = tuple(_hashable(value) for value in (*c.args, *c.kwargs.items()))
-    dtypes = tuple(tensor.dtype for tensor in tensors)
-    return _probe(c.func, scalars, tuple(c.kwargs), dtypes, zeros)
+def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | None:
+    scalars = tuple(_hashable(value) for value in (*call.args, *call.kwargs.items()))
+    dtypes = tuple(tensor.dtype for tensor in call.tensors)
+    return _probe(call.func, scalars, tuple(call.kwargs), dtypes, zeros)
 
 
 def _hashable(value: Any) -> Any:
@@ -97,65 +94,64 @@ def _numbers(dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return values if dtype.is_floating_point else (values * 3).ceil().to(dtype)
 
 
-def factory(_: Context) -> Info:
+def factory(_: OperatorCall) -> TensorInfo:
     """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet."""
-    return Info(uniform=True)
+    return TensorInfo(uniform=True)
 
 
-def clear(c: Context) -> Info:
+def clear(call: OperatorCall) -> TensorInfo:
     """``zero_``: what is zero anyway may keep its labels."""
-    info = c.info(c.args[0])
-    return info if info.layers else Info(uniform=True)
+    info = call.info(call.args[0])
+    return info if info.labels else TensorInfo(uniform=True)
 
 
-def copy_into(c: Context) -> Info:
+def copy_into(call: OperatorCall) -> TensorInfo:
     """``copy_``: the destination takes the source's labels."""
-    destination, source = c.argument("self"), c.argument("src")
-    info = c.info(source)
-    layers = tuple(layer.expand(destination.shape) for layer in info.layers)
-    for layer in c.info(destination).layers:
-        if not any(torch.equal(layer, new) for new in layers):
-            c.space.freeze(layer, f"is overwritten in {c.where}")
-    return Info(layers, data=info.data, uniform=info.uniform)
+    destination, source = call.argument("self"), call.argument("src")
+    info = call.info(source)
+    new = tuple(labels.expand(destination.shape) for labels in info.labels)
+    for old in call.info(destination).labels:
+        if not any(old.equal(labels) for labels in new):
+            call.freeze(old, f"is overwritten in {call.where}")
+    return replace(info, labels=new)
 
 
-def same_elements(c: Context) -> Info | list[Info]:
+def same_elements(call: OperatorCall) -> TensorInfo:
     """clone, detach, _to_copy, dropout: nothing moves."""
-    outputs = tensors_out(c.output)
-    info = c.info(c.args[0])
-    return info if len(outputs) == 1 else [info, *[Info(data=info.data)] * (len(outputs) - 1)]
+    return call.info(call.args[0])
 
 
-def restride(c: Context) -> Info:
+def restride(call: OperatorCall) -> TensorInfo:
     """``as_strided_``: how pooling marks its result as channels-last; the elements stay where they are."""
-    before = c.recorder.before
-    if before is not None and before.shape == c.output.shape and torch.equal(before, c.output):
-        return c.recorder.info(c.args[0])
-    return c.freeze_inputs(f"is laid out anew by {c.where}")
+    before = call.recorder.before
+    if before is not None and before.shape == call.output.shape and torch.equal(before, call.output):
+        return call.info(call.args[0])
+    return call.freeze_inputs(f"is laid out anew by {call.where}")
 
 
-def write(c: Context) -> Info:
+def write(call: OperatorCall) -> TensorInfo:
     """``index_put_`` along leading dimensions: the tensor keeps its labels, the values written must have the same."""
-    target, indices, values = c.argument("self"), c.argument("indices"), c.argument("values")
+    target, indices, values = call.argument("self"), call.argument("indices"), call.argument("values")
     used = [d for d, index in enumerate(indices) if index is not None]
     if used != list(range(len(used))):
-        return c.freeze_inputs(f"is written at fixed places by {c.where}")
-    rank = target.dim()
+        return call.freeze_inputs(f"is written at fixed places by {call.where}")
+    rank, info = target.dim(), call.info(target)
     flat = torch.Size([1 if d in used else size for d, size in enumerate(target.shape)])
     operands = []
     for tensor in (target, values):
-        info, layers = c.info(tensor), []
+        known, kept = call.info(tensor), []
         lead = max(tensor.dim() - rank + len(used), 0)
-        for layer in info.layers:
-            dims = signature(layer)
-            if min(dims) < lead:
-                c.space.freeze(layer, f"is written at fixed places by {c.where}")
+        for labels in known.labels:
+            if min(labels.dims) < lead:
+                call.freeze(labels, f"is written at fixed places by {call.where}")
             else:
-                sizes = region(layer, dims).shape[lead:]
-                layers.append(region(layer, dims).reshape([1] * (rank - len(sizes)) + list(sizes)).expand(flat))
-        shape = torch.Size([1] * (rank - tensor.dim() + lead) + list(tensor.shape[lead:]))
-        operands.append(Operand(shape, Info(tuple(layers), info.data, info.uniform)))
-    if not c.info(target).layers and c.info(target).uniform:
+                kept.append(labels.region().map(partial(_without_leading, lead=lead)).expand(flat))
+        operands.append(Operand(tensor.shape[lead:], replace(known, labels=tuple(kept))))
+    if not info.labels and info.uniform:
         operands = operands[1:]
-    info = combine(c.space, operands, flat, all, c.where)
-    return Info(tuple(layer.expand(target.shape) for layer in info.layers), data=True)
+    combined = call.combine(operands, all, flat)
+    return TensorInfo(tuple(labels.expand(target.shape) for labels in combined.labels), data=True)
+
+
+def _without_leading(tensor: Tensor, lead: int) -> Tensor:
+    return tensor.reshape(tensor.shape[lead:])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
+from lightning_prune.report.table import TIMES
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from lightning_prune.graph import ChannelGraph, Group, Layer
 
-    from lightning_prune.graph.groups import ChannelGraph, Group, Layer
-
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-COLOURS = 8  # in picture.css
+COLOURS = 8  # in style.css
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,13 @@ def layout(graph: ChannelGraph) -> Layout:
     """
     makers = [list(dict.fromkeys(layer.name for layer in group.layers)) for group in graph.groups]
     readers = [_readers(graph, group) for group in graph.groups]
-    names = _running_order(graph, readers)
-    at = {name: row for row, name in enumerate(names)}
-    spans = [
-        (min(at[name] for name in (*made, *read)), max(at[name] for name in (*made, *read)))
-        for made, read in zip(makers, readers, strict=True)
-    ]
-    columns = _columns(spans)
-    places = zip(graph.groups, columns, _colours(spans, columns), spans, readers, strict=True)
+    at = {name: row for row, name in enumerate(_running_order(graph, readers))}
+    used = [sorted({*made, *read}, key=at.__getitem__) for made, read in zip(makers, readers, strict=True)]
+    spans = [(at[names[0]], at[names[-1]]) for names in used]
+    columns, colours = _columns_and_colours(spans)
     lanes = tuple(
-        Lane(group, column, colour, *span, tuple(sorted(read, key=at.__getitem__)))
-        for group, column, colour, span, read in places
+        Lane(group, columns[number], colours[number], *spans[number], tuple(n for n in at if n in readers[number]))
+        for number, group in enumerate(graph.groups)
     )
     rows = tuple(
         Row(
@@ -106,7 +100,7 @@ def layout(graph: ChannelGraph) -> Layout:
             tuple(number for number, made in enumerate(makers) if name in made),
             tuple(number for number, read in enumerate(readers) if name in read),
         )
-        for name in names
+        for name in at
     )
     return Layout(rows, lanes)
 
@@ -125,81 +119,57 @@ def _readers(graph: ChannelGraph, group: Group) -> list[str]:
     return list(found)
 
 
-def _running_order(graph: ChannelGraph, readers: list[list[str]]) -> list[str]:
+def _running_order(graph: ChannelGraph, readers: list[list[str]]) -> Iterator[str]:
     """Layers and other readers in the order they run, as far as the graph knows it.
 
     Known are the order within a group, the order of the groups' first layers, and that a reader runs after what it
-    reads. Between layers that this leaves open, the order in which the model registers them decides.
+    reads. Between layers that this leaves open, or that run in a loop, the order in which the model registers them
+    decides.
     """
+    import networkx as nx  # type: ignore[import-untyped]
+
     registered = {name: place for place, name in enumerate(graph.shapes)}
     place: dict[str, int] = {}
-    after: dict[str, set[str]] = {}
+    order = nx.DiGraph()
     for group, read in zip(graph.groups, readers, strict=True):
+        members = [layer.name for layer in group.layers]
         for layer in group.layers:
             place.setdefault(layer.name, registered.get(layer.weight, len(place)))
+            # Traced in eval and in train mode, it may name a reader of the second run: before it, in its own group.
+            if layer.reader is not None and layer.reader not in members:
+                order.add_edge(layer.name, layer.reader)
         for name in read:
             place.setdefault(name, len(registered) + len(place))
-        members = [layer.name for layer in group.layers]
-        pairs = [*pairwise(members), *((members[0], name) for name in read)]
-        # Traced in eval and in train mode, a layer may name a reader of the second run: before it, in its own group.
-        readers_of = ((layer.name, layer.reader) for layer in group.layers)
-        pairs += [(name, reader) for name, reader in readers_of if reader is not None and reader not in members]
-        for before, later in pairs:
-            after.setdefault(before, set()).add(later)
-    for one, other in pairwise(graph.groups):
-        after.setdefault(one.layers[0].name, set()).add(other.layers[0].name)
-    return _sorted(place, after)
+        nx.add_path(order, members)
+        nx.add_star(order, [members[0], *read])
+    order.add_edges_from((one.layers[0].name, other.layers[0].name) for one, other in pairwise(graph.groups))
+    steps = nx.condensation(order.subgraph(place))  # layers that run in a loop make one step
+    members_of = {step: sorted(names, key=place.__getitem__) for step, names in steps.nodes(data="members")}
+    for step in nx.lexicographical_topological_sort(steps, key=lambda step: place[members_of[step][0]]):
+        yield from members_of[step]
 
 
-def _sorted(place: dict[str, int], after: dict[str, set[str]]) -> list[str]:
-    """Topological order; the smallest place first where there is a choice, or a loop (a layer called twice)."""
-    edges = {name: {n for n in after.get(name, ()) if n in place and n != name} for name in place}
-    waiting = dict.fromkeys(place, 0)
-    for name in (name for later in edges.values() for name in later):
-        waiting[name] += 1
-    ready = [(place[name], name) for name, count in waiting.items() if not count]
-    heapq.heapify(ready)
-    order: list[str] = []
-    while waiting:
-        name = heapq.heappop(ready)[1] if ready else min(waiting, key=place.__getitem__)
-        if waiting.pop(name, None) is None:
-            continue
-        order.append(name)
-        for later in edges[name]:
-            if later in waiting:
-                waiting[later] -= 1
-                if not waiting[later]:
-                    heapq.heappush(ready, (place[later], later))
-    return order
+def _columns_and_colours(spans: Sequence[tuple[int, int]]) -> tuple[dict[int, int], dict[int, int]]:
+    """For each lane the leftmost free column, and a colour that no lane beside, above or below it has.
 
+    The longest lanes choose first, so that the trunk of a residual network stays straight.
+    """
+    import networkx as nx
 
-def _columns(spans: list[tuple[int, int]]) -> list[int]:
-    """The leftmost free column of each lane, the longest first: the trunk of a residual network stays straight."""
-    columns = [0] * len(spans)
-    taken: list[list[tuple[int, int]]] = []
-    for number in sorted(range(len(spans)), key=lambda n: (spans[n][0] - spans[n][1], n)):
-        first, last = spans[number]
-        free = (c for c, column in enumerate(taken) if all(last < top or bottom < first for top, bottom in column))
-        columns[number] = column = next(free, len(taken))
-        if column == len(taken):
-            taken.append([])
-        taken[column].append((first, last))
-    return columns
+    lanes = range(len(spans))
 
+    def rows_between(one: int, other: int) -> int:
+        return max(spans[one][0], spans[other][0]) - min(spans[one][1], spans[other][1])
 
-def _colours(spans: list[tuple[int, int]], columns: list[int]) -> list[int]:
-    """For each lane the next colour of the palette that no lane beside, above or below it has."""
-    chosen: list[int] = []
-    for number, (first, last) in enumerate(spans):
-        near = {
-            chosen[other]
-            for other, (top, bottom) in enumerate(spans[:number])
-            if abs(columns[other] - columns[number]) <= 2 and top - 3 <= last and first <= bottom + 3
-        }
-        wanted = (chosen[-1] + 1) % COLOURS if chosen else 0
-        free = ((wanted + step) % COLOURS for step in range(COLOURS))
-        chosen.append(next((colour for colour in free if colour not in near), wanted))
-    return chosen
+    def first_fit(order: Sequence[int], clash: Callable[[int, int], bool]) -> dict[int, int]:
+        clashes = nx.Graph(pair for pair in combinations(lanes, 2) if clash(*pair))
+        clashes.add_nodes_from(lanes)
+        return nx.greedy_color(clashes, lambda *_: order)
+
+    longest = sorted(lanes, key=lambda lane: spans[lane][0] - spans[lane][1])
+    columns = first_fit(longest, lambda one, other: rows_between(one, other) < 1)
+    colours = first_fit(lanes, lambda *pair: rows_between(*pair) < 4 and abs(columns[pair[0]] - columns[pair[1]]) <= 2)
+    return columns, {lane: colour % COLOURS for lane, colour in colours.items()}
 
 
 def _kind_and_filters(graph: ChannelGraph, name: str) -> tuple[str, int | None]:
@@ -218,5 +188,4 @@ def _kind_and_filters(graph: ChannelGraph, name: str) -> tuple[str, int | None]:
 
 def _inside(group: Group, layer: Layer) -> bool:
     """Whether the channels of a group pass through a layer of the group, as they do in a depthwise convolution."""
-    names: Iterable[str | None] = (other.reader for other in group.layers if other.name != layer.name)
-    return layer.name in names
+    return layer.name in (other.reader for other in group.layers if other.name != layer.name)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from html import escape
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from lightning_prune.graph.describe import parameters, percent, totals
-from lightning_prune.report.graph_picture.svg import bare_svg
-from lightning_prune.report.html import POLICY
+from lightning_prune.report.graph_picture.svg import graph_svg
+from lightning_prune.report.pages import render
+from lightning_prune.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
-    from lightning_prune.graph.groups import ChannelGraph, Group
+    from lightning_prune.graph import ChannelGraph, Group
 
-STYLE = """main { max-width: 84rem; }
-figure { width: fit-content; max-width: 100%; } figure svg { display: block; }
-.groups .words { text-align: left; white-space: normal; min-width: 13rem; padding-left: 1.5rem; }
-.groups details { margin: 0; } .groups summary { color: inherit; font-size: inherit; }
-.groups .no td, .groups .no th { color: var(--quiet); }
-"""
 LIST = 80  # characters of a list of layers; a longer one is folded
-HEAD = ("Group", "Channels", "Parameters", "Per channel", "Prunable", "Together with")
 
 
 def graph_html(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
@@ -37,67 +29,43 @@ def graph_html(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
         >>> "<h1>a &lt; b</h1>" in page, page.count("<svg")
         (True, 1)
     """
-    style = (resources.files("lightning_prune.report") / "page.css").read_text(encoding="utf-8") + STYLE
-    parts = [f"<h1>{escape(title)}</h1>"]
-    if not graph.groups:
-        parts.append(f"<p>{escape(totals(graph))}</p>")
-    else:
-        parts += [_tiles(graph), f"<figure>{bare_svg(graph, title)}</figure>", "<h2>Groups</h2>", _table(graph)]
-    if graph.notes:
-        parts += ["<h2>Notes</h2>", *(f"<p>{escape(note)}</p>" for note in graph.notes)]
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    return render(
+        "graph.html",
+        title=title,
+        tiles=_tiles(graph) if graph.groups else (),
+        notes=graph.notes,
+        nothing="" if graph.groups else totals(graph.groups),
+        picture=graph_svg(graph, title=title, alone=False),
+        groups=groups_table(graph),
     )
 
 
-def _tiles(graph: ChannelGraph) -> str:
+def _tiles(graph: ChannelGraph) -> tuple[tuple[str, str, str], ...]:
     """The numbers that decide whether pruning this model is worth it."""
     groups = graph.prunable_groups
     channels = sum(group.size for group in graph.groups)
     layers = {layer.name for group in graph.groups for layer in group.layers}
     tied = sum(len(group.layers) > 1 for group in groups)
-    tiles = (
-        (f"of {channels:,} channels can be pruned", percent(sum(group.size for group in groups), channels)),
-        (f"of {len(graph.groups)} groups can be pruned", str(len(groups))),
-        ("of these join several layers", str(tied)),
-        (f"of {len(layers)} layers can be pruned", str(len(graph.layers))),
-    )
-    shown = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(what)}</dt></div>" for what, value in tiles)
-    return f'<dl class="tiles">{shown}</dl>'
-
-
-def _table(graph: ChannelGraph) -> str:
-    head = "".join(f"<th scope=col{' class=words' if title in HEAD[-2:] else ''}>{title}</th>" for title in HEAD)
-    rows = "".join(_row(graph, group) for group in graph.groups)
     return (
-        f'<div class="scroll"><table class="groups"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        '<p class="foot">Parameters: all that have an entry in the group; removing one channel removes those per '
-        "channel. A weight between two groups counts in both.</p>"
+        (percent(sum(group.size for group in groups), channels), "", f"of {channels:,} channels can be pruned"),
+        (str(len(groups)), "", f"of {len(graph.groups)} groups can be pruned"),
+        (str(tied), "", "of these join several layers"),
+        (str(len(graph.layers)), "", f"of {len(layers)} layers can be pruned"),
     )
 
 
-def _row(graph: ChannelGraph, group: Group) -> str:
-    whole, one = parameters(graph, group)
-    numbers = "".join(f"<td>{number:,}</td>" for number in (group.size, whole, one))
-    return (
-        f"<tr{'' if group.prunable else ' class=no'}><th scope=row>{escape(group.name)}</th>{numbers}"
-        f'<td class="words">{_path(group.verdict)}</td><td class="words">{_others(group)}</td></tr>'
+def groups_table(graph: ChannelGraph) -> Table:
+    """A row per group; those that cannot be pruned are quiet."""
+    numbers = (Column("Channels"), Column("Parameters"), Column("Per channel"))
+    columns = (Column("Group"), *numbers, Column("Prunable", left=True), Column("Together with", left=True))
+    rows = tuple(
+        (group.name, *(f"{n:,}" for n in (group.size, *parameters(group, graph.shapes))), group.verdict, _others(group))
+        for group in graph.groups
     )
+    return Table(columns, rows, {number: "quiet" for number, group in enumerate(graph.groups) if not group.prunable})
 
 
-def _others(group: Group) -> str:
+def _others(group: Group) -> Cell:
     """The layers that the group is not named after; a long list waits to be opened."""
     names = ", ".join(layer.name for layer in group.layers[1:])
-    if len(names) <= LIST:
-        return _path(names)
-    return f"<details><summary>{len(group.layers) - 1} other layers</summary>{_path(names)}</details>"
-
-
-def _path(words: str) -> str:
-    """Escaped, with leave to break after the dots of module paths."""
-    return escape(words).replace(".", ".<wbr>")
+    return Cell(names) if len(names) <= LIST else Cell(f"{len(group.layers) - 1} other layers", more=names)

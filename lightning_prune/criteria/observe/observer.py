@@ -1,0 +1,167 @@
+"""Batches watched by all the taps of a criterion, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.criteria.base import Criterion, Tap, TapSite
+from lightning_prune.criteria.observe.activations import ActivationWatcher
+from lightning_prune.criteria.observe.reader_outputs import ReaderOutputWatcher
+from lightning_prune.criteria.observe.rectified_outputs import RectifiedOutputWatcher
+from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatcher
+from lightning_prune.criteria.observe.watcher import Seen, Watcher, key_of
+from lightning_prune.criteria.observe.weights import WeightWatcher
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph import ChannelGraph, Layer
+
+_WATCHERS: dict[TapSite, type[Watcher]] = {
+    "conv": ActivationWatcher,
+    "bn": ActivationWatcher,
+    "activation": ActivationWatcher,
+    "weight": WeightWatcher,
+    "reader_weight": WeightWatcher,
+    "reader": ReaderOutputWatcher,
+    "rectifier": RectifiedOutputWatcher,
+    "reader_rows": SampledOutputWatcher,
+}
+
+
+class Observer:
+    """Watches batches, one at a time, and adds them up. Hooks exist only while a batch is open.
+
+    Args:
+        model: the model the graph was traced on.
+        graph: its channel graph.
+        criterion: whose taps look.
+        state: where sums are kept, per key ``/sum`` and ``/count``, float64; additive over batches and processes.
+        reference: only the taps that look at the frozen dense model, or only the others.
+
+    Attributes:
+        taps: those that look.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, criterion: Criterion, state: dict[str, Tensor], *, reference: bool
+    ) -> None:
+        self.taps = [tap for tap in criterion.taps if tap.reference == reference]
+        self._state = state
+        self._criterion = criterion
+        self._layers = [(group, layer) for group in graph.prunable_groups for layer in group.layers]
+        self._differentiated: set[str] = set()
+        kinds = dict.fromkeys(_WATCHERS[tap.site] for tap in self.taps)
+        watchers = {kind: kind(model) for kind in kinds}
+        self._watchers = list(watchers.values())
+        self._batch: ExitStack | None = None
+        for group in graph.prunable_groups:
+            for tap in self.taps:
+                watchers[_WATCHERS[tap.site]].listen(group, tap)
+        for group, layer in self._layers:
+            device = model.get_parameter(layer.weight).device
+            for tap in self.taps:
+                key = key_of(group, layer, tap)
+                shape = watchers[_WATCHERS[tap.site]].shapes[key]
+                self._state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
+                self._state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Watch one batch; an exception discards it."""
+        self.begin_batch()
+        try:
+            yield
+        except BaseException:
+            self.end_batch(discard=True)
+            raise
+        self.end_batch()
+
+    def begin_batch(self) -> None:
+        """Start watching."""
+        if self._batch is not None:
+            raise ScoreError("a batch is already open; call end_batch first")
+        with ExitStack() as stack:
+            for watcher in self._watchers:
+                stack.enter_context(watcher)
+            self._batch = stack.pop_all()
+
+    def end_batch(self, *, discard: bool = False) -> None:
+        """Add the batch to `state`, or forget it, and remove the hooks. Does nothing if no batch is open."""
+        if self._batch is None:
+            return
+        stack, self._batch = self._batch, None
+        with stack:
+            if discard:
+                return
+            seen = {key: found for watcher in self._watchers for key, found in watcher.seen.items()}
+            arrived = {key for key, found in seen.items() if found.differentiated}
+            if not arrived and any(tap.gradient for tap in self.taps):
+                raise ScoreError(
+                    f"{self._criterion!r} needs gradients, but no backward pass reached a layer in this batch"
+                )
+            self._differentiated |= arrived
+            for key, found in seen.items():
+                total, count = _reduced(found)
+                self._state[f"{key}/sum"] += total.to(self._state[f"{key}/sum"].device)
+                self._state[f"{key}/count"] += count
+
+    def backward(self, loss: Any) -> None:
+        """Differentiate with respect to the sites only: no parameter gradient is computed, ``.grad`` is not
+        touched.
+
+        Frees the autograd graph. Call it once per batch.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ScoreError(f"the loss must be a scalar tensor, got {got}; return the mean over samples")
+        edges = [edge for watcher in self._watchers for edge in watcher.edges]
+        if not loss.requires_grad or not edges:
+            raise ScoreError(
+                "the loss does not depend on any layer that is scored through autograd: run the model inside "
+                "the batch, without torch.no_grad, inference_mode or detach"
+            )
+        torch.autograd.grad(loss.sum(), edges, allow_unused=True)
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean of every key over what was seen so far; refuses a layer that was never reached."""
+        found = {}
+        for group, layer in self._layers:
+            for tap in self.taps:
+                key = key_of(group, layer, tap)
+                if key not in found and self._was_seen(layer, tap, key):
+                    found[key] = self._state[f"{key}/sum"] / self._state[f"{key}/count"]
+        return found
+
+    def _was_seen(self, layer: Layer, tap: Tap, key: str) -> bool:
+        reached = bool(self._state[f"{key}/count"])
+        if tap.optional:
+            return reached
+        no_gradient = tap.gradient and key not in self._differentiated
+        if no_gradient and any(key in watcher.without_grad for watcher in self._watchers):
+            raise ScoreError(
+                f"{layer.name}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
+                "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
+            )
+        if not reached:
+            raise ScoreError(
+                f"{layer.name}: never called while scoring ({self._criterion!r} needs data); score on batches "
+                "that reach it, or trace the model without it"
+            )
+        # Another process may have seen it: the sum tells.
+        if no_gradient and not self._state[f"{key}/sum"].any():
+            raise ScoreError(
+                f"{layer.name}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
+                "criterion that needs none, such as L1, FPGM or LRE"
+            )
+        return True
+
+
+def _reduced(seen: Seen) -> tuple[Tensor, int]:
+    """Sum and count of a batch from (N, channels)."""
+    channels, tap = seen.partial, seen.tap
+    if tap.gradient and not tap.joint:
+        channels = channels * float(len(channels)) ** tap.degree
+    return tap.reduce(channels, max(seen.positions, 1))

@@ -1,0 +1,145 @@
+"""What watches one kind of site: hooks for the time of a batch, gradients awaited, one sum per key."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from lightning_prune.criteria.base import Tap
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import Group, Layer
+
+
+@dataclass
+class Seen:
+    """What one tap has seen under one key in the current batch; ``partial`` is (samples, channels)."""
+
+    tap: Tap
+    partial: Tensor
+    positions: int = 0
+    differentiated: bool = False
+
+    def add(self, found: Tensor, positions: int = 0, *, differentiated: bool = False) -> None:
+        """Add the sum over some positions."""
+        self.partial = self.partial + found.to(self.partial.device)
+        self.positions += positions
+        self.differentiated = self.differentiated or differentiated
+
+
+class Watcher(ABC):
+    """Shows taps one kind of site, inside ``with``: one batch.
+
+    Attributes:
+        model: the watched model.
+        shapes: of the sum of every key.
+        seen: per key, in the current batch.
+        edges: what to differentiate with respect to in the current batch.
+        without_grad: keys whose layers ever ran where no gradient can be taken.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.seen: dict[str, Seen] = {}
+        self.edges: list[GradientEdge] = []
+        self.without_grad: set[str] = set()
+        self.hooks = ExitStack()
+
+    @abstractmethod
+    def listen(self, group: Group, tap: Tap) -> None:
+        """Let a tap see its site of every layer of a group."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Enter into `hooks` what lasts for a batch."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.close()
+        self.seen.clear()
+        self.edges.clear()
+
+    def until_exit(self, handle: RemovableHandle) -> None:
+        """Remove a hook when the batch ends."""
+        self.hooks.callback(handle.remove)
+
+    def open(self, where: str, key: str, tap: Tap, shape: tuple[int, int], device: torch.device) -> Seen:
+        """The sum of a key, (samples, channels), which starts from zero."""
+        seen = self.seen.get(key)
+        if seen is None:
+            empty = torch.zeros(shape, dtype=torch.float64, device=device)
+            seen = self.seen[key] = Seen(tap, empty)
+        elif len(seen.partial) != shape[0]:
+            raise ScoreError(
+                f"{where}: called with {shape[0]} samples where another layer that reads the same channels, or another "
+                f"call in the same batch, has {len(seen.partial)}, which cannot be added up; score on one batch per "
+                "step, or by another criterion, such as Taylor"
+            )
+        return seen
+
+    def await_gradient(self, where: str, tensor: Tensor, value: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:
+        """Hold a value until the gradient of a tensor arrives in this batch, and see both."""
+        held = [value]
+
+        def arrive(gradient: Tensor) -> None:
+            if not held:
+                raise ScoreError(
+                    f"{where}: more than one backward pass reached it in one batch; add the losses up first"
+                )
+            with exactly(gradient):
+                see(held.pop(), gradient.detach())
+
+        self.until_exit(tensor.register_hook(arrive))
+        self.edges.append(get_gradient_edge(tensor))
+
+
+class exactly(ExitStack):  # noqa: N801
+    """Kernels without a graph, and without autocast, which would run them in half precision."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.enter_context(torch.no_grad())
+        self.enter_context(torch.autocast(tensor.device.type, enabled=False))
+
+
+def tracked(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor whose gradient can be awaited, and what goes on in its place if all upstream is frozen."""
+    if output.requires_grad:
+        return output, None
+    leaf = output.detach().requires_grad_()
+    return leaf, leaf.clone()  # what goes on may be overwritten in place
+
+
+def check_batch(path: str, end: str, module: nn.Module, tensor: Tensor) -> None:
+    """Refuse an input or output without a batch dimension."""
+    weight = getattr(module, "weight", None)
+    dims = weight.ndim if isinstance(weight, Tensor) else 0
+    if tensor.ndim < 2 or (dims > 2 and tensor.ndim != dims):
+        raise ScoreError(f"{path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Where the channels lie in what a module takes and returns: last at linear layers."""
+    weight = getattr(module, "weight", None)
+    return -1 if isinstance(weight, Tensor) and weight.ndim == 2 else 1
+
+
+def key_of(group: Group, layer: Layer, tap: Tap) -> str:
+    """Under what the sum of a tap is kept for a layer; `Tap.joint` ones have it under the group's first."""
+    owner = group.layers[0] if tap.joint else layer
+    return f"{group.name}/{owner.name}/{tap.name}"

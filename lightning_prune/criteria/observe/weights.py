@@ -1,0 +1,79 @@
+"""Watching weights and their gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune.criteria import functional
+from lightning_prune.criteria.base import Tap
+from lightning_prune.criteria.channel_contributions import next_layers
+from lightning_prune.criteria.observe.watcher import Watcher, key_of
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph.groups import Group
+
+
+class WeightWatcher(Watcher):
+    """Shows taps the weights of layers, or of the layers that read them, once per batch.
+
+    Sums of `Tap.joint` ones are as wide as all weights of a channel. Frozen weights are made to take a gradient while a
+    batch is open, and never keep it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._audience: dict[str, list[tuple[str, Tap, int, Tensor, int]]] = {}
+
+    @override
+    def listen(self, group: Group, tap: Tap) -> None:
+        if tap.site == "weight":
+            for layer in group.layers:
+                self._look(key_of(group, layer, tap), tap, layer.weight, layer.dim, layer.index)
+            return
+        for reader in next_layers(self.model, group).values():
+            for key in dict.fromkeys(key_of(group, layer, tap) for layer in group.layers):
+                self._look(key, tap, reader.weight, reader.dim, reader.index)
+
+    def _look(self, key: str, tap: Tap, name: str, dim: int, index: Tensor) -> None:
+        try:
+            parameter = self.model.get_parameter(name)
+        except AttributeError:
+            raise ScoreError(f"the model has no parameter {name!r}; trace this model again") from None
+        start = 0
+        if tap.joint:
+            start = self.shapes.get(key, (0, 0))[1]
+            width = index.shape[1] * (parameter.numel() // parameter.shape[dim])
+            self.shapes[key] = (len(index), start + width)
+        else:
+            self.shapes[key] = (len(index),)
+        self._audience.setdefault(name, []).append((key, tap, dim, index, start))
+
+    @override
+    def start(self) -> None:
+        for name, listeners in self._audience.items():
+            parameter = self.model.get_parameter(name)
+            if not parameter.requires_grad:
+                parameter.requires_grad_()
+                self.hooks.callback(parameter.requires_grad_, False)
+                self.until_exit(parameter.register_post_accumulate_grad_hook(_discard))
+            for key, tap, _, index, _ in listeners:
+                shape = self.shapes[key] if tap.joint else (1, len(index))
+                self.open(name, key, tap, (shape[0], shape[1]), parameter.device)
+            self.await_gradient(name, parameter, parameter.detach(), partial(self._arrive, name))
+
+    def _arrive(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        for key, tap, dim, index, start in self._audience[name]:
+            value, slope = (functional.by_position(tensor[None], dim + 1) for tensor in (weight, gradient))
+            found, seen = tap.partial(value, slope), self.seen[key]
+            if tap.joint:
+                rows = found[index.to(found.device)].flatten(1)
+                seen.partial[:, start : start + rows.shape[1]] = rows
+                seen.differentiated = True
+            else:
+                seen.add(functional.gather_channels(found, index), differentiated=True)
+
+
+def _discard(parameter: Tensor) -> None:
+    parameter.grad = None

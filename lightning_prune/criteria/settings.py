@@ -1,0 +1,33 @@
+"""Checks of a criterion's settings; every refusal names the setting, what it accepts and what it got."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from lightning_prune.errors import ScoreError
+
+
+def check_choice(argument: str, value: object, literal: Any) -> None:
+    """Refuse a value that a Literal type does not list."""
+    accepted = get_args(literal)
+    if value not in accepted:
+        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_weight(argument: str, value: float) -> None:
+    """Refuse a weight that is negative or not a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
+
+
+def check_integer(argument: str, value: object, accepted: str, least: int, most: float = math.inf) -> None:
+    """Refuse anything but an integer from ``least`` to ``most``; ``accepted`` says the same in words."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ScoreError(f"{argument} must be {accepted}, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed of a 32-bit generator."""
+    check_integer("seed", seed, "an integer in [0, 2**31)", 0, 2**31 - 1)

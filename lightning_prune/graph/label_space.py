@@ -1,0 +1,157 @@
+"""All ids of a model's slices, and what the rules say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.constraints import CodeSize, Constraint
+from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo, ids_of
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The ids of one dimension of one parameter or buffer: ``start .. start + size``."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+    buffer: bool
+
+    @property
+    def ids(self) -> slice:
+        """Where they lie in a tensor over all ids."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Ids that must stay, and why. ``statistics``: their removal is possible, but changes a statistic."""
+
+    ids: Tensor
+    reason: str
+    statistics: bool = False
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One sum over channels, of data with a weight: who ran it, when, the ids that it read and that it made."""
+
+    module: str
+    when: tuple[int, int]  # run, position in it
+    reads: Tensor
+    makes: Tensor
+
+
+@dataclass
+class LabelSpace:
+    """Hands out ids and collects what the rules say about them."""
+
+    count: int = 0
+    spans: list[Span] = field(default_factory=list)
+    pairs: Pairs = field(default_factory=list)
+    own_pairs: Pairs = field(default_factory=list)
+    frozen: list[Freeze] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+    sizes: list[CodeSize] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    norms: list[tuple[str, Tensor]] = field(default_factory=list)  # module path, ids of its output's channels
+    seen: set[tuple[object, ...]] = field(default_factory=set)  # sizes that some line of code passed
+    _marks: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.classes = cache(self._classes)
+
+    def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None) -> TensorInfo:
+        """Labels for every dimension of more than one slice. Buffers are not masked, hence live.
+
+        Args:
+            name: qualified name.
+            tensor: a parameter or buffer.
+            buffer: which of the two.
+            dims: only the first so many dimensions (a convolution's kernel positions never go).
+        """
+        labels = []
+        for dim, size in enumerate(tensor.shape[:dims]):
+            if size > 1:  # a single slice can never be removed
+                self.spans.append(Span(name, dim, self.count, size, buffer))
+                labels.append(Labels.along(Labels(self.fresh(size), buffer), tensor.shape, dim))
+        return TensorInfo(tuple(labels))
+
+    def fresh(self, size: int) -> Tensor:
+        """New ids; without a span they belong to no tensor (an addition's result, say)."""
+        ids = torch.arange(self.count, self.count + size)
+        self.count += size
+        return ids
+
+    def tie(self, first: Tensor, second: Tensor, *, own: bool = False) -> None:
+        """Ids that go together. ``own``: they also belong to the same layer (a filter and its batch norm)."""
+        (self.own_pairs if own else self.pairs).append((first.flatten(), second.flatten()))
+
+    def freeze(self, ids: Tensor, reason: str, *, statistics: bool = False) -> None:
+        """Ids that must stay, and why; -1 is ignored."""
+        ids = ids_of(ids)
+        if len(ids):
+            self.frozen.append(Freeze(ids, reason, statistics))
+
+    def mark(self, role: str, ids: Tensor) -> None:
+        """Remember a role of slices: ``filter``, ``reader`` or ``must_mask``."""
+        self._marks.setdefault(role, []).append(ids_of(ids))
+
+    def marked(self, role: str) -> Tensor:
+        """Boolean mask over all ids."""
+        mask = torch.zeros(self.count, dtype=torch.bool)
+        for ids in self._marks.get(role, []):
+            mask[ids] = True
+        return mask
+
+    def fold(self, labels: Labels, keep: Sequence[int], where: str) -> Labels | None:
+        """The labels along the dimensions ``keep`` only; what varies along the others is tied to go together."""
+        kept = [d for d in labels.dims if d in keep]
+        others = [d for d in range(labels.ids.dim()) if d not in kept]
+        if len(kept) in (0, len(labels.dims)):
+            return labels if kept or not labels.dims else None
+        shape = labels.ids.shape
+        length = torch.Size(shape[d] for d in kept).numel()
+        rows = labels.region().map(lambda tensor: tensor.permute(*kept, *others).reshape(length, -1))
+        gaps = (rows.ids == NO_LABEL).any(1)
+        if gaps.any():
+            self.freeze(rows.ids[gaps], f"goes together with channels that stay in {where}")
+        whole = rows.ids[~gaps]
+        self.tie(whole[:, :1].expand_as(whole), whole)
+        live = rows.live.any(1) if rows.live.dim() else rows.live
+        view = [shape[d] if d in kept else 1 for d in range(len(shape))]
+        folded = Labels(torch.where(gaps, NO_LABEL, rows.ids[:, 0]), live)
+        return folded.map(lambda tensor: tensor.view(view).expand(shape))
+
+    def _classes(self, *, own: bool = False) -> Tensor:
+        """(count,) the smallest id of the class each id belongs to, once everything is recorded."""
+        pairs = self.own_pairs if own else self.own_pairs + self.pairs
+        first, second = (torch.cat([pair[side] for pair in pairs]) if pairs else torch.arange(0) for side in (0, 1))
+        return connected_components(self.count, first, second)
+
+
+def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
+    """(count,) smallest member of every element's component, for the edges (first[i], second[i]).
+
+    Example:
+        >>> connected_components(5, torch.tensor([1, 4]), torch.tensor([0, 1])).tolist()
+        [0, 0, 2, 3, 0]
+    """
+    parent = torch.arange(count)
+    while True:
+        a, b = parent[first], parent[second]
+        apart = a != b
+        if not apart.any():
+            return parent
+        first, second, a, b = first[apart], second[apart], a[apart], b[apart]
+        parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+        while not torch.equal(grand := parent[parent], parent):
+            parent = grand

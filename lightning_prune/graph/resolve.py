@@ -1,0 +1,137 @@
+"""Which channels may go so that the sizes in the model's Python code stay true.
+
+A grid lets whole slices along one of its axes go. Which axis, and whether integer attributes of the module have to
+follow, is chosen per module type by a `Choice`, tried out in `lightning_prune.graph.rehearse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution, Reshape, Split
+from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
+from lightning_prune.graph.labels import NO_LABEL, ids_of
+
+
+class Choice(IntEnum):
+    """How the sizes fixed in a module's code are met; each is tried when the one before it failed."""
+
+    AS_IS = 0
+    REPAIR = 1  # integer attributes of the module that equal an old size get the new one
+    OTHER_AXIS = 2
+    OTHER_AXIS_REPAIR = 3
+    FROZEN = 4
+
+    @property
+    def repairs(self) -> bool:
+        """Whether attributes of the module may be set."""
+        return self in (Choice.REPAIR, Choice.OTHER_AXIS_REPAIR)
+
+    @property
+    def rank(self) -> int:
+        """Which axis is taken: 0, the one that leaves most channels free, or 1, the next."""
+        return int(self in (Choice.OTHER_AXIS, Choice.OTHER_AXIS_REPAIR))
+
+
+@dataclass
+class Resolved:
+    """What the constraints come to under certain choices.
+
+    Attributes:
+        joint: (ids,) the smallest id of each id's class.
+        frozen: what has to stay on top of what the rules froze.
+        sizes: numbers that may have to follow.
+        splits: those into uneven pieces.
+        axes: which axis every grid loses slices along, -1 where it is left as it is.
+    """
+
+    joint: Tensor
+    frozen: list[Freeze] = field(default_factory=list)
+    sizes: list[CodeSize] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    axes: list[int] = field(default_factory=list)
+
+
+def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
+    """Tie channels until every grid loses whole slices only.
+
+    Args:
+        space: what the rules said.
+        choices: by module type; `Choice.AS_IS` if not named.
+    """
+    state = Resolved(space.classes())
+    grids: list[tuple[Grid | GroupedConvolution, Choice]] = []
+    untouched = 0
+    for constraint in space.constraints:
+        choice = choices.get(constraint.site.kind, Choice.AS_IS)
+        if choice is Choice.FROZEN:
+            untouched += 1
+            if not isinstance(constraint, GroupedConvolution) and not constraint.exact:
+                reason = f"has a size that is fixed in the Python code around {constraint.site.where}"
+                state.frozen.append(Freeze(ids_of(constraint.ids), reason))
+                continue
+        if isinstance(constraint, Reshape):
+            state.sizes += [CodeSize(constraint.ids, constraint.site)] if choice.repairs else []
+            continue
+        grid = constraint.grid() if isinstance(constraint, Split) else constraint
+        if grid is not None:
+            grids.append((grid, choice))
+        elif isinstance(constraint, Split):
+            # Uneven pieces lose channels freely, but only where their sizes are attributes that can follow.
+            state.splits.append(constraint)
+            state.sizes += constraint.sizes()
+    axes = _settle(state, grids)
+    for (grid, choice), axis in zip(grids, axes, strict=True):
+        for rows in grid.rows(axis):
+            gaps = (rows == NO_LABEL).any(1)
+            if gaps.any():
+                reason = f"goes together with channels that stay in {grid.site.where}"
+                state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
+        state.sizes += grid.sizes(axis, repairs=choice.repairs)
+    state.axes = [*axes, *[-1] * untouched]
+    return state
+
+
+def _settle(state: Resolved, grids: list[tuple[Grid | GroupedConvolution, Choice]]) -> list[int]:
+    """The axis of every grid; ties grids of one kind at a time, since one tie may settle others."""
+    axes = [-1] * len(grids)
+    while True:
+        kind = None
+        pairs: Pairs = []
+        for number, (grid, choice) in enumerate(grids):
+            consistent = next((axis for axis in grid.order if _is_consistent(state.joint, grid.rows(axis))), None)
+            if consistent is not None:
+                axes[number] = consistent
+                continue
+            own = grid.site.where.split(" at ")[0], grid.site.kind
+            kind = kind or own
+            if kind == own:
+                axes[number] = axes[number] if axes[number] >= 0 else grid.preferred(choice.rank)
+                for rows in grid.rows(axes[number]):
+                    labelled = rows != NO_LABEL
+                    pairs.append((_first(rows)[labelled], rows[labelled]))
+        if kind is None:
+            return axes
+        ids = torch.arange(len(state.joint))
+        state.joint = connected_components(
+            len(ids), torch.cat([ids, *(a for a, _ in pairs)]), torch.cat([state.joint, *(b for _, b in pairs)])
+        )
+
+
+def _is_consistent(joint: Tensor, parts: list[Tensor]) -> bool:
+    """Whether every row already belongs to one class. parts: (rows, entries) ids each."""
+    for rows in parts:
+        classes = torch.where(rows == NO_LABEL, NO_LABEL, joint[rows])
+        if not ((classes == _first(classes)) | (rows == NO_LABEL)).all():
+            return False
+    return True
+
+
+def _first(rows: Tensor) -> Tensor:
+    """One labelled entry of each row, for all of its entries."""
+    return rows.amax(1, keepdim=True).expand_as(rows)

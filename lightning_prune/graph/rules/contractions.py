@@ -1,0 +1,198 @@
+"""Operators that sum over channels: convolutions and matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution
+from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.label_space import Contraction
+from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
+
+
+def convolution(call: OperatorCall) -> TensorInfo:
+    """Convolution with or without bias, grouped, depthwise or transposed."""
+    if call.args[0].dim() == call.args[1].dim() - 1:
+        return call.freeze_inputs(f"passes an unbatched convolution in {call.where}")
+    return _convolve(call, groups=call.argument("groups"), transposed=bool(call.argument("transposed", False)))
+
+
+def deformable_convolution(call: OperatorCall) -> TensorInfo:
+    """``torchvision::deform_conv2d``: offsets and masks are laid out by kernel position and stay."""
+    for name in ("offset", "mask"):
+        for labels in call.info(call.argument(name)).labels:
+            call.freeze(labels, f"steers {call.where}")
+    if call.argument("groups") != 1 or call.argument("offset_groups") != 1:
+        return call.freeze_inputs(f"passes a grouped deformable convolution in {call.where}")
+    return _convolve(call, groups=1, transposed=False)
+
+
+def matrix_product(call: OperatorCall) -> TensorInfo:
+    """mm, bmm and their variants that add a tensor: (n, k) @ (k, m) or (b, n, k) @ (b, k, m)."""
+    adds = call.name in ("addmm", "baddbmm", "_addmm_activation")
+    added, left, right = call.args[:3] if adds else (None, *call.args[:2])
+    l_info, r_info = call.info(left), call.info(right)
+    row, column = left.dim() - 2, left.dim() - 1
+    alone = any(labels.dims == (dim,) for info, dim in ((l_info, column), (r_info, row)) for labels in info.labels)
+    l_inner, l_free = _inner_and_free(call, l_info, left.shape, column, alone)
+    r_inner, r_free = _inner_and_free(call, r_info, right.shape, row, alone)
+    if l_info.data or not r_info.data:
+        reads, weight = l_inner, r_inner
+        makes = _along(call, [labels for labels in r_free if labels.dims == (column,)], right.shape[column])
+    else:
+        reads, weight = r_inner, l_inner
+        makes = _along(call, [labels for labels in l_free if labels.dims == (row,)], left.shape[row])
+    one_weight = l_info.data != r_info.data
+    _contract(call, reads, weight, reads_weight=one_weight)
+    if one_weight:
+        call.space.mark("filter", makes.ids)
+    _record(call, reads, makes)
+    operands = []
+    for tensor, info, free, inner in ((left, l_info, l_free, column), (right, r_info, r_free, row)):
+        flat = torch.Size([1 if d == inner else size for d, size in enumerate(tensor.shape)])
+        operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
+    info = TensorInfo(call.combine(operands, any).labels, l_info.data or r_info.data)
+    return _add_bias(call, info, added, channel_dim=column)
+
+
+def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
+    space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    reads = _along(call, _channel_labels(call, call.info(x)), x.shape[1])
+    w_labels = _weight_labels(call, w_info)
+    w_out = _along(call, w_labels[out_dim], weight.shape[out_dim])
+    w_in = _along(call, w_labels[in_dim], weight.shape[in_dim])
+    reads_weight = not w_info.data
+    makes = filters = w_out
+    if groups == 1 or (transposed and groups != x.shape[1]):
+        _contract(call, reads, w_in, reads_weight=reads_weight)
+        if groups > 1:
+            space.constraints.append(Grid(reads.ids.reshape(groups, -1), (1,), call.site, exact=True))
+            makes = w_out.map(lambda tensor: tensor.repeat(groups))
+    elif groups == x.shape[1]:
+        # Depthwise: each input channel has filters of its own, which go with it and being masked read only zeros.
+        filters = w_in if transposed else w_out
+        if transposed:
+            makes = w_in.map(lambda tensor: tensor.repeat_interleave(weight.shape[1]))
+        each = len(filters.ids) // groups
+        _tie_or_freeze(call, reads.map(lambda tensor: tensor.repeat_interleave(each)), filters)
+        space.sizes.append(CodeSize(reads.ids, call.site, attribute="groups"))
+    else:
+        inner = w_in.map(lambda tensor: tensor.repeat(groups))
+        space.freeze(inner.ids[reads.ids == NO_LABEL], f"reads an input of fixed size in {call.where}")
+        _mask_constants(call, reads, inner)
+        if reads_weight:
+            space.mark("reader", w_in.ids)
+        layout = reads.ids.reshape(groups, -1), w_in.ids, w_out.ids.reshape(groups, -1)
+        space.constraints.append(GroupedConvolution(*layout, call.site))
+    if reads_weight:
+        space.mark("filter", filters.ids)
+    _record(call, reads, makes)
+    shape = call.output.shape
+    labelled = shape[1] > 1 and (makes.ids != NO_LABEL).any()
+    info = TensorInfo((Labels.along(makes, shape, 1),) if labelled else (), data=True)
+    return _add_bias(call, info, call.argument("bias"), channel_dim=1)
+
+
+def _record(call: OperatorCall, reads: Labels, makes: Labels) -> None:
+    when = call.recorder.run, call.recorder.order
+    call.space.contractions.append(Contraction(call.recorder.module, when, reads.ids, makes.ids))
+
+
+def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel_dim: int) -> TensorInfo:
+    if bias is None:
+        return info
+    known = call.info(bias)
+    added = (
+        call.operand(bias, channel_dim)
+        if bias.dim() == 1
+        else Operand(bias.shape, TensorInfo(known.labels, known.data))
+    )
+    return call.combine([Operand(call.output.shape, info), added], all)
+
+
+def _along(call: OperatorCall, found: list[Labels], size: int) -> Labels:
+    """(size,) labels that vary along one dimension only, tied with each other; without any, -1."""
+    if not found:
+        return Labels(torch.full((size,), NO_LABEL))
+    first, *others = (labels.flat() for labels in found)
+    for other in others:
+        both = (first.ids != NO_LABEL) & (other.ids != NO_LABEL)
+        call.space.tie(first.ids[both], other.ids[both])
+        missing = first.ids == NO_LABEL
+        first = Labels(torch.where(missing, other.ids, first.ids), torch.where(missing, other.live, first.live))
+    return first
+
+
+def _contract(call: OperatorCall, data: Labels, weight: Labels, *, reads_weight: bool) -> None:
+    """Tie the two sides of a sum over channels. data, weight: (channels,)."""
+    data, weight = _tie_or_freeze(call, data, weight)
+    if reads_weight:
+        call.space.mark("reader", weight.ids)
+    _mask_constants(call, data, weight)
+
+
+def _mask_constants(call: OperatorCall, data: Labels, weight: Labels) -> None:
+    """A masked channel that is not zero (a sigmoid's 0.5, say) adds nothing only if its weight is masked too."""
+    live = data.live & (data.ids != NO_LABEL)
+    if live.any():
+        call.space.mark("must_mask", weight.ids[live & ~weight.live])
+        call.space.freeze(weight.ids[live & weight.live], f"is a constant that nothing can mask in {call.where}")
+
+
+def _tie_or_freeze(call: OperatorCall, data: Labels, weight: Labels) -> tuple[Labels, Labels]:
+    """Tie channels to the weights that read them, return both; where one side has no labels the other must stay."""
+    if min(int(data.ids.min()), int(weight.ids.min())) == NO_LABEL:
+        both = (data.ids != NO_LABEL) & (weight.ids != NO_LABEL)
+        call.space.freeze(data.ids[~both], f"is read by weights of fixed size in {call.where}")
+        call.space.freeze(weight.ids[~both], f"reads an input of fixed size in {call.where}")
+        data, weight = data.where(both), weight.where(both)
+    call.space.tie(data.ids, weight.ids)
+    return data, weight
+
+
+def _channel_labels(call: OperatorCall, info: TensorInfo) -> list[Labels]:
+    """Labels of a convolution's input along its channels; positions that vary too go together."""
+    found = []
+    for labels in info.labels:
+        if 1 in labels.dims:
+            found.append(call.fold(labels, (1,)))
+        else:
+            call.freeze(labels, f"varies over the positions that {call.where} slides over")
+    return [labels for labels in found if labels is not None]
+
+
+def _weight_labels(call: OperatorCall, info: TensorInfo) -> dict[int, list[Labels]]:
+    """Labels of a convolution's weight, by the dimension along which they vary."""
+    found: dict[int, list[Labels]] = {0: [], 1: []}
+    for labels in info.labels:
+        if labels.dims in ((0,), (1,)):
+            found[labels.dims[0]].append(labels)
+        else:
+            call.freeze(labels, f"varies over the kernel of {call.where}")
+    return found
+
+
+def _inner_and_free(
+    call: OperatorCall, info: TensorInfo, shape: torch.Size, inner: int, alone: bool
+) -> tuple[Labels, list[Labels]]:
+    """Labels along the dimension that is summed over, and those that do not vary along it.
+
+    Those that vary along it and others (heads and their width) are tied along one: along the others if any operand
+    has channels there alone, else along the sum, so that whole rows go.
+    """
+    along: list[Labels] = []
+    free: list[Labels] = []
+    for labels in info.labels:
+        if inner not in labels.dims:
+            free.append(labels)
+        elif labels.dims == (inner,):
+            along.append(labels)
+        else:
+            keep = (inner,) if alone else tuple(d for d in labels.dims if d != inner)
+            folded = call.fold(labels, keep)
+            if folded is not None:
+                (along if alone else free).append(folded)
+    return _along(call, along, shape[inner]), free
