@@ -263,5 +263,5 @@ def _seeded(criterion: Criterion, seed: int) -> Criterion:
     if not hasattr(criterion, "seed"):
         return criterion
     seeded = copy.copy(criterion)
-    seeded.seed = seed
+    object.__setattr__(seeded, "seed", seed)  # criteria are frozen
     return seeded
