@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,27 +45,19 @@ class Sink:
 class FolderSink(Sink):
     """Loggers that write into a folder (CSVLogger): the rest goes beside it, the newest under its name."""
 
-    @property
-    def folder(self) -> Path | None:
-        """Where; None for remote folders, which only the logger itself can write to."""
-        folder = str(self.logger.log_dir)
-        return None if "://" in folder else Path(folder)
-
     def picture(self, name: str, figure: Figure, step: int) -> None:
         """As PNG."""
-        if self.folder is not None:
-            save_figure(figure, (self.folder / name).with_suffix(".png"))
+        self.file(f"{Path(name).name}.png", "picture", partial(save_figure, figure))
 
     def table(self, name: str, table: Table, step: int) -> None:
         """As CSV."""
-        if self.folder is not None:
-            with atomic((self.folder / name).with_suffix(".csv")) as stream:
-                stream.write(table.csv().encode())
+        self.file(f"{Path(name).name}.csv", "table", partial(_write, table.csv()))
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
-        """Into the folder."""
-        if self.folder is not None:
-            path = self.folder / "prune" / name
+        """Into the folder, unless it is a remote one, which only the logger itself can write to."""
+        folder = str(self.logger.log_dir)
+        if "://" not in folder:
+            path = Path(folder, "prune", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
 
@@ -123,9 +116,7 @@ SINKS = {"WandbLogger": WandbSink, "TensorBoardLogger": TensorBoardSink, "CSVLog
 
 def sinks_of(trainer: Trainer) -> list[Sink]:
     """One for each of the Trainer's loggers; none in processes other than the first."""
-    if not trainer.is_global_zero:
-        return []
-    return [_sink_of(logger) for logger in trainer.loggers]
+    return [_sink_of(logger) for logger in trainer.loggers] if trainer.is_global_zero else []
 
 
 def pixels(figure: Figure) -> Any:
@@ -141,3 +132,8 @@ def pixels(figure: Figure) -> Any:
 def _sink_of(logger: Any) -> Sink:
     names = [cls.__name__ for cls in type(logger).__mro__]
     return next((SINKS[name] for name in names if name in SINKS), Sink)(logger)
+
+
+def _write(text: str, path: Path) -> None:
+    with atomic(path) as stream:
+        stream.write(text.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -11,11 +10,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
-from lightning_prune.callbacks.scoring import ScoringCallback, Start
-from lightning_prune.callbacks.scoring_pass import Amount
+from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.criteria import Criterion
-from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import CallbackError
 from lightning_prune.plan import Coupling
 from lightning_prune.schedule import Schedule
@@ -37,18 +34,12 @@ class PruneCallback(Callback):
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
         schedule: remove some channels, fine-tune, score again (`Rounds`, `Gradual`, `Soft`); None: all at once.
-        start: when to begin: an epoch (0: before training), or ``end``: when training is over.
         reconstruct: ``before`` fine-tuning (order B: every epoch is cheaper; after the last step of a schedule),
             ``during`` it (after every step of a schedule), ``after`` it (order A), or ``never``.
-        scores: see `ScoringCallback`.
-        score_batches: see `ScoringCallback`.
-        score_epochs: see `ScoringCallback`.
-        update_weights: see `ScoringCallback`.
-        bn_mode: see `ScoringCallback`.
-        example_inputs: what to trace with; None: the module's ``example_input_array``.
-        statistics: see `ScoringCallback`.
         monitor: metric recorded with every epoch's wall time.
         track: log to the Trainer's loggers, see `TrackingCallback`; without loggers it does nothing.
+        scoring: what else a `ScoringCallback` takes: ``start``, ``scores``, ``score_batches``, ``score_epochs``,
+            ``update_weights``, ``bn_mode``, ``example_inputs``, ``statistics``, ``baseline``.
 
     Attributes:
         scoring: holds ``graph`` and ``scores``.
@@ -69,41 +60,23 @@ class PruneCallback(Callback):
         coupling: Coupling = "joint",
         batch_norm: bool = True,
         schedule: Schedule | None = None,
-        start: Start = 0,
         reconstruct: Reconstruct = "before",
-        scores: Scores | str | os.PathLike[str] | None = None,
-        score_batches: Amount = None,
-        score_epochs: int = 1,
-        update_weights: bool = False,
-        bn_mode: Literal["eval", "train"] = "eval",
-        example_inputs: Any = None,
-        statistics: bool = False,
         monitor: str | None = None,
         track: bool = True,
+        **scoring: Any,
     ) -> None:
         if reconstruct not in get_args(Reconstruct):
             raise CallbackError(f"reconstruct must be one of {', '.join(get_args(Reconstruct))}, got {reconstruct!r}")
-        self.scoring = ScoringCallback(
-            criterion,
-            score_batches=score_batches,
-            score_epochs=score_epochs,
-            update_weights=update_weights,
-            bn_mode=bn_mode,
-            start=start,
-            scores=scores,
-            example_inputs=example_inputs,
-            statistics=statistics,
-        )
+        self.tracking = TrackingCallback() if track else None
+        self.scoring = ScoringCallback(criterion, **scoring)
         self.masking = MaskingCallback(
-            selection if selection is not None else GlobalRatio(ratio),
+            GlobalRatio(ratio) if selection is None else selection,
             coupling=coupling,
             batch_norm=batch_norm,
             schedule=schedule,
         )
         self.reconstruction = None if reconstruct == "never" else ReconstructionCallback(reconstruct, monitor=monitor)
-
         self.random_state = RandomStateCallback()
-        self.tracking = TrackingCallback() if track else None
 
     @property
     def parts(self) -> dict[str, Callback]:

@@ -57,8 +57,7 @@ class TrackingCallback(EpochTimerCallback):
         self._now: dict[str, float] = {}  # the scalars in force
         self._stages: dict[str, StageResult] = {}
         self._phases: dict[int, str] = {}  # of the model, by epoch
-        self._seconds: dict[str, list[float]] = {}
-        self._scored = self._rounds = self._timed = 0  # how much of the others' records is logged
+        self._scored = self._timed = 0  # how many scores and epochs are logged
         self._built: Plan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,8 +119,7 @@ class TrackingCallback(EpochTimerCallback):
             "now": self._now,
             "stages": [asdict(stage) for stage in self._stages.values()],
             "phases": self._phases,
-            "seconds": self._seconds,
-            "logged": [self._scored, self._rounds, self._timed],
+            "logged": [self._scored, self._timed],
             "built": None if self._built is None else self._built.to_dict(),
         }
 
@@ -130,8 +128,8 @@ class TrackingCallback(EpochTimerCallback):
         super().load_state_dict(state_dict)
         self._now = dict(state_dict["now"])
         self._stages = {stage["name"]: StageResult(**stage) for stage in state_dict["stages"]}
-        self._phases, self._seconds = dict(state_dict["phases"]), dict(state_dict["seconds"])
-        self._scored, self._rounds, self._timed = state_dict["logged"]
+        self._phases = dict(state_dict["phases"])
+        self._scored, self._timed = state_dict["logged"]
         built = state_dict["built"]
         self._built = None if built is None else Plan.from_dict(built)
 
@@ -141,23 +139,22 @@ class TrackingCallback(EpochTimerCallback):
         if not self._sinks or run is None:
             return
         session = run.session
-        plan, built, rounds = session.plan, session.built, session.taken
+        plan, before = session.plan, (self._now.get("prune/round", 0), self._built)
         if len(session.history) > self._scored:
             self._log_scores(trainer, session.history[-1], plan)
         self._scored = len(session.history)
-        changed = (rounds, built) != (self._rounds, self._built)
-        if rounds != self._rounds and plan is not None:
+        if session.taken != before[0] and plan is not None:
             self._file("plan.json", "plan", plan.save)
             self._now["prune/share"] = share_removed(session.dense_graph, plan)
             self._log_channels(trainer, session.dense_graph, plan)
-        self._rounds, self._now["prune/round"] = rounds, rounds
-        if built != self._built:
-            self._built = built
+        self._now["prune/round"] = session.taken
+        if session.built != self._built:
+            self._built = session.built
             self._measure(run, RECONSTRUCTED)
             if run.lossless is not None and run.seconds is not None:
                 self._now["prune/lossless_error"] = run.lossless.max_rel_error
                 self._now["prune/reconstruction_seconds"] = run.seconds
-        if changed:
+        if (session.taken, session.built) != before:
             self._log(trainer, self._now)
 
     def _track_epochs(self, trainer: Trainer) -> None:
@@ -167,7 +164,6 @@ class TrackingCallback(EpochTimerCallback):
             return
         timer = run.timer or self
         for record in timer.records[self._timed :]:
-            self._seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
             self._log(trainer, {**self._now, "prune/epoch_seconds": record.train_seconds, "epoch": record.epoch})
         self._timed = len(timer.records)
 
@@ -210,13 +206,15 @@ class TrackingCallback(EpochTimerCallback):
         lossless = (
             None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
         )
-        dense = self._stages.get(DENSE)
+        seconds: dict[str, list[float]] = {}
+        for record in (run.timer or self).records:
+            seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
         stages = dict(self._stages)
-        if MASKED in self._seconds and dense is not None:
-            stages[MASKED] = StageResult(MASKED, params=dense.params, flops=dense.flops)
-        known = [stages[name] for name in (DENSE, MASKED, RECONSTRUCTED) if name in stages]
+        if MASKED in seconds and DENSE in stages:
+            stages[MASKED] = StageResult(MASKED, params=stages[DENSE].params, flops=stages[DENSE].flops)
         timed = [
-            replace(stage, epoch_seconds=median(self._seconds[stage.name])) if stage.name in self._seconds else stage
-            for stage in known
+            replace(stages[name], epoch_seconds=median(seconds[name]) if name in seconds else None)
+            for name in (DENSE, MASKED, RECONSTRUCTED)
+            if name in stages
         ]
         return PruneReport("Pruning", stages=tuple(timed), losslessness=lossless)

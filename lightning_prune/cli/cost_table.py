@@ -21,7 +21,7 @@ from lightning_prune.measure import (
     thread_count,
     with_samples,
 )
-from lightning_prune.report.table import MISSING, TIMES, Column, Table, print_line
+from lightning_prune.report.table import MISSING, TIMES, Column, Entry, Table, print_line
 
 DENSE, PRUNED = "dense", "pruned"
 
@@ -41,13 +41,13 @@ def print_costs(console: Console, models: Models, inputs: Any) -> None:
         (Column("activations", "{}B", optional=True), [measure_memory(model, inputs) for model in models.values()]),
         (Column("on disk", "{}B"), [state_size(model) for model in models.values()]),
     )
-    columns, cells = [Column("")], [[*models, *(["times less"] if len(models) > 1 else [])]]
+    columns, entries = [Column("")], [[*models, *(["times less"] if len(models) > 1 else [])]]
     for column, values in costs:
         unit, divisor = ("k", 1e3) if min(values) < SMALL else ("M", 1e6)
         columns.append(replace(column, unit=column.unit.format(unit)))
         times = [f"{before / after:.2f}{TIMES}" if after else "" for before, after in pairwise(values)]
-        cells.append([*(f"{value / divisor:,.2f}" for value in values), *times])
-    console.print(Table(tuple(columns), tuple(zip(*cells, strict=True)), {2: "key"}))
+        entries.append([*(f"{value / divisor:,.2f}" for value in values), *times])
+    console.print(Table(tuple(columns), tuple(zip(*entries, strict=True)), {2: "key"}))
     print_line(console, "MACs and FLOPs per sample; activations alive at once, of the whole batch", "dim")
 
 
@@ -65,14 +65,15 @@ def print_latency(
     columns = [Column("batch size"), Column("threads"), *(Column(name, "ms") for name in models)]
     if both:
         columns += [Column("times\nfaster"), Column("of the FLOPs'\npromise")]
-    rows = []
+    rows, most = [], 0
     for size in sizes:
         batch = with_samples(inputs, size) if size else inputs
         for count in threads:
             with thread_count(count) as running:
                 pairs = {name: (model, batch) for name, model in models.items()}
                 found = compare_latency(pairs, repeats=repeats)
-            row = [str(size or MISSING), str(running), *(latency_cell(found[name]) for name in models)]
+            most = max(most, running)
+            row: list[str | int | Entry] = [size or MISSING, running, *(latency_cell(found[name]) for name in models)]
             if both:
                 gain = found[DENSE].median / found[PRUNED].median
                 promise = flops[DENSE] / max(1, flops[PRUNED])
@@ -82,14 +83,14 @@ def print_latency(
     note = f"latency on the CPU: median ± half the interquartile range of {repeats} passes"
     print_line(console, f"{note}{', models timed in turns' if both else ''}", "dim")
     cores = core_count()
-    if max(int(row[1]) for row in rows) > cores:
+    if most > cores:
         text = f"more threads than the {cores} {plural('core', cores)} of this process wait for one another"
         print_line(console, text, "yellow")
 
 
-def latency_cell(latency: Latency) -> str:
+def latency_cell(latency: Latency) -> Entry:
     """Median and half the distance of the quartiles: a ± promises half a width."""
-    return f"{latency.median:,.2f} ± {latency.iqr / 2:.2f}"
+    return Entry(f"{latency.median:,.2f}", f"{latency.iqr / 2:.2f}")
 
 
 def core_count() -> int:

@@ -36,18 +36,16 @@ _OBJECT = """  <object>
 """
 
 
-def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str = "train", year: int = 2012) -> Path:
+def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str = "train") -> Path:
     """Images, annotations, class masks and lists as in Pascal VOC's archive; the classes are "0" to "9".
 
     Args:
         scenes: what to write.
-        root: folder in which ``VOCdevkit/VOCyear`` is made, or added to.
-        image_set: "train", "val", "trainval" or "test"; the lists of this name are made. `VOCDetection` and
-            `VOCSegmentation` read "test" of 2007 alone, as VOC's later ones were never published.
-        year: of the folder's name.
+        root: folder in which ``VOCdevkit/VOC2012`` is made, or added to.
+        image_set: "train", "val" or "trainval"; the lists of this name are made.
 
     Returns:
-        The folder ``VOCdevkit/VOCyear``.
+        The folder ``VOCdevkit/VOC2012``.
 
     Example:
         >>> import tempfile
@@ -56,7 +54,7 @@ def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str
         ...     sorted(path.name for path in folder.iterdir())
         ['Annotations', 'ImageSets', 'JPEGImages', 'SegmentationClass']
     """
-    folder = Path(root) / "VOCdevkit" / f"VOC{year}"
+    folder = Path(root) / "VOCdevkit" / "VOC2012"
     for part in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     names = [f"{image_set}_{index:06d}" for index in range(len(scenes))]

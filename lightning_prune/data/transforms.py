@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lightning_prune.errors import DataError
+from lightning_prune.models.yolo_boxes import fitted
 
 GREY = 128  # what is outside of an image, as in darknet
 IGNORE = 255  # a mask's value where no class is asked for
@@ -63,8 +64,8 @@ class Letterbox(v2.Transform):
         self.size = size
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        sides = v2.functional.get_size(inpt)
-        height, width = (max(1, side * self.size // max(sides)) for side in sides)  # as darknet and `yolo_boxes` round
+        rows, columns = v2.functional.get_size(inpt)
+        height, width = fitted(rows, columns, self.size)
         down, across = self.size - height, self.size - width
         resized = v2.functional.resize(inpt, [height, width], antialias=True)
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else GREY

@@ -80,7 +80,7 @@ def build_groups(classes: Classes, module_of: Mapping[str, str]) -> tuple[list[G
     made_up = [(roots, spans) for roots, spans in _made_up(classes) if any(_is_layer(classes, s) for s in spans)]
     finder = LayerFinder(classes, module_of, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
     groups = [(*_build_group(classes, finder, roots, spans), roots) for roots, spans in made_up]
-    groups.sort(key=lambda item: item[0])
+    groups.sort(key=lambda item: (item[0], int(item[2][0])))
     named = _unique_names([group for _, group, _ in groups])
     return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
 

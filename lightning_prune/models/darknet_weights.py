@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import WeightsError
+from lightning_prune.files import atomic
 
 if TYPE_CHECKING:
     from lightning_prune.models.yolo_parts import YoloNetwork
@@ -87,40 +88,18 @@ def load_darknet_weights(model: YoloNetwork, path: str | Path, *, other_classes:
     return DarknetFile(version, seen, taken, tuple(n for n, *_ in model.darknet_layers() if n not in taken))
 
 
-def save_darknet_weights(
-    model: YoloNetwork,
-    path: str | Path,
-    *,
-    seen: int = 0,
-    version: tuple[int, int, int] = (0, 2, 0),
-    upto: int | None = None,
-) -> None:
-    """Write a .weights file that darknet, or `load_darknet_weights`, reads.
+def save_darknet_weights(model: YoloNetwork, path: str | Path, *, seen: int = 0) -> None:
+    """Write a .weights file of version 0.2 that darknet, or `load_darknet_weights`, reads.
 
     Args:
         model: whose weights to write, as float32.
         path: of the file; written as a whole or not at all.
         seen: images seen in training.
-        version: of the format; before 0.2 ``seen`` has 32 bits.
-        upto: number of the last layer to write, in darknet's counting; None: all. 74 makes a darknet53.conv.74.
     """
-    path = Path(path)
-    parts = [struct.pack("<3i", *version), struct.pack(_seen_layout(version), seen)]
-    parts += [
-        array.tensor.detach().cpu().float().numpy().astype("<f4").tobytes()
-        for array in _arrays(model)
-        if upto is None or array.layer <= upto
-    ]
-    draft = path.with_name(f"{path.name}.tmp")
-    try:
-        draft.write_bytes(b"".join(parts))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _seen_layout(version: tuple[int, int, int]) -> str:
-    return "<Q" if version[0] * 10 + version[1] >= 2 else "<i"
+    with atomic(Path(path)) as stream:
+        stream.write(struct.pack("<3iQ", 0, 2, 0, seen))
+        for array in _arrays(model):
+            stream.write(array.tensor.detach().cpu().float().numpy().astype("<f4").tobytes())
 
 
 def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]:
@@ -133,7 +112,7 @@ def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]
             f"{path} is not a darknet file: bytes 0 to 11 should hold its version and read "
             f"{'.'.join(map(str, version))}"
         )
-    layout = _seen_layout(version)
+    layout = "<Q" if version[0] * 10 + version[1] >= 2 else "<i"  # of the images seen
     start = 12 + struct.calcsize(layout)
     if len(content) < start:
         raise WeightsError(f"{path} ends at byte {len(content)}, inside the header of {start} bytes")

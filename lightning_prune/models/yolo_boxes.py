@@ -37,6 +37,12 @@ class Placement:
         return (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
 
 
+def fitted(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width that fit into a square in the same proportions, rounded down as darknet does."""
+    longer = max(height, width)
+    return max(1, height * size // longer), max(1, width * size // longer)
+
+
 def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, list[Placement]]:
     """Scale images to fit into a square, keeping their proportions, and fill the rest with grey 0.5.
 
@@ -55,8 +61,7 @@ def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, lis
     squares, placements = [], []
     for image in images:
         height, width = image.shape[-2:]
-        longer = max(height, width)
-        inner = max(1, height * size // longer), max(1, width * size // longer)
+        inner = fitted(height, width, size)
         top, left = (size - inner[0]) // 2, (size - inner[1]) // 2
         if inner != (height, width):
             image = F.interpolate(image[None], size=inner, mode="bilinear", align_corners=False)[0]

@@ -62,9 +62,8 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"cannot save to {path}: only tensors and plain data can be kept ({_first_line(error)})"
-            ) from error
+            what = _some(_code_in(stream.name)) or type(error).__name__
+            raise CheckpointError(f"cannot save to {path}: only tensors and plain data can be kept ({what})") from error
 
 
 def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
@@ -137,17 +136,6 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     """Give a dense model, in place, the shapes of a pruned checkpoint, so that its state dict can be loaded.
 
     On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
-
-    Args:
-        dense_model: the unpruned architecture.
-        content: of the file: ``state_dict``, ``plan`` and ``sizes``.
-        source: what errors call it.
-
-    Returns:
-        The plan that the saved model was built with.
-
-    Raises:
-        CheckpointError: another model; both shapes are named.
     """
     try:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
@@ -211,11 +199,7 @@ class PrunedCheckpoints:
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint of any kind holds.
-
-    Raises:
-        CheckpointError: missing, or not a dict of tensors and plain data.
-    """
+    """What a checkpoint of any kind holds."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -234,11 +218,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a pruned checkpoint.
-
-    Raises:
-        CheckpointError: missing, not readable with ``weights_only=True``, or not in this format.
-    """
+    """The content of a pruned checkpoint."""
     content = read_file(path)
     if isinstance(content.get(KEY), dict) and "state_dict" in content:
         return {**content[KEY], "state_dict": content["state_dict"]}
@@ -266,11 +246,6 @@ def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str)
 def _shape(value: Any) -> list[int] | str:
     """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    """Torch's errors go on to recommend ``weights_only=False``, which would run code from the file."""
-    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:

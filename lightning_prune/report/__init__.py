@@ -18,15 +18,15 @@ from lightning_prune.report.data import (
     StageResult,
 )
 from lightning_prune.report.summary import markdown_table, print_report
-from lightning_prune.report.table import Cell, Column, Table
+from lightning_prune.report.table import Column, Entry, Table
 
 __all__ = [
     "DENSE",
     "FINE_TUNED",
     "MASKED",
     "RECONSTRUCTED",
-    "Cell",
     "Column",
+    "Entry",
     "EpochRecord",
     "LayerChannels",
     "Losslessness",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,18 +15,9 @@ FINE_TUNED = {"A": "fine-tuned (order A)", "B": "fine-tuned (order B)"}
 
 
 def plain(value: Any) -> Any:
-    """Reduce to what JSON knows: tuples become lists, NaN and infinities their names, the rest its text."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if getattr(value, "ndim", None) == 0:  # a scalar of torch or NumPy
-        return plain(value.item())
-    return str(value)
+    """Reduce to what JSON knows: lists for tuples, names for NaN and infinities, numbers for scalars, else text."""
+    text = json.dumps(value, default=lambda other: other.item() if getattr(other, "ndim", None) == 0 else str(other))
+    return json.loads(text, parse_constant=lambda name: str(float(name)))
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def accuracy_time_figure(
     from matplotlib.figure import Figure
 
     longest = max(curve[-1][0] for curve in curves.values())
-    unit, divisor = time_unit(longest)
+    unit, divisor = ("s", 1) if longest < 600 else ("min", 60) if longest < 3 * 3600 else ("h", 3600)
     what = {"A": "A: fine-tune, then reconstruct", "B": "B: reconstruct, then fine-tune"}
     said = "validation, a marker per epoch; " + "; ".join(what[order] for order in curves)
     with styled(theme) as palette:
@@ -177,7 +177,7 @@ def accuracy_time_figure(
         for order, curve in curves.items():
             x, y = [t / divisor for t, _ in curve], [a for _, a in curve]
             look: dict[str, Any] = {"color": palette.orders[order], "marker": MARKERS[order]}
-            label = f"order {order}: {y[-1]:.2f} % after {duration(curve[-1][0])}"
+            label = f"order {order}: {y[-1]:.2f} % after {x[-1]:.{1 if x[-1] < 10 else 0}f} {unit}"
             axes.plot(x, y, lw=2, ms=6, mfc=palette.paper, mew=1.6, zorder=3, label=label, **look)
             axes.plot(x[-1:], y[-1:], ms=7, zorder=4, **look)
         if dense is not None:
@@ -235,28 +235,6 @@ def _stage(layer: str) -> str:
     parts = layer.split(".")
     numbered = (number for number, part in enumerate(parts[:-1], 1) if part[-1:].isdigit())
     return ".".join(parts[: next(numbered, 1)])
-
-
-def time_unit(seconds: float) -> tuple[str, float]:
-    """Unit in which an axis up to `seconds` reads best, and its length in seconds."""
-    return ("s", 1.0) if seconds < 600 else ("min", 60.0) if seconds < 3 * 3600 else ("h", 3600.0)
-
-
-def duration(seconds: float) -> str:
-    """A time as one says it.
-
-    Example:
-        >>> duration(8.25), duration(96), duration(754), duration(8100)
-        ('8.2 s', '96 s', '12 min 34 s', '2 h 15 min')
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 600:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def add_title(figure: Figure, palette: Palette, title: str, subtitle: str) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report.data import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, PruneReport, ratio
-from lightning_prune.report.table import MISSING, TIMES, Cell, Column, Look, Table, print_line
+from lightning_prune.report.table import MISSING, TIMES, Column, Entry, Look, Table, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +20,9 @@ def stages_table(report: PruneReport) -> Table:
     stages = report.stages
     params, flops = [s.params for s in stages], [report.flops(s) for s in stages]
     # a ± promises half a width, the distance between the quartiles is a whole one
-    spreads = [s.latency_iqr_ms if s.latency_iqr_ms is None else s.latency_iqr_ms / 2 for s in stages]
+    spreads = [s.latency_iqr_ms and s.latency_iqr_ms / 2 for s in stages]
     sizes = [s.size_bytes and s.size_bytes / 1e6 for s in stages]
-    accuracies = [Cell(MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}") for s in stages]
+    accuracies = [Entry(MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}") for s in stages]
     dense = next((number for number, s in enumerate(stages) if s.name == DENSE), None)
     quantities = (
         (Column(capitalized(report.metric), "%"), accuracies),
@@ -32,8 +32,8 @@ def stages_table(report: PruneReport) -> Table:
         _quantity("Epoch", [s.epoch_seconds for s in stages], "s"),
         _quantity("On disk", sizes, "MB"),
     )
-    columns, cells = zip(*quantities, strict=True)
-    rows = tuple((stage.name, *row) for stage, *row in zip(stages, *cells, strict=True))
+    columns, entries = zip(*quantities, strict=True)
+    rows = tuple((stage.name, *row) for stage, *row in zip(stages, *entries, strict=True))
     looks: dict[int, Look] = {number: "key" for number, s in enumerate(stages) if s.name in (DENSE, FINE_TUNED["B"])}
     return Table((Column("Model"), *columns), rows, looks)
 
@@ -47,18 +47,18 @@ def _scaled(values: list[Any], least: dict[str, float]) -> tuple[list[Any], str]
 
 def _quantity(
     title: str, values: list[Any], unit: str, dense: int | None = None, spreads: list[float | None] | None = None
-) -> tuple[Column, list[Cell]]:
+) -> tuple[Column, list[Entry]]:
     """A column in one number of decimals, with ratios to the row `dense`."""
     digits = _decimals([abs(v) for v in values if v and math.isfinite(v)])
-    cells = []
+    entries = []
     for value, spread in zip(values, spreads or [None] * len(values), strict=True):
         if value is None:
-            cells.append(Cell(MISSING))
+            entries.append(Entry(MISSING))
             continue
         factor = None if dense is None else ratio(values[dense], value)
         shown = "" if factor is None or 0.95 < factor < 1.05 else f"{factor:.1f}{TIMES}"
-        cells.append(Cell(f"{value:,.{digits}f}", "" if spread is None else f"{spread:,.{digits}f}", shown))
-    return Column(title, unit), cells
+        entries.append(Entry(f"{value:,.{digits}f}", "" if spread is None else f"{spread:,.{digits}f}", shown))
+    return Column(title, unit), entries
 
 
 def _decimals(values: list[float]) -> int:

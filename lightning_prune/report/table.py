@@ -23,7 +23,7 @@ STYLES = {"key": "bold", "quiet": "dim"}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """A number or a word, and what stands small beside it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Cell:
         more: what a page shows when asked for it.
 
     Example:
-        >>> str(Cell("4.93", "0.11", "2.5×"))
+        >>> str(Entry("4.93", "0.11", "2.5×"))
         '4.93 ± 0.11 (2.5×)'
     """
 
@@ -71,13 +71,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows of numbers, texts and cells; the first column names the rows.
+    """Columns, and rows of numbers, texts and entries; the first column names the rows.
 
     Printed with rich's ``console.print``, it fits the terminal. What gives way, in this order: the space between
     columns, what stands beside a number, optional columns from the right, the beginnings of long module paths.
 
     Attributes:
-        columns: one per entry of a row.
+        columns: one per place in a row.
         rows: from top to bottom.
         looks: of rows, by their numbers.
         gaps: numbers of the rows that a terminal puts an empty line below.
@@ -110,7 +110,7 @@ class Table:
     @property
     def data(self) -> list[list[Any]]:
         """Rows of numbers and texts."""
-        return [[str(entry) if isinstance(entry, Cell) else entry for entry in row] for row in self.rows]
+        return [[str(entry) if isinstance(entry, Entry) else entry for entry in row] for row in self.rows]
 
     def markdown(self) -> str:
         """The table for a README."""
@@ -185,15 +185,15 @@ def _inline(entry: Any) -> str:
 
 
 def _shown(console: Console, entry: Any, tight: bool) -> Text:
-    """A cell in the colours of its parts; where it is tight, a spread takes the place of the ratio."""
+    """An entry in the colours of its parts; where it is tight, a spread takes the place of the ratio."""
     from rich.text import Text
 
-    cell = entry if isinstance(entry, Cell) else Cell(str(entry))
-    parts = [printable(console, cell.value)]
-    if cell.spread:
-        parts.append(printable(console, f" ±{'' if tight else ' '}{cell.spread}", "dim"))
-    if cell.times and not (tight and cell.spread):
-        parts.append(printable(console, f" {cell.times}", "cyan"))
+    entry = entry if isinstance(entry, Entry) else Entry(str(entry))
+    parts = [printable(console, entry.value)]
+    if entry.spread:
+        parts.append(printable(console, f" ±{'' if tight else ' '}{entry.spread}", "dim"))
+    if entry.times and not (tight and entry.spread):
+        parts.append(printable(console, f" {entry.times}", "cyan"))
     return Text.assemble(*parts)
 
 

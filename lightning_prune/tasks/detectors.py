@@ -82,7 +82,7 @@ class MultiScale:
         return self.smallest + 32 * int(torch.randint(steps, (), generator=generator))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class YoloDetector(Detector):
     """YOLOv3 and YOLOv3-tiny: letterboxes images, decodes head maps, suppresses overlapping boxes of a class.
 
@@ -153,7 +153,7 @@ class YoloDetector(Detector):
         return results
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TorchvisionDetector(Detector):
     """torchvision's Faster R-CNN, RetinaNet, SSD, SSDLite and FCOS, or a network with their interface.
 

@@ -16,7 +16,7 @@ from lightning_prune.data.samples import plain
 from lightning_prune.data.voc import VOC_CLASSES
 from lightning_prune.data.voc_files import read_annotation
 from lightning_prune.errors import DataError
-from tests.data.coco_tree import write_coco
+from tests.data.helpers import write_coco
 
 DIGITS = tuple("0123456789")
 SIZE = 48

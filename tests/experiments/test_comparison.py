@@ -299,7 +299,7 @@ def test_numbers_are_whole_on_80_columns_whatever_the_names() -> None:
     print_comparison(Comparison(made_up().dense, cells, (), {}), console)
     shown = console.file.getvalue()
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
-    assert "84.00 ± 1.00" in shown
+    assert "84.00 ±1.00" in shown
 
 
 def test_the_picture_has_a_curve_and_bars_per_criterion_in_both_panels() -> None:

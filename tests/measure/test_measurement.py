@@ -175,8 +175,7 @@ def test_recurrent_layers(layer, gates, directions):
     model = layer(5, 7, bidirectional=directions == 2, batch_first=True)
     counts = flops_by_convention(model, torch.zeros(2, 3, 5))
     assert counts["macs"] == 3 * directions * gates * 7 * (5 + 7)
-    if layer is nn.LSTM:
-        assert counts["ptflops"] - counts["macs"] == 3 * directions * gates * 7 * 2
+    assert counts["ptflops"] - counts["macs"] == 3 * directions * gates * 7 * 2  # two biases
 
 
 @pytest.mark.parametrize(
@@ -362,6 +361,20 @@ def test_state_size_is_that_of_the_file(tmp_path):
     assert state_size(model) == pytest.approx((tmp_path / "model.pt").stat().st_size, rel=0.05)
     more = state_size(nn.Linear(1000, 100)) - state_size(nn.Linear(1000, 50))
     assert more == pytest.approx(4 * 50 * 1001, abs=256)  # entries are padded to 64 bytes
+
+
+def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
+    passes = []
+    found = measure(Call(lambda x: passes.append(x) or x + 1), torch.zeros(1), warmup=1, repeats=3)
+    assert len(passes) == 1  # counting operators
+    first = found.latency
+    assert len(passes) == 5
+    assert found.latency is first
+    assert found.peak_memory_bytes == 8
+    assert (found.peak_memory_bytes, len(passes)) == (8, 6)
+    late = measure(Call(lambda x: x), torch.zeros(1), repeats=0)
+    with pytest.raises(PruningError, match="repeats at least 1"):
+        _ = late.latency
 
 
 def test_measure_puts_all_together():

@@ -19,7 +19,6 @@ from lightning_prune.report.figures import (
     accuracy_time_figure,
     bands,
     channels_figure,
-    duration,
     save_figure,
 )
 
@@ -127,6 +126,7 @@ def test_epochs_without_accuracy_are_left_out_and_long_runs_are_in_minutes():
     (axes,) = accuracy_time_figure((curve("A", 600, (0.9, None, 0.95), 0), B), metric="mIoU").axes
     (line,) = [line for line in axes.lines if line.get_label().startswith("order A")]
     np.testing.assert_allclose(line.get_xdata(), [10, 30])
+    assert line.get_label() == "order A: 95.00 % after 30 min"
     assert "(min)" in axes.get_xlabel()
     assert axes.figure.texts[0].get_text() == "mIoU against time (%)"
     assert len(axes.get_legend().get_texts()) == 2  # no dense model to compare with
@@ -208,10 +208,3 @@ def test_nothing_to_draw_is_refused():
         channels_figure([])
     with pytest.raises(PruningError, match="nothing to draw"):
         accuracy_time_figure([OrderTiming("A", (EpochRecord(0, 1.0, 1.0, 2.0),))])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(8.25, "8.2 s"), (96, "96 s"), (754, "12 min 34 s"), (8100, "2 h 15 min")]
-)
-def test_durations(seconds, said):
-    assert duration(seconds) == said

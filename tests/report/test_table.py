@@ -8,7 +8,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lightning_prune.report.table import TIMES, Cell, Column, Table, print_line, shorten
+from lightning_prune.report.table import TIMES, Column, Entry, Table, print_line, shorten
 
 TABLE = Table(
     (Column("layer"), Column("kind", optional=True), Column("dense", "ms"), Column("pruned", "ms")),
@@ -21,8 +21,8 @@ TABLE = Table(
 MEASURED = Table(
     (Column("a|b"), Column("latency\nof one", "ms"), Column("why", left=True)),
     (
-        ("<i>", Cell("20.00", "0.50"), "a |\nb"),
-        ("[red]", Cell("8.00", "0.20", f"2.5{TIMES}"), Cell("2 others", more="<b>all</b>")),
+        ("<i>", Entry("20.00", "0.50"), "a |\nb"),
+        ("[red]", Entry("8.00", "0.20", f"2.5{TIMES}"), Entry("2 others", more="<b>all</b>")),
     ),
     {1: "key"},
     frozenset({0}),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -149,11 +148,11 @@ def check_request(
     for ratio in ratios:
         if check_ratio(ratio) == 0:
             raise PlanError("a ratio of 0 prunes nothing; the dense model is in every table anyway")
-    if any(type(seed) is not int or not 0 <= seed < 2**31 for seed in seeds):  # nor a bool
+    if any(isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31 for seed in seeds):
         raise PlanError(f"seeds must be integers in [0, 2**31), got {list(seeds)}")
     if selection not in get_args(SelectionName):
         raise PlanError(f"selection must be one of {', '.join(get_args(SelectionName))}, got {selection!r}")
-    if type(epochs) is not int or epochs < 0:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise PlanError(f"epochs must be an integer >= 0, got {epochs!r}")
     return named
 
@@ -262,6 +261,4 @@ def _seeded(criterion: Criterion, seed: int) -> Criterion:
     """The criterion, with the cell's seed if it draws numbers of its own."""
     if not hasattr(criterion, "seed"):
         return criterion
-    seeded = copy.copy(criterion)
-    object.__setattr__(seeded, "seed", seed)  # criteria are frozen
-    return seeded
+    return replace(criterion, seed=seed)  # type: ignore[type-var]

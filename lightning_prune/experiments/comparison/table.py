@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_prune.errors import PruningError
-from lightning_prune.experiments.comparison.cells import Cell, Comparison, Row, Spread
+from lightning_prune.experiments.comparison.cells import Cell, Comparison, Dense, Row, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
 from lightning_prune.files import atomic
 from lightning_prune.report.figures import save_figure
-from lightning_prune.report.table import MISSING, TIMES, Column, Table, print_line
+from lightning_prune.report.table import MISSING, TIMES, Column, Entry, Table, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ def comparison_table(comparison: Comparison) -> Table:
     ratios = [None, *(row.ratio for row in rows), None]
     return Table(
         columns,
-        (first, *(_line(row, comparison) for row in rows)),
+        (first, *(_line(row, dense) for row in rows)),
         {n: "key" for n in range(len(rows) + 1) if not n or ratios[n] != ratios[n - 1]},
         frozenset(n for n in range(len(rows)) if ratios[n] != ratios[n + 1]),
     )
@@ -105,19 +105,17 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     return files
 
 
-def _line(row: Row, comparison: Comparison) -> tuple[str, ...]:
-    dense = comparison.dense
+def _line(row: Row, dense: Dense) -> tuple[str | Entry, ...]:
     return (
         row.criterion,
         f"{row.ratio:g}",
         _percent(row.before),
         _percent(row.after),
-        f"{row.macs.mean / 1e6:.2f} ({dense.macs / row.macs.mean:.1f}{TIMES})",
-        f"{row.params.mean / 1e3:.1f} ({dense.params / row.params.mean:.1f}{TIMES})",
+        Entry(f"{row.macs.mean / 1e6:.2f}", times=f"{dense.macs / row.macs.mean:.1f}{TIMES}"),
+        Entry(f"{row.params.mean / 1e3:.1f}", times=f"{dense.params / row.params.mean:.1f}{TIMES}"),
         str(row.seeds),
     )
 
 
-def _percent(spread: Spread) -> str:
-    deviation = "" if spread.deviation is None else f" ± {100 * spread.deviation:.2f}"
-    return f"{100 * spread.mean:.2f}{deviation}"
+def _percent(spread: Spread) -> Entry:
+    return Entry(f"{100 * spread.mean:.2f}", "" if spread.deviation is None else f"{100 * spread.deviation:.2f}")

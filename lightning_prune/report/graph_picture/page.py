@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_prune.graph.describe import parameters, percent, totals
 from lightning_prune.report.graph_picture.svg import graph_svg
 from lightning_prune.report.pages import render
-from lightning_prune.report.table import Cell, Column, Table
+from lightning_prune.report.table import Column, Entry, Table
 
 if TYPE_CHECKING:
     from lightning_prune.graph import ChannelGraph, Group
@@ -65,7 +65,7 @@ def groups_table(graph: ChannelGraph) -> Table:
     return Table(columns, rows, {number: "quiet" for number, group in enumerate(graph.groups) if not group.prunable})
 
 
-def _others(group: Group) -> Cell:
+def _others(group: Group) -> Entry:
     """The layers that the group is not named after; a long list waits to be opened."""
     names = ", ".join(layer.name for layer in group.layers[1:])
-    return Cell(names) if len(names) <= LIST else Cell(f"{len(group.layers) - 1} other layers", more=names)
+    return Entry(names) if len(names) <= LIST else Entry(f"{len(group.layers) - 1} other layers", more=names)
