@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import trace
-from lightning_prune.measure import CostModel, count_flops, count_params, macs_by_parameter
+from lightning_prune.measure import CostModel, count_flops, count_params
+from lightning_prune.measure.cost_model import macs_by_parameter
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import reconstruct
 from tests.criteria.helpers import assert_same, snapshot

@@ -10,18 +10,17 @@ from torch import nn
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.measure import (
-    TIMES,
     Latency,
     LayerTime,
     Machine,
     ModelTime,
     count_flops,
-    empty_lanes,
     explain_speed,
     measure_machine,
     time_layers,
     with_samples,
 )
+from lightning_prune.measure.layer_findings import TIMES, empty_lanes
 
 MACHINE = Machine(flops=100e9, bandwidth=10e9, call=2e-6, product_call=10e-6, threads=1)  # a balance of 10
 
