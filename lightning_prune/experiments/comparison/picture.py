@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import PruningError
@@ -41,10 +42,8 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
     curves: dict[str, list[Row]] = {}
     for row in comparison.rows:
         curves.setdefault(row.criterion, []).append(row)
-    looks = {
-        criterion: (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
-        for number, criterion in enumerate(dict.fromkeys(cell.criterion for cell in comparison.cells))
-    }
+    criteria = dict.fromkeys(cell.criterion for cell in comparison.cells)
+    colors, markers = dict(zip(criteria, cycle(COLORS))), dict(zip(criteria, cycle(MARKERS)))
     ranked = sorted(curves, key=lambda name: -statistics.fmean(row.after.mean for row in curves[name]))
     with styled(theme) as palette:
         height = max(4.6, 1.5 + 0.23 * (len(curves) + 1))
@@ -54,9 +53,9 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
         panels = figure.subplots(1, 2, gridspec_kw=grid)
         for axes, (when, title) in zip(panels, PANELS.items(), strict=True):
             for criterion in ranked:
-                _curve(axes, curves[criterion], when, comparison, looks[criterion])
+                _curve(axes, curves[criterion], when, comparison, (colors[criterion], markers[criterion]))
             _finish(axes, comparison, title, palette)
-        _below(panels[1], comparison, {name: color for name, (color, _) in looks.items()})
+        _below(panels[1], comparison, colors)
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (right + 0.005, 0.5)}
         figure.legend(*panels[1].get_legend_handles_labels(), frameon=False, handlelength=2.2, **place)
         seeds = max(row.seeds for row in comparison.rows)
