@@ -49,28 +49,25 @@ PALETTES: dict[str, Palette] = {
 @contextmanager
 def styled(theme: Theme) -> Iterator[Palette]:
     """Matplotlib's defaults with ours on top, whatever the user has set; all of it undone at the end."""
-    import matplotlib
+    from matplotlib import style
 
     palette = PALETTES[theme]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "figure.facecolor": palette.paper,
-                "savefig.facecolor": palette.paper,
-                "axes.facecolor": "none",
-                "text.color": palette.ink,
-                "axes.labelcolor": palette.quiet,
-                "xtick.color": palette.quiet,
-                "ytick.color": palette.ink,
-                "font.family": ["DejaVu Sans"],
-                "font.size": 10,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.edgecolor": palette.track,
-                "svg.hashsalt": "lightning-prune",
-            }
-        )
+    ours: dict[str, Any] = {
+        "figure.facecolor": palette.paper,
+        "savefig.facecolor": palette.paper,
+        "axes.facecolor": "none",
+        "text.color": palette.ink,
+        "axes.labelcolor": palette.quiet,
+        "xtick.color": palette.quiet,
+        "ytick.color": palette.ink,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": palette.track,
+        "svg.hashsalt": "lightning-prune",
+    }
+    with style.context(["default", ours]):
         yield palette
 
 
