@@ -10,21 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_prune.files import atomic
+from lightning_prune.report import summary
 from lightning_prune.report.data import PruneReport
 from lightning_prune.report.figures import PALETTES, accuracy_time_figure, channels_figure, save_figure
 from lightning_prune.report.pages import render
-from lightning_prune.report.summary import (
-    capitalized,
-    footnote,
-    gains,
-    lossless_line,
-    markdown_table,
-    points,
-    print_report,
-    savings_line,
-    stages_table,
-    times,
-)
 from lightning_prune.report.table import MISSING, Column, Table
 
 if TYPE_CHECKING:
@@ -35,24 +24,17 @@ if TYPE_CHECKING:
 
 def html_page(report: PruneReport) -> str:
     """The whole report as one HTML page: no request goes out; light and dark, phone and paper."""
-    found, figures = report.losslessness, _figures(report)
-    verdict, _, measured = lossless_line(report).partition(":")
+    pictures = {kind: {theme: _address(draw, theme) for theme in PALETTES} for kind, draw in _figures(report).items()}
     return render(
         "report.html",
         report=report,
+        summary=summary,
         title=report.title,
         subtitle=_subtitle(report),
         tiles=_tiles(report),
         notes=report.notes,
         settings={key: _say(value) for key, value in report.settings.items()},
-        stages=stages_table(report),
-        footnote=footnote(report),
-        state="" if found is None else "passed" if found.passed else "failed",
-        verdict=verdict,
-        measured=measured,
-        savings=savings_line(report),
-        pictures={kind: {theme: _address(draw, theme) for theme in PALETTES} for kind, draw in figures.items()},
-        metric=capitalized(report.metric),
+        pictures=pictures,
         conventions=_conventions(report),
         epochs=_epochs(report),
         layers=Table.of(
@@ -69,7 +51,7 @@ def write_report(report: PruneReport, folder: str | Path) -> dict[str, Path]:
         "json": ("report.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"),
         "html": ("report.html", html_page(report)),
         "table": ("table.txt", table_text(report)),
-        "markdown": ("table.md", markdown_table(report)),
+        "markdown": ("table.md", summary.markdown_table(report)),
     }
     files = {kind: folder / name for kind, (name, _) in texts.items()}
     for kind, (_, text) in texts.items():
@@ -86,7 +68,7 @@ def table_text(report: PruneReport, width: int = 110) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    print_report(report, Console(file=stream, width=width, color_system=None, force_terminal=False))
+    summary.print_report(report, Console(file=stream, width=width, color_system=None, force_terminal=False))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"
 
 
@@ -124,10 +106,10 @@ def _say(value: object) -> str:
 def _tiles(report: PruneReport) -> list[tuple[str, str, str]]:
     """Number, unit and what it is, in the order in which they are shown."""
     epoch = "training epoch, order B against A"
-    shown = [*gains(report), times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}")]
+    shown = [*summary.gains(report), summary.times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}")]
     tiles = [(number, "", what) for number, _, what in (text.partition(" ") for text in shown if text)]
     if report.accuracy_change is not None:
-        number, unit = points(report.accuracy_change).split(" ")
+        number, unit = summary.points(report.accuracy_change).split(" ")
         tiles.append((number, unit, f"{report.metric}, fine-tuned"))
     return tiles
 
@@ -154,4 +136,4 @@ def _epochs(report: PruneReport) -> Table:
         for record in timing.epochs
     ]
     seconds = [Column(title, "s") for title in ("Training", "Evaluation", "Elapsed")]
-    return Table((Column("Order, epoch"), *seconds, Column(capitalized(report.metric), "%")), tuple(rows))
+    return Table((Column("Order, epoch"), *seconds, Column(summary.capitalized(report.metric), "%")), tuple(rows))
