@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.measure.operators import run
+from lightning_prune.measure.counting import run
 from lightning_prune.model_state.preservation import preserved
 
 T = TypeVar("T")
@@ -69,11 +69,7 @@ def measure_latency(
 
 
 def compare_latency(
-    models: Mapping[str, tuple[nn.Module, Any]],
-    *,
-    warmup: int = 2,
-    repeats: int = 10,
-    threads: int | None = None,
+    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
 ) -> dict[str, Latency]:
     """Time several models in turns, in milliseconds: whatever else the machine does falls on all of them alike.
 
@@ -111,12 +107,7 @@ def in_turns(
     repeats: int,
     threads: int | None,
 ) -> dict[str, list[T]]:
-    """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}.
-
-    Raises:
-        PruningError: no repeats, or no threads.
-        TraceError: a model does not run on its inputs.
-    """
+    """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}."""
     if warmup < 0 or repeats < 1:
         raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
     found: dict[str, list[T]] = {name: [] for name in models}
@@ -154,12 +145,12 @@ def thread_count(threads: int | None) -> Iterator[int]:
     Raises:
         PruningError: less than one.
     """
-    if threads is not None and threads < 1:
-        raise PruningError(f"threads must be at least 1, got {threads}")
     before = torch.get_num_threads()
+    threads = before if threads is None else threads
+    if threads < 1:
+        raise PruningError(f"threads must be at least 1, got {threads}")
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield torch.get_num_threads()
+        torch.set_num_threads(threads)
+        yield threads
     finally:
         torch.set_num_threads(before)

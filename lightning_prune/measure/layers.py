@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import PruningError
+from lightning_prune.measure.counting import OperatorCounter
 from lightning_prune.measure.latency import Latency, in_turns, timed_pass
 from lightning_prune.measure.machine import Machine
-from lightning_prune.measure.operators import OperatorCounter
 
 Bound = Literal["compute", "memory", "call"]
 
@@ -97,11 +97,6 @@ class ModelTime:
         return median(timed / plain for timed, plain in pairs) - 1
 
     @property
-    def inside(self) -> float:
-        """Milliseconds in layers."""
-        return sum(layer.latency.median for layer in self.layers)
-
-    @property
     def outside(self) -> float:
         """Milliseconds between the layers: additions, reshapes, functional calls, Python, the timers themselves."""
         spent = zip(*(layer.latency.samples for layer in self.layers), strict=True) if self.layers else ()
@@ -111,7 +106,7 @@ class ModelTime:
     @property
     def total(self) -> float:
         """Milliseconds inside and outside, of which shares are: medians of parts do not add up to that of the whole."""
-        return self.inside + self.outside
+        return sum(layer.latency.median for layer in self.layers) + self.outside
 
     @property
     def flops(self) -> int:

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.measure.flops import count_params, flops_by_convention
+from lightning_prune.measure.counting import count_params, flops_by_convention, measure_memory, state_size
 from lightning_prune.measure.latency import Latency, measure_latency
-from lightning_prune.measure.memory import measure_memory, state_size
 
 
 @dataclass(frozen=True)

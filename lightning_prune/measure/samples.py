@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def samples_in(example_inputs: Any) -> int:
@@ -36,10 +36,6 @@ def with_samples(example_inputs: Any, samples: int) -> Any:
             return value[torch.arange(samples, device=value.device) % before]
         if isinstance(value, list) and len(value) == before:
             return [value[number % before] for number in range(samples)]
-        if isinstance(value, tuple):
-            return tuple(map(resized, value))
-        if isinstance(value, Mapping):
-            return {key: resized(item) for key, item in value.items()}
         return value
 
-    return resized(example_inputs)
+    return tree_map(resized, example_inputs, is_leaf=lambda value: isinstance(value, list))
