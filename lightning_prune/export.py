@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from lightning_prune.errors import ExportError, first_line
+from lightning_prune.errors import ExportError, check_choice, first_line
 from lightning_prune.files import check_writable
 from lightning_prune.graph.inputs import as_args
 from lightning_prune.measure import Latency, compare_latency, samples_in, with_samples
@@ -170,8 +170,7 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _check(path: Path, format: str) -> None:
-    if format not in get_args(Format):
-        raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    check_choice("format", format, Format, ExportError)
     if path.suffix != SUFFIX[format]:
         raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
     check_writable(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
-from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.errors import PruningError, TraceError, check_choice
 from lightning_prune.graph import call_model
 from lightning_prune.graph.recording import untouched
 from lightning_prune.measure.samples import samples_in
@@ -153,8 +153,7 @@ def count_flops(model: nn.Module, example_inputs: Any, convention: Convention = 
         >>> count_flops(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 4, 4), "ptflops")
         3584
     """
-    if convention not in get_args(Convention):
-        raise PruningError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
+    check_choice("convention", convention, Convention, PruningError)
     return flops_by_convention(model, example_inputs)[convention]
 
 

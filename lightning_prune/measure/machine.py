@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -58,26 +59,19 @@ def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
     source, target = torch.zeros(count), torch.empty(count)
     pixel, scalar = torch.zeros(1, 8, 1, 1), torch.zeros(1)
     convolution, rectifier = nn.Conv2d(8, 8, 1).eval(), nn.ReLU()
-    with thread_count(threads), torch.no_grad():
-        seconds = {
-            name: [_seconds(run) for _ in range(many)]
-            for name, many, run in (
-                ("product", repeats + 1, lambda: torch.mm(left, right, out=product)),
-                ("copy", repeats + 1, lambda: target.copy_(source)),
-                ("call", 50 * repeats, lambda: rectifier(scalar)),
-                ("product_call", 50 * repeats, lambda: convolution(pixel)),
-            )
-        }
+    with thread_count(threads) as used, torch.no_grad():
         return Machine(
-            2 * size**3 / min(seconds["product"]),
-            2 * 4 * count / min(seconds["copy"]),
-            median(seconds["call"]),
-            median(seconds["product_call"]),
-            torch.get_num_threads(),
+            flops=2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=product), repeats + 1)),
+            bandwidth=2 * 4 * count / min(_seconds(lambda: target.copy_(source), repeats + 1)),
+            call=median(_seconds(lambda: rectifier(scalar), 50 * repeats)),
+            product_call=median(_seconds(lambda: convolution(pixel), 50 * repeats)),
+            threads=used,
         )
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _seconds(run: Callable[[], Any], times: int) -> list[float]:
+    clock = [time.perf_counter()]
+    for _ in range(times):
+        run()
+        clock.append(time.perf_counter())
+    return [after - before for before, after in pairwise(clock)]

@@ -213,32 +213,14 @@ class Selection(ABC):
 
 
 def check_ratio(ratio: float) -> float:
-    """Refuse a ratio outside [0, 1).
-
-    Raises:
-        PlanError: with the value.
-    """
+    """The ratio, unless it lies outside [0, 1)."""
     if not is_number(ratio) or not 0 <= ratio < 1:
         raise PlanError(f"ratio is the share of channels to remove and must be in [0, 1), got {ratio!r}")
     return float(ratio)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse anything but these values of a setting.
-
-    Raises:
-        PlanError: with the value and the choices.
-    """
-    if value not in choices:
-        raise PlanError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def check_patterns(name: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
-    """Refuse name patterns, of the setting of that name, that match no layer.
-
-    Raises:
-        PlanError: with the pattern and the layers there are.
-    """
+    """Refuse name patterns, of the setting of that name, that match no layer."""
     layers = [layer.name for group in graph.groups for layer in group.layers]
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):

@@ -12,7 +12,7 @@ from lightning_prune.graph.describe import percent, shortened
 from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.small_model import reconstruct
-from lightning_prune.selection.budget import Reach
+from lightning_prune.selection.search import Reach
 
 HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
 
@@ -40,11 +40,6 @@ class GroupExplanation:
     macs_saved: int
     note: str
 
-    @property
-    def removed(self) -> int:
-        """Channels that go."""
-        return self.channels - self.kept
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -70,11 +65,9 @@ class Explanation:
             for g in self.groups
         ]
         lines = [*_aligned(rows), "saved: what comes back if that group alone is left whole; they do not add up", ""]
-        noted: dict[str, list[str]] = {}
-        for group in self.groups:
-            if group.note:
-                noted.setdefault(group.note, []).append(group.name)
-        lines += [*(f"{', '.join(names)}: {note}" for note, names in noted.items()), *[""][: len(noted)]]
+        notes = dict.fromkeys(g.note for g in self.groups if g.note)
+        lines += [f"{', '.join(g.name for g in self.groups if g.note == note)}: {note}" for note in notes]
+        lines += [""] if notes else []
         channels = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
         for name, (before, after) in {"channels": channels, "params": self.params, "MACs": self.macs}.items():
             lines.append(f"{name}: {after:,} of {before:,} remain ({percent(after, before)})")

@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal, final, get_args
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.errors import PlanError
+from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import ByLayer, Question, Selection, check_choice, check_patterns, check_ratio
+from lightning_prune.selection.base import ByLayer, Question, Selection, check_patterns, check_ratio
 from lightning_prune.selection.ranking import Ranking
 
 Over = Literal["all", "inner", "groups"]
@@ -49,7 +49,7 @@ class LayerRatio(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("rounding", self.rounding, Rounding, PlanError)
         self.ratio = check_ratio(self.ratio)
         self.overrides = {pattern: check_ratio(ratio) for pattern, ratio in self.overrides.items()}
 
@@ -109,7 +109,7 @@ class GlobalRatio(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("over", self.over, get_args(Over))
+        check_choice("over", self.over, Over, PlanError)
         self.ratio = check_ratio(self.ratio)
 
     @override
