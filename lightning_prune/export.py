@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import logging
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_prune.errors import ExportError, check_choice, first_line
 from lightning_prune.files import check_writable
@@ -104,7 +103,7 @@ def export(
     path = Path(path)
     _check(path, format)
     dense = copy_without_masks(model).cpu().eval()
-    inputs = tree_map(_on_cpu, example_inputs)
+    inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), example_inputs)
     checked = [inputs]
     if dynamic_batch:
         if not samples_in(inputs):
@@ -115,7 +114,7 @@ def export(
         draft = Path(folder) / path.name
         try:
             with _silence():
-                _write(_program(dense, checked[-1], dynamic_batch), format, draft)
+                _write(dense, checked[-1], dynamic_batch, format, draft)
         except Exception as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be exported to {format}: {first_line(error)}"
@@ -179,7 +178,7 @@ def _check(path: Path, format: str) -> None:
         raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')
 
 
-def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
+def _write(model: nn.Module, inputs: Any, dynamic_batch: bool, format: Format, path: Path) -> None:
     args, kwargs = as_args(inputs)
     shapes = None
     if dynamic_batch:
@@ -189,10 +188,7 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples:
                 shapes[leaf] = {0: batch}
     with torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-def _write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     if format == "torch_export":
         torch.export.save(program, path)
         return
@@ -262,10 +258,6 @@ class _Session(nn.Module):
         given = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = self._session.run(None, dict(zip(self._names, given, strict=True)))
         return [torch.from_numpy(output) for output in outputs]
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
 
 
 @contextmanager

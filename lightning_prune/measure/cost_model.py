@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.counting import OperatorCounter, count_params
-from lightning_prune.measure.samples import samples_in
+from lightning_prune.measure.counting import OperatorCounter, count_params, samples_in
 from lightning_prune.plan import Plan
 
 

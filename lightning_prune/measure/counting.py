@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
 from lightning_prune.errors import PruningError, TraceError, check_choice
 from lightning_prune.graph import call_model
 from lightning_prune.graph.recording import untouched
-from lightning_prune.measure.samples import samples_in
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
 ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu".split())
@@ -29,6 +29,37 @@ NORMS = frozenset(
     "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm batch_norm native_group_norm".split()
 )
+
+
+def samples_in(example_inputs: Any) -> int:
+    """How many samples a forward pass on these inputs takes; 0 if nothing tells."""
+    if isinstance(example_inputs, Tensor):
+        return example_inputs.shape[0] if example_inputs.dim() else 0
+    if isinstance(example_inputs, list) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_inputs)):
+        return len(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        example_inputs = tuple(example_inputs.values())
+    parts = example_inputs if isinstance(example_inputs, tuple) else ()
+    return next((count for count in map(samples_in, parts) if count), 0)
+
+
+def with_samples(example_inputs: Any, samples: int) -> Any:
+    """The same inputs with another number of samples, repeated or left out; what is no batch stays as it is.
+
+    Example:
+        >>> with_samples((torch.zeros(2, 3), 0.5), 5)[0].shape
+        torch.Size([5, 3])
+    """
+    before = samples_in(example_inputs)
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == before:
+            return value[torch.arange(samples, device=value.device) % before]
+        if isinstance(value, list) and len(value) == before:
+            return [value[number % before] for number in range(samples)]
+        return value
+
+    return tree_map(resized, example_inputs, is_leaf=lambda value: isinstance(value, list))
 
 
 def run(model: nn.Module, example_inputs: Any) -> None:

@@ -99,9 +99,9 @@ class ModelTime:
     @property
     def outside(self) -> float:
         """Milliseconds between the layers: additions, reshapes, functional calls, Python, the timers themselves."""
-        spent = zip(*(layer.latency.samples for layer in self.layers), strict=True) if self.layers else ()
-        left = [whole - sum(parts) for whole, parts in zip(self.timed.samples, spent, strict=False)]
-        return max(0.0, median(left)) if left else self.timed.median
+        parts = (layer.latency.samples for layer in self.layers)
+        left = [whole - sum(spent) for whole, *spent in zip(self.timed.samples, *parts, strict=True)]
+        return max(0.0, median(left))
 
     @property
     def total(self) -> float:

@@ -42,9 +42,7 @@ class Budget(Selection):
             and with torch's present number of threads. Machines differ: select on the one that will serve.
         convention: how FLOPs are counted, see `lightning_prune.measure.count_flops`.
         repeats: passes timed per model.
-        min_channels: see `Selection`.
-        round_to: see `Selection`.
-        ignore: see `Selection`.
+        min_channels, round_to, ignore: see `Selection`.
 
     Raises:
         PlanError: no budget or one that makes no sense; in `select` also one that cannot be met: the nearest that can

@@ -15,7 +15,7 @@ from lightning_prune.measure import CostModel, count_params, flops_by_convention
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection.base import Question
-from lightning_prune.selection.ranking import Ranking
+from lightning_prune.selection.ratio import Ranking
 
 if TYPE_CHECKING:
     from lightning_prune.selection.budget import Budget
@@ -177,20 +177,13 @@ def smallest(verdict: Callable[[int], Verdict], last: int, guess: int) -> int | 
     """The smallest count up to ``last`` that fits, if any: larger ones do too. Or the first found to be enough.
 
     Steps that double lead from the guess to a count on the other side; then it is halving.
-
-    Example:
-        >>> smallest(lambda count: "fits" if count >= 40 else "too much", 100, guess=90)
-        40
     """
     low, high, step, count = -1, last + 1, 1, guess
     while high - low > 1:
         said = verdict(count)
         if said == "enough":
             return count
-        if said == "fits":
-            high = count
-        else:
-            low = count
+        low, high = (low, count) if said == "fits" else (count, high)
         if low >= 0 and high <= last:
             count = (low + high) // 2
         else:
