@@ -44,20 +44,17 @@ class Latency:
         return cls(median, high - low, tuple(milliseconds))
 
 
-def measure_latency(
-    model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10, threads: int | None = None
-) -> Latency:
-    """Time forward passes of one model in eval mode without gradients, in milliseconds.
+def measure_latency(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10) -> Latency:
+    """Time forward passes of one model in eval mode without gradients, in milliseconds; see `thread_count`.
 
     Args:
         model: left as it is.
         example_inputs: the whole of it is one pass.
         warmup: passes before the clock runs.
         repeats: passes timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
-        PruningError: no repeats, no threads, or a model on the meta device, which computes nothing.
+        PruningError: no repeats, or a model on the meta device, which computes nothing.
         TraceError: the model does not run on the inputs.
 
     Example:
@@ -65,11 +62,11 @@ def measure_latency(
         >>> len(latency.samples), min(latency.samples) <= latency.median
         (3, True)
     """
-    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats, threads=threads)[""]
+    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats)[""]
 
 
 def compare_latency(
-    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
+    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10
 ) -> dict[str, Latency]:
     """Time several models in turns, in milliseconds: whatever else the machine does falls on all of them alike.
 
@@ -80,10 +77,9 @@ def compare_latency(
         models: {name: (model, example inputs)}.
         warmup: rounds before the clock runs.
         repeats: rounds timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
-        PruningError: no repeats, no threads, or a model on the meta device, which computes nothing.
+        PruningError: no repeats, or a model on the meta device, which computes nothing.
         TraceError: a model does not run on its inputs.
 
     Example:
@@ -95,7 +91,7 @@ def compare_latency(
     for name, (model, _) in models.items():
         if any(p.is_meta for p in model.parameters()):
             raise PruningError(f"model {name!r} is on the meta device, where nothing is computed: no time to measure")
-    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup=warmup, repeats=repeats, threads=threads)
+    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup=warmup, repeats=repeats)
     return {name: Latency.of(milliseconds) for name, milliseconds in found.items()}
 
 
@@ -105,13 +101,12 @@ def in_turns(
     *,
     warmup: int,
     repeats: int,
-    threads: int | None,
 ) -> dict[str, list[T]]:
     """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}."""
     if warmup < 0 or repeats < 1:
         raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
     found: dict[str, list[T]] = {name: [] for name in models}
-    with thread_count(threads), ExitStack() as stack:
+    with ExitStack() as stack:
         for model, _ in models.values():
             stack.enter_context(preserved(model))
             model.eval()
@@ -140,10 +135,16 @@ def timed_pass(model: nn.Module, inputs: Any) -> float:
 
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[int]:
-    """So many threads of the CPU for a while, and how many that is; None leaves them as they are.
+    """So many threads of the CPU for whatever is timed inside, and how many that is; None leaves them as they are.
 
     Raises:
         PruningError: less than one.
+
+    Example:
+        >>> with thread_count(1) as threads:
+        ...     latency = measure_latency(nn.Linear(4, 2), torch.zeros(1, 4))
+        >>> threads
+        1
     """
     before = torch.get_num_threads()
     threads = before if threads is None else threads

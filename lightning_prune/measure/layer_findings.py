@@ -109,15 +109,9 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
 
 
 def empty_lanes(layer: LayerTime) -> float:
-    """Share of a layer's arithmetic that is padding of its channels to whole registers, at most.
-
-    Three colours coming in are given, not chosen, and do not count.
-    """
-    used = 1.0
-    for place, channels in enumerate(layer.channels):
-        if place or channels > LANES:
-            used *= channels / (LANES * math.ceil(channels / LANES))
-    return 1 - used
+    """Share of a layer's arithmetic that is padding to whole registers, at most; not of three colours coming in."""
+    chosen = [count for place, count in enumerate(layer.channels) if place or count > LANES]
+    return 1 - math.prod(count / (LANES * math.ceil(count / LANES)) for count in chosen)
 
 
 def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str, lost: float | None = None) -> Finding:

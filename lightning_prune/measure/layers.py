@@ -118,16 +118,12 @@ class ModelTime:
         return sum(layer.latency.median for layer in layers) / self.total
 
 
-def time_layers(
-    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
-) -> dict[str, ModelTime]:
+def time_layers(models: Mapping[str, tuple[nn.Module, Any]], *, repeats: int = 10) -> dict[str, ModelTime]:
     """Time every leaf layer of several models; in turns, each pass with timers beside one without them.
 
     Args:
         models: {name: (model, example inputs)}, on the CPU.
-        warmup: rounds before the clock runs.
         repeats: rounds timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
         PruningError: no repeats, or a model that is not on the CPU, where the host's clock says nothing of a layer.
@@ -151,7 +147,7 @@ def time_layers(
             return plain, timed_pass(model, inputs), spent
 
     found = {}
-    for name, rounds in in_turns(models, timer, warmup=warmup, repeats=repeats, threads=threads).items():
+    for name, rounds in in_turns(models, timer, warmup=2, repeats=repeats).items():
         plain, timed, spent = zip(*rounds, strict=True)
         layers = (
             layer_time(Latency.of([times.get(module, 0.0) for times in spent]))
@@ -170,17 +166,17 @@ def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, Callable[[Latency],
     running: list[nn.Module] = []
     callers: set[nn.Module] = set()
 
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001
         callers.update(running[-1:])
         running.append(module)
         flops[module] -= counter.flops
-        moved[module] += _bytes((args, kwargs, *module.parameters(), *module.buffers()))
 
-    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running.pop()
         calls[module] += 1
         flops[module] += counter.flops
-        moved[module] += _bytes(output)
+        tensors = tree_leaves((args, kwargs, output, *module.parameters(), *module.buffers()))
+        moved[module] += sum(leaf.numel() * leaf.element_size() for leaf in tensors if isinstance(leaf, Tensor))
 
     with _hooks(model.modules(), begin, end):
         counter.watch(model, inputs)
@@ -227,7 +223,3 @@ def _channels(layer: nn.Module) -> tuple[int, ...]:
         if all(isinstance(end, int) for end in ends):
             return ends  # type: ignore[return-value]
     return ()
-
-
-def _bytes(value: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.measure.latency import thread_count
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -39,7 +37,7 @@ class Machine:
         return self.flops / self.bandwidth
 
 
-def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
+def measure_machine(*, repeats: int = 7) -> Machine:
     """Measure what this CPU does at best: a product of 1,024 x 1,024 matrices, and a copy of 128 MiB, in float32.
 
     The fastest of the repeats counts for the limits, the median for the calls. Write-allocation is not counted, so the
@@ -47,7 +45,6 @@ def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
 
     Args:
         repeats: of each.
-        threads: of the CPU; None: as torch is set.
 
     Example:
         >>> measure_machine(repeats=1).balance > 0
@@ -59,13 +56,13 @@ def measure_machine(*, repeats: int = 7, threads: int | None = None) -> Machine:
     source, target = torch.zeros(count), torch.empty(count)
     pixel, scalar = torch.zeros(1, 8, 1, 1), torch.zeros(1)
     convolution, rectifier = nn.Conv2d(8, 8, 1).eval(), nn.ReLU()
-    with thread_count(threads) as used, torch.no_grad():
+    with torch.no_grad():
         return Machine(
             flops=2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=product), repeats + 1)),
             bandwidth=2 * 4 * count / min(_seconds(lambda: target.copy_(source), repeats + 1)),
             call=median(_seconds(lambda: rectifier(scalar), 50 * repeats)),
             product_call=median(_seconds(lambda: convolution(pixel), 50 * repeats)),
-            threads=used,
+            threads=torch.get_num_threads(),
         )
 
 
