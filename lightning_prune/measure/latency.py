@@ -17,6 +17,7 @@ from lightning_prune.measure.counting import run
 from lightning_prune.model_state.preservation import preserved
 
 T = TypeVar("T")
+Models = Mapping[str, tuple[nn.Module, Any]]  # {name: (model, example inputs)}
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, warmup: int = 2, r
     return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats)[""]
 
 
-def compare_latency(
-    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10
-) -> dict[str, Latency]:
+def compare_latency(models: Models, *, warmup: int = 2, repeats: int = 10) -> dict[str, Latency]:
     """Time several models in turns, in milliseconds: whatever else the machine does falls on all of them alike.
 
     Before each timed pass goes one that is not timed: the model before has left the caches full of its own weights,
@@ -91,16 +90,12 @@ def compare_latency(
     for name, (model, _) in models.items():
         if any(p.is_meta for p in model.parameters()):
             raise PruningError(f"model {name!r} is on the meta device, where nothing is computed: no time to measure")
-    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup=warmup, repeats=repeats)
+    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup, repeats)
     return {name: Latency.of(milliseconds) for name, milliseconds in found.items()}
 
 
 def in_turns(
-    models: Mapping[str, tuple[nn.Module, Any]],
-    timer: Callable[[str, nn.Module, Any], T],
-    *,
-    warmup: int,
-    repeats: int,
+    models: Models, timer: Callable[[str, nn.Module, Any], T], warmup: int, repeats: int
 ) -> dict[str, list[T]]:
     """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}."""
     if warmup < 0 or repeats < 1:

@@ -38,7 +38,7 @@ _LANES = f"channel counts that are no multiple of {LANES} leave up to {{:.0f}} %
 _ROUND_TO = f"; pruning with round_to={LANES} (--round-to {LANES}) fills them"
 _WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
 _SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
-_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
+_OUTSIDE = "{:.0f} % of the time between the layers: additions, reshapes, functional calls, Python and the timers"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
         _about("not shrunk", after, [now for now, was in twins if was.flops and now.flops >= was.flops], _WHOLE),
         _about("slower", after, [now for now, was in twins if now.flops < was.flops and _is_slower(now, was)], _SLOWER),
         _about("lanes", after, odd, lanes, lost),
-        Finding("outside", after.outside / after.total, f"{_percent(after.outside / after.total)} {_OUTSIDE}"),
+        Finding("outside", after.outside / after.total, _OUTSIDE.format(100 * after.outside / after.total)),
     ]
     said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
     overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
@@ -118,11 +118,8 @@ def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str,
     """``lost``: the share at most, where it is not all the time of the layers."""
     names = tuple(layer.name for layer in layers)
     share, most = (times.share(*layers), "") if lost is None else (lost, "up to ")
-    return Finding(kind, share, f"{most}{_percent(share)} in {shortened(names, 50)}: {text}" if names else "", names)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} % of the time"
+    said = f"{most}{100 * share:.0f} % of the time in {shortened(names, 50)}: {text}" if names else ""
+    return Finding(kind, share, said, names)
 
 
 def _is_slower(now: LayerTime, was: LayerTime) -> bool:

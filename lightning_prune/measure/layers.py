@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import PruningError
 from lightning_prune.measure.counting import OperatorCounter
-from lightning_prune.measure.latency import Latency, in_turns, timed_pass
+from lightning_prune.measure.latency import Latency, Models, in_turns, timed_pass
 from lightning_prune.measure.machine import Machine
 
 Bound = Literal["compute", "memory", "call"]
@@ -118,7 +118,7 @@ class ModelTime:
         return sum(layer.latency.median for layer in layers) / self.total
 
 
-def time_layers(models: Mapping[str, tuple[nn.Module, Any]], *, repeats: int = 10) -> dict[str, ModelTime]:
+def time_layers(models: Models, *, repeats: int = 10) -> dict[str, ModelTime]:
     """Time every leaf layer of several models; in turns, each pass with timers beside one without them.
 
     Args:
@@ -147,7 +147,7 @@ def time_layers(models: Mapping[str, tuple[nn.Module, Any]], *, repeats: int = 1
             return plain, timed_pass(model, inputs), spent
 
     found = {}
-    for name, rounds in in_turns(models, timer, warmup=2, repeats=repeats).items():
+    for name, rounds in in_turns(models, timer, 2, repeats).items():
         plain, timed, spent = zip(*rounds, strict=True)
         layers = (
             layer_time(Latency.of([times.get(module, 0.0) for times in spent]))

@@ -26,19 +26,10 @@ class Question:
     """What a selection has to decide on.
 
     Attributes:
-        graph: the channel graph.
+        graph, scores, coupling, batch_norm, model, example_inputs: as `Selection.select` takes them.
         groups: those that may lose channels.
-        scores: as `Selection.select` takes them.
-        coupling: how the layers of a group come together.
-        batch_norm: whether batch norms are masked with their filters.
-        model: the traced model, if one was given.
-        example_inputs: what it runs on.
         whole: {group: score (channels,)}, of all its layers together.
         ranked: the scores by which channels are chosen.
-
-    Raises:
-        PlanError: an unknown coupling.
-        ScoreError: scores are missing, of wrong length, NaN or infinite.
     """
 
     graph: ChannelGraph

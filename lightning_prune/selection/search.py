@@ -61,11 +61,9 @@ class Reach:
         for name, most in self.most.items():
             cost = "{:,.2f} ms" if name == "latency_ms" else "{:,.0f}"
             least, dense = self.least[name], self.dense[name]
+            budget, left = (f"{cost.format(part)} ({100 * part / (dense or 1):.1f} %)" for part in (most, least))
             verdict = "can be met" if least <= most else "CANNOT be met"
-            lines.append(
-                f"{name}: dense {cost.format(dense)}, budget {cost.format(most)} ({_share(most, dense)}), at least "
-                f"{cost.format(least)} ({_share(least, dense)}) remain: {verdict}"
-            )
+            lines.append(f"{name}: dense {cost.format(dense)}, budget {budget}, at least {left} remain: {verdict}")
         return "\n".join(lines)
 
 
@@ -101,11 +99,7 @@ class Search:
     def estimated(self, plan: Plan) -> Costs:
         """From shapes; the time, and conventions other than ``macs``, are taken to shrink as the ``macs`` do."""
         params, macs = self._shapes.of(plan)
-        dense = self._shapes.macs or 1
-        found: dict[str, float] = {"flops": self._dense["flops"] * macs // dense, "params": params}
-        if "latency_ms" in self._dense:
-            found["latency_ms"] = self._dense["latency_ms"] * macs / dense
-        return found
+        return {name: cost * macs / (self._shapes.macs or 1) for name, cost in self._dense.items()} | {"params": params}
 
     def measured(self, plan: Plan) -> Costs:
         """Of the reconstructed model."""
@@ -121,10 +115,7 @@ class Search:
         return Reach(self._dense, self.measured(self.plan(len(self.ranking))), self.most)
 
     def fewest(self, cost: Callable[[Plan], Costs], guess: int, *, exactly: bool = False) -> int | None:
-        """How many have to go, None if not even all of them are enough.
-
-        ``exactly`` goes on from the ``guess`` to the fewest also where the cost is near its limit already.
-        """
+        """How many have to go, None if all are not enough; ``exactly`` the fewest, where another is near the limit."""
 
         def verdict(count: int) -> Verdict:
             costs = cost(self.plan(count))
@@ -167,10 +158,6 @@ class Search:
         if self._budget.latency_ms is not None:
             found["latency_ms"] = measure_latency(model, self._inputs, repeats=self._budget.repeats).median
         return found
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
 def smallest(verdict: Callable[[int], Verdict], last: int, guess: int) -> int | None:
