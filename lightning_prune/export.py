@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +165,7 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if path.suffix not in SUFFIX.values():
         raise ExportError(f"an exported file ends in {' or '.join(SUFFIX.values())}, got '{path}'")
-    return _Session(path) if path.suffix == SUFFIX["onnx"] else _Program(path)
+    return _Exported(_onnx_session(path) if path.suffix == SUFFIX["onnx"] else torch.export.load(path).module())
 
 
 def _check(path: Path, format: str) -> None:
@@ -230,34 +230,31 @@ def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | 
     return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
 
 
-class _Program(nn.Module):
-    """A loaded program; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
+class _Exported(nn.Module):
+    """A loaded file; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, loaded: Callable[..., Any]) -> None:
         super().__init__()
-        self._program = [torch.export.load(path).module()]
+        self._loaded = [loaded]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program[0](*args, **kwargs)
+        return self._loaded[0](*args, **kwargs)
 
 
-class _Session(nn.Module):
-    """An ONNX file in ONNX Runtime, with as many threads as torch has."""
+def _onnx_session(path: Path) -> Callable[..., list[Tensor]]:
+    import onnxruntime
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; warnings are about graph cleaning
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; warnings are about graph cleaning
-        self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        self._names = [entry.name for entry in self._session.get_inputs()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         given = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = self._session.run(None, dict(zip(self._names, given, strict=True)))
-        return [torch.from_numpy(output) for output in outputs]
+        return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, given, strict=True)))]
+
+    return run
 
 
 @contextmanager

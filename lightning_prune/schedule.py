@@ -105,11 +105,12 @@ class Rounds(Schedule):
         total = selection.total(graph)
         wanted = selection.ratio * total
         count = max(1, math.ceil(wanted / self.channels - 1e-9))
+        pause = (self.epochs, 0) if self.batches is None else (0, self.batches)
         steps = []
         for number in range(1, count + 1):
-            part = selection.part(min(1.0, number * self.channels / wanted) if wanted else 1.0)
+            part = selection.part(min(1.0, number * self.channels / (wanted or 1)))
             intensive = self.intensive_every is not None and number % self.intensive_every == 0
-            steps.append(Step(part, self.intensive_epochs) if intensive else Step(part, *_pause(self)))
+            steps.append(Step(part, self.intensive_epochs) if intensive else Step(part, *pause))
         return steps
 
 
@@ -146,8 +147,9 @@ class Gradual(Schedule):
 
     def steps(self, selection: Selection, graph: ChannelGraph) -> list[Step]:  # noqa: ARG002
         """The same selection asked for rising shares."""
+        pause = (self.epochs, 0) if self.batches is None else (0, self.batches)
         shares = [SHARES[self.shape](number / self.rounds) for number in range(1, self.rounds)]
-        return [Step(part, *_pause(self)) for part in (*map(selection.part, shares), selection)]
+        return [Step(part, *pause) for part in (*map(selection.part, shares), selection)]
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,6 @@ def _lowered(scores: Scores, plan: Plan, kept_by: Callable[[GroupPlan, str | Non
         {name: lowered(name, None, values) for name, values in scores.items()},
         {name: {k: lowered(name, k, v) for k, v in of.items()} for name, of in scores.layers.items()},
     )
-
-
-def _pause(schedule: Rounds | Gradual) -> tuple[int, int]:
-    """Epochs and batches between two steps."""
-    return (schedule.epochs, 0) if schedule.batches is None else (0, schedule.batches)
 
 
 def _check_counts(schedule: Schedule, *names: str) -> None:

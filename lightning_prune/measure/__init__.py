@@ -16,8 +16,7 @@ from lightning_prune.measure.counting import (
 )
 from lightning_prune.measure.latency import Latency, compare_latency, measure_latency, thread_count
 from lightning_prune.measure.layer_findings import Finding, explain_speed
-from lightning_prune.measure.layers import LayerTime, ModelTime, time_layers
-from lightning_prune.measure.machine import Machine, measure_machine
+from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measure.measurement import Measurement, measure
 
 __all__ = [

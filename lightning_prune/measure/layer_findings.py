@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_prune.graph.describe import shortened
-from lightning_prune.measure.layers import LayerTime, ModelTime
-from lightning_prune.measure.machine import Machine
+from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for

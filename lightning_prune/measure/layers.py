@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes, layer by layer; on the CPU."""
+"""Where the time of a forward pass goes, layer by layer, held against what the machine does at best; on the CPU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,43 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import PruningError
 from lightning_prune.measure.counting import OperatorCounter
 from lightning_prune.measure.latency import Latency, Models, in_turns, timed_pass
-from lightning_prune.measure.machine import Machine
 
 Bound = Literal["compute", "memory", "call"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the CPU does at best, with the threads that torch has.
+
+    Attributes:
+        flops: floating-point operations per second, of a large matrix product.
+        bandwidth: bytes per second, read and written, of copying more than the caches hold.
+        call: seconds that the call of a layer takes which computes nothing to speak of: a rectifier on one number.
+        product_call: the same for a layer with weights: a 1x1 convolution on one pixel.
+        threads: of the CPU.
+    """
+
+    flops: float
+    bandwidth: float
+    call: float
+    product_call: float
+    threads: int
+
+    @property
+    def balance(self) -> float:
+        """FLOPs per byte below which memory, not arithmetic, sets the pace."""
+        return self.flops / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -64,10 +89,7 @@ class LayerTime:
         return {limit: 1e3 * value for limit, value in seconds.items()}
 
     def bound(self, machine: Machine) -> Bound:
-        """The limit that asks for most.
-
-        Between compute and memory that is the intensity against `Machine.balance`.
-        """
+        """The limit that asks for most; between compute and memory the intensity against `Machine.balance` tells."""
         limits = self.limits(machine)
         return max(limits, key=lambda limit: limits[limit])
 
@@ -130,7 +152,6 @@ def time_layers(models: Models, *, repeats: int = 10) -> dict[str, ModelTime]:
         TraceError: a model does not run on its inputs.
 
     Example:
-        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> [(layer.name, layer.calls) for layer in time_layers({"": (net, torch.zeros(1, 3, 8, 8))})[""].layers]
         [('0', 1), ('1', 1)]
@@ -223,3 +244,40 @@ def _channels(layer: nn.Module) -> tuple[int, ...]:
         if all(isinstance(end, int) for end in ends):
             return ends  # type: ignore[return-value]
     return ()
+
+
+def measure_machine(*, repeats: int = 7) -> Machine:
+    """Measure what this CPU does at best: a product of 1,024 x 1,024 matrices, and a copy of 128 MiB, in float32.
+
+    The fastest of the repeats counts for the limits, the median for the calls. Write-allocation is not counted, so the
+    bandwidth is that of useful bytes.
+
+    Args:
+        repeats: of each.
+
+    Example:
+        >>> measure_machine(repeats=1).balance > 0
+        True
+    """
+    size, count = 1024, 2**25
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    product = torch.empty(size, size)
+    source, target = torch.zeros(count), torch.empty(count)
+    pixel, scalar = torch.zeros(1, 8, 1, 1), torch.zeros(1)
+    convolution, rectifier = nn.Conv2d(8, 8, 1).eval(), nn.ReLU()
+    with torch.no_grad():
+        return Machine(
+            flops=2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=product), repeats + 1)),
+            bandwidth=2 * 4 * count / min(_seconds(lambda: target.copy_(source), repeats + 1)),
+            call=median(_seconds(lambda: rectifier(scalar), 50 * repeats)),
+            product_call=median(_seconds(lambda: convolution(pixel), 50 * repeats)),
+            threads=torch.get_num_threads(),
+        )
+
+
+def _seconds(run: Callable[[], Any], times: int) -> list[float]:
+    clock = [time.perf_counter()]
+    for _ in range(times):
+        run()
+        clock.append(time.perf_counter())
+    return [after - before for before, after in pairwise(clock)]
