@@ -42,32 +42,19 @@ class Question:
 
     def __post_init__(self) -> None:
         check_coupling(self.coupling)
-        self.whole = {group.name: self._scores(group) for group in self.groups}
+        self.whole = {g.name: _rankable(self.scores.get(g.name), f"group {g.name!r}", g.size) for g in self.groups}
         self.ranked: ByLayer = {name: {"": values} for name, values in self.whole.items()}
-        if self.coupling != "joint":
-            self.ranked = {g.name: {layer.name: self._scores(g, layer.name) for layer in g.layers} for g in self.groups}
-
-    def _scores(self, group: Group, layer: str = "") -> Tensor:
-        """Of a group, or of one of its layers, such that they can be ranked: (channels,) float64 on the CPU."""
-        found: Mapping[str, Tensor] = self.scores
-        if layer:
-            layers = getattr(self.scores, "layers", None)
-            if layers is None:
-                raise ScoreError(
-                    f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
-                )
-            found = layers.get(group.name, {})
-        title = f"layer {layer!r} of group {group.name!r}" if layer else f"group {group.name!r}"
-        values = found.get(layer or group.name)
-        if values is None:
-            raise ScoreError(f"no scores for {title}")
-        if not isinstance(values, Tensor):
-            raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
-        if values.shape != (group.size,):
-            raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
-        return values.detach().double().cpu()
+        if self.coupling == "joint":
+            return
+        by_layer = getattr(self.scores, "layers", None)
+        if by_layer is None:
+            raise ScoreError(
+                f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
+            )
+        for group in self.groups:
+            found, title = by_layer.get(group.name, {}), f"of group {group.name!r}"
+            names = [layer.name for layer in group.layers]
+            self.ranked[group.name] = {k: _rankable(found.get(k), f"layer {k!r} {title}", group.size) for k in names}
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -201,6 +188,19 @@ class Selection(ABC):
         """How many of ``size`` channels have to stay."""
         least = math.ceil(self.min_channels * size) if self.min_channels < 1 else int(self.min_channels)
         return min(size, least)
+
+
+def _rankable(values: object, title: str, size: int) -> Tensor:
+    """Scores as float64 on the CPU, (channels,); ``title`` says whose they are."""
+    if values is None:
+        raise ScoreError(f"no scores for {title}")
+    if not isinstance(values, Tensor):
+        raise ScoreError(f"{title}: expected a tensor of {size} scores, got {type(values).__name__}")
+    if values.shape != (size,):
+        raise ScoreError(f"{title}: expected {size} scores, got shape {list(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
+    return values.detach().double().cpu()
 
 
 def check_ratio(ratio: float) -> float:

@@ -152,14 +152,7 @@ def _is_chain(group: Group) -> bool:
 
 
 class Ranking:
-    """Every channel that may go, weakest first: score order, ties in the order of the network.
-
-    A channel that ``min_channels`` keeps is no part of it, and does not end it either.
-
-    Attributes:
-        layers: what is ranked, as (group, name of the layer).
-        owners: the layer that loses a channel at every step, as an index into ``layers``: (steps,).
-    """
+    """The channels that may go, weakest first, ties in the network's order; none that ``min_channels`` keeps."""
 
     def __init__(self, question: Question, least: Callable[[int], int]) -> None:
         self.layers = [(group, name) for group in question.groups for name in question.ranked[group.name]]
@@ -169,7 +162,7 @@ class Ranking:
         ranked = torch.cat(scores).argsort(stable=True)
         self._positions = ranked[torch.cat(free)[ranked]]
         layers = torch.repeat_interleave(torch.arange(len(scores)), torch.tensor(self._sizes))
-        self.owners = layers[self._positions]
+        self.owners = layers[self._positions]  # (steps,): which of the layers loses a channel
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -161,10 +161,7 @@ class Search:
 
 
 def smallest(verdict: Callable[[int], Verdict], last: int, guess: int) -> int | None:
-    """The smallest count up to ``last`` that fits, if any: larger ones do too. Or the first found to be enough.
-
-    Steps that double lead from the guess to a count on the other side; then it is halving.
-    """
+    """The smallest count up to ``last`` that fits, if any, or the first found enough: doubling steps, then halving."""
     low, high, step, count = -1, last + 1, 1, guess
     while high - low > 1:
         said = verdict(count)
