@@ -223,11 +223,10 @@ def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | 
         return None
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
-    batched = [
-        name for name, x in given.items() if isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int)
-    ]
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
+    batched = next((name for name, x in tensors.items() if not isinstance(x.shape[0], int)), None)
     # Named once: the other inputs share the dimension, and with it the name.
-    return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
+    return {name: {0: "batch"} if name == batched else None for name in given} if batched else None
 
 
 class _Exported(nn.Module):

@@ -176,12 +176,9 @@ class Selection(ABC):
         # Layers that each keep enough may have too few in common.
         least = max(int(keep.sum()), self._least(group.size))
         target = min(group.size, math.ceil(least / self.round_to) * self.round_to)
-        missing = target - int(keep.sum())
-        if missing:
-            condemned = torch.where(keep, torch.inf, -question.whole[group.name])
-            back = torch.argsort(condemned, stable=True)[:missing]
-            keep[back] = True
-            masks[:, back] = True
+        condemned = torch.where(keep, torch.inf, -question.whole[group.name])
+        back = torch.argsort(condemned, stable=True)[: target - int(keep.sum())]
+        keep[back] = masks[:, back] = True
         return GroupPlan(group.size, _indices(keep), dict(zip(own, map(_indices, masks), strict=True)))
 
     def _least(self, size: int) -> int:

@@ -78,11 +78,8 @@ class Search:
         self._model, self._inputs = question.model, question.example_inputs
         self._shapes = CostModel(self._model, question.graph, self._inputs)
         self._dense = self._of(self._model)
-        self.most = {
-            name: share * self._dense[name] for name in ("flops", "params") if (share := getattr(budget, name))
-        }
-        if budget.latency_ms is not None:
-            self.most["latency_ms"] = budget.latency_ms
+        units = {**self._dense, "latency_ms": 1.0}  # shares of the dense model, and milliseconds
+        self.most = {name: asked * unit for name, unit in units.items() if (asked := getattr(budget, name))}
 
     def plan(self, count: int, back: Sequence[int] = ()) -> Plan:
         """What is left once the first ``count`` are gone, but for those of the steps ``back``."""
