@@ -334,7 +334,6 @@ def test_threads_are_set_while_timing():
     threads = before + 1
     with thread_count(threads):
         measure_latency(Call(lambda x: seen.append(torch.get_num_threads())), torch.zeros(1), repeats=2)
-    assert torch.get_num_threads() == before
     assert set(seen) == {threads}
     assert torch.get_num_threads() == before
 
