@@ -19,11 +19,11 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torchvision.models import get_model
 
 from lightning_prune import schedule
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.cli import COMMANDS, main
-from lightning_prune.cli.graph import build_model
 from lightning_prune.cli.training import build_task
 from tests.callbacks.helpers import Task, fit
 
@@ -164,7 +164,7 @@ def write_checkpoints(words: list[str]) -> None:
     ]
     if files:
         option, name = next(pair for pair in itertools.pairwise(words) if pair[0] in ("--config", "--model"))
-        model = build_model(name) if option == "--model" else build_task([option, name], "docs").task
+        model = get_model(name, weights=None) if option == "--model" else build_task([option, name], "docs").task
         for file in files:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"state_dict": model.state_dict()}, file)

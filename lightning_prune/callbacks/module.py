@@ -13,11 +13,7 @@ from lightning_prune.errors import CallbackError
 
 
 def same_module(callback: Callback, before: object, module: LightningModule) -> None:
-    """Refuse another module than the one that the callback has worked on.
-
-    Raises:
-        CallbackError: it is another one.
-    """
+    """Refuse another module than the one that the callback has worked on."""
     if before is not module:
         raise CallbackError(
             f"this {type(callback).__name__} was used on another module and holds its scores and plan; make a new one"
@@ -42,11 +38,7 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
 
 def example_inputs(module: LightningModule, given: Any) -> Any:
-    """Inputs to trace with, on the module's device and in the Trainer's precision.
-
-    Raises:
-        CallbackError: neither given nor set on the module.
-    """
+    """Inputs to trace with, on the module's device and in the Trainer's precision."""
     inputs = module.example_input_array if given is None else given
     if inputs is None:
         raise CallbackError(

@@ -22,11 +22,7 @@ STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 def check_strategy(trainer: Trainer, callback: str) -> None:
-    """Refuse strategies in which a process does not hold whole parameters, or starts from a copy of the module.
-
-    Raises:
-        CallbackError: with the ways out.
-    """
+    """Refuse strategies in which a process does not hold whole parameters, or starts from a copy of the module."""
     name = type(trainer.strategy).__name__
     launcher = getattr(trainer.strategy, "_start_method", "popen")
     if name not in STRATEGIES:
@@ -55,11 +51,7 @@ def sum_over_processes_(sums: Mapping[str, Tensor]) -> None:
 
 
 def check_same_plan(plan: Plan) -> None:
-    """Make sure that all processes arrived at the same plan.
-
-    Raises:
-        CallbackError: names the processes that differ from the first.
-    """
+    """Make sure that all processes arrived at the same plan."""
     if not _several():
         return
     digest = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()

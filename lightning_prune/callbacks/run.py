@@ -44,11 +44,7 @@ class PruningRun:
     joined: list[str] = field(default_factory=list)
 
     def open(self, trainer: Trainer, callback: Callback) -> None:
-        """Become the run of this Trainer.
-
-        Raises:
-            CallbackError: it has another one.
-        """
+        """Become the run of this Trainer."""
         if RUNS.setdefault(trainer, self) is not self:
             raise CallbackError(_twice(callback))
         self.checks.clear()
@@ -74,16 +70,7 @@ RUNS: WeakKeyDictionary[Trainer, PruningRun] = WeakKeyDictionary()
 
 
 def join(trainer: Trainer, callback: Callback, after: str) -> PruningRun:
-    """Take part in the run of this Trainer, which a `ScoringCallback` has opened.
-
-    Args:
-        trainer: whose callbacks are set up, one after the other.
-        callback: takes part from now on.
-        after: name of the type that must take part already.
-
-    Raises:
-        CallbackError: none of that type does, or another one of this type does.
-    """
+    """Take part in the run of this Trainer, which a `ScoringCallback` has opened."""
     run = RUNS.get(trainer)
     joined = [] if run is None else run.joined
     if run is None or after not in joined:
@@ -103,11 +90,7 @@ def join(trainer: Trainer, callback: Callback, after: str) -> PruningRun:
 
 
 def check_before_pruning(trainer: Trainer, callback: Callback) -> None:
-    """Make sure that a callback meets the dense model: it must run before the one that scores.
-
-    Raises:
-        CallbackError: it comes later in the list.
-    """
+    """Make sure that a callback meets the dense model: it must run before the one that scores."""
     if trainer in RUNS:
         raise CallbackError(
             f"{type(callback).__name__} must see the dense model: put it before PruneCallback (or ScoringCallback) in "

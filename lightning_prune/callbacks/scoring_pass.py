@@ -20,11 +20,7 @@ Amount = int | float | None
 
 
 def checked_amount(name: str, amount: Amount) -> Amount:
-    """A number of batches, a share of them, or None for all; configurations may turn 32 into 32.0, which is a number.
-
-    Raises:
-        CallbackError: anything else; names the argument and what it got.
-    """
+    """A number of batches, a share of them, or None for all; configurations may turn 32 into 32.0."""
     if isinstance(amount, float) and amount > 1 and amount.is_integer():
         return int(amount)
     count = isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1
@@ -37,11 +33,7 @@ def checked_amount(name: str, amount: Amount) -> Amount:
 
 
 def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) -> Iterator[tuple[int, Any]]:
-    """Batches of the training data on the module's device, with a progress bar; the training loop's iterator goes on.
-
-    Raises:
-        CallbackError: there are no data, or a share is asked of data without length.
-    """
+    """Batches of the training data on the module's device, with a progress bar; the training loop goes on."""
     trainer.fit_loop.setup_data()
     combined: Any = trainer.fit_loop._combined_loader
     if combined is None:
@@ -91,11 +83,7 @@ def training_step_alone(trainer: Trainer, pl_module: LightningModule) -> Iterato
 
 
 def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
-    """What a training_step returned, as a loss.
-
-    Raises:
-        ScoreError: it is none.
-    """
+    """What a training_step returned, as a loss."""
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise ScoreError(
@@ -106,11 +94,7 @@ def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
 
 
 def check_fresh_iterators(trainer: Trainer) -> None:
-    """Refuse loaders that cannot be read a second time while the training loop reads them.
-
-    Raises:
-        CallbackError: workers are persistent; they serve one iterator at a time.
-    """
+    """Refuse loaders that cannot be read a second time while the training loop reads them."""
     combined: Any = trainer.fit_loop._combined_loader
     for loader in combined.flattened if combined is not None else ():
         if getattr(loader, "persistent_workers", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import _SubParsersAction
 from collections.abc import Iterable, Iterator
 from inspect import isclass, isfunction
@@ -17,6 +18,7 @@ from lightning_prune.cli.parser import did_you_mean
 _CHOICES = "Valid here: "
 _UNKNOWN = re.compile(r"[Oo]ption '([\w.+-]+)'|unrecognized arguments: --([\w.]+)")
 _NESTED = re.compile(r'Parser key "([\w.+]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)\.(\w+)'")
 _BARE_NAME = re.compile(r"Expected a dot import path string: (\w+)$", re.MULTILINE)
 
 
@@ -33,7 +35,7 @@ class ExplainingParser(LightningArgumentParser):
             message += f"\n{explain_key(unknown[1] or unknown[2], getattr(ex, 'subcommand_parser', self))}\n"
         if not self.exit_on_error:  # the value may still fit another type
             super().error(message, ex)
-        self.exit(2, f"error: {explain_error(message, ex)}\n")
+        self.exit(2, f"error: {explain_error(message)}\n")
 
 
 def explain_key(wrong: str, parser: ArgumentParser) -> str:
@@ -55,7 +57,7 @@ def explain_key(wrong: str, parser: ArgumentParser) -> str:
     return f"'{inside}{last}' is not accepted.{_choices(last, names)}"
 
 
-def explain_error(message: str, error: Exception | None) -> str:
+def explain_error(message: str) -> str:
     """The cause in two lines, if it is a key or a class that does not exist, then jsonargparse's own message."""
     lines = message.splitlines()
     at = next((number for number, line in enumerate(lines) if _CHOICES in line), None)
@@ -64,12 +66,10 @@ def explain_error(message: str, error: Exception | None) -> str:
         cause = f"'{'.'.join([*_path(lines[:at]), key[1:]])}\n  {choices}"
         rest = [line for line in lines if line.lstrip(" -") not in (key, choices)]
         return "\n".join([cause, *(rest if len(rest) > 1 else [])])
-    while error is not None:
-        if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
-            names = [name for name, value in vars(error.obj).items() if isclass(value) or isfunction(value)]
-            public = sorted(name for name in names if not name.startswith("_"))
-            return f"there is no '{error.name}' in {error.obj.__name__}.{_choices(str(error.name), public)}\n{message}"
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    for module, name in _CLASS.findall(message):
+        if module in sys.modules and not hasattr(sys.modules[module], name):
+            choices = _choices(name, _public_names(sys.modules[module]))
+            return f"there is no '{name}' in {module}.{choices}\n{message}"
     if bare := _BARE_NAME.search(message):
         return f"there is no class '{bare[1]}'.{did_you_mean(bare[1], _class_names(object))}\n{message}"
     return message
@@ -98,6 +98,12 @@ def _keys(parser: ArgumentParser) -> Iterator[str]:
                 yield from _keys(sub)
         elif action.dest not in ("help", "config", "print_config", "print_shtab"):
             yield action.dest
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    """Classes and functions in a module, those that it imports on demand too."""
+    members = ((name, getattr(module, name)) for name in dir(module) if not name.startswith("_"))
+    return [name for name, value in members if isclass(value) or isfunction(value)]
 
 
 def _class_names(root: type) -> set[str]:

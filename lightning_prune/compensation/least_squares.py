@@ -89,13 +89,11 @@ def least_squares_(
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise CompensationError(f"damping must be a positive number, got {damping!r}")
-    found = repairable(
-        model,
-        graph,
-        plan,
-        missing,
-        lambda _, m: "a transposed convolution" if isinstance(m, _ConvTransposeNd) else None,
-    )
+
+    def unfit(_path: str, module: nn.Module) -> str | None:
+        return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else None
+
+    found = repairable(model, graph, plan, missing, unfit)
     with repairing(model) as dense:
         seen = list(measured(model, batches))
         ordered: dict[str, None] = {}

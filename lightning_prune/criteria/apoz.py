@@ -55,13 +55,12 @@ class APoZ(Criterion):
         ScoreError: unknown setting; while scoring, no rectifier behind a layer.
 
     Example:
+        >>> import lightning_prune as lp
         >>> from torch import nn
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
         >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
         >>> inputs = torch.tensor([[1.0], [2.0], [3.0], [-1.0]])
-        >>> score(model, trace(model, inputs), APoZ(), [inputs])["0"].tolist()
+        >>> lp.score(model, lp.trace(model, inputs), APoZ(), [inputs])["0"].tolist()
         [0.75, 0.25]
     """
 

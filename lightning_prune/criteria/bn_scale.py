@@ -39,11 +39,10 @@ class BNScale(Criterion):
         ScoreError: unknown setting; while scoring, no batch norm with a scale to score a layer by.
 
     Example:
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import lightning_prune as lp
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 1)).eval()
         >>> _ = model[1].weight.data.copy_(torch.tensor([0.5, -2.0]))
-        >>> score(model, trace(model, torch.randn(1, 1, 4, 4)), BNScale())["0"].tolist()
+        >>> lp.score(model, lp.trace(model, torch.randn(1, 1, 4, 4)), BNScale())["0"].tolist()
         [0.5, 2.0]
     """
 

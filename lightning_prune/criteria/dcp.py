@@ -66,12 +66,11 @@ class DCP(Criterion):
         ScoreError: unknown setting; while scoring, no next layer, or with heads no labels.
 
     Example:
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[3.0], [4.0]]))
         >>> inputs, criterion = torch.ones(4, 1), DCP(heads=0, normalize="none")
-        >>> score(model, trace(model, inputs), criterion, [inputs], lambda model, x: model(x).mean())["0"].tolist()
+        >>> lp.score(model, lp.trace(model, inputs), criterion, [inputs], lambda m, x: m(x).mean())["0"].tolist()
         [3.0, 4.0]
     """
 

@@ -82,14 +82,13 @@ class NextLayerTaylor(Criterion):
         ScoreError: unknown setting; while scoring, a next layer whose output cannot be computed from its weight.
 
     Example:
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]]))
         >>> _ = model[1].weight.data.copy_(torch.tensor([[3.0, -4.0]]))
         >>> inputs = torch.ones(4, 1)
         >>> criterion = NextLayerTaylor(normalize="none")
-        >>> score(model, trace(model, inputs), criterion, [inputs], lambda model, x: model(x).mean())["0"].tolist()
+        >>> lp.score(model, lp.trace(model, inputs), criterion, [inputs], lambda m, x: m(x).mean())["0"].tolist()
         [3.0, 8.0]
     """
 

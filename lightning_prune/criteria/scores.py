@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +109,20 @@ class Scores(dict[str, Tensor]):
             ScoreError: groups, layers or numbers of channels differ; the first difference is named.
         """
         expected = {g.name: {layer.name: g.size for layer in g.layers} for g in graph.prunable_groups}
+        for difference in self._differences(expected):
+            raise ScoreError(f"these scores belong to another model: {difference}")
+
+    def _differences(self, expected: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         for name in [*expected, *self, *self.layers]:
             if name not in expected:
-                raise ScoreError(f"these scores belong to another model: it has no prunable group {name!r}")
-            if name not in self or name not in self.layers:
-                raise ScoreError(f"these scores belong to another model: there are none for group {name!r}")
+                yield f"it has no prunable group {name!r}"
+            elif name not in self or name not in self.layers:
+                yield f"there are none for group {name!r}"
         for name, layers in expected.items():
-            of, size = self.layers[name], graph.group(name).size
+            of, size = self.layers[name], max(layers.values())
             if of.keys() != layers.keys():
-                raise ScoreError(
-                    f"these scores belong to another model: group {name!r} consists of {', '.join(layers)} here and of "
-                    f"{', '.join(of)} there"
-                )
+                yield f"group {name!r} consists of {', '.join(layers)} here and of {', '.join(of)} there"
             for values in (self[name], *of.values()):
                 if not isinstance(values, Tensor) or values.shape != (size,):
                     got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                    raise ScoreError(
-                        f"these scores belong to another model: group {name!r} has {size} channels here and scores of "
-                        f"shape {got}"
-                    )
+                    yield f"group {name!r} has {size} channels here and scores of shape {got}"

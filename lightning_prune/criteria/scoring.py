@@ -54,10 +54,10 @@ class Scorer:
         PlanError: the graph belongs to another model.
 
     Example:
-        >>> from lightning_prune.graph import trace
+        >>> import lightning_prune as lp
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
         >>> images = torch.randn(4, 1, 3, 3)
-        >>> with Scorer(model, trace(model, images), "gre") as scorer:
+        >>> with Scorer(model, lp.trace(model, images), "gre") as scorer:
         ...     scorer.update(lambda: model(images).square().mean())
         >>> sorted(scorer.compute()["0"].tolist())
         [0.0, 1.0]
@@ -217,10 +217,10 @@ def score(
         PlanError: the graph belongs to another model.
 
     Example:
-        >>> from lightning_prune.graph import trace
+        >>> import lightning_prune as lp
         >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [-3.0]]))
-        >>> score(model, trace(model, torch.randn(2, 1)), "l1")["0"].tolist()
+        >>> lp.score(model, lp.trace(model, torch.randn(2, 1)), "l1")["0"].tolist()
         [0.5, 1.5]
     """
     # Sums made in inference mode could not be added to outside of it.

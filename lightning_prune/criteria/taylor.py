@@ -47,13 +47,11 @@ class Taylor(Criterion):
         ScoreError: unknown setting.
 
     Example:
-        >>> import torch
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import torch, lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
         >>> inputs = torch.ones(1, 1)
-        >>> scores = score(model, trace(model, inputs), Taylor(), [inputs], lambda model, x: model(x).mean())
+        >>> scores = lp.score(model, lp.trace(model, inputs), Taylor(), [inputs], lambda m, x: m(x).mean())
         >>> [round(score, 3) for score in scores["0"].tolist()]  # 1 and 2, over the root of 5
         [0.447, 0.894]
     """
@@ -99,13 +97,11 @@ class TaylorFO(Criterion):
         ScoreError: unknown setting, or per-sample squares of weights, for which there is no gradient.
 
     Example:
-        >>> import torch
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import torch, lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False), torch.nn.Linear(2, 1))
         >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [2.0]])), model[1].weight.data.fill_(1.0)
         >>> inputs = torch.ones(4, 1)
-        >>> score(model, trace(model, inputs), TaylorFO(), [inputs], lambda model, x: model(x).mean())["0"].tolist()
+        >>> lp.score(model, lp.trace(model, inputs), TaylorFO(), [inputs], lambda m, x: m(x).mean())["0"].tolist()
         [1.0, 4.0]
     """
 

@@ -64,13 +64,12 @@ class ThiNet(Criterion):
             weight.
 
     Example:
-        >>> from lightning_prune.graph import trace
-        >>> from lightning_prune.criteria.scoring import score
+        >>> import lightning_prune as lp
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 3, bias=False), torch.nn.Linear(3, 1))
         >>> _ = model[0].weight.data.fill_(1.0)
         >>> _ = model[1].weight.data.copy_(torch.tensor([[3.0, -2.0, 2.5]]))
         >>> inputs = torch.ones(4, 1)
-        >>> score(model, trace(model, inputs), "thinet", [inputs])["0"].tolist()  # -2 goes, then +2.5 makes up for it
+        >>> lp.score(model, lp.trace(model, inputs), "thinet", [inputs])["0"].tolist()  # -2 goes, then 2.5 makes up
         [1.0, 0.0, 0.5]
     """
 

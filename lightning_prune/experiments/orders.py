@@ -125,7 +125,7 @@ def compare_orders(
         _announce(console, "Measuring")
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
         mask_(masked, graph, plan)
-        losslessness = check_predictions(runner, masked, small)
+        lossless, changed = check_predictions(runner, masked, small)
         stages = {
             DENSE: dense,
             MASKED: _Stage(masked, runner.test(masked)[0]),
@@ -142,11 +142,12 @@ def compare_orders(
         results,
         tuple(_timing(order, callback) for order, (_, callback) in tuned.items()),
         layer_channels(graph, plan, prefix="model."),
-        losslessness,
+        lossless,
         _notes(settings),
         convention="paper",
         predictions=predictions,
         dense_validation=dense_validation,
+        changed_predictions=changed,
     )
 
 

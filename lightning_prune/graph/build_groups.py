@@ -80,7 +80,7 @@ def build_groups(classes: Classes, module_of: Mapping[str, str]) -> tuple[list[G
     made_up = [(roots, spans) for roots, spans in _made_up(classes) if any(_is_layer(classes, s) for s in spans)]
     finder = LayerFinder(classes, module_of, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
     groups = [(*_build_group(classes, finder, roots, spans), roots) for roots, spans in made_up]
-    groups.sort(key=lambda item: item[0])
+    groups.sort(key=lambda item: (item[0], int(item[2][0])))
     named = _unique_names([group for _, group, _ in groups])
     return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
 
@@ -111,18 +111,24 @@ def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
 
 def _groups_of_classes(classes: Classes, ids: Tensor, span_of: Tensor) -> Tensor:
     """(ids,) at the smallest id of each class the number of its group: same reason, same entries in the same spans."""
-    roots = classes.joint[ids]
-    entries, counts = torch.unique(roots * len(classes.space.spans) + span_of, return_counts=True)  # (class, span)
-    owners, lengths = torch.unique_consecutive(entries // len(classes.space.spans), return_counts=True)
-    make_up = torch.stack([entries % len(classes.space.spans), counts], 1).numpy()
-    ends = lengths.cumsum(0).tolist()
+    spans = len(classes.space.spans)
+    entries, counts = torch.unique(classes.joint[ids] * spans + span_of, return_counts=True)  # of (class, span)
+    owners, lengths = torch.unique_consecutive(entries // spans, return_counts=True)
+    make_up = (entries % spans) * (int(counts.max()) + 1) + counts
+    reasons = classes.reason[owners]
+    # Neighbours mostly are channels of one layer: only the first of a run of equal classes is looked up.
+    owner = torch.repeat_interleave(lengths)
+    same_place_before = torch.arange(len(entries)) - lengths[owner]
+    first = torch.zeros(len(owners), dtype=torch.bool)
+    first[owner[make_up != make_up[same_place_before]]] = True
+    first[1:] |= (lengths[1:] != lengths[:-1]) | (reasons[1:] != reasons[:-1])
+    first[0] = True
+    looked_up = zip(*(values[first].tolist() for values in (reasons, lengths, lengths.cumsum(0))), strict=True)
     numbers: dict[tuple[int, bytes], int] = {}
-    keys = (
-        (reason, make_up[start:end].tobytes())
-        for reason, start, end in zip(classes.reason[owners].tolist(), [0, *ends], ends, strict=False)
-    )
+    keys = ((reason, make_up[end - length : end].numpy().tobytes()) for reason, length, end in looked_up)
+    number = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
     group = torch.full((classes.space.count,), -1)
-    group[owners] = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    group[owners] = number[first.cumsum(0) - 1]
     return group
 
 

@@ -50,6 +50,13 @@ class ChannelGraph:
         shapes: shape of every parameter and buffer, so that a graph is never used on another model.
         notes: what the trace could not see or follow (operators without a rule, unused parameters).
         sizes: integer attributes of modules that change with the channels.
+
+    Example:
+        >>> import torch, lightning_prune as lp
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+        >>> graph = lp.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> [group.name for group in graph.prunable_groups], graph.group("2").reason
+        (['0'], "reaches the model's output")
     """
 
     groups: tuple[Group, ...]

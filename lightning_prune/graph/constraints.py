@@ -51,7 +51,7 @@ class CodeSize:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Channels laid out over several dimensions: whole slices along one of ``axes`` may go.
+    """Channels laid out by the code: whole slices along one of ``axes`` may go, in one dimension all of them.
 
     Attributes:
         ids: (s1, ..., sk).
@@ -88,7 +88,7 @@ class Grid:
         if not repairs:
             return []
         sizes = [CodeSize(slices, self.site), CodeSize(self.ids.flatten(), self.site)]
-        if axis == self.ids.dim() - 1:
+        if 0 < axis == self.ids.dim() - 1:
             listed = (len(slices),) * (self.ids.numel() // len(slices))
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]
         return sizes
@@ -125,20 +125,6 @@ class GroupedConvolution:
     def sizes(self, axis: int, *, repairs: bool) -> list[CodeSize]:  # noqa: ARG002
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
-
-
-@dataclass(frozen=True, eq=False)
-class Reshape:
-    """A reshape or expansion to a size that may be written in the code.
-
-    Attributes:
-        ids: (n,) of the labelled dimension.
-        site: who does it.
-    """
-
-    ids: Tensor
-    site: CallSite
-    exact: ClassVar[bool] = False
 
 
 @dataclass(eq=False)
@@ -182,4 +168,4 @@ def piece_and_lead(start: int, end: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in ((start, end), (0, start), (0, end)) if a < b]
 
 
-Constraint = Grid | GroupedConvolution | Reshape | Split
+Constraint = Grid | GroupedConvolution | Split

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -53,7 +53,9 @@ class OperatorCall:
     @cached_property
     def tensors(self) -> list[Tensor]:
         """Every tensor argument, lists opened."""
-        return list(_tensors((*self.args, *self.kwargs.values())))
+        values = (*self.args, *self.kwargs.values())
+        opened = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+        return [item for items in opened for item in items if isinstance(item, Tensor)]
 
     def info(self, value: Any) -> TensorInfo:
         """What is known of an argument."""
@@ -100,13 +102,6 @@ class OperatorCall:
             for labels in info.labels:
                 self.freeze(labels, reason)
         return TensorInfo(data=any(info.data for info in infos))
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, Tensor):
-                yield item
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.build_groups import Classes
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.constraints import GroupedConvolution, Reshape
+from lightning_prune.graph.constraints import GroupedConvolution, Split
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import Choice
 from lightning_prune.graph.sizes import is_torch
@@ -102,7 +102,7 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
         ):
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
-        if not isinstance(constraint, Reshape) or choices.get(kind, Choice.AS_IS).repairs:
+        if isinstance(constraint, Split) or constraint.ids.dim() > 1 or choices.get(kind, Choice.AS_IS).repairs:
             guessed.add(kind)
     return places, guessed
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution, Reshape, Split
+from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution, Split
 from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
 from lightning_prune.graph.labels import NO_LABEL, ids_of
 
@@ -75,9 +75,6 @@ def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
                 reason = f"has a size that is fixed in the Python code around {constraint.site.where}"
                 state.frozen.append(Freeze(ids_of(constraint.ids), reason))
                 continue
-        if isinstance(constraint, Reshape):
-            state.sizes += [CodeSize(constraint.ids, constraint.site)] if choice.repairs else []
-            continue
         grid = constraint.grid() if isinstance(constraint, Split) else constraint
         if grid is not None:
             grids.append((grid, choice))

@@ -42,33 +42,19 @@ class NewSize:
 
 
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
-    """Cut tensors; parameters stay the same objects, their gradients and optimizer state are cut along."""
-    parameters = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            homes.setdefault(id(buffer), []).append((module, name))  # one buffer may be registered in several places
+    """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
-        parameter = parameters.get(cut.tensor)
-        if parameter is None:
-            old = buffers[cut.tensor]
-            smaller = buffers[cut.tensor] = cut.apply(old)
-            homes[id(smaller)] = homes.pop(id(old))
-            for module, name in homes[id(smaller)]:
-                module._buffers[name] = smaller
-            continue
-        shape = parameter.shape
-        # The gradient goes first: torch refuses a .data whose shape differs from .grad.
-        gradient, parameter.grad = parameter.grad, None
-        set_data_(parameter, cut.apply(parameter.data))
-        if gradient is not None:
-            parameter.grad = cut.apply(gradient)
-        change_state_(optimizers, parameter, shape, cut.apply)
+        tensor = tensors[cut.tensor]
+        shape, gradient = tensor.shape, tensor.grad
+        tensor.grad = None  # torch refuses a .data whose shape differs from .grad
+        set_data_(tensor, cut.apply(tensor.data))
+        tensor.grad = None if gradient is None else cut.apply(gradient)
+        change_state_(optimizers, tensor, shape, cut.apply)
 
 
 def set_data_(tensor: Tensor, data: Tensor) -> None:
-    """Give a parameter without a gradient other data, of another shape perhaps.
+    """Give a tensor without a gradient other data, of another shape perhaps.
 
     An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
     and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way.
@@ -147,8 +133,7 @@ class Undo:
     """Parameters, buffers, integer attributes and optimizer state of a model, to be put back."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
-        self.parameters = [(p, p.data, p.grad) for p in model.parameters()]
-        self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
         self.states = [
             (optimizer.state[parameter], dict(optimizer.state[parameter]))
@@ -158,12 +143,10 @@ class Undo:
 
     def __call__(self) -> None:
         """Put them back."""
-        for parameter, data, gradient in self.parameters:
-            parameter.grad = None
-            set_data_(parameter, data)
-            parameter.grad = gradient
-        for module, buffers in self.buffers:
-            module._buffers.update(buffers)
+        for tensor, data, gradient in self.tensors:
+            tensor.grad = None
+            set_data_(tensor, data)
+            tensor.grad = gradient
         for module, sizes in self.attributes:
             vars(module).pop(CHANGED, None)
             vars(module).update(sizes)

@@ -13,7 +13,7 @@ from lightning_prune.errors import OptimizerError
 Change = Callable[[Tensor], Tensor]
 
 
-def change_state_(optimizers: Iterable[Optimizer], parameter: nn.Parameter, shape: torch.Size, change: Change) -> None:
+def change_state_(optimizers: Iterable[Optimizer], parameter: Tensor, shape: torch.Size, change: Change) -> None:
     """Apply ``change`` to every state tensor that has the parameter's (old) ``shape``: momentum, Adam's moments, ...
 
     Step counters and other scalars stay as they are.

@@ -103,14 +103,11 @@ def copy_sharing_tensors(model: M) -> M:
 def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
     """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
     shared = {t.untyped_storage()._cdata for t in _with_gradients(model)}
-    for parameter in copied.parameters():
-        if parameter.untyped_storage()._cdata in shared:
-            parameter.data = parameter.data.clone()
-        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata in shared:
-            parameter.grad = parameter.grad.clone()
-    for buffer in copied.buffers():
-        if buffer.untyped_storage()._cdata in shared:
-            buffer.data = buffer.data.clone()
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.untyped_storage()._cdata in shared:
+            tensor.data = tensor.data.clone()
+        if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:
+            tensor.grad = tensor.grad.clone()
 
 
 def _with_gradients(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -136,17 +136,6 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     """Give a dense model, in place, the shapes of a pruned checkpoint, so that its state dict can be loaded.
 
     On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
-
-    Args:
-        dense_model: the unpruned architecture.
-        content: of the file: ``state_dict``, ``plan`` and ``sizes``.
-        source: what errors call it.
-
-    Returns:
-        The plan that the saved model was built with.
-
-    Raises:
-        CheckpointError: another model; both shapes are named.
     """
     try:
         state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
@@ -210,11 +199,7 @@ class PrunedCheckpoints:
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint of any kind holds.
-
-    Raises:
-        CheckpointError: missing, or not a dict of tensors and plain data.
-    """
+    """What a checkpoint of any kind holds."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -233,11 +218,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a pruned checkpoint.
-
-    Raises:
-        CheckpointError: missing, not readable with ``weights_only=True``, or not in this format.
-    """
+    """The content of a pruned checkpoint."""
     content = read_file(path)
     if isinstance(content.get(KEY), dict) and "state_dict" in content:
         return {**content[KEY], "state_dict": content["state_dict"]}

@@ -156,11 +156,7 @@ def _attempt(
     masked: nn.Module | None = None,
     left: Collection[str] = (),
 ) -> LosslessReport | None:
-    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back.
-
-    Args:
-        masked: what to compare with, if ``model`` is a copy of a masked model; None: the model itself once masked.
-    """
+    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
     undo = Undo(model, optimizers)
     removed = {name: gone for name, gone in _removed(plan).items() if name not in left}
     try:

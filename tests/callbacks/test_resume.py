@@ -76,29 +76,24 @@ def state(task: Task) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in task.state_dict().items()}
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind: str, epoch: int, tmp_path: Path) -> None:
-    options = RUNS[kind]
-    start = state(Task("adamw"))
-    whole, broken, resumed = Task("adamw"), Task("adamw"), Task("adamw")
-    for task in (whole, broken, resumed):
-        task.load_state_dict(start)
-    first = prune(**options)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    whole, first = Task("adamw"), prune(**RUNS[kind])
+    start = state(whole)
     run(whole, first, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(broken, prune(**options), tmp_path / "broken", Interrupt(epoch))
-    second = prune(**options)
-    run(resumed, second, tmp_path / "broken", seed=1, ckpt=tmp_path / "broken" / "last.ckpt")
-    assert second.masking.plan == first.masking.plan
-    assert second.masking.done
-    assert {k: v.shape for k, v in resumed.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
-    assert len(second.scoring.history) == len(first.scoring.history)
-    assert (second.reconstruction is None) == (kind == "never")
-    if kind != "never":
-        assert second.reconstruction.lossless.passed
-        assert [record.epoch for record in second.reconstruction.records] == [0, 1, 2, 3, 4]
+    for epoch in (0, 2):
+        resumed, second = Task("adamw"), prune(**RUNS[kind])
+        resumed.load_state_dict(start)
+        run(resumed, second, tmp_path / "resumed", seed=1, ckpt=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert second.masking.plan == first.masking.plan
+        assert second.masking.done
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+        assert len(second.scoring.history) == len(first.scoring.history)
+        assert (second.reconstruction is None) == (kind == "never")
+        if kind != "never":
+            assert second.reconstruction.lossless.passed
+            assert [record.epoch for record in second.reconstruction.records] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["before", "after", "ramp, each"])
@@ -149,7 +144,7 @@ def test_a_pruned_checkpoint_says_which_shapes_do_not_fit(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=re.escape("(cut from [5, 12]) and [9, 12] in the dense model")):
         run(wide, prune(reconstruct="before"), tmp_path, ckpt=tmp_path / "last.ckpt")
     other = Task(name="Vgg")
-    with pytest.raises(CheckpointError, match="belongs to another model: missing"):
+    with pytest.raises(CheckpointError, match=r"belongs to another model: \d+ missing"):
         lp.load(tmp_path / "last.ckpt", other)
     assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
 

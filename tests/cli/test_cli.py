@@ -353,6 +353,7 @@ def test_a_wrong_option_is_answered_alike(configs, capsys, option, shown):
         (f"--model.model={__name__}.tiny_nt", "'tiny_net'"),
         ("--model=lightning_prune.tasks.ClassificationTsk", "'ClassificationTask'"),
         ("--trainer.callbacks=ModelCheckpont", "'ModelCheckpoint'"),
+        ("--trainer.callbacks=lightning_prune.PruneCallbak", "'PruneCallback'"),  # a module that imports on demand
     ],
 )
 def test_a_wrong_class_is_answered_with_the_closest(configs, capsys, option, hint):

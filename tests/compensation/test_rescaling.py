@@ -11,7 +11,7 @@ from lightning_prune.compensation.rescaling import fit
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph.readers import readers_of
 from tests import zoo
-from tests.criteria.taylor import close
+from tests.criteria.helpers import close
 from tests.helpers import random_plan
 from tests.reference import thinet as reference
 

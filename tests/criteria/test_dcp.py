@@ -15,8 +15,7 @@ from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph.readers import readers_of
 from tests import zoo
-from tests.criteria.helpers import assert_same, snapshot
-from tests.criteria.taylor import READ, case, close, loss, members, raw
+from tests.criteria.helpers import READ, assert_same, case, close, loss, members, raw, snapshot
 from tests.reference import dcp as reference
 
 
@@ -201,9 +200,3 @@ def test_what_is_missing_is_refused_by_name():
     with pytest.raises(ScoreError, match=r"features\.3\.1: what it puts out is NaN"):
         score(model, graph, DCP(), [(images * torch.nan, labels)], loss)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("options", [{"heads": -1}, {"heads": 1.0}, {"weight": -1.0}, {"normalize": "median"}])
-def test_bad_settings_are_refused(options):
-    with pytest.raises(ScoreError, match=next(iter(options))):
-        DCP(**options)

@@ -15,7 +15,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.readers import readers_of
 from tests import zoo
-from tests.criteria.taylor import READ, case, close, loss, members, raw
+from tests.criteria.helpers import READ, case, close, loss, members, raw
 from tests.reference import taylor as reference
 
 

@@ -17,7 +17,7 @@ from lightning_prune.criteria import criterion_from
 from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ScoreError
 from tests.cli.test_recipes import TINY
-from tests.criteria.taylor import case, close, members
+from tests.criteria.helpers import case, close, members
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "own-criterion.md").read_text(encoding="utf-8")

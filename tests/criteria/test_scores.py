@@ -1,4 +1,4 @@
-"""Scores kept for later: the same after a trip to disk, refused for another model; normalisers."""
+"""Scores kept for later: the same after a trip to disk, refused for another model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.criteria import functional
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import ScoreError
 from tests.zoo import build, images
@@ -93,55 +92,3 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, graph) -> None:
     with pytest.raises(ScoreError, match="holds no scores") as error:
         Scores.load(path, graph)
     assert "weights_only=False" not in str(error.value)
-
-
-# Normalisers
-
-
-MEMBERS = {"a": torch.tensor([1.0, 4.0, 0.0]).double(), "b": torch.tensor([30.0, 10.0, 20.0]).double()}
-
-
-@pytest.mark.parametrize(
-    ("normalize", "a", "b"),
-    [
-        ("none", [1, 4, 0], [30, 10, 20]),
-        ("max", [0.25, 1, 0], [1, 1 / 3, 2 / 3]),
-        ("mean", [0.6, 2.4, 0], [1.5, 0.5, 1]),
-        ("l2", [1 / 17**0.5, 4 / 17**0.5, 0], [3 / 14**0.5, 1 / 14**0.5, 2 / 14**0.5]),
-        ("minmax", [0.25, 1, 0], [1, 0, 0.5]),
-        ("rank", [0.5, 1, 0], [1, 0, 0.5]),
-    ],
-)
-def test_normalisers_by_hand(normalize, a, b) -> None:
-    found = functional.normalize_scores(list(MEMBERS.values()), normalize)
-    assert [scores.tolist() for scores in found] == [pytest.approx(a), pytest.approx(b)]
-
-
-@pytest.mark.parametrize("normalize", ["none", "max", "mean", "l2", "minmax", "rank"])
-def test_over_the_network_the_order_of_all_channels_stays(normalize) -> None:
-    raw = list(MEMBERS.values())
-    network = functional.normalize_scores(raw, normalize, "network")
-    assert torch.equal(torch.cat(raw).argsort(), torch.cat(network).argsort())
-    if normalize != "none":
-        assert not torch.equal(network[0], functional.normalize(raw[0], normalize))
-
-
-@pytest.mark.parametrize("how", ["none", "max", "mean", "l2", "minmax", "rank", "percentile"])
-def test_normalisers_keep_the_order_and_leave_no_nan(how) -> None:
-    for values in ([-3.0, -1.0, -2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [2.0], []):
-        tensor = torch.tensor(values, dtype=torch.float64)
-        found = functional.normalize(tensor, how)
-        assert found.isfinite().all()
-        assert found.argsort(stable=True).tolist() == tensor.argsort(stable=True).tolist()
-    broken = torch.tensor([1.0, float("nan")])
-    assert functional.normalize(broken, how) is broken
-
-
-@pytest.mark.parametrize("normalize", ["none", "max", "mean", "l2", "minmax", "rank", "percentile"])
-@pytest.mark.parametrize("kind", [lp.L1, lp.L2, lp.FPGM])
-def test_what_is_already_zero_ranks_below_every_live_channel(kind, normalize) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    model[0].weight.data[[2, 5]] = 0
-    found = lp.score(model, lp.trace(model, torch.zeros(1, 3)), kind(normalize=normalize))["0"]
-    assert set(found.argsort()[:2].tolist()) == {2, 5}
-    assert found[[2, 5]].max() < found[[0, 1, 3, 4, 6, 7]].min()

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import lightning_prune as lp
 from lightning_prune.criteria import FPGM, GRE, JRE, L1, LRE
 from lightning_prune.criteria.scoring import Scorer, Scores, score
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import trace
 from lightning_prune.graph.groups import Group, Layer
-from tests.criteria.helpers import Interrupt, hooks
+from tests import zoo
+from tests.criteria.helpers import Interrupt, Task, hooks, train
 from tests.graph.helpers import CASES, conv_case, graph_of, identity, linear_case, residual_case
 
 
@@ -245,3 +248,32 @@ def test_the_dense_model_sees_the_same_randomness():
     score(case.model, case.graph, JRE(reference="baseline"), case.split(4), loss, baseline=dense)
     assert len(drawn) == 4
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        *("apoz", "taylor", "taylor_fo", "next_layer_taylor"),
+        *(lp.criteria.TaylorFO(form="weight"), lp.criteria.NextLayerTaylor(form="weight")),
+    ],
+)
+def test_scoring_while_the_model_trains_leaves_training_as_it_is(criterion):
+    settings = {"ratio": 0.5, "update_weights": True, "example_inputs": zoo.images()}
+    prune = lp.PruneCallback(criterion, reconstruct="never", **settings)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.update({name: parameter.detach().clone() for name, parameter in pl_module.net.named_parameters()})
+
+    train(Task(), [Look(), prune])
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    for name, parameter in train(Task(), []).items():
+        torch.testing.assert_close(seen[name], parameter, rtol=1e-10, atol=1e-12)
+    assert {group: len(scores) for group, scores in prune.scoring.scores.items()} == {
+        "net.stem.0": 8,
+        "net.a1.0": 8,
+        "net.b1.0": 12,
+        "net.b2.0": 12,
+    }
+    assert all(scores.isfinite().all() for scores in prune.scoring.scores.values())

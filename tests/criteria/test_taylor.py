@@ -9,8 +9,7 @@ from lightning_prune.criteria import NextLayerTaylor, Taylor, TaylorFO
 from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.errors import ScoreError
 from tests import zoo
-from tests.criteria.helpers import assert_same, snapshot
-from tests.criteria.taylor import MODELS, at, case, close, loss, members, raw
+from tests.criteria.helpers import MODELS, assert_same, at, case, close, loss, members, raw, snapshot
 from tests.reference import taylor as reference
 
 
@@ -150,27 +149,3 @@ def test_a_second_backward_pass_is_refused(criterion):
     with pytest.raises(ScoreError, match="more than one backward pass"):
         value.backward()
     scorer.end_batch(discard=True)
-
-
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: Taylor(definition="guo"), ["definition", "'paper'", "'guo'"]),
-        (lambda: Taylor(normalize="l3"), ["normalize", "'l2'", "'l3'"]),
-        (lambda: TaylorFO(form="bn"), ["form", "'gate'", "'bn'"]),
-        (lambda: TaylorFO(form="weight", reduce="sample"), ["reduce", "gate"]),
-        (lambda: NextLayerTaylor(form="conv"), ["form", "'output'", "'conv'"]),
-        (lambda: NextLayerTaylor(chunk=0), ["chunk", "0"]),
-    ],
-)
-def test_bad_settings_are_refused_by_name(build, words):
-    with pytest.raises(ScoreError) as error:
-        build()
-    assert all(word in str(error.value) for word in words)
-
-
-def test_short_names():
-    for name, kind in {"taylor": Taylor, "taylor_fo": TaylorFO, "next_layer_taylor": NextLayerTaylor}.items():
-        assert type(lp.criteria.criterion_from(name)) is kind
-    with pytest.raises(ScoreError, match=r"apoz, bn_scale, dcp, .*next_layer_taylor, random, taylor, taylor_fo"):
-        lp.criteria.criterion_from("taylor_f0")

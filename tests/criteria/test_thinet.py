@@ -13,7 +13,7 @@ from lightning_prune.criteria.thinet import removal_places
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.readers import readers_of
 from tests import zoo
-from tests.criteria.taylor import READ, case, close, loss, members, raw
+from tests.criteria.helpers import READ, case, close, loss, members, raw
 from tests.criteria.test_next_layer import Doubled, Largest
 from tests.reference import thinet as reference
 
@@ -242,12 +242,6 @@ def test_an_input_without_batch_dimension_is_refused_by_name():
     graph = lp.trace(model, torch.randn(2, 3))
     with pytest.raises(ScoreError, match=r"1: its input has shape \[4\]; a batch dimension is needed"):
         score(model, graph, ThiNet(), [torch.randn(3)])
-
-
-@pytest.mark.parametrize("rows", [0, -1, 1.5, True])
-def test_bad_rows_are_refused(rows):
-    with pytest.raises(ScoreError, match="rows must be"):
-        ThiNet(rows=rows)
 
 
 def test_half_precision_scores_in_float32():

@@ -78,7 +78,7 @@ class Spoil(Callback):
 def new_trainer(processes: int, *callbacks: Any) -> Trainer:
     many = {"strategy": DDPStrategy(find_unused_parameters=True), "devices": processes} if processes > 1 else {}
     return Trainer(
-        max_epochs=3,
+        max_epochs=2,
         callbacks=list(callbacks),
         accelerator="cpu",
         logger=False,

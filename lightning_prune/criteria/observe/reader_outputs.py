@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,15 +21,6 @@ from lightning_prune.criteria.observe.watcher import Watcher, check_batch, key_o
 from lightning_prune.graph.groups import Group
 
 
-@dataclass(frozen=True, eq=False)
-class _Listener:
-    """One tap on one reader: the same for all layers of a group, whose keys these are."""
-
-    keys: tuple[str, ...]
-    tap: Tap
-    index: Tensor
-
-
 class ReaderOutputWatcher(Watcher):
     """Shows taps what each channel adds to a reader's output, `Tap.chunk` channels at once.
 
@@ -39,29 +29,28 @@ class ReaderOutputWatcher(Watcher):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._audience: dict[str, list[_Listener]] = {}
+        self._audience: dict[str, list[tuple[list[str], Tap, Tensor]]] = {}
 
     @override
     def listen(self, group: Group, tap: Tap) -> None:
-        keys = tuple(key_of(group, layer, tap) for layer in group.layers)
+        keys = [key_of(group, layer, tap) for layer in group.layers]  # what is seen is the same for all
         self.shapes.update((key, (group.size,)) for key in keys)
         for path, reader in next_layers(self.model, group).items():
             check_computable(self.model, path, "NextLayerTaylor(form='weight'), or another criterion such as Taylor")
-            self._audience.setdefault(path, []).append(_Listener(keys, tap, reader.index))
+            self._audience.setdefault(path, []).append((keys, tap, reader.index))
 
     @override
     def start(self) -> None:
         self.hooks.enter_context(calls_of(self.model, self._audience, self._leave))
 
     def _leave(self, path: str, module: nn.Module, value: Any, output: Tensor) -> Tensor | None:
-        listeners = self._audience[path]
         if not torch.is_grad_enabled():
-            self.without_grad.update(key for listener in listeners for key in listener.keys)
+            self.without_grad.update(key for keys, *_ in self._audience[path] for key in keys)
             return None
         check_batch(path, "input", module, value)
-        for listener in listeners:
-            for key in listener.keys:
-                self.open(path, key, listener.tap, (len(value), len(listener.index)), value.device)
+        for keys, tap, index in self._audience[path]:
+            for key in keys:
+                self.open(path, key, tap, (len(value), len(index)), value.device)
         output, replacement = tracked(output)
         copied = value.detach().clone()  # may be overwritten in place
         self.await_gradient(path, output, copied, partial(self._differentiate, path, module))
@@ -69,11 +58,8 @@ class ReaderOutputWatcher(Watcher):
 
     def _differentiate(self, path: str, module: nn.Module, value: Tensor, gradient: Tensor) -> None:
         value, slope = functional.widened(value), functional.widened(gradient).flatten(1).unsqueeze(1)
-        for listener in self._audience[path]:
-            parts = [
-                listener.tap.partial(channel_contributions(module, value, index, gradient.shape), slope)
-                for index in listener.index.split(listener.tap.chunk)
-            ]
-            found = torch.cat(parts, 1)
-            for key in listener.keys:
+        for keys, tap, index in self._audience[path]:
+            chunks = (channel_contributions(module, value, some, gradient.shape) for some in index.split(tap.chunk))
+            found = torch.cat([tap.partial(chunk, slope) for chunk in chunks], 1)
+            for key in keys:
                 self.seen[key].add(found, differentiated=True)

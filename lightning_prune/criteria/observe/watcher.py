@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,9 @@ class Watcher(ABC):
         """Enter into `hooks` what lasts for a batch."""
 
     def __enter__(self) -> Self:
-        try:
+        with self.hooks:  # closed if it cannot start
             self.start()
-        except BaseException:
-            self.__exit__()
-            raise
+            self.hooks = self.hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,13 +106,11 @@ class Watcher(ABC):
         self.edges.append(get_gradient_edge(tensor))
 
 
-class exactly(ExitStack):  # noqa: N801
+@contextmanager
+def exactly(tensor: Tensor) -> Iterator[None]:
     """Kernels without a graph, and without autocast, which would run them in half precision."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.enter_context(torch.no_grad())
-        self.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def tracked(output: Tensor) -> tuple[Tensor, Tensor | None]:

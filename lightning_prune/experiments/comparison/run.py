@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -262,6 +261,4 @@ def _seeded(criterion: Criterion, seed: int) -> Criterion:
     """The criterion, with the cell's seed if it draws numbers of its own."""
     if not hasattr(criterion, "seed"):
         return criterion
-    seeded = copy.copy(criterion)
-    seeded.seed = seed
-    return seeded
+    return replace(criterion, seed=seed)  # type: ignore[type-var]

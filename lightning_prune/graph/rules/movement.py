@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import Grid, Reshape, Split
+from lightning_prune.graph.constraints import Grid, Split
 from lightning_prune.graph.elementwise import Operand
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
@@ -48,8 +48,7 @@ def _sized(call: OperatorCall, info: TensorInfo) -> TensorInfo:
         key = (*call.site.stack[:1], ids.shape, ids.numpy().tobytes())
         if key not in call.space.seen:  # one line of code, or several that pass the same sizes
             call.space.seen.add(key)
-            grid = Grid(ids, tuple(range(ids.dim())), call.site)
-            call.space.constraints.append(grid if ids.dim() > 1 else Reshape(ids, call.site))
+            call.space.constraints.append(Grid(ids, tuple(range(ids.dim())), call.site))
     return info
 
 

@@ -9,17 +9,11 @@ from torch import nn
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import trace
-from lightning_prune.graph.label_space import connected_components
 from tests.zoo import ZOO, build, images
 
 
 def layers(graph) -> dict[str, list[str]]:
     return {group.name: [layer.name for layer in group.layers] for group in graph.groups if group.prunable}
-
-
-def test_components_by_hand() -> None:
-    first, second = torch.tensor([1, 4, 6]), torch.tensor([2, 1, 5])
-    assert connected_components(7, first, second).tolist() == [0, 1, 1, 3, 1, 5, 5]
 
 
 def test_residual_groups_are_the_layers_that_meet_at_additions() -> None:
@@ -117,40 +111,6 @@ def test_an_operator_without_a_rule_freezes_and_is_named() -> None:
     assert any("aten.renorm" in note for note in graph.notes)
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [
-        lambda x: F.layer_norm(x, x.shape[1:]),
-        lambda x: F.group_norm(x, 1),
-        lambda x: x.softmax(1),
-        lambda x: x.amax(1, True) + x,
-    ],
-)
-def test_statistics_over_channels_are_refused(operator) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(operator(self.a(x)))
-
-    assert "statistic over channels" in trace(Model(), torch.zeros(1, 3, 4, 4)).group("a").reason
-
-
-def test_a_parameter_of_fixed_size_freezes_what_meets_it() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
-            self.plain = torch.randn(1, 6, 1, 1)  # no buffer: nobody could shrink it
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(x) * self.plain)
-
-    assert "fixed size" in trace(Fixed(), torch.zeros(1, 3, 4, 4)).group("a").reason
-
-
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("training", [True, False])
 def test_tracing_leaves_no_trace(name: str, training: bool) -> None:
@@ -181,12 +141,6 @@ def test_inputs_that_do_not_run_name_the_module_and_the_cause() -> None:
 @pytest.mark.parametrize("inputs", [images(), (images(),), {"x": images()}])
 def test_example_inputs_in_any_form(inputs) -> None:
     assert len(trace(build("Plain"), inputs).prunable_groups) == 2
-
-
-def test_describe_names_groups_layers_and_reasons() -> None:
-    text = trace(build("Residual"), images()).describe()
-    assert "yes, together with a2.0" in text
-    assert "no: reaches the model's output" in text
 
 
 def test_tracing_works_inside_inference_mode() -> None:
