@@ -36,32 +36,16 @@ def load_torchvision_weights(
     # torchvision's oldest files have no batch counters; ours stay as they are then
     optional = {name for name in own if name.endswith(".num_batches_tracked")} - state.keys()
     wanted = {name: tensor for name, tensor in own.items() if name not in skip and name not in optional}
-    if difference := misfit(wanted, offered):
-        raise WeightsError(f"the weights belong to another model: {difference}")
+    foreign = "the weights belong to another model: "
+    missing, unexpected = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
+    if missing or unexpected:
+        raise WeightsError(f"{foreign}missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, tensor in wanted.items():
+        there, here = list(offered[name].shape), list(tensor.shape)
+        if there != here:
+            raise WeightsError(f"{foreign}{name!r} is {there} there and {here} here")
     model.load_state_dict({**own, **offered})
     return [name for name in own if name in skip]
-
-
-def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps a state dict from fitting a model's own, in words; empty if it fits.
-
-    Args:
-        own: the tensors that the model has.
-        state: those offered to it.
-
-    Example:
-        >>> misfit({"weight": torch.zeros(2), "bias": torch.zeros(2)}, {"weight": torch.zeros(2)})
-        "missing ['bias'], unexpected []"
-        >>> misfit({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(4, 3)})
-        "'weight' is [4, 3] there and [2, 3] here"
-    """
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        return f"missing {missing[:5]}, unexpected {unexpected[:5]}"
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            return f"{name!r} is {list(state[name].shape)} there and {list(tensor.shape)} here"
-    return ""
 
 
 def _state_dict(weights: Any) -> Mapping[str, Tensor]:
