@@ -132,26 +132,20 @@ def _check_rows(content: Any, path: Path) -> None:
         for number, row in enumerate(content[part], 1):
             row = row if isinstance(row, dict) else {}
             if wrong := [key for key, kinds in keys.items() if not isinstance(row.get(key), kinds)]:
-                raise DataError(
-                    f"{path}: number {number} of its {part} has no {', '.join(wrong)}, or of the wrong type"
-                )
-    images, categories = (_numbers(content[part], part, path) for part in ("images", "categories"))
+                names = ", ".join(wrong)
+                raise DataError(f"{path}: number {number} of its {part} has no {names}, or of the wrong type")
+    ids = {part: {row["id"] for row in content[part]} for part in ("images", "categories")}
+    for part, found in ids.items():
+        if len(found) < len(content[part]):
+            raise DataError(f"{path}: its {part} are {len(content[part])} with {len(found)} different ids")
     for row in content["annotations"]:
         where = f"{path}: annotation {row['id']}"
-        if row["image_id"] not in images:
+        if row["image_id"] not in ids["images"]:
             raise DataError(f"{where} is of image {row['image_id']}, which the file does not list")
-        if row["category_id"] not in categories:
+        if row["category_id"] not in ids["categories"]:
             raise DataError(f"{where} has the unknown category {row['category_id']}, which the file does not define")
         if len(row["bbox"]) != 4 or not all(isinstance(edge, _NUMBER) for edge in row["bbox"]):
             raise DataError(f"{where}: bbox is {row['bbox']}, not [x, y, width, height]")
-
-
-def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str]:
-    """The ids of images or categories, each of which must be there once."""
-    numbers = {row["id"] for row in rows}
-    if len(numbers) < len(rows):
-        raise DataError(f"{path}: its {part} are {len(rows)} with {len(numbers)} different ids")
-    return numbers
 
 
 def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:

@@ -137,9 +137,7 @@ class Scenes:
         d, e = -down * math.sin(angle), down * math.cos(angle)
         middle, centre = len(scan) / 2, side / 2
         matrix = (a, b, middle - (a + b) * centre, d, e, middle - (d + e) * centre)
-        drawn = Image.fromarray(scan).transform(
-            (side, side), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC
-        )
+        drawn = Image.fromarray(scan).transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
         alpha = ((np.asarray(drawn) - 0.3) / 0.3).clip(0, 1)
         left, top, right, bottom = (int(edge) for edge in _box(alpha > 0))
         return alpha[top:bottom, left:right][: self.size, : self.size]
