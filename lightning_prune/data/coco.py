@@ -15,7 +15,6 @@ from lightning_prune.data.modules import DetectionDataModule, FilesDataModule
 from lightning_prune.data.samples import (
     BadBoxes,
     Samples,
-    Target,
     check_boxes,
     check_files,
     plain,
@@ -92,9 +91,21 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         for row in content["annotations"]:
             if row["category_id"] in labels:
                 rows[row["image_id"]].append(row)
-        targets = [_image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
-        targets = [plain(target) for target in targets] if train else targets
-        return Samples(list(zip(paths, targets, strict=True)), partial(read_detection, transforms=transforms))
+        items = []
+        for image, file in zip(images, paths, strict=True):
+            objects = rows[image["id"]]
+            boxes = torch.tensor([row["bbox"] for row in objects], dtype=torch.float32).reshape(-1, 4)
+            target = target_of(
+                (image["height"], image["width"]),
+                box_convert(boxes, "xywh", "xyxy"),
+                [labels[row["category_id"]] for row in objects],
+                image["id"],
+                iscrowd=[bool(row.get("iscrowd", 0)) for row in objects],
+                area=[float(row["area"]) for row in objects],
+            )
+            target = check_boxes(target, f"{path}, image {image['file_name']}", self.bad_boxes)
+            items.append((file, plain(target) if train else target))
+        return Samples(items, partial(read_detection, transforms=transforms))
 
 
 def _read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -156,19 +167,3 @@ def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], p
             found = "unknown class" if name not in names else "two categories are called"
             raise DataError(f"{path}: {found} {name!r}; the file's are {', '.join(sorted(names))}")
     return {row["id"]: classes.index(row["name"]) for row in categories if row["name"] in classes}
-
-
-def _image_target(
-    image: dict[str, Any], rows: list[dict[str, Any]], labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes
-) -> Target:
-    """The target of an image and its annotations; boxes (x, y, width, height) become corners."""
-    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
-    target = target_of(
-        (image["height"], image["width"]),
-        box_convert(boxes, "xywh", "xyxy"),
-        [labels[row["category_id"]] for row in rows],
-        image["id"],
-        iscrowd=[bool(row.get("iscrowd", 0)) for row in rows],
-        area=[float(row["area"]) for row in rows],
-    )
-    return check_boxes(target, f"{path}, image {image['file_name']}", bad_boxes)

@@ -103,27 +103,13 @@ class VocMeanAveragePrecision(Metric):
 
 
 def precision_recall(hits: Tensor, positives: int) -> tuple[Tensor, Tensor]:
-    """Precision and recall after each detection, (n,) each.
-
-    Args:
-        hits: 1 for a hit, 0 for a false alarm, in falling order of score.
-        positives: boxes to find.
-
-    Example:
-        >>> precision_recall(torch.tensor([1, 0, 1]), 4)
-        (tensor([1.0000, 0.5000, 0.6667]), tensor([0.2500, 0.2500, 0.5000]))
-    """
+    """Precision and recall after each detection, (n,) each; hits are 1, false alarms 0, in falling order of score."""
     found = hits.cumsum(0).float()
     return found / torch.arange(1, len(hits) + 1, device=hits.device), found / positives
 
 
 def eleven_point_average(precision: Tensor, recall: Tensor) -> float:
-    """Mean over the recalls 0, 0.1 ... 1 of the best precision at that recall or more (VOC 2007).
-
-    Example:
-        >>> eleven_point_average(*precision_recall(torch.tensor([1, 0]), 2))  # precision 1 at recalls 0 to 0.5
-        0.5454545454545454
-    """
+    """Mean over the recalls 0, 0.1 ... 1 of the best precision at that recall or more (VOC 2007)."""
     # Compared in tenths and a little below, as 3 / 10 and 0.3 need not be the same number.
     reached = [precision[10 * recall >= tenth - 1e-4] for tenth in range(11)]
     best = [float(values.amax()) if len(values) else 0.0 for values in reached]
@@ -131,12 +117,7 @@ def eleven_point_average(precision: Tensor, recall: Tensor) -> float:
 
 
 def area_average(precision: Tensor, recall: Tensor) -> float:
-    """Area under the precision that is best at a recall or more (VOC from 2010 on).
-
-    Example:
-        >>> area_average(*precision_recall(torch.tensor([1, 0]), 2))
-        0.5
-    """
+    """Area under the precision that is best at a recall or more (VOC from 2010 on)."""
     envelope = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
     steps = recall.diff(prepend=recall.new_zeros(1))
     return float((envelope.double() * steps.double()).sum())
