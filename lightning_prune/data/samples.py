@@ -40,10 +40,8 @@ class Samples(Dataset[Any]):
 def target_of(size: tuple[int, int], boxes: Any, labels: Any, image_id: int | str, **known: Any) -> Target:
     """The objects of one image; known of each: ``difficult``, ``iscrowd`` (else False), ``area`` (else the box's)."""
     corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    flags = {
-        name: torch.as_tensor(known.get(name, [False] * len(corners)), dtype=torch.bool)
-        for name in ("difficult", "iscrowd")
-    }
+    unset = [False] * len(corners)
+    flags = {of: torch.as_tensor(known.get(of, unset), dtype=torch.bool) for of in ("difficult", "iscrowd")}
     area = torch.as_tensor(known["area"], dtype=torch.float32) if "area" in known else box_area(corners)
     labels = torch.as_tensor(labels, dtype=torch.int64)
     return {"boxes": corners, "labels": labels, **flags, "area": area, "image_id": image_id, "orig_size": size}

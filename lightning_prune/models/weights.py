@@ -52,7 +52,16 @@ def _state_dict(weights: Any) -> Mapping[str, Tensor]:
     if isinstance(weights, Mapping):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
-        return _read(Path(weights))
+        path = Path(weights)
+        if not path.is_file():
+            raise WeightsError(f"there is no file {path}")
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise WeightsError(f"{path} is not a state dict: {error}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
+        return loaded
     from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
 
     try:
@@ -64,15 +73,3 @@ def _state_dict(weights: Any) -> Mapping[str, Tensor]:
         raise WeightsError(
             f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
         ) from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise WeightsError(f"there is no file {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} is not a state dict: {error}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
-    return loaded

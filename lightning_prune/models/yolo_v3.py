@@ -115,10 +115,10 @@ class YoloV3Tiny(YoloNetwork):
         pooled = [layer for unit in units[:4] for layer in (unit, nn.MaxPool2d(2))]
         self.shallow = nn.Sequential(*pooled, units[4])
         self.deep = nn.Sequential(nn.MaxPool2d(2), units[5], SameMaxPool(), units[6])
-        w128, w256, w512 = (scaled(channels, width) for channels in (128, 256, 512))
-        self.coarse = Branch(ConvUnit(widths[-1], w256, 1), ConvUnit(w256, w512, 3), self.outputs)
+        w128, w256, w512, w1024 = widths[-4:]
+        self.coarse = Branch(ConvUnit(w1024, w256, 1), ConvUnit(w256, w512, 3), self.outputs)
         self.to_fine = ConvUnit(w256, w128, 1)
-        self.fine = Branch(nn.Identity(), ConvUnit(w128 + widths[5], w256, 3), self.outputs)
+        self.fine = Branch(nn.Identity(), ConvUnit(w128 + w256, w256, 3), self.outputs)
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         shallow = self.shallow(images)
