@@ -16,7 +16,6 @@ GREY = 128  # what is outside of an image, as in darknet
 IGNORE = 255  # a mask's value where no class is asked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Augmentation = Literal["none", "flip", "yolo", "ssd"]
-Target = dict[str, Any]
 _TO_FLOAT = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
 _NORMALISED = (_TO_FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
 
@@ -111,6 +110,6 @@ def detection_evaluation(size: int | None = 416) -> v2.Compose:
     return v2.Compose([*letterbox, v2.ClampBoundingBoxes(), _TO_FLOAT])
 
 
-def _rows(sample: tuple[Any, Target]) -> tuple[Tensor, ...]:
+def _rows(sample: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
     """What goes with a box when it goes."""
     return tuple(sample[1][name] for name in ("labels", "iscrowd", "difficult", "area"))

@@ -100,7 +100,8 @@ class SegmentationTask(Task):
     def on_test_epoch_end(self) -> None:
         miou = self.metrics["test"]["miou"]
         with miou.sync_context():
-            self.log_classes("test_iou", class_iou(miou.confmat))
+            hit, both = miou.confmat.diagonal().double(), miou.confmat.sum(0) + miou.confmat.sum(1)
+        self.log_classes("test_iou", (hit / (both - hit)).float())  # NaN for a class that occurs nowhere
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Classes (N, H, W) of a batch, with or without masks."""
@@ -134,9 +135,3 @@ class SegmentationTask(Task):
         logits = logits if logits.dtype == torch.float64 else logits.float()  # a sum over a million pixels
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
-
-
-def class_iou(confusion: Tensor) -> Tensor:
-    """IoU (C,) of a confusion matrix (C, C) of pixel counts; NaN for a class that occurs nowhere."""
-    hit = confusion.diagonal().double()
-    return (hit / (confusion.sum(0) + confusion.sum(1) - hit)).float()
