@@ -12,15 +12,7 @@ import torch
 from torchvision.ops import box_convert
 
 from lightning_prune.data.modules import DetectionDataModule, FilesDataModule
-from lightning_prune.data.samples import (
-    BadBoxes,
-    Samples,
-    check_boxes,
-    check_files,
-    plain,
-    read_detection,
-    target_of,
-)
+from lightning_prune.data.samples import BadBoxes, Samples, check_boxes, check_files, plain, read_detection, target_of
 from lightning_prune.data.transforms import Augmentation, detection_evaluation, detection_training
 from lightning_prune.errors import DataError
 

@@ -159,12 +159,15 @@ def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str
     folder = Path(root) / "VOCdevkit" / "VOC2012"
     for part in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+    # VOC's colours: the bits of a class number, three at a time, become the high bits of red, green and blue.
+    bits = np.arange(256)[:, None] >> np.arange(24) & 1  # of bit b: channel b % 3, 128 >> b // 3
+    palette = (bits.reshape(256, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8).tobytes()
     names = [f"{image_set}_{index:06d}" for index in range(len(scenes))]
     for index, name in enumerate(names):
         scene = scenes[index]
         Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
         mask = Image.fromarray(scene.mask)
-        mask.putpalette(voc_palette())
+        mask.putpalette(palette)
         mask.save(folder / "SegmentationClass" / f"{name}.png")
         objects = "".join(
             _OBJECT.format(name=CLASS_NAMES[label], xmin=x1 + 1, ymin=y1 + 1, xmax=x2, ymax=y2)
@@ -176,9 +179,3 @@ def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str
     for kind in ("Main", "Segmentation"):
         (folder / "ImageSets" / kind / f"{image_set}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     return folder
-
-
-def voc_palette() -> bytes:
-    """VOC's 256 colours: the bits of the index, three at a time, become the high bits of red, green and blue."""
-    bits = np.arange(256)[:, None] >> np.arange(24) & 1  # of bit b: channel b % 3, 128 >> b // 3
-    return (bits.reshape(256, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8).tobytes()

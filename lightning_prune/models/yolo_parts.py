@@ -131,13 +131,9 @@ class YoloNetwork(nn.Module, ABC):
 
     def darknet_layers(self) -> list[Convolution]:
         """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""
-        pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
-        for module in self.modules():  # in the order of the cfg
-            if isinstance(module, ConvUnit):
-                pairs.append((module.conv, module.norm))
-            elif isinstance(module, nn.Conv2d) and module.bias is not None:
-                pairs.append((module, None))
-        return [(number, *pair) for number, pair in zip(self.numbers, pairs, strict=True)]
+        norms = {unit.conv: unit.norm for unit in self.modules() if isinstance(unit, ConvUnit)}
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]  # in the order of the cfg
+        return [(number, conv, norms.get(conv)) for number, conv in zip(self.numbers, convs, strict=True)]
 
     def _initialise(self, objectness_prior: float) -> None:
         """Initialise as darknet does; the prior shifts the objectness bias so that few cells start as objects."""

@@ -19,6 +19,7 @@ from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 Batch = tuple[Images, Sequence[Target]]
 
 COCO_NAMES = ("map", "map_50", "map_75", "mar_100")
+COCO_TRUTH = {"boxes": torch.float32, "labels": torch.int64, "iscrowd": torch.int64, "area": torch.float32}
 LOW_SCORE, HIGH_SCORE = 0.01, 0.2  # Lee et al. tested at the first and trained at the second
 
 
@@ -120,7 +121,8 @@ class DetectionTask(Task):
         images, targets = self._checked(batch)
         detections = self.detector.detect(self.model, images)
         found = [{n: x.float() if x.is_floating_point() else x for n, x in of.items()} for of in detections]
-        self.coco[stage].update(found, [_known_to_coco(target) for target in targets])
+        known = [{name: of[name].to(kind) for name, kind in COCO_TRUTH.items() if name in of} for of in targets]
+        self.coco[stage].update(found, known)
         for metric in (self.voc[stage], self.voc_high) if stage == "test" else (self.voc[stage],):
             metric.update(found, targets)
         if self.val_loss:
@@ -197,11 +199,6 @@ def _plain(target: Target) -> Target:
     for flag in {"iscrowd", "difficult"} & target.keys():
         keep &= ~target[flag].bool()
     return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
-
-
-def _known_to_coco(target: Target) -> Target:
-    kinds = {"boxes": torch.float32, "labels": torch.int64, "iscrowd": torch.int64, "area": torch.float32}
-    return {name: target[name].to(kind) for name, kind in kinds.items() if name in target}
 
 
 def _defined(value: Tensor) -> Tensor:

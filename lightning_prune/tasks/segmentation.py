@@ -16,7 +16,6 @@ from lightning_prune.tasks.drawing import draw_classes
 from lightning_prune.tasks.task import Schedule, Task
 
 Batch = tuple[Tensor, Tensor]
-Output = Tensor | Mapping[str, Tensor]
 
 
 class SegmentationTask(Task):
