@@ -19,7 +19,7 @@ from lightning_prune.compensation.repair import (
     warn_of_nothing,
 )
 from lightning_prune.criteria.batches import Loss
-from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.graph.readers import input_dim

@@ -20,7 +20,7 @@ from lightning_prune.compensation.repair import (
 )
 from lightning_prune.criteria.batches import Loss
 from lightning_prune.criteria.channel_contributions import windows
-from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.plan import Plan

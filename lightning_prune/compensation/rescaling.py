@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria.batches import Loss, each_batch
 from lightning_prune.criteria.channel_contributions import next_layers
-from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatcher
+from lightning_prune.criteria.observe.reader_outputs import SampledOutputWatcher
 from lightning_prune.criteria.thinet import GramTerm, check_rows
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, call_model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from lightning_prune.errors import ScoreError
 from lightning_prune.model_state.preservation import without_masks
@@ -19,9 +19,8 @@ def fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dic
             "reference='baseline' needs the weights of the dense model: pass baseline={name: tensor}, for example a "
             "deep copy of model.state_dict() taken before pruning"
         )
-    current = dict(model.state_dict(keep_vars=True))
     fitted = {}
-    for name, tensor in current.items():
+    for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
         if name not in baseline or baseline[name].shape != tensor.shape:
@@ -35,20 +34,7 @@ def fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dic
 
 
 @contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Let the model compute with other parameters and buffers; masks do not act on them meanwhile."""
-    originals: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for prefix, module in model.named_modules(remove_duplicate=False):
-            for owner, parameters in ((module._parameters, True), (module._buffers, False)):
-                for name, value in owner.items():
-                    lent = tensors.get(f"{prefix}.{name}" if prefix else name)
-                    if value is None or lent is None:
-                        continue
-                    originals.append((owner, name, value))
-                    owner[name] = nn.Parameter(lent, requires_grad=False) if parameters else lent
-        with without_masks(model):
-            yield
-    finally:
-        for owner, name, value in reversed(originals):
-            owner[name] = value
+    with _reparametrize_module(model, tensors, stack_weights=True), without_masks(model):
+        yield

@@ -7,7 +7,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import WeightCriterion
@@ -41,7 +40,6 @@ class L1(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return rows.abs().sum(1)
 
@@ -69,7 +67,6 @@ class L2(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return torch.linalg.vector_norm(rows, dim=1)
 
@@ -111,13 +108,11 @@ class FPGM(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("norm_share", self.norm_share)
         if self.norm_share >= 1:
             raise ScoreError(f"norm_share must be in [0, 1), got {self.norm_share!r}")
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return functional.geometric_median_distance(rows, self.distance)
