@@ -49,11 +49,10 @@ class L1(WeightCriterion):
 class L2(WeightCriterion):
     """Euclidean norm of the weights of a channel's filters, ||F_c||_2.
 
-    He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored. ``normalize`` as for `L1`.
+    He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored.
 
     Args:
-        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
-            `functional.normalize`.
+        normalize: as `L1`.
         combine: see `Criterion`.
 
     Raises:
@@ -89,8 +88,7 @@ class FPGM(WeightCriterion):
     Args:
         distance: ``l2``, ``l1`` or ``cosine`` (1 - cosine similarity), on raw weights.
         norm_share: share of every layer's channels that score below all others, by norm; in [0, 1).
-        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
-            `functional.normalize`.
+        normalize: as `L1`.
         combine: see `Criterion`.
 
     Raises:

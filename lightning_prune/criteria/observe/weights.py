@@ -25,20 +25,14 @@ class WeightWatcher(Watcher):
         self._audience: dict[str, list[tuple[str, Tap, int, Tensor, int]]] = {}
 
     def listen(self, group: Group, tap: Tap) -> None:
-        if tap.site == "weight":
-            for layer in group.layers:
-                self._look(key_of(group, layer, tap), tap, layer.weight, layer.dim, layer.index)
-            return
-        for reader in next_layers(self.model, group).values():
-            for key in dict.fromkeys(key_of(group, layer, tap) for layer in group.layers):
-                self._look(key, tap, reader.weight, reader.dim, reader.index)
-
-    def _look(self, key: str, tap: Tap, name: str, dim: int, index: Tensor) -> None:
-        parameter = self.model.get_parameter(name)
-        start = self.shapes.get(key, (0, 0))[1] if tap.joint else 0
-        width = index.shape[1] * (parameter.numel() // parameter.shape[dim])
-        self.shapes[key] = (len(index), start + width) if tap.joint else (len(index),)
-        self._audience.setdefault(name, []).append((key, tap, dim, index, start))
+        readers = () if tap.site == "weight" else next_layers(self.model, group).values()
+        looks = [(key_of(group, layer, tap), source) for layer in group.layers for source in readers or (layer,)]
+        for key, source in dict.fromkeys(looks):
+            parameter = self.model.get_parameter(source.weight)
+            start = self.shapes.get(key, (0, 0))[1] if tap.joint else 0
+            width = source.index.shape[1] * (parameter.numel() // parameter.shape[source.dim])
+            self.shapes[key] = (group.size, start + width) if tap.joint else (group.size,)
+            self._audience.setdefault(source.weight, []).append((key, tap, source.dim, source.index, start))
 
     def start(self) -> None:
         for name, listeners in self._audience.items():
