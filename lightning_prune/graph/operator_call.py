@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -72,10 +72,11 @@ class OperatorCall:
         """The operator with another first argument."""
         return self.func(tensor, *self.args[1:], **self.kwargs)
 
-    def operand(self, vector: Tensor, dim: int) -> Operand:
-        """A vector of one entry per channel as it meets the output's dimension ``dim``."""
-        info = self.info(vector)
-        shape = torch.Size([len(vector) if d == dim else 1 for d in range(self.outputs[0].dim())])
+    def operand(self, parameter: Tensor, dim: int | None = None) -> Operand:
+        """A parameter as it meets the output; a vector along dimension ``dim``."""
+        info, shape = self.info(parameter), parameter.shape
+        if dim is not None:
+            shape = torch.Size([len(parameter) if d == dim else 1 for d in range(self.outputs[0].dim())])
         labels = tuple(one.map(lambda tensor: tensor.view(shape)) for one in info.labels)
         return Operand(shape, TensorInfo(labels, info.data))
 
@@ -83,9 +84,17 @@ class OperatorCall:
         """Labels of what the operator computes element by element, in the output's shape unless another is given."""
         return combine(self.space, operands, self.outputs[0].shape if shape is None else shape, is_zero, self.where)
 
-    def fold(self, labels: Labels, keep: Sequence[int]) -> Labels | None:
+    def fold(self, labels: Labels, keep: Collection[int]) -> Labels | None:
         """See `LabelSpace.fold`."""
         return self.space.fold(labels, keep, self.where)
+
+    def by_channel(self, reason: str, channels: Collection[int] = (1,)) -> list[Labels]:
+        """The first argument's labels along its channels only; those that vary along none of them stay."""
+        found = [(one, self.fold(one, channels)) for one in self.info(self.args[0]).labels]
+        for labels, folded in found:
+            if folded is None:
+                self.freeze(labels, reason)
+        return [folded for _, folded in found if folded is not None]
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """These channels must stay."""

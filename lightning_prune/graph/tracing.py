@@ -117,21 +117,15 @@ class _Tracer:
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        modules = dict(self.model.named_modules())
-        module_of = {
-            f"{path}.{key}" if path else key: path
-            for path, module in modules.items()
-            for key, _ in module.named_parameters(recurse=False)
-        }
         resolved = resolve(self.space, decisions.choices)
-        found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
+        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
         outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
         frozen = [*self._held(decisions), *resolved.frozen, *sizes.unmatched(resolved.splits, found)]
         classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
-        groups, channels = build_groups(classes, module_of)
-        free = {group.name: channels[group.name] for group in groups if group.prunable}
+        groups = build_groups(classes)
+        free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
         graph = ChannelGraph(tuple(groups), shapes, self._notes(), attributes)
@@ -146,8 +140,8 @@ class _Tracer:
         for path, reason in decisions.held.items():
             for span in self.space.spans:
                 if not path or span.tensor.startswith(f"{path}."):
-                    ids = torch.arange(span.start, span.start + span.size)
-                    frozen.append(Freeze(ids if path in decisions.held_whole else ids[readers[ids]], reason))
+                    ids = span.ids if path in decisions.held_whole else span.ids[readers[span.ids]]
+                    frozen.append(Freeze(ids, reason))
         return [item for item in frozen if len(item.ids)]
 
     def _notes(self) -> tuple[str, ...]:

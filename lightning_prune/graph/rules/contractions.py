@@ -60,7 +60,7 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
     space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    reads = _along(call, _channel_labels(call, call.info(x)), x.shape[1])
+    reads = _along(call, call.by_channel(f"varies over the positions that {call.where} slides over"), x.shape[1])
     w_labels = _weight_labels(call, w_info)
     w_out = _along(call, w_labels[out_dim], weight.shape[out_dim])
     w_in = _along(call, w_labels[in_dim], weight.shape[in_dim])
@@ -104,12 +104,7 @@ def _record(call: OperatorCall, reads: Labels, makes: Labels) -> None:
 def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel_dim: int) -> TensorInfo:
     if bias is None:
         return info
-    known = call.info(bias)
-    added = (
-        call.operand(bias, channel_dim)
-        if bias.dim() == 1
-        else Operand(bias.shape, TensorInfo(known.labels, known.data))
-    )
+    added = call.operand(bias, channel_dim if bias.dim() == 1 else None)
     return call.combine([Operand(call.output.shape, info), added], all)
 
 
@@ -151,17 +146,6 @@ def _tie_or_freeze(call: OperatorCall, data: Labels, weight: Labels) -> tuple[La
         data, weight = data.where(both), weight.where(both)
     call.space.tie(data.ids, weight.ids)
     return data, weight
-
-
-def _channel_labels(call: OperatorCall, info: TensorInfo) -> list[Labels]:
-    """Labels of a convolution's input along its channels; positions that vary too go together."""
-    found = []
-    for labels in info.labels:
-        if 1 in labels.dims:
-            found.append(call.fold(labels, (1,)))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} slides over")
-    return [labels for labels in found if labels is not None]
 
 
 def _weight_labels(call: OperatorCall, info: TensorInfo) -> dict[int, list[Labels]]:

@@ -158,34 +158,6 @@ def unfold_depth(call: OperatorCall) -> TensorInfo:
     return movement(call)
 
 
-def patches(call: OperatorCall) -> TensorInfo:
-    """``im2col``: every channel becomes its kernel positions, which follow each other."""
-    info = call.info(call.args[0])
-    area = call.output.shape[1] // call.args[0].shape[1]
-    found = []
-    for labels in info.labels:
-        if (folded := call.fold(labels, (1,))) is not None:
-            positions = folded.flat().map(lambda tensor: tensor.repeat_interleave(area))
-            found.append(Labels.along(positions, call.output.shape, 1))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} collects")
-    return TensorInfo(tuple(found), info.data)
-
-
-def unpatches(call: OperatorCall) -> TensorInfo:
-    """``col2im``: the reverse; a channel's kernel positions go together."""
-    info = call.info(call.args[0])
-    found = []
-    for labels in info.labels:
-        if (flat := call.fold(labels, (1,))) is not None:
-            grid = flat.flat().map(lambda tensor: tensor.reshape(call.output.shape[1], -1))
-            if (folded := call.fold(grid, (0,))) is not None:
-                found.append(Labels.along(folded.flat(), call.output.shape, 1))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} puts together")
-    return TensorInfo(tuple(found), info.data)
-
-
 def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
     parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
