@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,7 @@ from lightning_prune.graph.label_space import Contraction, Freeze, LabelSpace, S
 
 
 class Classes:
-    """Everything the rules said, resolved: per id its class, roles and the number of a reason to stay, -1 for none.
-
-    ``joint`` holds the classes with the constraints, ``own`` those of what belongs to one layer only.
-    """
+    """Per id its class with the constraints and within its layer, its roles, the number of a reason to stay or -1."""
 
     def __init__(self, space: LabelSpace, joint: Tensor, frozen: Sequence[Freeze], *, allow_statistics: bool) -> None:
         self.space, self.joint, self.own = space, joint, space.classes(own=True)
@@ -82,16 +78,16 @@ def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
     span_of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.size for span in spans]))
     group = _groups_of_classes(classes, ids, span_of)[classes.joint[ids]]
     wanted = torch.isin(group, group[classes.filters[ids]].unique())
-    ids, span_of, group = ids[wanted], span_of[wanted], group[wanted]
+    ids = ids[wanted]
     # By group, span, class, entry; entries already ascend.
-    order = torch.argsort((group * len(spans) + span_of) * classes.space.count + classes.joint[ids], stable=True)
-    ids, span_of, group = ids[order], span_of[order], group[order]
-    changes = (group[1:] != group[:-1]) | (span_of[1:] != span_of[:-1])
+    place = group[wanted] * len(spans) + span_of[wanted]
+    ids = ids[torch.argsort(place * classes.space.count + classes.joint[ids], stable=True)]
+    places, lengths = place.unique(return_counts=True)
     found: dict[int, tuple[Tensor, list[GroupSpan]]] = {}
-    for start, end in itertools.pairwise([0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]):
-        span = spans[int(span_of[start])]
-        channels, parts = found.setdefault(int(group[start]), (classes.joint[ids[start:end]].unique(), []))
-        index = (ids[start:end] - span.start).view(len(channels), -1)
+    for own, entries in zip(places.tolist(), ids.split(lengths.tolist()), strict=True):
+        span = spans[own % len(spans)]
+        channels, parts = found.setdefault(own // len(spans), (classes.joint[entries].unique(), []))
+        index = (entries - span.start).view(len(channels), -1)
         same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
         parts.append(GroupSpan(span, same))
     return list(found.values())
@@ -147,9 +143,8 @@ def _build_group(
     reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
     if len(channels) == 1 and (reason is None or statistics):
         reason, statistics = "has channels that all go together, so that none can", False
-    changed = reason if statistics else None
     held = None if statistics and classes.allow_statistics else reason
-    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, changed)
+    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, reason if statistics else None)
 
 
 def _own(classes: Classes, part: GroupSpan) -> int:
@@ -157,12 +152,9 @@ def _own(classes: Classes, part: GroupSpan) -> int:
 
 
 class _LayerFinder:
-    """Says of filters which layer they are, which batch norm is theirs and who reads them first.
+    """Says of filters which layer they are, which batch norm is theirs and who reads them first."""
 
-    firsts: (groups,) the class of each group's first channel.
-    """
-
-    def __init__(self, classes: Classes, firsts: Tensor) -> None:
+    def __init__(self, classes: Classes, firsts: Tensor) -> None:  # of each group's channels the first one's class
         space = classes.space
         self.classes = classes
         self.norm_modules = {module for module, _ in space.norms}

@@ -69,15 +69,14 @@ def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
             # Uneven pieces lose channels freely, but only where their sizes are attributes that can follow.
             state.splits.append(constraint)
             state.sizes += constraint.sizes()
-    axes = _settle(state, grids)
-    for (grid, choice), axis in zip(grids, axes, strict=True):
+    state.axes = [*_settle(state, grids), *[-1] * untouched]
+    for (grid, choice), axis in zip(grids, state.axes, strict=False):
         for rows in grid.rows(axis):
             gaps = (rows == NO_LABEL).any(1)
             if gaps.any():
                 reason = f"goes together with channels that stay in {grid.site.where}"
                 state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
         state.sizes += grid.sizes(axis, repairs=choice.repairs)
-    state.axes = [*axes, *[-1] * untouched]
     return state
 
 

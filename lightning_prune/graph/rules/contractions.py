@@ -31,7 +31,7 @@ def deformable_convolution(call: OperatorCall) -> TensorInfo:
 
 def matrix_product(call: OperatorCall) -> TensorInfo:
     """mm, bmm and their variants that add a tensor: (n, k) @ (k, m) or (b, n, k) @ (b, k, m)."""
-    adds = call.name in ("addmm", "baddbmm", "_addmm_activation")
+    adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
     l_info, r_info = call.info(left), call.info(right)
     row, column = left.dim() - 2, left.dim() - 1

@@ -76,7 +76,7 @@ def selection(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
 def _intervals(call: OperatorCall, dim: int) -> list[tuple[int, int]] | None:
     """(start, end) of each piece along the dimension; None: single elements or a step."""
     size = call.args[0].shape[dim]
-    if call.name in ("split", "split_with_sizes", "split_copy", "unsafe_split", "chunk"):
+    if call.name in ("split", "split_with_sizes"):
         return list(itertools.pairwise(itertools.accumulate((piece.shape[dim] for piece in call.output), initial=0)))
     if call.name in ("slice", "narrow") and call.argument("step", 1) == 1:
         start = call.argument("start") or 0
