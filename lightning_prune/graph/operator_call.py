@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import CallSite
-from lightning_prune.graph.elementwise import IsZero, Operand, combine
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.recording import OperatorRecorder
@@ -71,18 +69,6 @@ class OperatorCall:
     def rerun(self, tensor: Tensor) -> Any:
         """The operator with another first argument."""
         return self.func(tensor, *self.args[1:], **self.kwargs)
-
-    def operand(self, parameter: Tensor, dim: int | None = None) -> Operand:
-        """A parameter as it meets the output; a vector along dimension ``dim``."""
-        info, shape = self.info(parameter), parameter.shape
-        if dim is not None:
-            shape = torch.Size([len(parameter) if d == dim else 1 for d in range(self.outputs[0].dim())])
-        labels = tuple(one.map(lambda tensor: tensor.view(shape)) for one in info.labels)
-        return Operand(shape, TensorInfo(labels, info.data))
-
-    def combine(self, operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size | None = None) -> TensorInfo:
-        """Labels of what the operator computes element by element, in the output's shape unless another is given."""
-        return combine(self.space, operands, self.outputs[0].shape if shape is None else shape, is_zero, self.where)
 
     def fold(self, labels: Labels, keep: Collection[int]) -> Labels | None:
         """See `LabelSpace.fold`."""

@@ -104,9 +104,12 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
         register = nn.modules.module
         self._hooks = (
             register.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
-            register.register_module_forward_hook(lambda *_: self.stack.__delitem__(-1)),  # None keeps the output
+            register.register_module_forward_hook(self._leave),
         )
         return self
+
+    def _leave(self, *_: Any) -> None:  # what it returned would replace the module's output
+        self.stack.pop()
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:

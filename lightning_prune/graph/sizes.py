@@ -70,15 +70,16 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
         group_of[channels[name]] = number
         place_of[channels[name]] = torch.arange(len(channels[name]))
 
+    def sources(ids: Tensor) -> dict[str, Tensor]:
+        roots = joint[ids[ids != NO_LABEL]]
+        groups = group_of[roots]
+        return {names[k]: place_of[roots[groups == k]] for k in groups.unique().tolist() if k >= 0}
+
     result = []
-    for (module, attribute, position), several in found.items():
-        counts = []
-        for ids in several:
-            roots = joint[ids[ids != NO_LABEL]]
-            groups = group_of[roots]
-            counts.append({names[k]: place_of[roots[groups == k]] for k in groups.unique().tolist() if k >= 0})
+    for key, several in found.items():
+        counts = [sources(ids) for ids in several]
         fixed = [len(ids) - sum(map(len, counted.values())) for ids, counted in zip(several, counts, strict=True)]
         alike = [{name: places.sort().values.tolist() for name, places in counted.items()} for counted in counts]
-        if counts[0] and all(other == alike[0] for other in alike) and len(set(fixed)) == 1:
-            result.append(SizeAttribute(module, attribute, position, counts[0], fixed[0]))
+        if counts[0] and alike == alike[:1] * len(alike) and len(set(fixed)) == 1:
+            result.append(SizeAttribute(*key, counts[0], fixed[0]))
     return result

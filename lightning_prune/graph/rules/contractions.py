@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine, parameter_operand
 from lightning_prune.graph.label_space import Contraction
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
@@ -53,7 +53,7 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     for tensor, info, free, inner in ((left, l_info, l_free, column), (right, r_info, r_free, row)):
         flat = torch.Size([1 if d == inner else size for d, size in enumerate(tensor.shape)])
         operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
-    info = TensorInfo(call.combine(operands, any).labels, l_info.data or r_info.data)
+    info = TensorInfo(combine(call, operands, any).labels, l_info.data or r_info.data)
     return _add_bias(call, info, added, channel_dim=column)
 
 
@@ -104,8 +104,8 @@ def _record(call: OperatorCall, reads: Labels, makes: Labels) -> None:
 def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel_dim: int) -> TensorInfo:
     if bias is None:
         return info
-    added = call.operand(bias, channel_dim if bias.dim() == 1 else None)
-    return call.combine([Operand(call.output.shape, info), added], all)
+    added = parameter_operand(call, bias, channel_dim if bias.dim() == 1 else None)
+    return combine(call, [Operand(call.output.shape, info), added], all)
 
 
 def _along(call: OperatorCall, found: list[Labels], size: int) -> Labels:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import Grid, Split
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -196,7 +196,7 @@ def _join(call: OperatorCall, parts: list[Operand], dim: int) -> TensorInfo:
         others = (labels for labels in part.info.labels if dim not in labels.dims)
         kept = part.info.with_labels(labels.map(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in others)
         across.append(Operand(_one_slice(part.shape, dim), kept))
-    common = call.combine(across, all, _one_slice(call.output.shape, dim))
+    common = combine(call, across, all, _one_slice(call.output.shape, dim))
     joined = Labels.joined(follow)
     found = [
         *(labels.expand(call.output.shape) for labels in common.labels),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -20,7 +20,7 @@ def elementwise(call: OperatorCall) -> TensorInfo:
     operands = [Operand(_real_extents(tensor), call.info(tensor)) for tensor in call.tensors]
     if not any(operand.info.labels for operand in operands):
         return TensorInfo((), any(o.info.data for o in operands), all(o.info.uniform for o in operands))
-    return call.combine(operands, lambda zeros: _keeps_zero(call, zeros))
+    return combine(call, operands, lambda zeros: _keeps_zero(call, zeros))
 
 
 def _real_extents(tensor: Tensor) -> torch.Size:
@@ -34,7 +34,7 @@ def gate(call: OperatorCall) -> TensorInfo:
     info = call.info(call.args[0])
     halves = [info.moved(partial(torch.narrow, dim=dim, start=s, length=shape[dim])) for s in (0, shape[dim])]
     operands = [Operand(shape, TensorInfo(half.labels, info.data)) for half in halves]
-    return call.combine(operands, lambda zeros: zeros[0])
+    return combine(call, operands, lambda zeros: zeros[0])
 
 
 def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | None:
@@ -127,7 +127,7 @@ def write(call: OperatorCall) -> TensorInfo:
         operands.append(Operand(tensor.shape[lead:], replace(known, labels=tuple(kept))))
     if not info.labels and info.uniform:
         operands = operands[1:]
-    combined = call.combine(operands, all, flat)
+    combined = combine(call, operands, all, flat)
     return TensorInfo(tuple(labels.expand(target.shape) for labels in combined.labels), data=True)
 
 
