@@ -7,7 +7,6 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison.cells import Cell, Comparison, Dense, Row, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
 from lightning_prune.files import atomic
@@ -94,14 +93,11 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     """
     writers: dict[str, Callable[[Comparison], str]] = {"csv": csv_text, "md": markdown_table}
     files = {kind: Path(folder) / f"comparison.{kind}" for kind in (*writers, *(["png"] if comparison.cells else []))}
-    try:
-        for kind, write in writers.items():
-            with atomic(files[kind]) as stream:
-                stream.write(write(comparison).encode())
-        if "png" in files:
-            save_figure(comparison_figure(comparison), files["png"])
-    except OSError as error:
-        raise PruningError(f"cannot write to {folder}: {error.strerror or error}") from error
+    for kind, write in writers.items():
+        with atomic(files[kind]) as stream:
+            stream.write(write(comparison).encode())
+    if "png" in files:
+        save_figure(comparison_figure(comparison), files["png"])
     return files
 
 
