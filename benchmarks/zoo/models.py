@@ -23,27 +23,16 @@ PROPOSALS = {
 
 @dataclass
 class Case:
-    """A model ready to be pruned.
-
-    Attributes:
-        model: float32, randomised, in eval mode.
-        inputs: a tensor, or a tuple of positional arguments (detection: images and targets).
-        trains: whether the dense model runs in train mode on these inputs.
-        size: side of the images.
-    """
+    """A model ready to be pruned: float32, randomised, in eval mode."""
 
     model: nn.Module
-    inputs: Any
-    trains: bool
-    size: int
+    inputs: Any  # a tensor, or a tuple of positional arguments (detection: images and targets)
+    trains: bool  # the dense model, in train mode on these inputs
+    size: int  # side of the images
 
 
 def prepare(entry: Entry) -> Case:
-    """Build, find an input size, randomise.
-
-    Raises:
-        RuntimeError: the dense model runs on none of the sizes tried.
-    """
+    """Build, find an input size that the dense model runs on, randomise."""
     torch.manual_seed(0)
     case = _case(entry, build(entry))
     randomise_(case.model, case.inputs)
@@ -204,11 +193,7 @@ def to_double(inputs: Any) -> Any:
 
 
 def train_step(model: nn.Module, inputs: Any) -> bool:
-    """Forward and backward in train mode; True.
-
-    Raises:
-        RuntimeError: no parameter received a gradient, or one is not finite.
-    """
+    """Forward and backward in train mode; True, or an error unless some gradients came and all are finite."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)

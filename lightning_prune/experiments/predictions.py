@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
@@ -58,6 +59,6 @@ def count_changed(before: Any, after: Any) -> tuple[int, int]:
 
 
 def _same_objects(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    if before["labels"].shape != after["labels"].shape or not bool((before["labels"] == after["labels"]).all()):
+    if not torch.equal(before["labels"], after["labels"]):
         return False
-    return bool(((before["boxes"] - after["boxes"]).abs() <= PIXELS).all())
+    return torch.allclose(before["boxes"], after["boxes"], rtol=0, atol=PIXELS)

@@ -137,9 +137,8 @@ def metric_name(metric: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out what Lightning says about devices, seeds and loaders at every start."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("pytorch_lightning", "lightning_fabric"))}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -149,5 +148,5 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
