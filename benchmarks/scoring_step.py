@@ -8,17 +8,19 @@ pair, so that whatever else the machine does falls on both. Memory: peak residen
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lightning_prune as lp
+from benchmarks import seconds
 from lightning_prune.models import resnet18
 
 CHUNKS = (1, 8, 64, 512)
@@ -37,7 +39,7 @@ def main() -> None:
     print("step                          ms (plain)   ms (scoring)   ratio: median (quartiles)")
     for name, step in steps.items():
         count = 1 + SLOW.get(name, options.pairs)  # the first one warms up
-        pairs = [(_seconds(plain), _seconds(step)) for _ in range(count)][1:]
+        pairs = [(seconds(plain), seconds(step)) for _ in range(count)][1:]
         low, middle, high = statistics.quantiles([scored / bare for bare, scored in pairs], n=4)
         medians = [1000 * statistics.median(times) for times in zip(*pairs, strict=True)]
         print(f"{name:<28} {medians[0]:11.1f} {medians[1]:14.1f}   {middle:.3f} ({low:.3f} to {high:.3f})")
@@ -50,22 +52,22 @@ def main() -> None:
         print(f"chunk={chunk:<18} {peak / 2**20:16.0f} {(peak - base) / 2**20:+20.0f}")
 
 
-def _steps(batch: int) -> dict[str, Callable[[], object]]:
+def _subject(batch: int) -> tuple[nn.Module, lp.ChannelGraph, Callable[[], torch.Tensor]]:
     torch.manual_seed(0)
     model = resnet18(max_pool=False).eval()
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    graph = lp.trace(model, images[:1])
+    return model, lp.trace(model, images[:1]), lambda: F.cross_entropy(model(images), labels)
 
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(model(images), labels)
+
+def _steps(batch: int) -> dict[str, Callable[[], object]]:
+    model, graph, loss = _subject(batch)
 
     def plain() -> None:
         model.zero_grad()
         loss().backward()
 
     def scoring(criterion: lp.criteria.Criterion) -> Callable[[], object]:
-        scorer = lp.criteria.Scorer(model, graph, criterion)
-        return lambda: scorer.update(loss)
+        return functools.partial(lp.criteria.Scorer(model, graph, criterion).update, loss)
 
     def training(criterion: lp.criteria.Criterion) -> Callable[[], object]:
         scorer = lp.criteria.Scorer(model, graph, criterion)
@@ -88,12 +90,6 @@ def _steps(batch: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
 def _peak(batch: int, chunk: int | None) -> int:
     """Peak resident bytes of a fresh process that takes one step; None: a plain one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -101,15 +97,11 @@ def _peak(batch: int, chunk: int | None) -> int:
 
 
 def _peak_here(batch: int, chunk: int | None) -> int:
-    torch.manual_seed(0)
-    model = resnet18(max_pool=False).eval()
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    graph = lp.trace(model, images[:1])
+    model, graph, loss = _subject(batch)
     if chunk is None:
-        F.cross_entropy(model(images), labels).backward()
+        loss().backward()
     else:
-        scorer = lp.criteria.Scorer(model, graph, lp.criteria.NextLayerTaylor(chunk=chunk))
-        scorer.update(lambda: F.cross_entropy(model(images), labels))
+        lp.criteria.Scorer(model, graph, lp.criteria.NextLayerTaylor(chunk=chunk)).update(loss)
     # Linux's own count: getrusage would start from the parent's peak.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(status["VmHWM"].split()[0])

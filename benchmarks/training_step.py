@@ -20,6 +20,7 @@ import torchvision
 from torch import nn
 
 import lightning_prune as lp
+from benchmarks import seconds
 from lightning_prune.models import resnet18
 
 
@@ -40,8 +41,10 @@ def _step(pairs: int, batch: int) -> None:
     graph = lp.trace(masked, images[:2])
     plan = lp.GlobalRatio(0.5).select(graph, lp.score(masked, graph, "l1"))
     handle = lp.mask_(masked, graph, plan, undoable=False)
-    steps = [_training(model, images, labels) for model in (plain, masked)]
-    times = [[_seconds(step) for step in steps] for _ in range(pairs + 2)][2:]
+    settings = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
+    optimizers = {model: torch.optim.SGD(model.parameters(), **settings) for model in (plain, masked)}
+    steps = [_training(model, optimizer, images, labels) for model, optimizer in optimizers.items()]
+    times = [[seconds(step) for step in steps] for _ in range(pairs + 2)][2:]
     low, middle, high = statistics.quantiles([with_masks / without for without, with_masks in times], n=4)
     medians = [1000 * statistics.median(column) for column in zip(*times, strict=True)]
     print(f"ResNet-18, batch {batch}, {torch.get_num_threads()} threads, {pairs} pairs")
@@ -52,9 +55,9 @@ def _step(pairs: int, batch: int) -> None:
     print(f"masks hold {indices:,} bytes, {indices / weights:.3%} of the parameters' {weights:,} (at most 1 %)")
 
 
-def _training(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-
+def _training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -71,28 +74,21 @@ def _reconstruction() -> None:
     graph = lp.trace(model, images[:2])
     plan = lp.GlobalRatio(0.5).select(graph, lp.score(model, graph, "l1"))
     handle = lp.mask_(model, graph, plan, optimizers=[optimizer])
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+    step = _training(model, optimizer, images, labels)
+    step()
+    step()
     handle.apply_()
     before = F.cross_entropy(copy.deepcopy(model)(images), labels).item()
     handle.remove()
     started = time.perf_counter()
     report = lp.reconstruct_(model, graph, plan, optimizers=[optimizer], example_inputs=images[:2])
-    seconds = time.perf_counter() - started
+    took = time.perf_counter() - started
     after = F.cross_entropy(model(images), labels).item()
     print(
-        f"\nResNet-50 with AdamW, ratio 0.5: reconstructed in {seconds:.2f} s with the float64 comparison (under 2 s), "
+        f"\nResNet-50 with AdamW, ratio 0.5: reconstructed in {took:.2f} s with the float64 comparison (under 2 s), "
         f"relative error {report.max_rel_error:.1e}\nnext loss in train mode: masked {before:.8f}, reconstructed "
         f"{after:.8f}, relative difference {abs(after - before) / before:.1e} (at most 1e-5)"
     )
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

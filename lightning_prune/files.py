@@ -14,23 +14,34 @@ from lightning_prune.errors import PruningError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` for writing so that it holds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open `path` for writing so that it holds the old content or the new, never a part.
+
+    Raises:
+        PruningError: it cannot be written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as stream:
-            yield stream
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as stream:
+                yield stream
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
     """Refuse before the work what its result cannot be written to."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
+    with _explained(path):
         if path.is_dir():
             raise IsADirectoryError("Is a directory")
         tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PruningError(f"cannot write {path}: {error.strerror or error}") from error

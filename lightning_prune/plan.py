@@ -186,7 +186,7 @@ class Plan:
         """Write the plan as JSON; the file appears whole or not at all.
 
         Raises:
-            OSError: the file cannot be written.
+            PruningError: the file cannot be written.
 
         Example:
             >>> import tempfile

@@ -13,13 +13,13 @@ from benchmarks.zoo.report import report
 RESULTS = runner.ROOT / "benchmarks" / "results" / "zoo.jsonl"
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
         "python -m benchmarks.zoo",
         description=benchmarks.zoo.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = options.add_argument
+    add = parser.add_argument
     add("command", nargs="?", default="run", choices=("run", "report", "list", "worker"))
     add("--report", action="store_true", help="the same as the command report")
     add("--suite", default="all", choices=(*SUITES, "all"))
@@ -36,11 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds-for-peer", type=float, default=120.0, help="for the peer, in addition")
     add("--limit-seconds", type=float, help="start no new model after this time")
     add("--memory-gib", type=float, default=12.0, help="memory limit of the worker")
-    return options
-
-
-def main(argv: list[str] | None = None) -> None:
-    given = parser().parse_args(argv)
+    given = parser.parse_args(argv)
     if given.command == "worker":
         runner.work(given.memory_gib)
         return
@@ -56,17 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.zoo.measure import Options
 
     options = Options(given.peer, given.export, given.memory, given.repeats, given.ratio)
-    runner.sweep(
-        found,
-        options,
-        given.results,
-        redo=given.redo,
-        seconds_per_model=given.seconds_per_model,
-        seconds_for_peer=given.seconds_for_peer,
-        limit_seconds=given.limit_seconds,
-        memory_gib=given.memory_gib,
-        say=lambda line: print(line, flush=True),
-    )
+    runner.sweep(found, options, given)
 
 
 if __name__ == "__main__":

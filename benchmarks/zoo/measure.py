@@ -22,28 +22,20 @@ from torch import nn
 import lightning_prune as lp
 from benchmarks.zoo import peer
 from benchmarks.zoo.families import Entry
-from benchmarks.zoo.models import Case, RawHeads, call, equal, outputs, prepare, to_double, train_step
+from benchmarks.zoo.models import Case, RawHeads, call, equal, outputs, prepare, to_double, told, train_step
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured beyond the usual.
-
-    Attributes:
-        peer: Torch-Pruning beside it.
-        export: ``torch.export`` of the dense and the reconstructed model.
-        memory: peak memory of a trace against that of a forward.
-        repeats: rounds of the timing against the peer.
-        ratio: share of every layer that goes.
-    """
+    """What is measured beyond the usual."""
 
     peer: bool = False
     export: bool = False
     memory: bool = False
-    repeats: int = 1
-    ratio: float = 0.5
+    repeats: int = 1  # rounds of the timing against the peer
+    ratio: float = 0.5  # share of every layer that goes
 
 
 class RefusedError(Exception):
@@ -77,11 +69,6 @@ class Session:
             self.row[name] = told(error)
 
 
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
-
-
 def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lambda _: None) -> Row:
     """Everything about one model. ``emit`` receives the row before steps that may hang."""
     session = Session(entry, options, {**asdict(entry), "key": entry.key, "seconds": {}, "outcome": "error: cut short"})
@@ -106,15 +93,11 @@ def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lamb
         if options.peer:
             emit({**row, "peer": {"outcome": "error: crashed or ran out of time"}})
             del case
-            row["peer"] = _peer(session)
+            try:
+                row["peer"] = peer.compare(prepare(entry), entry, options.ratio, options.repeats)
+            except Exception as error:  # noqa: BLE001
+                row["peer"] = {"outcome": f"error: {told(error)}"}
     return row
-
-
-def _peer(session: Session) -> Row:
-    try:
-        return peer.compare(prepare(session.entry), session.entry, session.options.ratio, session.options.repeats)
-    except Exception as error:  # noqa: BLE001
-        return {"outcome": f"error: {told(error)}"}
 
 
 def _ours(session: Session, case: Case) -> str:
@@ -139,7 +122,8 @@ def _check_small(session: Session, case: Case, small: nn.Module, graph: lp.Chann
     session.check("copies", lambda: _copies(model, small, inputs, after, lambda: lp.reconstruct(model, graph, plan)))
     # A detector's own count depends on how many boxes it happens to find.
     session.check("flops", lambda: [lp.measure.count_flops(session.heads(m), inputs) for m in (model, small)])
-    session.check("train_step", lambda: _train(case, small))
+    session.check("train_step", lambda: train_step(small, inputs) if case.trains else None)
+    small.zero_grad(set_to_none=True)
     if session.options.export:
         session.check("export", lambda: _export(model, small.eval(), inputs))
     if session.options.memory:
@@ -199,11 +183,6 @@ def _copies(
     model: nn.Module, small: nn.Module, inputs: Any, after: list[torch.Tensor], again: Callable[[], nn.Module]
 ) -> bool | str:
     """Deep copy, pickle, and a state dict loaded into a second reconstruction: the same outputs each."""
-    failed = []
-    if not equal(after, outputs(copy.deepcopy(small), inputs)):
-        failed.append("deep copy differs")
-    if _pickles(model) and not equal(after, outputs(pickle.loads(pickle.dumps(small)), inputs)):
-        failed.append("pickle differs")
     second = again()
     for parameter in second.parameters():
         parameter.data.fill_(0.1)
@@ -211,9 +190,11 @@ def _copies(
     torch.save(small.state_dict(), buffer)
     buffer.seek(0)
     second.load_state_dict(torch.load(buffer, weights_only=True))
-    if not equal(after, outputs(second, inputs)):
-        failed.append("state dict differs")
-    return "; ".join(failed) or True
+    others = {"deep copy": copy.deepcopy(small), "state dict": second}
+    if _pickles(model):
+        others["pickle"] = pickle.loads(pickle.dumps(small))
+    differ = [f"{name} differs" for name, other in others.items() if not equal(after, outputs(other, inputs))]
+    return "; ".join(differ) or True
 
 
 def _pickles(model: nn.Module) -> bool:
@@ -222,14 +203,6 @@ def _pickles(model: nn.Module) -> bool:
         pickle.dumps(model)
     except Exception:  # noqa: BLE001
         return False
-    return True
-
-
-def _train(case: Case, small: nn.Module) -> bool | None:
-    if not case.trains:
-        return None
-    train_step(small, case.inputs)
-    small.zero_grad(set_to_none=True)
     return True
 
 

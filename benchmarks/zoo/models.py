@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,30 +23,18 @@ PROPOSALS = {
 
 @dataclass
 class Case:
-    """A model ready to be pruned.
-
-    Attributes:
-        model: float32, randomised, in eval mode.
-        inputs: a tensor, or a tuple of positional arguments (detection: images and targets).
-        trains: whether the dense model runs in train mode on these inputs.
-        size: side of the images.
-    """
+    """A model ready to be pruned: float32, randomised, in eval mode."""
 
     model: nn.Module
-    inputs: Any
-    trains: bool
-    size: int
+    inputs: Any  # a tensor, or a tuple of positional arguments (detection: images and targets)
+    trains: bool  # the dense model, in train mode on these inputs
+    size: int  # side of the images
 
 
 def prepare(entry: Entry) -> Case:
-    """Build, find an input size, randomise.
-
-    Raises:
-        RuntimeError: the dense model runs on none of the sizes tried.
-    """
+    """Build, find an input size that the dense model runs on, randomise."""
     torch.manual_seed(0)
-    model = build(entry)
-    case = _case(entry, model)
+    case = _case(entry, build(entry))
     randomise_(case.model, case.inputs)
     return case
 
@@ -63,8 +52,7 @@ def build(entry: Entry) -> nn.Module:
     options: dict[str, Any] = {"weights": None}
     if entry.suite == "segmentation":
         options["weights_backbone"] = None
-        if not entry.name.startswith("lraspp"):
-            options["aux_loss"] = True
+        options |= {} if entry.name.startswith("lraspp") else {"aux_loss": True}
     if entry.name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # scipy's truncated normal takes half a minute
     return get_model(entry.name, **options)
@@ -86,35 +74,23 @@ def _detector(name: str) -> nn.Module:
 def _case(entry: Entry, model: nn.Module) -> Case:
     if entry.suite == "detection":
         return Case(model.eval(), detection_inputs(entry.name), True, 128)
-    failures = []
-    sizes = _sizes(entry, model)
-    for training in (True, False):
-        for size in sizes:
-            images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-            try:
-                _try(model, images, training=training)
-            except Exception as error:  # noqa: BLE001 - whatever the model raises, another size may do
-                failures.append(f"{size} px: {type(error).__name__}: {error}")
-                continue
-            return Case(model.eval(), images, training, size)
-    raise RuntimeError("the dense model runs on no size tried; " + "; ".join(failures)[:600])
-
-
-def _try(model: nn.Module, images: Tensor, *, training: bool) -> None:
-    with torch.no_grad():
-        model.eval()(images)
-        if training:
-            model.train()(images)
-
-
-def _sizes(entry: Entry, model: nn.Module) -> list[int]:
     config = getattr(model, "default_cfg", None) or {}
     own = (config.get("input_size") or (3, 224, 224))[-1]
-    return list(dict.fromkeys([own] if config.get("fixed_input_size") else [SMALL, own, *_larger(entry)]))
-
-
-def _larger(entry: Entry) -> list[int]:
-    return [299] if entry.family == "inception" else []
+    larger = [299] if entry.family == "inception" else []
+    sizes = dict.fromkeys([own] if config.get("fixed_input_size") else [SMALL, own, *larger])
+    failures = []
+    for trains, size in itertools.product((True, False), sizes):
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                model.eval()(images)
+                if trains:
+                    model.train()(images)
+        except Exception as error:  # noqa: BLE001 - whatever the model raises, another size may do
+            failures.append(f"{size} px: {told(error)}")
+        else:
+            return Case(model.eval(), images, trains, size)
+    raise RuntimeError("the dense model runs on no size tried; " + "; ".join(failures)[:600])
 
 
 def detection_inputs(name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -181,6 +157,11 @@ def _calibrate_(model: nn.Module, norms: list[_BatchNorm], inputs: Any) -> None:
             norm.momentum = before
 
 
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """The model's output on example inputs as the library takes them."""
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -211,12 +192,8 @@ def to_double(inputs: Any) -> Any:
     return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
-def train_step(model: nn.Module, inputs: Any) -> None:
-    """Forward and backward in train mode.
-
-    Raises:
-        RuntimeError: no parameter received a gradient, or one is not finite.
-    """
+def train_step(model: nn.Module, inputs: Any) -> bool:
+    """Forward and backward in train mode; True, or an error unless some gradients came and all are finite."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
@@ -228,6 +205,7 @@ def train_step(model: nn.Module, inputs: Any) -> None:
         raise RuntimeError("no parameter received a gradient")
     if not all(bool(gradient.isfinite().all()) for gradient in gradients):
         raise RuntimeError("a gradient is not finite")
+    return True
 
 
 class RawHeads(nn.Module):

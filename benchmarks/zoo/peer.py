@@ -17,7 +17,7 @@ from torch import nn
 
 import lightning_prune as lp
 from benchmarks.zoo.families import Entry
-from benchmarks.zoo.models import CLASSES, Case, outputs, train_step
+from benchmarks.zoo.models import CLASSES, Case, outputs, told, train_step
 
 #: Output layers of detectors, and what Torch-Pruning's own benchmark over torchvision leaves out for Faster R-CNN.
 OUTPUTS = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres")
@@ -34,7 +34,7 @@ def compare(case: Case, entry: Entry, ratio: float, repeats: int) -> dict[str, A
         try:
             _theirs(pruned, entry, inputs, ratio)
         except Exception as error:  # noqa: BLE001 - any failure is a result
-            result["outcome"] = f"error: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
+            result["outcome"] = f"error: {told(error)}"
             break
         theirs.append(time.perf_counter() - start)
     result["ours_seconds"] = median(mine) if all(mine) else None
@@ -108,14 +108,12 @@ def _outcome(model: nn.Module, pruned: nn.Module, case: Case) -> dict[str, Any]:
     try:
         outputs(pruned, case.inputs)
     except Exception as error:  # noqa: BLE001
-        return {"outcome": f"forward fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"}
-    if not case.trains:
-        return {"outcome": "handles", "train_step": None}
+        return {"outcome": f"forward fails: {told(error)}"}
     try:
-        train_step(pruned, case.inputs)
+        trained: bool | str | None = train_step(pruned, case.inputs) if case.trains else None
     except Exception as error:  # noqa: BLE001
-        return {"outcome": "handles", "train_step": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-    return {"outcome": "handles", "train_step": True}
+        trained = told(error)
+    return {"outcome": "handles", "train_step": trained}
 
 
 @functools.cache

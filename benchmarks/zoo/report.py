@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from benchmarks.zoo.families import SUITES
+from benchmarks.zoo.families import SUITES, TIMM_KINDS
 
 Row = dict[str, Any]
 HEADER = (
@@ -62,17 +62,9 @@ def time_ratio(row: Row) -> float | None:
 
 def totals(rows: list[Row]) -> str:
     """One line per suite, and the share of timm's families by kind."""
-    lines = []
-    for suite in SUITES:
-        chosen = [row for row in rows if row["suite"] == suite]
-        if chosen:
-            lines.append(_total(suite, chosen))
-    for kind in ("cnn", "hybrid", "transformer", "mlp"):
-        chosen = [row for row in rows if row["suite"] == "timm" and row["kind"] == kind]
-        if chosen:
-            lines.append(_total(f"timm: {kind}", chosen))
-    if len(rows):
-        lines.append(_total("all", rows))
+    parts = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
+    parts |= {f"timm: {kind}": [row for row in parts["timm"] if row["kind"] == kind] for kind in TIMM_KINDS}
+    lines = [_total(name, chosen) for name, chosen in {**parts, "all": rows}.items() if chosen]
     head = ("suite", "models", "pruned", "all checks pass", "refused", "wrong", "error", "worst error", "families")
     families = "Families: timm's model files of which every model tried was pruned and passed all checks."
     return "\n\n".join(["## Totals", table(head, lines), families])
@@ -113,17 +105,13 @@ def peer_summary(rows: list[Row]) -> str:
     )
     lines.append(f"\nOnly Torch-Pruning ({len(theirs - mine)}): {', '.join(sorted(theirs - mine)) or 'none'}")
     lines.append(f"\nOnly this library ({len(mine - theirs)}): {', '.join(sorted(mine - theirs)) or 'none'}")
-    groups: list[tuple[str, Callable[[Row], bool]]] = [
-        ("torchvision (all three suites)", lambda row: row["suite"] != "timm"),
-        *((suite, lambda row, suite=suite: row["suite"] == suite) for suite in SUITES),  # type: ignore[misc]
-    ]
+    groups = {"torchvision (all three suites)": SUITES[:-1], **{suite: (suite,) for suite in SUITES}}
     ratios = []
-    for name, chosen in groups:
-        found = [ratio for row in compared if chosen(row) and (ratio := time_ratio(row)) is not None]
+    for name, suites in groups.items():
+        found = [ratio for row in compared if row["suite"] in suites and (ratio := time_ratio(row)) is not None]
         if found:
-            ratios.append(
-                (name, str(len(found)), *(f"{value:.2f}" for value in (median(found), min(found), max(found))))
-            )
+            values = median(found), min(found), max(found)
+            ratios.append((name, str(len(found)), *(f"{value:.2f}" for value in values)))
     heading = "\nSeconds of trace + plan + reconstruct over Torch-Pruning's build + step, where both finish:\n"
     return "\n".join([*lines, heading, table(("suite", "models", "median", "least", "most"), ratios)])
 

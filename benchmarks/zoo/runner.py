@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -46,41 +47,28 @@ def is_done(row: Row | None, options: Options) -> bool:
     return row is not None and all(name in row or (name != "peer" and row["outcome"] != "pruned") for name in asked)
 
 
-def sweep(
-    entries: Iterable[Entry],
-    options: Options,
-    path: Path,
-    *,
-    redo: bool = False,
-    seconds_per_model: float = 300.0,
-    seconds_for_peer: float = 120.0,
-    limit_seconds: float | None = None,
-    memory_gib: float = 12.0,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Append a row per model to ``path``; models that have one are left out unless ``redo``."""
+def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace) -> None:
+    """Append a row per model to the results; models that have one are left out unless ``--redo``."""
+    path, limit = given.results, given.limit_seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {} if redo else read_rows(path)
+    known = {} if given.redo else read_rows(path)
     todo = [entry for entry in entries if not is_done(known.get(entry.key), options)]
-    say(f"{len(todo)} models to do; results in {path}")
+    print(f"{len(todo)} models to do; results in {path}", flush=True)
     start = time.monotonic()
-    with path.open("a", encoding="utf-8") as results, _worker(path, options, memory_gib) as worker:
+    worker = Worker(path.with_suffix(".log"), given.memory_gib, RETURN_MEMORY if options.memory else {})
+    with path.open("a", encoding="utf-8") as results, worker:
         for number, entry in enumerate(todo, 1):
-            if limit_seconds is not None and time.monotonic() - start > limit_seconds:
-                say(f"time is up; {len(todo) - number + 1} models left")
+            if limit is not None and time.monotonic() - start > limit:
+                print(f"time is up; {len(todo) - number + 1} models left")
                 break
             began = time.monotonic()
-            row = worker.run(entry, options, seconds_per_model, seconds_for_peer)
+            row = worker.run(entry, options, given.seconds_per_model, given.seconds_for_peer)
             row |= {"seconds_in_all": round(time.monotonic() - began, 2), "revision": revision()}
             results.write(json.dumps(row) + "\n")
             results.flush()
             took = f"{number:4}/{len(todo)} {row['seconds_in_all']:7.1f} s"
             peer = f"  peer: {row['peer'].get('outcome')}" if row.get("peer") else ""
-            say(f"{took}  {entry.key:<52} {row['outcome'][:90]}{peer[:60]}")
-
-
-def _worker(path: Path, options: Options, memory_gib: float) -> Worker:
-    return Worker(path.with_suffix(".log"), memory_gib, RETURN_MEMORY if options.memory else {})
+            print(f"{took}  {entry.key:<52} {row['outcome'][:90]}{peer[:60]}", flush=True)
 
 
 def revision() -> str:

@@ -10,37 +10,26 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PruningError, UnknownRecipeError
 
-
-class Command(NamedTuple):
-    """A sub-command: what it does, and `module:function`, which takes the remaining arguments."""
-
-    summary: str
-    function: str
-
-
+# By name: what it does, and `module:function` in this folder, which takes the remaining arguments.
 COMMANDS = {
-    "fit": Command("Train; with a prune recipe also score, mask and reconstruct.", "lightning_prune.cli.training:fit"),
-    "validate": Command("Evaluate on the validation set.", "lightning_prune.cli.training:validate"),
-    "test": Command("Evaluate on the test set.", "lightning_prune.cli.training:test"),
-    "prune": Command("Prune a checkpoint; checked to be lossless, then written.", "lightning_prune.cli.prune:run"),
-    "measure": Command("Parameters, FLOPs and latency, layer by layer too.", "lightning_prune.cli.measure:run"),
-    "export": Command("Write ONNX or torch.export, checked by running it.", "lightning_prune.cli.export:run"),
-    "graph": Command("Show which channels of a model go together; table and picture.", "lightning_prune.cli.graph:run"),
-    "recipes": Command("List the recipes that ship with the package.", "lightning_prune.cli.recipes:show"),
-    "experiment": Command(
-        "Train, prune and fine-tune in both orders; write a report.", "lightning_prune.cli.experiment:run"
-    ),
-    "compare": Command("Compare criteria on one trained model.", "lightning_prune.cli.compare:run"),
-    "demo": Command("Prune a small ResNet on real digits, start to end.", "lightning_prune.cli.experiment:demo"),
+    "fit": ("Train; with a prune recipe also score, mask and reconstruct.", "training:fit"),
+    "validate": ("Evaluate on the validation set.", "training:validate"),
+    "test": ("Evaluate on the test set.", "training:test"),
+    "prune": ("Prune a checkpoint; checked to be lossless, then written.", "prune:run"),
+    "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
+    "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
+    "graph": ("Show which channels of a model go together; table and picture.", "graph:run"),
+    "recipes": ("List the recipes that ship with the package.", "recipes:show"),
+    "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),
+    "compare": ("Compare criteria on one trained model.", "studies:compare"),
+    "demo": ("Prune a small ResNet on real digits, start to end.", "studies:demo"),
 }
 
 
@@ -58,22 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_help()
         return 0
     if name == "--version":
-        Console().print(f"lightning-prune {importlib.metadata.version('lightning-prune')}", highlight=False)
+        sys.stdout.write(f"lightning-prune {importlib.metadata.version('lightning-prune')}\n")
         return 0
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         return _fail(f"'{name}' is no command.{hint} Commands: {', '.join(COMMANDS)}.", status=2)
 
-    module, function = COMMANDS[name].function.split(":")
+    module, function = COMMANDS[name][1].split(":")
     try:
-        status = getattr(importlib.import_module(module), function)(rest)
-    except UnknownRecipeError as error:
-        return _fail(str(error), status=2)
+        return getattr(importlib.import_module(f"lightning_prune.cli.{module}"), function)(rest) or 0
     except PruningError as error:
-        return _fail(str(error), status=1)
+        return _fail(str(error), status=2 if isinstance(error, UnknownRecipeError) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)  # as shells say it
-    return int(status or 0)
 
 
 def _fail(message: str, status: int) -> int:
@@ -82,16 +68,15 @@ def _fail(message: str, status: int) -> int:
 
 
 def _show_help() -> None:
-    console = Console()
-    console.print("Channel pruning for PyTorch Lightning.\n", highlight=False)
-    console.print(escape("usage: lightning-prune COMMAND [options]"), highlight=False)
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, command in COMMANDS.items():
-        table.add_row(f"[bold]{name}[/bold]", command.summary)
+    console = Console(highlight=False, markup=False)
+    console.print("Channel pruning for PyTorch Lightning.\n\nusage: lightning-prune COMMAND [options]")
+    table = Table("", "", box=None, show_header=False, padding=(0, 2))
+    table.columns[0].style = "bold"
+    for name, (summary, _) in COMMANDS.items():
+        table.add_row(name, summary)
     console.print(table)
     console.print(
         "\n  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml\n\n"
         "Options of a command: lightning-prune COMMAND --help",
-        highlight=False,
         soft_wrap=True,
     )

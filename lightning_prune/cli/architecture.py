@@ -25,14 +25,7 @@ IMAGE = (1, 3, 224, 224)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights says about itself.
-
-    Attributes:
-        path: of the file.
-        pruned: whether the model has lost channels.
-        origin: the words on the command line that built its dense model, where the file says so.
-        input: shape that it was pruned with, where the file says so.
-    """
+    """What a file of weights says about itself, perhaps also how its dense model was named and its input's shape."""
 
     path: str
     pruned: bool
@@ -41,11 +34,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: str) -> Checkpoint:
-        """Look into a file.
-
-        Raises:
-            CheckpointError: missing, or not a dict of tensors and plain data.
-        """
+        """Look into a file."""
         content = read_file(path)
         during = content.get(KEY, {})  # what callbacks note in Lightning's checkpoints
         pruned = content.get("format") == FORMAT or bool(during.get("plan", {}).get("groups"))
@@ -55,30 +44,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A freshly built dense model, and what is known beside it.
-
-    Attributes:
-        dense: its weights are those it was built with.
-        task_inputs: the task's example inputs; None if nobody said.
-        data: of the recipe, if there is one.
-        origin: the words on the command line that build it again.
-        name: short.
-        shape: of the input, where the command line asks for one.
-    """
+    """A freshly built dense model, the words on the command line that build it again, and what is known beside it."""
 
     dense: nn.Module
-    task_inputs: Any
     data: LightningDataModule | None
     origin: str
     name: str
-    shape: Sequence[int] | None
+    shape: Sequence[int] | None  # that the command line asks for
+
+    @property
+    def task_inputs(self) -> Any:
+        """None if nobody said."""
+        return getattr(self.dense, "example_input_array", None)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
-        """A copy in eval mode with the weights of a checkpoint.
-
-        Raises:
-            CheckpointError: it belongs to another model.
-        """
+        """A copy in eval mode with the weights of a checkpoint."""
         model = copy.deepcopy(self.dense).eval()
         (load if checkpoint.pruned else load_dense)(checkpoint.path, model)
         return model
@@ -97,15 +77,7 @@ class Architecture:
 
 
 def architecture(options: argparse.Namespace, *checkpoints: Checkpoint) -> Architecture:
-    """Build what ``--model`` or ``--config`` names.
-
-    Args:
-        options: with those of `Parser.add_model_options`, from `Parser.parse_with_fit_options`.
-        checkpoints: the origin of the first is said where neither option is given.
-
-    Raises:
-        ModelError: neither, both, or a model that cannot be built.
-    """
+    """Build what ``--model`` or ``--config`` names; without either, the refusal names a checkpoint's origin."""
     if bool(options.config) == (options.model is not None):
         cause = "--config and --model exclude each other" if options.config else "a checkpoint holds weights, not code"
         origin = next((file.origin for file in checkpoints if file.origin), None)
@@ -116,9 +88,7 @@ def architecture(options: argparse.Namespace, *checkpoints: Checkpoint) -> Archi
 
         argv = [*(word for name in options.config for word in ("--config", name)), *options.fit_options]
         built = build_task(argv, options.prog)
-        inputs = built.task.example_input_array
-        return Architecture(built.task, inputs, built.data, shlex.join(argv), built.name, options.input)
+        return Architecture(built.task, built.data, shlex.join(argv), built.name, options.input)
     argv = ["--model", options.model, *(word for argument in options.arg for word in ("--arg", argument))]
     model = build_model(options.model, options.arg)
-    inputs = getattr(model, "example_input_array", None)
-    return Architecture(model, inputs, None, shlex.join(argv), options.model, options.input)
+    return Architecture(model, None, shlex.join(argv), options.model, options.input)

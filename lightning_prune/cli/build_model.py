@@ -17,19 +17,7 @@ from lightning_prune.errors import ModelError
 
 
 def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
-    """Call the class or function at an import path; models of torchvision go by short names too.
-
-    Args:
-        path: such as ``resnet18`` or ``package.module.Net``; weights are downloaded only if asked for.
-        arguments: keyword arguments as ``key=value``; a value that is neither JSON nor a Python literal is text.
-
-    Raises:
-        ModelError: there is nothing at the path, it refuses the arguments, or what it returns is no module.
-
-    Example:
-        >>> build_model("torch.nn.Linear", ["in_features=3", "out_features=2"])
-        Linear(in_features=3, out_features=2, bias=True)
-    """
+    """Call what a path names with arguments as ``key=value``; weights are downloaded only if asked for."""
     keywords = dict(map(_keyword, arguments))
     if "." in path:
         factory = _import(path)

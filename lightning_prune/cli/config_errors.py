@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from argparse import _SubParsersAction
 from collections.abc import Iterable, Iterator
 from inspect import isclass, isfunction
-from types import ModuleType
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -39,15 +39,7 @@ class ExplainingParser(LightningArgumentParser):
 
 
 def explain_key(wrong: str, parser: ArgumentParser) -> str:
-    """What to write instead of a key that a parser does not know.
-
-    Example:
-        >>> parser = ArgumentParser()
-        >>> _ = parser.add_argument("--epochs", type=int)
-        >>> print(explain_key("epoch", parser))
-        'epoch' is not accepted. Did you mean 'epochs'?
-        Valid here: epochs
-    """
+    """What to write instead of a key that a parser does not know."""
     keys = set(_keys(parser))
     prefix, _, last = wrong.rpartition(".")
     while prefix and not any(key.startswith(f"{prefix}.") for key in keys):
@@ -66,12 +58,16 @@ def explain_error(message: str) -> str:
         cause = f"'{'.'.join([*_path(lines[:at]), key[1:]])}\n  {choices}"
         rest = [line for line in lines if line.lstrip(" -") not in (key, choices)]
         return "\n".join([cause, *(rest if len(rest) > 1 else [])])
-    for module, name in _CLASS.findall(message):
-        if module in sys.modules and not hasattr(sys.modules[module], name):
-            choices = _choices(name, _public_names(sys.modules[module]))
-            return f"there is no '{name}' in {module}.{choices}\n{message}"
+    for path, name in _CLASS.findall(message):
+        module = sys.modules.get(path)
+        if module is not None and not hasattr(module, name):
+            public = (other for other in dir(module) if not other.startswith("_"))  # what it imports on demand too
+            names = [other for other in public if isfunction(value := getattr(module, other)) or isclass(value)]
+            return f"there is no '{name}' in {path}.{_choices(name, names)}\n{message}"
     if bare := _BARE_NAME.search(message):
-        return f"there is no class '{bare[1]}'.{did_you_mean(bare[1], _class_names(object))}\n{message}"
+        imported = {found.__name__ for found in gc.get_objects() if issubclass(type(found), type)}
+        hint = did_you_mean(bare[1], (name for name in imported if not name.startswith("_")))
+        return f"there is no class '{bare[1]}'.{hint}\n{message}"
     return message
 
 
@@ -98,20 +94,3 @@ def _keys(parser: ArgumentParser) -> Iterator[str]:
                 yield from _keys(sub)
         elif action.dest not in ("help", "config", "print_config", "print_shtab"):
             yield action.dest
-
-
-def _public_names(module: ModuleType) -> list[str]:
-    """Classes and functions in a module, those that it imports on demand too."""
-    members = ((name, getattr(module, name)) for name in dir(module) if not name.startswith("_"))
-    return [name for name, value in members if isclass(value) or isfunction(value)]
-
-
-def _class_names(root: type) -> set[str]:
-    """Public names of all imported classes below one."""
-    found: set[type] = set()
-    pending = [root]
-    while pending:
-        below: set[type] = set(type.__subclasses__(pending.pop())) - found
-        found |= below
-        pending.extend(below)
-    return {cls.__name__ for cls in found if not cls.__name__.startswith("_")}

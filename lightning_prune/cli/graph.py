@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_prune.cli.architecture import Architecture, architecture
+from lightning_prune.cli.architecture import architecture
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser
-from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.errors import TraceError
 from lightning_prune.files import atomic
-from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph import trace
 from lightning_prune.report.graph_picture import graph_html, graph_svg
 
 _USAGE = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
@@ -35,26 +35,19 @@ def run(argv: Sequence[str]) -> int:
         parser.error(f"--out must end in .html or .svg, got '{options.out}'")
 
     known = architecture(options)
-    graph = _traced(known)
-    console = Console()
-    console.print(graph.describe(), highlight=False, markup=False, soft_wrap=True)
-    if options.out:
-        try:
-            with atomic(options.out) as stream:
-                stream.write(_PICTURES[options.out.suffix](graph, title=known.name).encode())
-        except OSError as error:
-            raise PruningError(f"cannot write {options.out}: {error.strerror or error}") from error
-        console.print(f"\nPicture: {options.out}", highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def _traced(known: Architecture) -> ChannelGraph:
     inputs = known.example_inputs()
     try:
-        return trace(known.dense, inputs)
+        graph = trace(known.dense, inputs)
     except TraceError as error:
         if inputs is known.task_inputs:
             raise
         cause = str(error).partition(" Pass inputs as")[0]  # this command can pass nothing but one tensor
         shape = tuple(inputs.shape)
         raise TraceError(f"{cause} The input was a tensor of shape {shape}; --input sets another.") from error
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(graph.describe())
+    if options.out:
+        with atomic(options.out) as stream:
+            stream.write(_PICTURES[options.out.suffix](graph, title=known.name).encode())
+        console.print(f"\nPicture: {options.out}")
+    return 0

@@ -41,19 +41,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def models_of(paths: Sequence[str], options: argparse.Namespace) -> tuple[Models, Any]:
-    """The models that a command line names, dense before pruned, and inputs for them.
-
-    Args:
-        paths: files, of which the first may be the name of a model instead.
-        options: with those of `Parser.add_model_options`, from `Parser.parse_with_fit_options`.
-
-    Raises:
-        PruningError: one of its kinds, naming what cannot be found, read or built.
-    """
+    """The models of these files, of which the first may be a model's name, dense before pruned; and inputs for them."""
     if len(paths) > 2:
         raise ModelError(f"at most two models, dense and pruned, can be measured at once, got {' '.join(paths)}")
-    if paths and options.model is None and not options.config and not _is_file(paths[0]):
-        options.model, paths = paths[0], paths[1:]
+    if paths and options.model is None and not options.config:
+        first = paths[0]  # a file, or meant to be one, or else a name
+        if not (Path(first).is_file() or "/" in first or first.endswith(_FILES)):
+            options.model, paths = first, paths[1:]
     files = [Checkpoint.read(path) for path in paths]
     known = architecture(options, *files)
     inputs = known.deployed_inputs(*files)
@@ -94,8 +88,3 @@ def _parser() -> Parser:
     add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")
     parser.add_model_options()
     return parser
-
-
-def _is_file(word: str) -> bool:
-    """Or meant to be one; then the error is that there is none."""
-    return Path(word).is_file() or "/" in word or word.endswith(_FILES)

@@ -65,11 +65,6 @@ def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """A question after the closest of the names, or nothing.
-
-    Example:
-        >>> did_you_mean("resnet19", ["vgg16", "resnet18"])
-        " Did you mean 'resnet18'?"
-    """
+    """A question after the closest of the names, or nothing."""
     close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""

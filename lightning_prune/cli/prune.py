@@ -17,7 +17,7 @@ from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_lat
 from lightning_prune.cli.parser import Parser
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
-from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, PruningError
+from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError
 from lightning_prune.experiments.runner import Runner, quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
@@ -78,10 +78,7 @@ def run(argv: Sequence[str]) -> int:
     _show(console, graph, plan, lossless, options)
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
-    try:
-        save(out, small, plan, input=shape, origin=known.origin, settings=settings)
-    except OSError as error:
-        raise PruningError(f"cannot write {out}: {error.strerror or error}") from error
+    save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
     return 0
 

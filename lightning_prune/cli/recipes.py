@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import resources
@@ -16,12 +17,7 @@ from lightning_prune.errors import UnknownRecipeError
 
 
 def recipe_paths() -> dict[str, Path]:
-    """Shipped recipes by short name, in alphabetical order.
-
-    Example:
-        >>> recipe_paths()["prune/jre.yaml"].is_file()
-        True
-    """
+    """Shipped recipes by short name, in alphabetical order."""
     root = Path(str(resources.files("lightning_prune") / "conf"))
     return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
@@ -33,15 +29,7 @@ def describe(path: Path) -> str:
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a configuration: a file in the working directory, or else a shipped recipe.
-
-    Raises:
-        UnknownRecipeError: If it is neither; the message lists the recipes.
-
-    Example:
-        >>> find_recipe("task/resnet18_digits").name
-        'resnet18_digits.yaml'
-    """
+    """Path of a configuration: a file in the working directory, or else a shipped recipe."""
     if Path(name).is_file():
         return Path(name)
     recipes = recipe_paths()
@@ -53,26 +41,15 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Replace the short names after `--config` by paths; also return the stems of all configurations.
-
-    Example:
-        >>> argv, stems = resolve(["--config", "prune/jre.yaml", "--trainer.max_epochs", "3"])
-        >>> argv[0], argv[2:], stems
-        ('--config', ['--trainer.max_epochs', '3'], ['jre'])
-    """
-    resolved, stems = list(argv), []
-    for place, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if place and argv[place - 1] in CONFIG_FLAGS:
-            prefix, value = "", word
-        elif equals and flag in CONFIG_FLAGS:
-            prefix = f"{flag}="
-        else:
-            continue
-        path = find_recipe(value)
-        stems.append(path.stem)
-        resolved[place] = f"{prefix}{path}"
-    return resolved, stems
+    """Replace the short names after `--config` by paths; also return the stems of all configurations."""
+    split = (word.split("=", 1) if word.partition("=")[0] in CONFIG_FLAGS else [word] for word in argv)
+    words, stems = list(itertools.chain.from_iterable(split)), []
+    for place, (before, word) in enumerate(itertools.pairwise(words), 1):
+        if before in CONFIG_FLAGS:
+            path = find_recipe(word)
+            stems.append(path.stem)
+            words[place] = str(path)
+    return words, stems
 
 
 def show(argv: Sequence[str]) -> None:
@@ -83,11 +60,12 @@ def show(argv: Sequence[str]) -> None:
     for _, group in itertools.groupby(described, key=lambda name: name.partition("/")[0]):
         names = list(group)
         column = max(map(len, names)) + 2
+        width = max(column + 20, console.width) if console.is_terminal else sys.maxsize
         for name in names:
-            text = described[name]
-            lines = textwrap.wrap(text, max(20, console.width - column)) if console.is_terminal else [text]
-            listed = f"\n{' ' * column}".join(lines)
-            console.print(Text.assemble((name.ljust(column), "bold"), listed), soft_wrap=True)
+            line = f"{name:<{column}}{described[name]}"
+            text = Text(textwrap.fill(line, width, subsequent_indent=" " * column))
+            text.stylize("bold", 0, column)
+            console.print(text, soft_wrap=True)
         console.print()
     console.print(
         "Use one task, and any prune recipe after it; the file order counts:\n"

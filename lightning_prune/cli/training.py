@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from rich.console import Console
 
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
@@ -32,10 +32,7 @@ class _CLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def instantiate_classes(self) -> None:
-        """Build model, data and Trainer; pass on why a constructor refused a value.
-
-        jsonargparse buries the reason in a list of all types that the value might have been meant for.
-        """
+        """Say why a constructor refused a value: jsonargparse buries it in a list of all types it may have meant."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -52,16 +49,7 @@ class _CLI(LightningCLI):
 
 
 def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
-    """Run a Trainer method as the configuration says.
-
-    Logs and checkpoints go to `runs/NAME/COMMAND`, NAME being made of the configurations' names; a second run
-    of the same name takes the place of the first.
-
-    Raises:
-        ConfigurationError: If a class refuses one of the values.
-        UnknownRecipeError: If a configuration is neither a file nor a recipe.
-        SystemExit: With status 2 for a wrong key or value, and 0 after `--help`.
-    """
+    """Run a Trainer method; `runs/NAME/COMMAND`, named after the configurations, is written anew by every run."""
     resolved, stems = resolve(argv)
     # Of torch to Lightning; nothing that the reader of a training log could act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -93,17 +81,7 @@ class BuiltTask(NamedTuple):
 
 
 def build_task(argv: Sequence[str], prog: str) -> BuiltTask:
-    """The task and the data of a configuration, as `fit` would build them.
-
-    Args:
-        argv: options of `fit`.
-        prog: the command, for its errors.
-
-    Raises:
-        ConfigurationError: If a class refuses one of the values.
-        UnknownRecipeError: If a configuration is neither a file nor a recipe.
-        SystemExit: With status 2 for a wrong key or value.
-    """
+    """The task and the data of a configuration, as `fit` would build them; ``prog`` is the command, for its errors."""
     resolved, stems = resolve(argv)
     with quiet():  # about the seed
         cli = _CLI(
@@ -124,7 +102,7 @@ def fit(argv: Sequence[str]) -> None:
     saved = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     if trainer.is_global_zero and saved.is_file():
         shown = saved.relative_to(Path.cwd()) if saved.is_relative_to(Path.cwd()) else saved
-        Console().print(f"checkpoint: {shown}", highlight=False, markup=False, soft_wrap=True)
+        sys.stdout.write(f"checkpoint: {shown}\n")
 
 
 def validate(argv: Sequence[str]) -> None:

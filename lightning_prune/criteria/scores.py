@@ -62,7 +62,7 @@ class Scores(dict[str, Tensor]):
         """Write the scores, so that one pass over the data serves many budgets; the file appears whole or not at all.
 
         Raises:
-            OSError: the file cannot be written.
+            PruningError: the file cannot be written.
         """
         with atomic(Path(path)) as stream:
             torch.save({"format": FORMAT, **self.to_dict()}, stream)

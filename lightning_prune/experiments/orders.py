@@ -86,7 +86,7 @@ class _Stage(NamedTuple):
 
     task: LightningModule
     accuracy: float
-    epoch_seconds: float | None = None
+    training: OrderTiming = OrderTiming("A")
     eval_seconds: float | None = None
 
 
@@ -113,16 +113,15 @@ def compare_orders(
     output, orders = Path(settings.output), settings.orders
     check_writable(output / "pruned.pt")
     runner = Runner(data, settings.metric, settings.progress, settings.precision)
-    console = Console()
     with quiet():
-        dense = _dense_stage(runner, console, task, settings)
+        dense = _dense_stage(runner, task, settings)
         dense_validation = runner.validate(task)
-        tuned = {order: _prune_and_tune(runner, console, order, task, criterion, settings) for order in orders}
+        tuned = {order: _prune_and_tune(runner, order, task, criterion, settings) for order in orders}
         last, pruning = tuned[orders[-1]]
         graph, plan = pruning.scoring.dense_graph, pruning.masking.plan
         assert graph is not None
         assert plan is not None
-        _announce(console, "Measuring")
+        _announce("Measuring")
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
         mask_(masked, graph, plan)
         lossless, changed = check_predictions(runner, masked, small)
@@ -140,7 +139,7 @@ def compare_orders(
         settings.title,
         _described(criterion, plan, settings),
         results,
-        tuple(_timing(order, callback) for order, (_, callback) in tuned.items()),
+        tuple(stage.training for stage, _ in tuned.values()),
         layer_channels(graph, plan, prefix="model."),
         lossless,
         _notes(settings),
@@ -151,36 +150,31 @@ def compare_orders(
     )
 
 
-def _announce(console: Console, phase: str, epochs: int | None = None) -> None:
-    console.rule(f"[bold]{phase}[/bold]" + (f"  {epochs} epochs" if epochs else ""), align="left")
+def _announce(phase: str, epochs: int | None = None) -> None:
+    Console().rule(f"[bold]{phase}[/bold]" + (f"  {epochs} epochs" if epochs else ""), align="left")
 
 
-def _dense_stage(runner: Runner, console: Console, task: LightningModule, settings: OrderSettings) -> _Stage:
+def _dense_stage(runner: Runner, task: LightningModule, settings: OrderSettings) -> _Stage:
     """Train the dense model in place, or load its weights."""
     seed_everything(settings.seed, verbose=False)
     timer = EpochTimerCallback(f"val_{settings.metric}")
     if settings.dense is not None:
-        _announce(console, f"Dense model: {settings.dense}")
+        _announce(f"Dense model: {settings.dense}")
         load_dense(settings.dense, task)
     else:
-        _announce(console, "Training the dense model", settings.dense_epochs)
+        _announce("Training the dense model", settings.dense_epochs)
         runner.fit(task, settings.dense_epochs, [timer])
         with atomic(Path(settings.output) / "dense.pt") as stream:
             torch.save(task.state_dict(), stream)
     accuracy, eval_seconds = runner.test(task)
-    return _Stage(task, accuracy, OrderTiming("A", tuple(timer.records)).epoch_seconds, eval_seconds)
+    return _Stage(task, accuracy, OrderTiming("A", tuple(timer.records)), eval_seconds)
 
 
 def _prune_and_tune(
-    runner: Runner,
-    console: Console,
-    order: Order,
-    dense: LightningModule,
-    criterion: Criterion,
-    settings: OrderSettings,
+    runner: Runner, order: Order, dense: LightningModule, criterion: Criterion, settings: OrderSettings
 ) -> tuple[_Stage, PruneCallback]:
     """Prune a copy of the dense task inside a fit of its own."""
-    _announce(console, f"Order {order}: {ORDERS[order]}", settings.finetune_epochs)
+    _announce(f"Order {order}: {ORDERS[order]}", settings.finetune_epochs)
     task = copy.deepcopy(dense)
     prune = PruneCallback(
         criterion,
@@ -193,13 +187,9 @@ def _prune_and_tune(
     runner.fit(task, settings.finetune_epochs, [prune], settings.finetune_lr)
     accuracy, eval_seconds = runner.test(task)
     reached = f"{metric_name(settings.metric)} {accuracy:.2%}"
-    console.print(f"order {order}: test {reached}, {count_params(task):,} parameters", highlight=False)
-    return _Stage(task, accuracy, _timing(order, prune).epoch_seconds, eval_seconds), prune
-
-
-def _timing(order: Order, prune: PruneCallback) -> OrderTiming:
+    Console().print(f"order {order}: test {reached}, {count_params(task):,} parameters", highlight=False)
     assert prune.reconstruction is not None
-    return OrderTiming(order, tuple(prune.reconstruction.records))
+    return _Stage(task, accuracy, OrderTiming(order, tuple(prune.reconstruction.records)), eval_seconds), prune
 
 
 def _measure(stages: dict[str, _Stage], settings: OrderSettings) -> tuple[StageResult, ...]:
@@ -214,7 +204,7 @@ def _measure(stages: dict[str, _Stage], settings: OrderSettings) -> tuple[StageR
             dict(flops_by_convention(*pairs[name])),
             latency[name].median,
             latency[name].iqr,
-            stage.epoch_seconds,
+            stage.training.epoch_seconds,
             stage.eval_seconds,
             state_size(stage.task),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
@@ -44,22 +45,7 @@ def draw_predictions(runner: Runner, models: Mapping[str, LightningModule]) -> t
 
 
 def count_changed(before: Any, after: Any) -> tuple[int, int]:
-    """How many predictions of a batch differ between two models, and how many were compared.
-
-    Args:
-        before: scores (N, C, ...), of which the highest is the class that is predicted; classes of any shape as
-            integers; or a sequence with one dict per image: ``boxes`` (n, 4) in pixels and ``labels`` (n,), which are
-            one prediction.
-        after: the same of the other model.
-
-    Returns:
-        (changed, compared); (0, 0) for predictions in another form.
-
-    Example:
-        >>> import torch
-        >>> count_changed(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.6, 0.4], [0.7, 0.3]]))
-        (1, 2)
-    """
+    """Of a batch's predictions: (changed, compared), or (0, 0) for what is no scores (N, C, ...), classes or boxes."""
     if isinstance(before, Tensor) and isinstance(after, Tensor):
         if before.is_floating_point():
             if before.dim() < 2:
@@ -73,6 +59,6 @@ def count_changed(before: Any, after: Any) -> tuple[int, int]:
 
 
 def _same_objects(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    if before["labels"].shape != after["labels"].shape or not bool((before["labels"] == after["labels"]).all()):
+    if not torch.equal(before["labels"], after["labels"]):
         return False
-    return bool(((before["boxes"] - after["boxes"]).abs() <= PIXELS).all())
+    return torch.allclose(before["boxes"], after["boxes"], rtol=0, atol=PIXELS)

@@ -29,20 +29,12 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 @dataclass(frozen=True)
 class Runner:
-    """Trains, scores and tests tasks on the same data.
-
-    Attributes:
-        data: for every fit and test.
-        metric: name of the logged metric; the task logs it as ``test_{metric}``.
-        progress: show progress bars.
-        precision: of training, as Lightning names it; tests are always in float32.
-        accelerator: of everything, as Lightning names it.
-    """
+    """Trains, scores and tests tasks on the same data."""
 
     data: LightningDataModule
-    metric: str = "acc"
+    metric: str = "acc"  # logged as test_acc and val_acc
     progress: bool = False
-    precision: Precision = "32-true"
+    precision: Precision = "32-true"  # of training; tests are always in float32
     accelerator: str = "auto"
 
     def fit(
@@ -54,15 +46,7 @@ class Runner:
         *,
         max_steps: int = -1,
     ) -> None:
-        """Train in place.
-
-        Args:
-            task: what to train.
-            epochs: of training.
-            callbacks: in this order.
-            lr: first learning rate; None: the task's own.
-            max_steps: 0 runs what callbacks do before training, and no more.
-        """
+        """Train in place, from ``lr`` or the task's own; 0 steps run what callbacks do before training, and no more."""
         rate = [] if lr is None else [_learning_rate(lr)]
         bars = [RichProgressBar(leave=False)] if self.progress else []
         with self._trainer(
@@ -84,18 +68,7 @@ class Runner:
         seed: int = 0,
         example_inputs: Any = None,
     ) -> tuple[ChannelGraph, Scores]:
-        """Trace a task and score its channels on the training data, as a fit does before its first step.
-
-        Args:
-            task: left as it is.
-            criterion: how channels are scored.
-            batches: how many; None: one pass over all.
-            seed: draws which batches come first.
-            example_inputs: what to trace with; None: the task's ``example_input_array``.
-
-        Raises:
-            PruningError: one of its kinds; the criterion cannot score this task.
-        """
+        """Trace a task, left as it is, and score it on its training data, as a fit does before its first step."""
         seed_everything(seed, verbose=False)
         scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
         self.fit(copy.deepcopy(task), 1, [scoring], max_steps=0)
@@ -104,11 +77,7 @@ class Runner:
         return scoring.dense_graph, scoring.scores
 
     def test(self, task: LightningModule) -> tuple[float, float]:
-        """(metric on the test part, seconds).
-
-        Raises:
-            PruningError: the task does not log the metric.
-        """
+        """(metric on the test part, seconds)."""
         started = time.perf_counter()
         with self._trainer(task) as trainer:
             results = trainer.test(task, self.data, verbose=False)[0]
@@ -118,22 +87,16 @@ class Runner:
         return float(results[name]), time.perf_counter() - started
 
     def validate(self, task: LightningModule) -> float | None:
-        """The metric on the validation part, logged as ``val_{metric}``; None if there is none."""
+        """The metric on the validation part; None if there is none."""
         loaded = is_overridden("val_dataloader", self.data, LightningDataModule)
         if not loaded or not is_overridden("validation_step", task, LightningModule):
             return None
         with self._trainer(task) as trainer:
             results = trainer.validate(task, self.data, verbose=False)
-        found = results[0].get(f"val_{self.metric}") if results else None
-        return None if found is None else float(found)
+        return results[0].get(f"val_{self.metric}") if results else None
 
     def predict(self, task: LightningModule, batches: int | None = None) -> list[Any]:
-        """What ``predict_step`` gives for batches of the test part, in float64; forward's results without one.
-
-        Args:
-            task: left as it is.
-            batches: how many; None: all.
-        """
+        """What ``predict_step`` gives for batches of the test part, in float64; forward's results without one."""
         exact = copy.deepcopy(task).double().eval()
         if is_overridden("predict_step", exact, LightningModule):
             with self._trainer(exact, precision="64-true", limit_predict_batches=batches) as trainer:
@@ -174,9 +137,8 @@ def metric_name(metric: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out what Lightning says about devices, seeds and loaders at every start."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("pytorch_lightning", "lightning_fabric"))}
+    for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -186,5 +148,5 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

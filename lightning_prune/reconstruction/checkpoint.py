@@ -42,7 +42,7 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
 
     Raises:
         CheckpointError: an extra that `torch.load(weights_only=True)` could not read back.
-        OSError: the file cannot be written.
+        PruningError: the file cannot be written.
 
     Example:
         >>> import tempfile, lightning_prune as lp

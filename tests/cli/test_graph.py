@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_prune.cli import main
 from lightning_prune.graph import trace
+from tests.cli.tiny import refused
 
 HERE = f"{__name__}.tiny_net"
 
@@ -28,19 +29,6 @@ def no_net() -> str:
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, *argv: str) -> str:
-    """Standard error of a command that must fail, with its status; one line and no traceback."""
-    try:
-        status = main(["graph", *argv])
-    except SystemExit as stop:
-        status = stop.code
-    assert status in (1, 2)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_the_table_is_printed_as_it_stands(capsys, monkeypatch) -> None:
@@ -138,11 +126,11 @@ def test_a_wrong_key_of_a_recipe_is_answered_as_fit_does(capsys) -> None:
     ],
 )
 def test_errors_are_one_line(capsys, argv, said) -> None:
-    assert said in refused(capsys, *argv)
+    assert said in refused(capsys, "graph", *argv)
 
 
 def test_a_bad_name_of_the_picture_is_refused_before_the_model_is_built(capsys) -> None:
-    assert ".html or .svg" in refused(capsys, "no.such.Net", "--out", "graph.pdf")
+    assert ".html or .svg" in refused(capsys, "graph", "no.such.Net", "--out", "graph.pdf")
 
 
 def test_a_picture_that_cannot_be_written(capsys) -> None:

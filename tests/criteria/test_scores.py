@@ -7,7 +7,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.criteria.scoring import Scores
-from lightning_prune.errors import ScoreError
+from lightning_prune.errors import PruningError, ScoreError
 from tests.zoo import build, images
 
 
@@ -42,7 +42,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, graph, scores, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PruningError, match="disk full"):
         scores.save(path)
     assert Scores.load(path, graph).keys() == scores.keys()
     assert [found.name for found in tmp_path.iterdir()] == ["scores.pt"]

@@ -32,7 +32,7 @@ from lightning_prune.experiments.comparison import (
     trained_once,
     write_comparison,
 )
-from lightning_prune.experiments.comparison.digests import weights_digest
+from lightning_prune.experiments.comparison.run import weights_digest
 from lightning_prune.report.table import MISSING, TIMES
 from lightning_prune.tasks import ClassificationTask
 

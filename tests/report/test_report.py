@@ -233,7 +233,7 @@ def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
     changed = dataclasses.replace(report, timings=(), layers=(LayerChannels("x", 4, 2),))
     monkeypatch.setattr("lightning_prune.report.html.html_page", lambda report: "page")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PruningError, match="disk full"):
         write_report(changed, tmp_path)
     assert files["channels"].read_bytes() == before
     assert not list(tmp_path.glob(".*"))

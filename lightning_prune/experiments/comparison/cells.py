@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.errors import PruningError
-from lightning_prune.experiments.comparison.digests import digest
 from lightning_prune.files import atomic
 
 
@@ -128,43 +128,30 @@ class Comparison:
         return tuple(sorted(rows, key=lambda row: (row.ratio, -row.after.mean)))
 
 
-@dataclass(frozen=True)
-class CellStore:
-    """Cells on disk, one file each, written whole or not at all.
+def digest(settings: Any) -> str:
+    """A name for plain data that changes with it."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    A file's name holds a digest of every setting its numbers depend on, so that cells of other settings are neither
-    found nor overwritten.
 
-    Attributes:
-        folder: where they lie.
-        settings: what all cells share; plain data.
-    """
+def cell_path(folder: Path, criterion: str, depends: Mapping[str, Any]) -> Path:
+    """Named after all that a cell's numbers depend on: cells of other settings are neither found nor overwritten."""
+    name = re.sub(r"[^\w.-]+", "-", criterion)
+    return folder / "cells" / f"{name}-{depends['ratio']:g}-seed{depends['seed']}-{digest(depends)[:12]}.json"
 
-    folder: Path
-    settings: Mapping[str, Any]
 
-    def path(self, criterion: str, definition: str, ratio: float, seed: int) -> Path:
-        """File of one cell; ``definition`` is the criterion with all its settings."""
-        key = digest({**self.settings, "criterion": definition, "ratio": ratio, "seed": seed})
-        name = re.sub(r"[^\w.-]+", "-", criterion)
-        return self.folder / f"{name}-{ratio:g}-seed{seed}-{key[:12]}.json"
+def read_cell(path: Path) -> Cell | None:
+    """The cell in a file, None if there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Cell(**{field.name: data[field.name] for field in fields(Cell)})
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
+        raise PruningError(message) from error
 
-    def load(self, path: Path) -> Cell | None:
-        """The cell in a file, None if there is no file.
 
-        Raises:
-            PruningError: the file is no cell.
-        """
-        if not path.is_file():
-            return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return Cell(**{field.name: data[field.name] for field in fields(Cell)})
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
-            raise PruningError(message) from error
-
-    def save(self, path: Path, cell: Cell) -> None:
-        """Write a cell, with the settings it belongs to."""
-        with atomic(path) as stream:
-            stream.write(json.dumps({**asdict(cell), "settings": self.settings}, indent=1).encode())
+def write_cell(path: Path, cell: Cell, settings: Mapping[str, Any]) -> None:
+    """Write a cell, with the settings it belongs to."""
+    with atomic(path) as stream:
+        stream.write(json.dumps({**asdict(cell), "settings": settings}, indent=1).encode())

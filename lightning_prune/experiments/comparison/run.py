@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PlanError, PruningError
-from lightning_prune.experiments.comparison.cells import Cell, CellStore, Comparison, Dense, Refusal
-from lightning_prune.experiments.comparison.digests import data_summary, digest, weights_digest
+from lightning_prune.experiments.comparison.cells import (
+    Cell,
+    Comparison,
+    Dense,
+    Refusal,
+    cell_path,
+    digest,
+    read_cell,
+    write_cell,
+)
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
@@ -92,7 +103,6 @@ def compare_criteria(
         (1616, [('l1', 0.5, 808)])
     """
     named = check_request(criteria, ratios, seeds, selection, epochs)
-    runner = Runner(data, metric)
     with quiet():
         settings = {
             "weights": weights_digest(task),
@@ -105,16 +115,15 @@ def compare_criteria(
             "metric": metric,
             "note": task_settings,
         }
-        store = CellStore(Path(output) / "cells", settings)
-        study = _Study(runner, task, store, SELECTIONS[selection], coupling, epochs, lr, score_batches)
+        study = _Study(Runner(data, metric), task, Path(output), settings)
         example = task.example_input_array
-        dense = Dense(runner.test(task)[0], count_flops(task, example), count_params(task))
+        dense = Dense(study.runner.test(task)[0], count_flops(task, example), count_params(task))
         found: list[Cell] = []
         refusals: dict[tuple[str, float], Refusal] = {}
         for name, criterion in named.items():
             for seed in seeds:
                 left = [ratio for ratio in ratios if (name, ratio) not in refusals]  # by an earlier seed
-                for outcome in study.row(name, _seeded(criterion, seed), seed, left):
+                for outcome in study.row(name, criterion, seed, left):
                     if isinstance(outcome, Refusal):
                         refusals[name, outcome.ratio] = outcome
                     else:
@@ -131,17 +140,19 @@ def check_request(
     selection: str,
     epochs: int,
 ) -> dict[str, Criterion]:
-    """What to compare, by name; refuses what `compare_criteria` refuses before it computes anything.
-
-    Raises:
-        ScoreError: unknown criterion; names the valid ones.
-        PlanError: no ratio, seed or criterion, one twice, or out of range.
-
-    Example:
-        >>> check_request(["l1"], [0.5], [0], "global", 5)
-        {'l1': L1(normalize='mean', combine='mean')}
-    """
-    named = _named(criteria)
+    """The criteria to compare, by name; refuses what `compare_criteria` refuses before it computes anything."""
+    if isinstance(criteria, Mapping):
+        pairs = list(criteria.items())
+    else:
+        pairs = [(given if isinstance(given, str) else type(given).__name__, given) for given in criteria]
+    named: dict[str, Criterion] = {}
+    for name, given in pairs:
+        criterion = criterion_from(given)
+        if name in named or criterion in named.values():
+            raise PlanError(f"criterion {name!r} is named twice; give two forms of one as {{name: criterion}}")
+        named[name] = criterion
+    if not named:
+        raise PlanError("name at least one criterion to compare")
     for what, values in (("ratio", ratios), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
             raise PlanError(f"name at least one {what}, and each once; got {list(values)}")
@@ -150,8 +161,8 @@ def check_request(
             raise PlanError("a ratio of 0 prunes nothing; the dense model is in every table anyway")
     if any(isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31 for seed in seeds):
         raise PlanError(f"seeds must be integers in [0, 2**31), got {list(seeds)}")
-    if selection not in get_args(SelectionName):
-        raise PlanError(f"selection must be one of {', '.join(get_args(SelectionName))}, got {selection!r}")
+    if selection not in SELECTIONS:
+        raise PlanError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise PlanError(f"epochs must be an integer >= 0, got {epochs!r}")
     return named
@@ -188,27 +199,49 @@ def trained_once(
     return True
 
 
+def weights_digest(task: LightningModule) -> str:
+    """A name for all parameters and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in task.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def data_summary(data: LightningDataModule) -> dict[str, Any]:
+    """What tells this data from other data: its class, and the first batch of the training and the test part."""
+    data.prepare_data()
+    summary: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
+    for part, stage, loader in (("train", "fit", data.train_dataloader), ("test", "test", data.test_dataloader)):
+        data.setup(stage)
+        seed_everything(0, verbose=False)
+        batches = loader()
+        leaves = [leaf for leaf in tree_leaves(next(iter(batches))) if isinstance(leaf, Tensor)]
+        # Three digits: they survive another machine's rounding.
+        summary[part] = [len(batches), *([*leaf.shape, f"{leaf.double().mean():.3g}"] for leaf in leaves)]
+    return summary
+
+
 @dataclass(frozen=True)
 class _Study:
-    """What all cells share: they are found in the store, or the task is pruned, tested, fine-tuned and tested."""
+    """What all cells share: they are found on disk, or the task is pruned, tested, fine-tuned and tested."""
 
     runner: Runner
     task: LightningModule
-    store: CellStore
-    selection: Callable[[float], Selection]
-    coupling: Coupling
-    epochs: int
-    lr: float | None
-    score_batches: int | None
+    folder: Path
+    settings: dict[str, Any]
 
     def row(self, name: str, criterion: Criterion, seed: int, ratios: Sequence[float]) -> Iterator[Cell | Refusal]:
         """Cells of one criterion from one seed, which is scored once, and only if one is missing."""
-        paths = {ratio: self.store.path(name, repr(criterion), ratio, seed) for ratio in ratios}
-        kept = {ratio: self.store.load(path) for ratio, path in paths.items()}
+        if hasattr(criterion, "seed"):
+            criterion = replace(criterion, seed=seed)  # type: ignore[type-var]
+        depends = {**self.settings, "criterion": repr(criterion), "seed": seed}
+        paths = {ratio: cell_path(self.folder, name, {**depends, "ratio": ratio}) for ratio in ratios}
+        kept = {ratio: read_cell(path) for ratio, path in paths.items()}
         scored: tuple[ChannelGraph, Scores] | str = ""
         if None in kept.values():
             try:
-                scored = self.runner.score(self.task, criterion, batches=self.score_batches, seed=seed)
+                scored = self.runner.score(self.task, criterion, batches=self.settings["score_batches"], seed=seed)
             except PruningError as error:
                 scored = str(error)
         for ratio, cell in kept.items():
@@ -222,43 +255,19 @@ class _Study:
                 except PruningError as error:
                     yield Refusal(name, ratio, str(error))
                 else:
-                    self.store.save(paths[ratio], cell)
+                    write_cell(paths[ratio], cell, self.settings)
                     yield cell
 
     def compute(self, name: str, ratio: float, seed: int, graph: ChannelGraph, scores: Scores) -> Cell:
         """Prune, test, fine-tune, test."""
-        example = self.task.example_input_array
-        plan = self.selection(ratio).select(
-            graph, scores, coupling=self.coupling, model=self.task, example_inputs=example
-        )
+        settings, example = self.settings, self.task.example_input_array
+        about = {"coupling": settings["coupling"], "model": self.task, "example_inputs": example}
+        plan = SELECTIONS[settings["selection"]](ratio).select(graph, scores, **about)
         small = reconstruct(self.task, graph, plan, example_inputs=example)
         before = after = self.runner.test(small)[0]
-        if self.epochs:
+        if settings["epochs"]:
             seed_everything(seed, verbose=False)
-            self.runner.fit(small, self.epochs, lr=self.lr)
+            self.runner.fit(small, settings["epochs"], lr=settings["lr"])
             after = self.runner.test(small)[0]
         macs, params = count_flops(small, example), count_params(small)
         return Cell(name, ratio, seed, before, after, macs, params, plan.ratio)
-
-
-def _named(criteria: Sequence[str | Criterion] | Mapping[str, str | Criterion]) -> dict[str, Criterion]:
-    if isinstance(criteria, Mapping):
-        pairs = list(criteria.items())
-    else:
-        pairs = [(given if isinstance(given, str) else type(given).__name__, given) for given in criteria]
-    named: dict[str, Criterion] = {}
-    for name, given in pairs:
-        criterion = criterion_from(given)
-        if name in named or criterion in named.values():
-            raise PlanError(f"criterion {name!r} is named twice; give two forms of one as {{name: criterion}}")
-        named[name] = criterion
-    if not named:
-        raise PlanError("name at least one criterion to compare")
-    return named
-
-
-def _seeded(criterion: Criterion, seed: int) -> Criterion:
-    """The criterion, with the cell's seed if it draws numbers of its own."""
-    if not hasattr(criterion, "seed"):
-        return criterion
-    return replace(criterion, seed=seed)  # type: ignore[type-var]

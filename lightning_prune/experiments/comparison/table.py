@@ -6,7 +6,6 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison.cells import Cell, Comparison, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
 from lightning_prune.files import atomic
@@ -91,14 +90,11 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     """
     kinds = ("csv", "md", "png") if comparison.cells else ("csv", "md")
     files = {kind: Path(folder) / f"comparison.{kind}" for kind in kinds}
-    try:
-        for kind, text in (("csv", csv_text(comparison)), ("md", markdown_table(comparison))):
-            with atomic(files[kind]) as stream:
-                stream.write(text.encode())
-        if comparison.cells:
-            save_figure(comparison_figure(comparison), files["png"])
-    except OSError as error:
-        raise PruningError(f"cannot write to {folder}: {error.strerror or error}") from error
+    for kind, text in (("csv", csv_text(comparison)), ("md", markdown_table(comparison))):
+        with atomic(files[kind]) as stream:
+            stream.write(text.encode())
+    if comparison.cells:
+        save_figure(comparison_figure(comparison), files["png"])
     return files
 
 

@@ -1,4 +1,4 @@
-"""`compare`: several criteria on one trained model, in one table and one picture."""
+"""`experiment`, `demo` and `compare`: whole studies, from a YAML file or the options of `fit`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import get_args
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
+from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, list_of
+from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.training import build_task
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison import (
@@ -21,15 +23,45 @@ from lightning_prune.experiments.comparison import (
     write_comparison,
 )
 from lightning_prune.experiments.comparison.run import SelectionName, check_request
+from lightning_prune.experiments.orders import OrderSettings, compare_orders
 from lightning_prune.plan import Coupling
 from lightning_prune.reconstruction.checkpoint import load_dense
+from lightning_prune.report import print_report
+from lightning_prune.report.html import write_report
 
+DEMO = "experiment/resnet18_digits_jre.yaml"
 TASK = "task/resnet18_digits.yaml"
 
 
-def run(argv: Sequence[str]) -> int:
+def experiment(argv: Sequence[str]) -> int:
+    """`lightning-prune experiment --config experiment/NAME.yaml`."""
+    resolved, _ = resolve(argv)
+    parser = ExplainingParser(prog="lightning-prune experiment", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
+    study = parser.add_function_arguments(compare_orders, skip={"settings"}, fail_untyped=False)
+    parser.add_class_arguments(OrderSettings, fail_untyped=False)
+    parsed = parser.parse_args(resolved)
+    seed_everything(parsed.seed, verbose=False)  # the model draws its first weights when it is built
+    arguments = vars(parser.instantiate_classes(parsed))
+    del arguments["config"]
+    subject = {name: arguments.pop(name) for name in study}
+    settings = OrderSettings(**arguments)
+    report = compare_orders(**subject, settings=settings)
+    files = write_report(report, settings.output)
+    console = Console(highlight=False)
+    print_report(report, console)
+    console.print(f"Report: {files['html']}   pruned model: {settings.output}/pruned.pt", soft_wrap=True)
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`lightning-prune demo`: the shipped experiment on scikit-learn's digits; options override it."""
+    return experiment(["--config", DEMO, *argv])
+
+
+def compare(argv: Sequence[str]) -> int:
     """`lightning-prune compare --criteria l1,jre --ratios 0.5,0.7 --seeds 0,1,2 --out DIR [--config TASK]`."""
-    parser = _parser()
+    parser = _compare_parser()
     options, rest = parser.parse_known_args(argv)
     if not any(word.partition("=")[0] in CONFIG_FLAGS for word in rest):
         rest = ["--config", TASK, *rest]
@@ -38,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     built = build_task(rest, parser.prog)
     if not isinstance(built.data, LightningDataModule):
         raise PruningError("the configuration names no data; add a data: section, as task/resnet18_digits.yaml has")
-    console = Console()
+    console = Console(highlight=False)
     task_settings = {part: built.config.get(part) for part in ("model", "data")}
     if options.checkpoint:
         load_dense(options.checkpoint, built.task)
@@ -46,30 +78,27 @@ def run(argv: Sequence[str]) -> int:
         epochs = built.config["trainer"]["max_epochs"]
         if not isinstance(epochs, int) or epochs < 1:
             raise PruningError("how long to train? Set --trainer.max_epochs, or name a trained model with --checkpoint")
-        console.print(f"Dense model: {epochs} epochs", highlight=False)
+        console.print(f"Dense model: {epochs} epochs")
         seeded = {"task": task_settings, "seed": options.train_seed}
         now = trained_once(built.task, built.data, epochs, options.output, seeded)
-        text = "trained" if now else f"found in {options.output}, not trained again"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print("trained" if now else f"found in {options.output}, not trained again", soft_wrap=True)
 
     def show(outcome: Cell | Refusal) -> None:
-        about = f"{outcome.criterion} at {outcome.ratio:g}"
-        if isinstance(outcome, Refusal):
-            text = f"{about}: refused"
-        else:
-            text = f"{about}, seed {outcome.seed}: {outcome.before:.2%}, then {outcome.after:.2%}"
-        console.print(text, highlight=False, soft_wrap=True)
+        found = ": refused"
+        if isinstance(outcome, Cell):
+            found = f", seed {outcome.seed}: {outcome.before:.2%}, then {outcome.after:.2%}"
+        console.print(f"{outcome.criterion} at {outcome.ratio:g}{found}", soft_wrap=True)
 
     settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "train_seed")}
     comparison = compare_criteria(built.task, built.data, task_settings=task_settings, on_outcome=show, **settings)
     files = write_comparison(comparison, options.output)
     console.print()
     print_comparison(comparison, console)
-    console.print("\nWritten: " + "  ".join(map(str, files.values())), highlight=False, soft_wrap=True)
+    console.print("\nWritten: " + "  ".join(map(str, files.values())), soft_wrap=True)
     return 0 if comparison.cells else 1
 
 
-def _parser() -> Parser:
+def _compare_parser() -> Parser:
     parser = Parser(
         "compare",
         description="Prune one trained model by several criteria, fine-tune in the same way, compare.",
