@@ -104,7 +104,10 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     ]
     said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
     overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
-    return (*overall, *said, _timers(before, after))
+    sides = {"": after} if before is None else {"dense ": before, "pruned ": after}
+    added = ", ".join(f"{side}{100 * times.overhead:+.1f} %" for side, times in sides.items())
+    timers = f"timers around the layers changed a pass by {added}; nothing was subtracted"
+    return (*overall, *said, Finding("timers", max(0.0, after.overhead), timers))
 
 
 def empty_lanes(layer: LayerTime) -> float:
@@ -160,10 +163,3 @@ def _shortfall(before: ModelTime, after: ModelTime) -> tuple[Finding, ...]:
     told = ", ".join(f"{milliseconds:,.2f} {where}" for where, milliseconds in most if milliseconds > 0)
     text = f"{late:,.2f} of {after.total:,.2f} ms are more than the FLOPs promise: {told}"
     return (Finding("shortfall", late / after.total, text),)
-
-
-def _timers(before: ModelTime | None, after: ModelTime) -> Finding:
-    sides = {"": after} if before is None else {"dense ": before, "pruned ": after}
-    added = [f"{side}{100 * times.overhead:+.1f} %" for side, times in sides.items()]
-    text = "timers around the layers changed a pass by " + ", ".join(added) + "; nothing was subtracted"
-    return Finding("timers", max(0.0, after.overhead), text)

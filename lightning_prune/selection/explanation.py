@@ -23,7 +23,6 @@ class GroupExplanation:
 
     Attributes:
         name: of the group.
-        layers: its member layers.
         channels: of the dense model.
         kept: that the reconstructed model has.
         params_saved: parameters that come back if only this group is left whole. A weight between two groups that both
@@ -33,7 +32,6 @@ class GroupExplanation:
     """
 
     name: str
-    layers: tuple[str, ...]
     channels: int
     kept: int
     params_saved: int
@@ -124,9 +122,8 @@ def explain(
         others = replace(plan, groups={name: of for name, of in plan.groups.items() if name != group.name})
         params, macs = cost.of(others) if planned and planned.removed else left
         kept = len(planned.keep) if planned else group.size
-        layers = tuple(layer.name for layer in group.layers)
         saved = params - left[0], macs - left[1]
-        groups.append(GroupExplanation(group.name, layers, group.size, kept, *saved, _note(group, planned)))
+        groups.append(GroupExplanation(group.name, group.size, kept, *saved, _note(group, planned)))
     return Explanation(
         tuple(groups),
         (cost.params, count_params(small, trainable=False)),
