@@ -20,7 +20,7 @@ Batch = tuple[Images, Sequence[Target]]
 
 COCO_NAMES = ("map", "map_50", "map_75", "mar_100")
 COCO_TRUTH = {"boxes": torch.float32, "labels": torch.int64, "iscrowd": torch.int64, "area": torch.float32}
-LOW_SCORE, HIGH_SCORE = 0.01, 0.2  # Lee et al. tested at the first and trained at the second
+MIN_SCORES = {"": 0.01, "_conf20": 0.2}  # Lee et al. tested at the first and trained at the second
 
 
 class DetectionTask(Task):
@@ -95,8 +95,8 @@ class DetectionTask(Task):
             coco = MeanAveragePrecision(backend="pycocotools", class_metrics=stage == "test")
             coco.warn_on_many_detections = False  # COCO counts the best hundred, as is its rule
             self.coco[stage] = coco
-            self.voc[stage] = VocMeanAveragePrecision(num_classes, min_score=LOW_SCORE)
-        self.voc_high = VocMeanAveragePrecision(num_classes, min_score=HIGH_SCORE)
+            lowest = MIN_SCORES.values() if stage == "test" else (MIN_SCORES[""],)
+            self.voc[stage] = nn.ModuleList(VocMeanAveragePrecision(num_classes, min_score=low) for low in lowest)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The detector's losses on one batch and their sum; crowds and difficult objects are left out."""
@@ -123,8 +123,8 @@ class DetectionTask(Task):
         found = [{n: x.float() if x.is_floating_point() else x for n, x in of.items()} for of in detections]
         known = [{name: of[name].to(kind) for name, kind in COCO_TRUTH.items() if name in of} for of in targets]
         self.coco[stage].update(found, known)
-        for metric in (self.voc[stage], self.voc_high) if stage == "test" else (self.voc[stage],):
-            metric.update(found, targets)
+        for voc in self.voc[stage]:
+            voc.update(found, targets)
         if self.val_loss:
             with isolate_rng():  # Faster R-CNN samples its proposals: alike every time, and training goes on as without
                 torch.manual_seed(batch_idx)
@@ -140,19 +140,17 @@ class DetectionTask(Task):
 
     def on_test_epoch_end(self) -> None:
         results = self._close("test")
-        self.log_same({f"test_map_{name}_conf20": value for name, value in self.voc_high.compute().items()})
-        self.voc_high.reset()
         per_class = torch.full((self.num_classes,), torch.nan)
         per_class[results["classes"].view(-1).long().cpu()] = _defined(results["map_per_class"]).view(-1).cpu()
         self.log_classes("test_map", per_class)
 
     def _close(self, stage: str) -> dict[str, Tensor]:
-        coco, voc = self.coco[stage], self.voc[stage]
-        results: dict[str, Tensor] = coco.compute()
+        results: dict[str, Tensor] = self.coco[stage].compute()
+        self.coco[stage].reset()
         self.log_same({f"{stage}_{name}": _defined(results[name]) for name in COCO_NAMES})
-        self.log_same({f"{stage}_map_{name}": value for name, value in voc.compute().items()})
-        coco.reset()
-        voc.reset()
+        for suffix, voc in zip(MIN_SCORES, self.voc[stage], strict=False):
+            self.log_same({f"{stage}_map_{name}{suffix}": value for name, value in voc.compute().items()})
+            voc.reset()
         return results
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -60,7 +60,7 @@ def darknet_loss(
     raw, grid = flatten(maps, network)
     batch, count = raw.shape[:2]
     everything = torch.arange(len(truths.box), device=raw.device)
-    anchors, size = _all_anchors(network, truths.box), truths.size[:, None]
+    anchors, size = truths.box.new_tensor(network.anchors).flatten(0, 1), truths.size[:, None]
     common = torch.minimum(size, anchors).prod(2)  # of truth and anchor with the same centre
     best = (common / (size.prod(2) + anchors.prod(1) - common)).argmax(1)
     place = _places(truths, everything, best, grid, network)
@@ -96,7 +96,7 @@ def ciou_loss(maps: Sequence[Tensor], truths: Truths, network: YoloNetwork) -> d
     match's CIoU, at least 0 (the largest, where matches meet). Heads are summed.
     """
     raw, grid = flatten(maps, network)
-    ratio = truths.size[:, None] / _all_anchors(network, raw)  # (T, anchors, 2)
+    ratio = truths.size[:, None] / raw.new_tensor(network.anchors).flatten(0, 1)  # (T, anchors, 2)
     matches = torch.maximum(ratio, 1 / ratio).amax(2) < LARGEST_RATIO
     box, objectness, named = raw.new_zeros(3).unbind()
     for head, (start, end) in enumerate(zip(grid.first, grid.first[1:], strict=False)):
@@ -115,10 +115,6 @@ def ciou_loss(maps: Sequence[Tensor], truths: Truths, network: YoloNetwork) -> d
                 named = named + F.binary_cross_entropy_with_logits(chosen[:, 5:], classes)
         objectness = objectness + F.binary_cross_entropy_with_logits(raw[:, start:end, 4], target)
     return {"box": 0.05 * box, "objectness": objectness, "class": 0.5 * named}
-
-
-def _all_anchors(network: YoloNetwork, like: Tensor) -> Tensor:
-    return like.new_tensor([pair for head in network.anchors for pair in head])
 
 
 def _places(truths: Truths, truth: Tensor, anchor: Tensor, grid: Grid, network: YoloNetwork) -> Tensor:
