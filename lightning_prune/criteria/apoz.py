@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, complete
+from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, check_weight, complete
 from lightning_prune.criteria.functional import Combine
-from lightning_prune.criteria.settings import check_weight
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, criterion_from
+from lightning_prune.criteria.base import Criterion, Member, check_choice, criterion_from
 from lightning_prune.criteria.batches import Loss, each_batch
 from lightning_prune.criteria.bn_scale import batch_norm_scales
 from lightning_prune.criteria.observe.auxiliary_classifiers import AuxiliaryClassifiers
 from lightning_prune.criteria.observe.observer import Observer
 from lightning_prune.criteria.observe.watcher import key_of
 from lightning_prune.criteria.scores import Scores
-from lightning_prune.criteria.settings import check_choice
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.model_state.preservation import preserved, random_state, set_random_state, without_masks

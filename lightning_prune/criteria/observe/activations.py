@@ -20,7 +20,6 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.observe.watcher import (
     Watcher,
-    calls_of,
     channel_dim,
     check_batch,
     exactly,
@@ -87,18 +86,19 @@ class ActivationWatcher(Watcher):
                 module = self.model.get_submodule(path)
             except AttributeError:
                 raise ScoreError(f"the model has no module {path!r}; trace this model again") from None
-            self._ports[path, incoming] = _Port(path, module, incoming, None if incoming else layer.filters)
+            self._ports[path, incoming] = port = _Port(path, module, incoming, None if incoming else layer.filters)
+            if not incoming:
+                self.audience[path] = [port]
         return self._ports[path, incoming]
 
     def start(self) -> None:
-        outgoing = [path for path, incoming in self._ports if not incoming]
-        self.hooks.enter_context(calls_of(self.model, outgoing, self._leave))
+        super().start()
         for port in self._ports.values():
             if port.incoming:
                 handle = port.module.register_forward_pre_hook(partial(self._enter, port), with_kwargs=True)
                 self.hooks.callback(handle.remove)
 
-    def _leave(self, path: str, _module: nn.Module, _value: Any, output: Any) -> Tensor | None:
+    def see(self, path: str, _module: nn.Module, _value: Any, output: Any) -> Tensor | None:
         return self._see(self._ports[path, False], output)
 
     def _enter(self, port: _Port, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

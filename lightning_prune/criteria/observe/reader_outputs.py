@@ -18,7 +18,7 @@ from lightning_prune.criteria.channel_contributions import (
     next_layers,
     sampled_contributions,
 )
-from lightning_prune.criteria.observe.watcher import Watcher, calls_of, check_batch, exactly, key_of, tracked
+from lightning_prune.criteria.observe.watcher import Watcher, check_batch, exactly, key_of, tracked
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.readers import Reader
 
@@ -29,26 +29,21 @@ class ReaderOutputWatcher(Watcher):
     A copy of what enters the layer is held until its gradient arrives.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._audience: dict[str, list[tuple[list[str], Tap, Tensor]]] = {}
+    audience: dict[str, list[tuple[list[str], Tap, Tensor]]]
 
     def listen(self, group: Group, tap: Tap) -> None:
         keys = [key_of(group, layer, tap) for layer in group.layers]  # what is seen is the same for all
         self.shapes.update((key, (group.size,)) for key in keys)
         for path, reader in next_layers(self.model, group).items():
             check_computable(self.model, path, "NextLayerTaylor(form='weight'), or another criterion such as Taylor")
-            self._audience.setdefault(path, []).append((keys, tap, reader.index))
+            self.audience.setdefault(path, []).append((keys, tap, reader.index))
 
-    def start(self) -> None:
-        self.hooks.enter_context(calls_of(self.model, self._audience, self._leave))
-
-    def _leave(self, path: str, module: nn.Module, value: Any, output: Tensor) -> Tensor | None:
+    def see(self, path: str, module: nn.Module, value: Any, output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
-            self.without_grad.update(key for keys, *_ in self._audience[path] for key in keys)
+            self.without_grad.update(key for keys, *_ in self.audience[path] for key in keys)
             return None
         check_batch(path, "input", module, value)
-        for keys, tap, index in self._audience[path]:
+        for keys, tap, index in self.audience[path]:
             for key in keys:
                 self.open(path, key, tap, (len(value), len(index)), value.device)
         output, replacement = tracked(output)
@@ -58,7 +53,7 @@ class ReaderOutputWatcher(Watcher):
 
     def _differentiate(self, path: str, module: nn.Module, value: Tensor, gradient: Tensor) -> None:
         value, slope = functional.widened(value), functional.widened(gradient).flatten(1).unsqueeze(1)
-        for keys, tap, index in self._audience[path]:
+        for keys, tap, index in self.audience[path]:
             chunks = (channel_contributions(module, value, some, gradient.shape) for some in index.split(tap.chunk))
             found = torch.cat([tap.partial(chunk, slope) for chunk in chunks], 1)
             for key in keys:
@@ -72,9 +67,10 @@ class SampledOutputWatcher(Watcher):
     the global random state nor by how samples are split into batches.
     """
 
+    audience: dict[str, list[tuple[str, Tap, Tensor]]]
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._audience: dict[str, list[tuple[str, Tap, Tensor]]] = {}
         self._generators: dict[tuple[str, str, int], torch.Generator] = {}
         self._calls: Counter[str] = Counter()
 
@@ -85,20 +81,20 @@ class SampledOutputWatcher(Watcher):
     def look(self, key: str, tap: Tap, reader: Reader) -> None:
         """Let a tap see a reader; a key may have several."""
         check_computable(self.model, reader.path, "another criterion, such as Taylor")
-        self._audience.setdefault(reader.path, []).append((key, tap, reader.index))
+        self.audience.setdefault(reader.path, []).append((key, tap, reader.index))
         self.shapes[key] = (len(reader.index), len(reader.index))
 
     def start(self) -> None:
         self._calls.clear()
-        self.hooks.enter_context(calls_of(self.model, self._audience, self._leave))
+        super().start()
 
-    def _leave(self, path: str, module: nn.Module, value: Any, output: Tensor) -> None:
+    def see(self, path: str, module: nn.Module, value: Any, output: Tensor) -> None:
         check_batch(path, "input", module, value)
         call = self._calls[path]
         self._calls[path] += 1
         with exactly(value):
             value = functional.widened(value.detach())
-            for key, tap, index in self._audience[path]:
+            for key, tap, index in self.audience[path]:
                 chosen = self._draw(key, tap, path, call, output.shape).to(value.device)
                 seen = self.open(path, key, tap, (len(index), len(index)), value.device)
                 for rows in sampled_contributions(module, value, index, output.shape, chosen):

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.observe.watcher import Watcher, calls_of, channel_dim, key_of, recomputing
+from lightning_prune.criteria.observe.watcher import Watcher, channel_dim, key_of, recomputing
 from lightning_prune.graph.groups import Group, Layer
 
 _RECTIFIERS = frozenset(
@@ -48,25 +48,22 @@ class RectifiedOutputWatcher(Watcher):
     Marked tensors are followed through operators that keep their channels.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._audience: dict[str, list[tuple[str, Tap, Layer]]] = {}
-        self._trails = WeakIdKeyDictionary()
+    audience: dict[str, list[tuple[str, Tap, Layer]]]
 
     def listen(self, group: Group, tap: Tap) -> None:
         for layer in group.layers:
             key = key_of(group, layer, tap)
-            self._audience.setdefault(layer.name, []).append((key, tap, layer))
+            self.audience.setdefault(layer.name, []).append((key, tap, layer))
             self.shapes[key] = (group.size,)
 
     def start(self) -> None:
         self._trails = WeakIdKeyDictionary()
-        self.hooks.enter_context(calls_of(self.model, self._audience, self._mark))
+        super().start()
         self.hooks.enter_context(_Operators(self._follow))
 
-    def _mark(self, path: str, module: nn.Module, _value: Any, output: Any) -> None:
+    def see(self, path: str, module: nn.Module, _value: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim >= 2:
-            marks = {_Mark(*listener, channel_dim(module)): 0 for listener in self._audience[path]}
+            marks = {_Mark(*listener, channel_dim(module)): 0 for listener in self.audience[path]}
             self._trails[output] = {**self._trails.get(output, {}), **marks}
 
     def _follow(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:

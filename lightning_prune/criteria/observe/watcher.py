@@ -37,8 +37,11 @@ class Seen:
 class Watcher(ABC):
     """Shows taps one kind of site, inside ``with``: one batch."""
 
+    see: Callable[..., Any]  # a call of a module that has an audience, see `calls_of`
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.audience: dict[str, list[Any]] = {}  # of every module or parameter that is watched
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the sum of every key
         self.seen: dict[str, Seen] = {}  # per key, in the current batch
         self.edges: list[GradientEdge] = []  # what to differentiate with respect to
@@ -49,9 +52,9 @@ class Watcher(ABC):
     def listen(self, group: Group, tap: Tap) -> None:
         """Let a tap see its site of every layer of a group."""
 
-    @abstractmethod
     def start(self) -> None:
         """Enter into `hooks` what lasts for a batch."""
+        self.hooks.enter_context(calls_of(self.model, self.audience, self.see))
 
     def __enter__(self) -> Self:
         with self.hooks:  # closed if it cannot start

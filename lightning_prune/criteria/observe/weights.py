@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
@@ -20,9 +20,7 @@ class WeightWatcher(Watcher):
     batch is open, and never keep it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._audience: dict[str, list[tuple[str, Tap, int, Tensor, int]]] = {}
+    audience: dict[str, list[tuple[str, Tap, int, Tensor, int]]]
 
     def listen(self, group: Group, tap: Tap) -> None:
         readers = () if tap.site == "weight" else next_layers(self.model, group).values()
@@ -32,10 +30,10 @@ class WeightWatcher(Watcher):
             start = self.shapes.get(key, (0, 0))[1] if tap.joint else 0
             width = source.index.shape[1] * (parameter.numel() // parameter.shape[source.dim])
             self.shapes[key] = (group.size, start + width) if tap.joint else (group.size,)
-            self._audience.setdefault(source.weight, []).append((key, tap, source.dim, source.index, start))
+            self.audience.setdefault(source.weight, []).append((key, tap, source.dim, source.index, start))
 
     def start(self) -> None:
-        for name, listeners in self._audience.items():
+        for name, listeners in self.audience.items():
             parameter = self.model.get_parameter(name)
             if not parameter.requires_grad:
                 parameter.requires_grad_()
@@ -47,7 +45,7 @@ class WeightWatcher(Watcher):
             self.await_gradient(name, parameter, parameter.detach(), partial(self._arrive, name))
 
     def _arrive(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        for key, tap, dim, index, start in self._audience[name]:
+        for key, tap, dim, index, start in self.audience[name]:
             value, slope = (functional.by_position(tensor[None], dim + 1) for tensor in (weight, gradient))
             found, seen = tap.partial(value, slope), self.seen[key]
             if tap.joint:
