@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         }
     rows = []
     for engine, entries in engines.items():
-        latencies = lp.measure.compare_latency(entries, warmup=2, repeats=options.repeats, threads=options.threads)
+        with lp.measure.thread_count(options.threads):
+            latencies = lp.measure.compare_latency(entries, repeats=options.repeats)
         rows += _rows(engine, latencies, costs)
     _show(rows, options)
     if options.out:

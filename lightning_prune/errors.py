@@ -1,6 +1,7 @@
 """What can go wrong, said so that the reader knows the cause and the way out."""
 
 from textwrap import shorten
+from typing import Any, get_args
 
 
 class PruningError(Exception):
@@ -73,6 +74,12 @@ class NotReconstructedWarning(UserWarning):
 
 class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""
+
+
+def check_choice(name: str, value: object, literal: Any, error: type[PruningError]) -> None:
+    """Refuse a value of a setting that its Literal type does not list."""
+    if value not in get_args(literal):
+        raise error(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
 
 
 def first_line(error: BaseException) -> str:

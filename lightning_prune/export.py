@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
-from lightning_prune.errors import ExportError, first_line
+from lightning_prune.errors import ExportError, check_choice, first_line
 from lightning_prune.files import check_writable
 from lightning_prune.graph.inputs import as_args
 from lightning_prune.measure import Latency, compare_latency, samples_in, with_samples
@@ -104,7 +103,7 @@ def export(
     path = Path(path)
     _check(path, format)
     dense = copy_without_masks(model).cpu().eval()
-    inputs = tree_map(_on_cpu, example_inputs)
+    inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), example_inputs)
     checked = [inputs]
     if dynamic_batch:
         if not samples_in(inputs):
@@ -115,7 +114,7 @@ def export(
         draft = Path(folder) / path.name
         try:
             with _silence():
-                _write(_program(dense, checked[-1], dynamic_batch), format, draft)
+                _write(dense, checked[-1], dynamic_batch, format, draft)
         except Exception as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be exported to {format}: {first_line(error)}"
@@ -166,12 +165,11 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if path.suffix not in SUFFIX.values():
         raise ExportError(f"an exported file ends in {' or '.join(SUFFIX.values())}, got '{path}'")
-    return _Session(path) if path.suffix == SUFFIX["onnx"] else _Program(path)
+    return _Exported(_onnx_session(path) if path.suffix == SUFFIX["onnx"] else torch.export.load(path).module())
 
 
 def _check(path: Path, format: str) -> None:
-    if format not in get_args(Format):
-        raise ExportError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    check_choice("format", format, Format, ExportError)
     if path.suffix != SUFFIX[format]:
         raise ExportError(f"a file of format {format} must end in {SUFFIX[format]}, got '{path}'")
     check_writable(path)
@@ -180,7 +178,7 @@ def _check(path: Path, format: str) -> None:
         raise ExportError(f'{format} needs {", ".join(missing)}: pip install "lightning-prune[export]"')
 
 
-def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
+def _write(model: nn.Module, inputs: Any, dynamic_batch: bool, format: Format, path: Path) -> None:
     args, kwargs = as_args(inputs)
     shapes = None
     if dynamic_batch:
@@ -190,10 +188,7 @@ def _program(model: nn.Module, inputs: Any, dynamic_batch: bool) -> torch.export
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples:
                 shapes[leaf] = {0: batch}
     with torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-def _write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     if format == "torch_export":
         torch.export.save(program, path)
         return
@@ -228,45 +223,37 @@ def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | 
         return None
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
-    batched = [
-        name for name, x in given.items() if isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int)
-    ]
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
+    batched = next((name for name, x in tensors.items() if not isinstance(x.shape[0], int)), None)
     # Named once: the other inputs share the dimension, and with it the name.
-    return {name: {0: "batch"} if name == batched[0] else None for name in given} if batched else None
+    return {name: {0: "batch"} if name == batched else None for name in given} if batched else None
 
 
-class _Program(nn.Module):
-    """A loaded program; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
+class _Exported(nn.Module):
+    """A loaded file; what torch.export loads refuses to be put in eval mode, so it is no submodule here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, loaded: Callable[..., Any]) -> None:
         super().__init__()
-        self._program = [torch.export.load(path).module()]
+        self._loaded = [loaded]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program[0](*args, **kwargs)
+        return self._loaded[0](*args, **kwargs)
 
 
-class _Session(nn.Module):
-    """An ONNX file in ONNX Runtime, with as many threads as torch has."""
+def _onnx_session(path: Path) -> Callable[..., list[Tensor]]:
+    import onnxruntime
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; warnings are about graph cleaning
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; warnings are about graph cleaning
-        self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        self._names = [entry.name for entry in self._session.get_inputs()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         given = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = self._session.run(None, dict(zip(self._names, given, strict=True)))
-        return [torch.from_numpy(output) for output in outputs]
+        return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, given, strict=True)))]
 
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else copy.copy(value)
+    return run
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,17 +31,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether its result can be written.
-
-    Raises:
-        PruningError: it cannot.
-    """
+    """Refuse before the work what its result cannot be written to."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _explained(path):
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+            raise IsADirectoryError("Is a directory")
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_prune.criteria.scoring import Scores
-from lightning_prune.errors import PlanError
+from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.plan import Plan
+from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.selection import GlobalRatio, Selection
 
 Shape = Literal["cubic", "linear"]
@@ -106,13 +105,13 @@ class Rounds(Schedule):
         total = selection.total(graph)
         wanted = selection.ratio * total
         count = max(1, math.ceil(wanted / self.channels - 1e-9))
-        shares = [min(1.0, number * self.channels / wanted) if wanted else 1.0 for number in range(1, count + 1)]
-        return [Step(selection.part(share), *self._pause(number)) for number, share in enumerate(shares, 1)]
-
-    def _pause(self, number: int) -> tuple[int, int]:
-        if self.intensive_every is not None and number % self.intensive_every == 0:
-            return self.intensive_epochs, 0
-        return (self.epochs, 0) if self.batches is None else (0, self.batches)
+        pause = (self.epochs, 0) if self.batches is None else (0, self.batches)
+        steps = []
+        for number in range(1, count + 1):
+            part = selection.part(min(1.0, number * self.channels / (wanted or 1)))
+            intensive = self.intensive_every is not None and number % self.intensive_every == 0
+            steps.append(Step(part, self.intensive_epochs) if intensive else Step(part, *pause))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,13 @@ class Gradual(Schedule):
 
     def __post_init__(self) -> None:
         _check_counts(self, "rounds", "epochs", "batches")
-        if self.shape not in SHARES:
-            raise PlanError(f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
+        check_choice("shape", self.shape, Shape, PlanError)
 
     def steps(self, selection: Selection, graph: ChannelGraph) -> list[Step]:  # noqa: ARG002
         """The same selection asked for rising shares."""
         pause = (self.epochs, 0) if self.batches is None else (0, self.batches)
         shares = [SHARES[self.shape](number / self.rounds) for number in range(1, self.rounds)]
-        return [*(Step(selection.part(share), *pause) for share in shares), Step(selection, *pause)]
+        return [Step(part, *pause) for part in (*map(selection.part, shares), selection)]
 
 
 @dataclass(frozen=True)
@@ -191,43 +189,34 @@ class Soft(Schedule):
 
 def keep_removed(scores: Scores, plan: Plan) -> Scores:
     """Scores in which what an earlier plan removed comes last, so that a later one removes it again."""
-    lowest = _lowest(scores)
 
-    def lowered(group: str, layer: str | None, values: Tensor) -> Tensor:
-        planned = plan.groups.get(group)
-        if planned is None:
-            return values
-        kept = list(planned.keep if layer is None else planned.layers.get(layer, range(planned.size)))
-        return torch.full_like(values, lowest).index_copy(0, torch.tensor(kept, dtype=torch.int64), values[kept])
+    def kept(planned: GroupPlan, layer: str | None) -> Iterable[int]:
+        return planned.keep if layer is None else planned.layers.get(layer, range(planned.size))
 
-    return _changed(scores, lowered)
+    return _lowered(scores, plan, kept)
 
 
 def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
     """Scores of a model reconstructed with a plan, in the channels of the dense one; what is gone comes last."""
-    lowest = _lowest(scores)
+    return _lowered(scores, plan, lambda planned, _: planned.keep)
 
-    def wide(group: str, _: str | None, values: Tensor) -> Tensor:
+
+def _lowered(scores: Scores, plan: Plan, kept_by: Callable[[GroupPlan, str | None], Iterable[int]]) -> Scores:
+    lowest = min(float(values.min()) for of in (scores, *scores.layers.values()) for values in of.values()) - 1
+
+    def lowered(group: str, layer: str | None, values: Tensor) -> Tensor:
         if group not in plan.groups:
             return values
-        full = values.new_full((plan.groups[group].size,), lowest)
-        full[list(plan.groups[group].keep)] = values
+        planned = plan.groups[group]
+        kept = list(kept_by(planned, layer))
+        full = values.new_full((planned.size,), lowest)
+        full[kept] = values[kept] if len(values) == planned.size else values
         return full
 
-    return _changed(scores, wide)
-
-
-def _changed(scores: Scores, change: Callable[[str, str | None, Tensor], Tensor]) -> Scores:
-    """Other scores for every group, and for every layer of it."""
     return Scores(
-        {name: change(name, None, values) for name, values in scores.items()},
-        {name: {k: change(name, k, v) for k, v in of.items()} for name, of in scores.layers.items()},
+        {name: lowered(name, None, values) for name, values in scores.items()},
+        {name: {k: lowered(name, k, v) for k, v in of.items()} for name, of in scores.layers.items()},
     )
-
-
-def _lowest(scores: Scores) -> float:
-    every = [*scores.values(), *(values for of in scores.layers.values() for values in of.values())]
-    return min(float(values.min()) for values in every) - 1
 
 
 def _check_counts(schedule: Schedule, *names: str) -> None:

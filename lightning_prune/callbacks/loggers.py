@@ -26,7 +26,6 @@ class Sink:
         self.logger = logger
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name."""
         self.logger.log_metrics(dict(values), step)
 
     def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
@@ -46,37 +45,29 @@ class FolderSink(Sink):
     """Loggers that write into a folder (CSVLogger): the rest goes beside it, the newest under its name."""
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
-        """As PNG."""
         self.file(f"{Path(name).name}.png", "picture", partial(save_figure, figure))
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """As CSV."""
         self.file(f"{Path(name).name}.csv", "table", partial(_write, table.csv()))
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
-        """Into the folder, unless it is a remote one, which only the logger itself can write to."""
         folder = str(self.logger.log_dir)
-        if "://" not in folder:
-            path = Path(folder, "prune", name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+        if "://" not in folder:  # to a remote one only the logger itself can write
+            write(Path(folder, "prune", name))
 
 
 class TensorBoardSink(FolderSink):
     """TensorBoardLogger: histograms, images and text, and files beside the events."""
 
     def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
-        """Its own kind."""
         for name, tensor in values.items():
             self.logger.experiment.add_histogram(name, tensor.numpy(), step)
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
-        """An image of every step."""
         self.logger.experiment.add_image(name, pixels(figure), step, dataformats="HWC")
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """Text, which it shows as a table; and CSV."""
-        self.logger.experiment.add_text(name, table.markdown(), step)
+        self.logger.experiment.add_text(name, table.markdown(), step)  # it shows Markdown as a table
         super().table(name, table, step)
 
 
@@ -84,17 +75,14 @@ class WandbSink(Sink):
     """WandbLogger: everything in W&B's own kinds, files as artifacts."""
 
     def histograms(self, values: Mapping[str, Tensor], step: int) -> None:
-        """Its own kind, of 64 bins."""
         import wandb
 
         self.logger.log_metrics({name: wandb.Histogram(tensor.tolist()) for name, tensor in values.items()}, step)
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
-        """An image of every step."""
         self.logger.log_image(name, [pixels(figure)], step)
 
     def table(self, name: str, table: Table, step: int) -> None:
-        """Its own kind."""
         self.logger.log_table(name, table.headings, table.data, step=step)
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
@@ -116,7 +104,11 @@ SINKS = {"WandbLogger": WandbSink, "TensorBoardLogger": TensorBoardSink, "CSVLog
 
 def sinks_of(trainer: Trainer) -> list[Sink]:
     """One for each of the Trainer's loggers; none in processes other than the first."""
-    return [_sink_of(logger) for logger in trainer.loggers] if trainer.is_global_zero else []
+    found = []
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        names = (cls.__name__ for cls in type(logger).__mro__)
+        found.append(next((SINKS[name] for name in names if name in SINKS), Sink)(logger))
+    return found
 
 
 def pixels(figure: Figure) -> Any:
@@ -127,11 +119,6 @@ def pixels(figure: Figure) -> Any:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _sink_of(logger: Any) -> Sink:
-    names = [cls.__name__ for cls in type(logger).__mro__]
-    return next((SINKS[name] for name in names if name in SINKS), Sink)(logger)
 
 
 def _write(text: str, path: Path) -> None:

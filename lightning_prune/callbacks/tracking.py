@@ -18,7 +18,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import count_params, flops_by_convention, state_size
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
-from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, Losslessness, PruneReport, StageResult
+from lightning_prune.report import DENSE, MASKED, RECONSTRUCTED, PruneReport, StageResult
 from lightning_prune.report.figures import channels_figure
 from lightning_prune.report.tracking import channels_table, layer_channels, scores_figure, share_removed, summary_table
 
@@ -202,10 +202,6 @@ class TrackingCallback(EpochTimerCallback):
         return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(model))
 
     def _report(self, run: PruningRun) -> PruneReport:
-        found = run.lossless
-        lossless = (
-            None if found is None else Losslessness(found.max_abs_error, found.max_rel_error, found.dtype, found.passed)
-        )
         seconds: dict[str, list[float]] = {}
         for record in (run.timer or self).records:
             seconds.setdefault(self._phases.get(record.epoch, DENSE), []).append(record.train_seconds)
@@ -217,4 +213,4 @@ class TrackingCallback(EpochTimerCallback):
             for name in (DENSE, MASKED, RECONSTRUCTED)
             if name in stages
         ]
-        return PruneReport("Pruning", stages=tuple(timed), losslessness=lossless)
+        return PruneReport("Pruning", stages=tuple(timed), losslessness=run.lossless)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from rich.console import Console
@@ -52,12 +52,7 @@ def print_costs(console: Console, models: Models, inputs: Any) -> None:
 
 
 def print_latency(
-    console: Console,
-    models: Models,
-    inputs: Any,
-    sizes: Sequence[int],
-    threads: Sequence[int | None],
-    repeats: int,
+    console: Console, models: Models, inputs: Any, sizes: Sequence[int], threads: Sequence[int | None], repeats: int
 ) -> None:
     """Print how long a pass takes, for every number of samples and of threads."""
     both = len(models) > 1
@@ -65,24 +60,21 @@ def print_latency(
     columns = [Column("batch size"), Column("threads"), *(Column(name, "ms") for name in models)]
     if both:
         columns += [Column("times\nfaster"), Column("of the FLOPs'\npromise")]
-    rows, most = [], 0
-    for size in sizes:
+    rows, most, cores = [], 0, core_count()
+    for size, count in product(sizes, threads):
         batch = with_samples(inputs, size) if size else inputs
-        for count in threads:
-            with thread_count(count) as running:
-                pairs = {name: (model, batch) for name, model in models.items()}
-                found = compare_latency(pairs, repeats=repeats)
-            most = max(most, running)
-            row: list[str | int | Entry] = [size or MISSING, running, *(latency_cell(found[name]) for name in models)]
-            if both:
-                gain = found[DENSE].median / found[PRUNED].median
-                promise = flops[DENSE] / max(1, flops[PRUNED])
-                row += [f"{gain:.2f}{TIMES}", f"{100 * gain / promise:.0f} %"]
-            rows.append(tuple(row))
+        with thread_count(count) as running:
+            found = compare_latency({name: (model, batch) for name, model in models.items()}, repeats=repeats)
+        most = max(most, running)
+        row: list[str | int | Entry] = [size or MISSING, running, *map(latency_cell, found.values())]
+        if both:
+            gain = found[DENSE].median / found[PRUNED].median
+            promise = flops[DENSE] / max(1, flops[PRUNED])
+            row += [f"{gain:.2f}{TIMES}", f"{100 * gain / promise:.0f} %"]
+        rows.append(tuple(row))
     console.print(Table(tuple(columns), tuple(rows)))
     note = f"latency on the CPU: median ± half the interquartile range of {repeats} passes"
     print_line(console, f"{note}{', models timed in turns' if both else ''}", "dim")
-    cores = core_count()
     if most > cores:
         text = f"more threads than the {cores} {plural('core', cores)} of this process wait for one another"
         print_line(console, text, "yellow")

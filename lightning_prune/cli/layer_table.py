@@ -22,31 +22,19 @@ LIMIT = (
 def print_layers(
     console: Console, after: ModelTime, machine: Machine, before: ModelTime | None = None, *, most: int = 20
 ) -> None:
-    """Print the layers that take the most time, in the order in which they run, and the rest in one row.
-
-    Args:
-        console: where to.
-        after: of the pruned model, or of the only one.
-        machine: its limits.
-        before: of the dense model.
-        most: layers with a row of their own.
-    """
+    """Print the layers that take the most time, in the order in which they run, and the rest in one row."""
+    sides = [after] if before is None else [after, before]
+    shares = [{layer.name: side.share(layer) for layer in side.layers} for side in sides]
+    ranked = sorted(after.layers, key=lambda layer: max(side.get(layer.name, 0.0) for side in shares), reverse=True)
+    leading = set(ranked[:most])
     dense = {} if before is None else {layer.name: layer for layer in before.layers}
-
-    def weight(layer: LayerTime) -> float:
-        twin = dense.get(layer.name)
-        return max(after.share(layer), before.share(twin) if before is not None and twin is not None else 0.0)
-
-    leading = set(sorted(after.layers, key=weight, reverse=True)[:most])
     rows = [_layer(layer, dense.get(layer.name), after.total, machine) for layer in after.layers if layer in leading]
-    others = [layer for layer in after.layers if layer not in leading]
+    others = {layer.name for layer in after.layers if layer not in leading}
     if others:
-        names = {layer.name for layer in others}
-        was = None if before is None else sum(x.latency.median for x in before.layers if x.name in names)
-        rows.append(_times(f"{len(others)} other layers", sum(x.latency.median for x in others), was, after.total))
-    outside, total = (None, None) if before is None else (before.outside, before.total)
-    rows.append(_times("between layers", after.outside, outside, after.total))
-    rows.append(_times("together", after.total, total, after.total))
+        rest = (sum(layer.latency.median for layer in side.layers if layer.name in others) for side in sides)
+        rows.append(_times(f"{len(others)} other layers", after.total, *rest))
+    rows.append(_times("between layers", after.total, *(side.outside for side in sides)))
+    rows.append(_times("together", after.total, *(side.total for side in sides)))
 
     columns = (*LAYER, *(ALONE if before is None else COMPARED), *LIMIT)
     filled = tuple(tuple(row.get(column.title, "") for column in columns) for row in rows)
@@ -71,7 +59,7 @@ def _layer(layer: LayerTime, twin: LayerTime | None, total: float, machine: Mach
     """What the columns hold, by their titles."""
     now = layer.latency.median
     return {
-        **_times(layer.name, now, None if twin is None else twin.latency.median, total),
+        **_times(layer.name, total, now, None if twin is None else twin.latency.median),
         "channels\nor kind": "→".join(map(str, layer.channels)) or layer.kind,
         "MFLOPs": f"{layer.flops / 1e6:,.1f}",
         "FLOPs\nfewer": _factor(None if twin is None else twin.flops, layer.flops),
@@ -83,7 +71,7 @@ def _layer(layer: LayerTime, twin: LayerTime | None, total: float, machine: Mach
     }
 
 
-def _times(name: str, now: float, was: float | None, total: float) -> dict[str, str]:
+def _times(name: str, total: float, now: float, was: float | None = None) -> dict[str, str]:
     return {
         "layer": name,
         "ms": f"{now:,.3f}",

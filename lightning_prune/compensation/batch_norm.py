@@ -13,7 +13,7 @@ from lightning_prune.compensation.repair import measured
 from lightning_prune.criteria.batches import Loss
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import call_model
-from lightning_prune.model_state.preservation import random_state, set_random_state
+from lightning_prune.model_state.preservation import preserved
 
 
 def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, loss: Loss = call_model) -> None:
@@ -45,26 +45,21 @@ def recalibrate_bn_(model: nn.Module, batches: Iterable[Any], *, loss: Loss = ca
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise CompensationError("the model has no batch norm with running statistics, so there is nothing to measure")
-    modes = [(module, module.training) for module in model.modules()]
-    kept = [(norm, norm.momentum, {k: b.clone() for k, b in norm._buffers.items() if b is not None}) for norm in norms]
-    before = random_state(model)
-    finished = False
+    momenta = [norm.momentum for norm in norms]
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = None  # a cumulative average
-            norm.reset_running_stats()
-        with torch.no_grad():
+        with preserved(model), torch.no_grad():
+            model.eval()
+            for norm in norms:
+                norm.train()
+                norm.momentum = None  # a cumulative average
+                norm.reset_running_stats()
             for batch in measured(model, batches):
                 loss(model, batch)
-        finished = True
+            found = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     finally:
-        for module, training in modes:
-            module.training = training
-        for norm, momentum, buffers in kept:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if not finished or norm.num_batches_tracked == 0:  # never reached
-                for name, value in buffers.items():
-                    getattr(norm, name).copy_(value)
-        set_random_state(before)
+    for norm, statistics in zip(norms, found, strict=True):
+        if statistics["num_batches_tracked"]:
+            for name, value in statistics.items():
+                getattr(norm, name).copy_(value)

@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.compensation.repair import (
-    Missing,
-    check_reached,
-    measured,
-    repairable,
-    repairing,
-    warn_of_nothing,
-)
+from lightning_prune.compensation.repair import Missing, check_reached, measured, repairable, repairing, warn_of_nothing
 from lightning_prune.criteria.batches import Loss
-from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.graph.readers import input_dim
@@ -83,13 +76,12 @@ def fold_constants_(
         True
     """
     norms = {layer.name: layer.norm for group in graph.groups for layer in group.layers if layer.norm is not None}
-
-    def unfit(path: str, module: Any) -> str | None:
-        return "neither bias nor batch norm" if module.bias is None and path not in norms else None
-
-    found = repairable(model, graph, plan, missing, unfit)
+    neither = "neither bias nor batch norm"
+    found = repairable(
+        model, graph, plan, missing, lambda path, layer: neither if layer.bias is None and path not in norms else None
+    )
     with repairing(model) as dense:
-        means = {path: _Mean(path, dense, removed, norms.get(path)) for path, removed in found.items()}
+        means = {path: _Mean(path, dense, kept, norms.get(path)) for path, kept in found.items()}
         outputs: dict[str, Any] = {}
 
         def see(path: str, _module: nn.Module, value: Tensor, output: Tensor) -> None:
@@ -124,7 +116,7 @@ def fold_constants_(
 class _Mean:
     """Mean contribution of removed channels to each output of one layer, and where it can be folded into."""
 
-    def __init__(self, path: str, dense: nn.Module, removed: Tensor, norm: str | None) -> None:
+    def __init__(self, path: str, dense: nn.Module, kept: Tensor, norm: str | None) -> None:
         self.path = path
         layer: Any = dense.get_submodule(path)
         self.norm = norm if layer.bias is None else None
@@ -132,15 +124,14 @@ class _Mean:
         self.count = 0
         self._sum: Tensor | float = 0.0
         self._part: Any = copy.deepcopy(layer)  # the removed inputs' share of the layer
-        kept = (~removed).nonzero().flatten().to(layer.weight.device)
         dim = input_dim(layer)
         assert dim is not None
-        self._part.weight.data.index_fill_(dim, kept, 0)
+        self._part.weight.data.index_fill_(dim, kept.to(layer.weight.device), 0)
         if layer.bias is not None:
             self._part.bias.data.zero_()
 
     def add(self, value: Tensor) -> None:
-        """Add one call: what enters the layer."""
+        """One call: what enters the layer."""
         part: Tensor = self._part(value)
         part = part.movedim(-1 if isinstance(self._part, nn.Linear) else 1, -1).flatten(0, -2)
         self._sum = self._sum + part.sum(0, dtype=torch.float64)

@@ -47,15 +47,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns: a tensor, or a dict that holds them as "out" (segmentation).
-
-    Raises:
-        DistillationError: it is neither.
-
-    Example:
-        >>> logits_of({"out": torch.zeros(1, 3), "aux": torch.ones(1, 3)}).tolist()
-        [[0.0, 0.0, 0.0]]
-    """
+    """The logits in what a model returns: a tensor, or a dict that holds them as "out" (segmentation)."""
     logits = output.get("out") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor):
         held = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_prune.compensation.repair import (
-    Missing,
-    check_reached,
-    measured,
-    repairable,
-    repairing,
-    warn_of_nothing,
-)
+from lightning_prune.compensation.repair import Missing, check_reached, measured, repairable, repairing, warn_of_nothing
 from lightning_prune.criteria.batches import Loss
 from lightning_prune.criteria.channel_contributions import windows
-from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import CompensationError
 from lightning_prune.graph import ChannelGraph, call_model
 from lightning_prune.plan import Plan
@@ -89,11 +82,10 @@ def least_squares_(
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise CompensationError(f"damping must be a positive number, got {damping!r}")
-
-    def unfit(_path: str, module: nn.Module) -> str | None:
-        return "a transposed convolution" if isinstance(module, _ConvTransposeNd) else None
-
-    found = repairable(model, graph, plan, missing, unfit)
+    transposed = "a transposed convolution"
+    found = repairable(
+        model, graph, plan, missing, lambda _, module: transposed if isinstance(module, _ConvTransposeNd) else None
+    )
     with repairing(model) as dense:
         seen = list(measured(model, batches))
         ordered: dict[str, None] = {}
@@ -105,7 +97,7 @@ def least_squares_(
             return ()
         mask_once_(model, graph, plan)
         for path in ordered:
-            fit = _Fit(model.get_submodule(path), ~found[path])
+            fit = _Fit(model.get_submodule(path), found[path])
             for batch in seen:
                 pairs = zip(_calls(model, path, batch, loss), _calls(dense, path, batch, loss), strict=True)
                 for (value, _), (_, target) in pairs:
@@ -120,7 +112,7 @@ class _Fit:
 
     def __init__(self, layer: Any, kept: Tensor) -> None:
         self.layer = layer
-        self.kept = kept.nonzero().flatten().to(layer.weight.device)
+        self.kept = kept.to(layer.weight.device)
         self.groups: int = getattr(layer, "groups", 1)
         self.spatial = layer.weight.ndim - 2
         columns = len(self.kept) * prod(layer.weight.shape[2:]) + (layer.bias is not None)
@@ -130,7 +122,7 @@ class _Fit:
         self.cross = torch.zeros(self.groups, columns, outputs, **like)
 
     def add(self, value: Tensor, target: Tensor) -> None:
-        """Add the rows of one call: what enters the layer, and what the dense layer returns."""
+        """One call: what enters the layer, and what the dense layer returns."""
         if isinstance(self.layer, nn.Linear):
             value, target = value.reshape(-1, value.shape[-1]), target.reshape(-1, target.shape[-1])
             per_sample = 1
@@ -193,10 +185,6 @@ class _Fit:
 def _calls(model: nn.Module, path: str, batch: Any, loss: Loss) -> list[tuple[Tensor, Tensor]]:
     """What enters a layer and what comes out, call by call; copies, for both may be overwritten in place."""
     found: list[tuple[Tensor, Tensor]] = []
-
-    def note(_path: str, _module: nn.Module, value: Tensor, output: Tensor) -> None:
-        found.append((value.clone(), output.clone()))
-
-    with calls_of(model, [path], note):
+    with calls_of(model, [path], lambda _path, _module, *call: found.append((call[0].clone(), call[1].clone()))):
         loss(model, batch)
     return found

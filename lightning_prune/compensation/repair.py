@@ -23,38 +23,22 @@ from lightning_prune.reconstruction.masks import masked_entries
 Missing = Literal["refuse", "skip"]
 
 
-def removed_inputs(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[str, Tensor]:
-    """Per layer that reads removed channels, (inputs of its weight,) whether each belongs to one."""
-    found: dict[str, Tensor] = {}
+def kept_inputs(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[str, Tensor]:
+    """Per layer that reads removed channels, which inputs of its weight belong to none of them."""
+    kept: dict[str, Tensor] = {}
     for name, planned in plan.groups.items():
         gone = list(planned.removed)
         for path, reader in readers_of(model, graph.group(name)).items() if gone else ():
-            if path not in found:
-                found[path] = torch.zeros(graph.shapes[reader.weight][reader.dim], dtype=torch.bool)
-            found[path][reader.index[gone].flatten()] = True
-    return found
+            if path not in kept:
+                kept[path] = torch.ones(graph.shapes[reader.weight][reader.dim], dtype=torch.bool)
+            kept[path][reader.index[gone].flatten()] = False
+    return {path: entries.nonzero().flatten() for path, entries in kept.items()}
 
 
 def repairable(
-    model: nn.Module,
-    graph: ChannelGraph,
-    plan: Plan,
-    missing: Missing,
-    unfit: Callable[[str, Any], str | None],
+    model: nn.Module, graph: ChannelGraph, plan: Plan, missing: Missing, unfit: Callable[[str, Any], str | None]
 ) -> dict[str, Tensor]:
-    """The `removed_inputs` of the layers that can be repaired, once everything has been checked.
-
-    Args:
-        model: dense.
-        graph: its graph.
-        plan: what goes.
-        missing: ``refuse`` or ``skip`` the others.
-        unfit: why the layer at a path cannot be repaired, if so.
-
-    Raises:
-        CompensationError: the model is masked already, ``missing`` is unknown, or a reader is to be refused.
-        PlanError: the graph or the plan belongs to another model.
-    """
+    """The `kept_inputs` of the layers that can be repaired (``unfit``: why not), once all has been checked."""
     if missing not in ("refuse", "skip"):
         raise CompensationError(f"missing must be 'refuse' or 'skip', got {missing!r}")
     plan.check(graph)
@@ -65,11 +49,11 @@ def repairable(
             "before mask_, with MaskHandle.undo() if need be"
         )
     fit, refused = {}, []
-    for path, removed in removed_inputs(model, graph, plan).items():
+    for path, kept in kept_inputs(model, graph, plan).items():
         module = model.get_submodule(path)
         reason = unfit(path, module) if is_computable(module) else f"a {type(module).__name__} of its own"
         if reason is None:
-            fit[path] = removed
+            fit[path] = kept
         else:
             refused.append(f"{path} ({reason})")
     if refused and missing == "refuse":
@@ -122,9 +106,6 @@ def warn_of_nothing() -> None:
 
 def _is_masked(model: nn.Module, graph: ChannelGraph, plan: Plan) -> bool:
     """Whether everything that the plan masks is zero already."""
-    zeros = masked_entries(graph, plan)
-    for item in zeros:
-        parameter = model.get_parameter(item.parameter).detach()
-        if bool(parameter.index_select(item.dim, item.entries.to(parameter.device)).any()):
-            return False
-    return bool(zeros)
+    zeros = [(model.get_parameter(item.parameter).detach(), item) for item in masked_entries(graph, plan)]
+    masked = [parameter.index_select(item.dim, item.entries.to(parameter.device)) for parameter, item in zeros]
+    return bool(masked) and not any(bool(entries.any()) for entries in masked)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria.batches import Loss, each_batch
 from lightning_prune.criteria.channel_contributions import next_layers
-from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatcher
+from lightning_prune.criteria.observe.reader_outputs import SampledOutputWatcher
 from lightning_prune.criteria.thinet import GramTerm, check_rows
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, call_model
@@ -88,40 +88,35 @@ def rescale_(
     """
     check_rows(rows)
     readers = _pruned_readers(model, graph, plan, dense)
-    if not readers:
-        return {}
-    grams = _grams(dense, readers, GramTerm(rows, seed), batches, loss)
-    found: dict[str, dict[str, Rescaling]] = {}
-    for (group, path), (gram, count) in grams.items():
+    grams = _grams(dense, readers, GramTerm(rows, seed), batches, loss) if readers else {}
+    fits: dict[str, Rescaling] = {}
+    for key, (gram, count) in grams.items():
+        group, reader = readers[key]
         kept = torch.tensor(plan.groups[group].keep)
         if count < len(kept):
-            raise ScoreError(f"{path}: {count} rows cannot determine {len(kept)} factors; pass more batches or rows")
+            raise ScoreError(
+                f"{reader.path}: {count} rows cannot determine {len(kept)} factors; pass more batches or rows"
+            )
         if not torch.isfinite(gram).all():
-            raise ScoreError(f"{path}: what its inputs add to its outputs is NaN or infinite; check batches")
-        found.setdefault(group, {})[path] = fit(gram, kept)
+            raise ScoreError(f"{reader.path}: what its inputs add to its outputs is NaN or infinite; check batches")
+        fits[key] = fit(gram, kept)
     small = {(cut.tensor, cut.dim): cut.keep for cut in cuts(graph, plan)}
-    for group, path in grams:
-        reader = readers[group, path]
+    found: dict[str, dict[str, Rescaling]] = {}
+    for key, done in fits.items():
+        group, reader = readers[key]
+        found.setdefault(group, {})[reader.path] = done
         size = graph.shapes[reader.weight][reader.dim]
         factors = torch.ones(size, dtype=torch.float64)
-        scales = torch.tensor(found[group][path].scales, dtype=torch.float64)
-        factors[reader.index[list(plan.groups[group].keep)]] = scales.unsqueeze(1)
+        factors[reader.index[list(plan.groups[group].keep)]] = factors.new_tensor(done.scales).unsqueeze(1)
         parameter = model.get_parameter(reader.weight)
         if parameter.shape[reader.dim] != size:
             factors = factors[small[reader.weight, reader.dim]]
-        shape = [-1 if dim == reader.dim else 1 for dim in range(parameter.ndim)]
-        parameter.mul_(factors.view(shape).to(parameter))
+        parameter.mul_(factors.view([-1 if dim == reader.dim else 1 for dim in range(parameter.ndim)]).to(parameter))
     return found
 
 
 def fit(gram: Tensor, kept: Tensor) -> Rescaling:
-    """Factors of the kept channels from X^T X, (channels, channels).
-
-    Example:
-        >>> rows = torch.tensor([[1.0, 1.0], [2.0, 2.0]]).double()  # the second channel repeats the first
-        >>> [round(scale, 6) for scale in fit(rows.T @ rows, torch.tensor([0])).scales]
-        [2.0]
-    """
+    """Factors of the kept channels from X^T X, (channels, channels)."""
     gone = torch.ones(len(gram), dtype=torch.bool)
     gone[kept] = False
     inner, missing = gram[kept][:, kept], gram[kept][:, gone].sum(1)
@@ -134,8 +129,8 @@ def fit(gram: Tensor, kept: Tensor) -> Rescaling:
 
 def _pruned_readers(
     model: nn.Module, graph: ChannelGraph, plan: Plan, dense: nn.Module
-) -> dict[tuple[str, str], Reader]:
-    """What reads each group that loses channels."""
+) -> dict[str, tuple[str, Reader]]:
+    """What reads each group that loses channels, by names of both."""
     plan.check(graph)
     graph.check(dense)
     if model is dense:
@@ -147,19 +142,22 @@ def _pruned_readers(
     found = {name: list(p.shape) for name, p in (*model.named_parameters(), *model.named_buffers()) if name in shapes}
     if found not in (shapes, small):
         raise PlanError("the model is neither the masked nor the reconstructed one of this plan; its shapes differ")
-    groups = [name for name, group in plan.groups.items() if group.removed]
-    return {(name, path): reader for name in groups for path, reader in next_layers(dense, graph.group(name)).items()}
+    return {
+        f"{name}/{path}": (name, reader)
+        for name, group in plan.groups.items()
+        if group.removed
+        for path, reader in next_layers(dense, graph.group(name)).items()
+    }
 
 
 def _grams(
-    dense: nn.Module, readers: dict[tuple[str, str], Reader], term: GramTerm, batches: Iterable[Any], loss: Loss
-) -> dict[tuple[str, str], tuple[Tensor, int]]:
+    dense: nn.Module, readers: dict[str, tuple[str, Reader]], term: GramTerm, batches: Iterable[Any], loss: Loss
+) -> dict[str, tuple[Tensor, int]]:
     """X^T X and number of rows of every reader that ran."""
     watcher = SampledOutputWatcher(dense)
-    grams: dict[tuple[str, str], tuple[Tensor, int]] = {}
-    keys = {f"{group}/{path}": (group, path) for group, path in readers}
-    for key, names in keys.items():
-        watcher.look(key, term, readers[names])
+    grams: dict[str, tuple[Tensor, int]] = {}
+    for key, (_, reader) in readers.items():
+        watcher.look(key, term, reader)
     none = ScoreError("no layer that reads pruned channels ran: batches were empty, or do not reach it")
     with preserved(dense):
         dense.eval()
@@ -167,8 +165,8 @@ def _grams(
             with watcher:
                 loss(dense, batch)
                 for key, seen in watcher.seen.items():
-                    gram, rows = grams.get(keys[key], (torch.zeros(()), 0))
-                    grams[keys[key]] = (gram + seen.partial.cpu(), rows + seen.positions)
+                    gram, rows = grams.get(key, (torch.zeros(()), 0))
+                    grams[key] = gram + seen.partial.cpu(), rows + seen.positions
     if not grams:
         raise none
-    return {names: grams[names] for names in readers if names in grams}
+    return {key: grams[key] for key in readers if key in grams}

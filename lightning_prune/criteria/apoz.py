@@ -8,7 +8,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, complete
 from lightning_prune.criteria.functional import Combine
@@ -68,17 +67,14 @@ class APoZ(Criterion):
     missing: Missing = "refuse"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("eps", self.eps)
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (_Zeros(self.eps),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         found = [
             1 - member.means["zeros"] / member.layer.index.shape[1] if "zeros" in member.means else None

@@ -15,7 +15,6 @@ from typing import ClassVar, Literal, final, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.settings import check_choice
@@ -194,7 +193,6 @@ class WeightCriterion(Criterion, ABC):
         """(channels, fan) float64 weights, none of the rows all zero, to (channels,) scores."""
 
     @final
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         return [self._layer_scores(member.rows()) for member in members]
 
@@ -216,18 +214,9 @@ class WeightCriterion(Criterion, ABC):
 
 
 def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing: Missing, lacking: str) -> list[Tensor]:
-    """Scores for the members that lack what the others were scored by.
+    """Scores of all members, those that lack them (None) by the other layers of the group: the channels are the same.
 
-    Where other layers of the group have it, the mean of their scores: the channels are the same.
-
-    Args:
-        members: the layers.
-        found: their scores, None where there is nothing to score by.
-        missing: for groups without any: ``refuse``, or ``keep``: score above all others.
-        lacking: completes the sentence that refuses, "... there is no batch norm behind <layers>".
-
-    Raises:
-        ScoreError: a group has nothing to score by; names its layers.
+    Where a whole group lacks them, ``missing`` decides; ``lacking`` begins the refusal, "... there is none behind".
     """
     groups: dict[str, list[Tensor]] = {}
     for member, scores in zip(members, found, strict=True):
@@ -238,12 +227,10 @@ def complete(members: Sequence[Member], found: Sequence[Tensor | None], missing:
         raise ScoreError(f"{lacking} {', '.join(without)}")
     top = 1 + 2 * max((scores.max().item() for of in groups.values() for scores in of), default=0.0)
 
-    def instead(member: Member) -> Tensor:
-        if member.group in groups:
-            return functional.combine(groups[member.group], "mean")
-        return torch.full((len(member.layer.index),), top, dtype=torch.float64)
-
-    return [instead(member) if scores is None else scores for member, scores in zip(members, found, strict=True)]
+    for member in members:
+        groups.setdefault(member.group, [torch.full((len(member.layer.index),), top, dtype=torch.float64)])
+    instead = {group: functional.combine(scores, "mean") for group, scores in groups.items()}
+    return [instead[m.group] if scores is None else scores for m, scores in zip(members, found, strict=True)]
 
 
 def criterion_from(criterion: Criterion | str) -> Criterion:

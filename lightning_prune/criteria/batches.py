@@ -15,16 +15,7 @@ Loss = Callable[[nn.Module, Any], Any]
 
 
 def each_batch(model: nn.Module, batches: Iterable[Any], none: PruningError) -> Iterator[Any]:
-    """Batches on the model's device, one after the other.
-
-    Raises:
-        PruningError: ``none``, if there was not a single one; of the same type, if they are one tensor.
-
-    Example:
-        >>> from lightning_prune.errors import ScoreError
-        >>> list(each_batch(nn.Linear(1, 1), [1, 2], ScoreError("no batch")))
-        [1, 2]
-    """
+    """Batches on the model's device, one after the other; raises ``none`` if there was not a single one."""
     if isinstance(batches, Tensor):
         raise type(none)("batches must be an iterable of batches such as a DataLoader, got one tensor")
     empty = True

@@ -9,7 +9,6 @@ from typing import final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, Missing, complete
@@ -50,7 +49,6 @@ class BNScale(Criterion):
     missing: Missing = "refuse"
     combine: Combine = "mean"
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         found = [self._layer_scores(member) if member.scales else None for member in members]
         lacking = (
@@ -67,21 +65,16 @@ class BNScale(Criterion):
 def batch_norm_scales(model: nn.Module, group: Group, layer: Layer) -> tuple[Tensor, ...]:
     """Gamma of the layer's own batch norm, else of those that normalise its channels, else the group's channels.
 
-    Args:
-        model: the traced model.
-        group: from its graph.
-        layer: one of its layers.
-
-    Returns:
-        (channels, k) float64 each, for the k filters of a channel; empty if there is none.
+    (channels, k) float64 each, for the k filters of a channel; empty if there is none.
     """
     if layer.norm is not None:
         weight = getattr(model.get_submodule(layer.norm), "weight", None)
-        return (_entries(weight, layer.index),) if isinstance(weight, Tensor) else ()
-    norms = [part for part in group.slices if part.norm and part.tensor.endswith(".weight")]
-    own = [part for part in norms if part.layer == layer.name] or [part for part in norms if part.layer is None]
-    tensors = [(getattr(model.get_submodule(part.tensor.removesuffix(".weight")), "weight"), part) for part in own]  # noqa: B009
-    return tuple(_entries(tensor, part.index) for tensor, part in tensors)
+        found = [] if weight is None else [(weight, layer.index)]
+    else:
+        norms = [part for part in group.slices if part.norm and part.tensor.endswith(".weight")]
+        own = [part for part in norms if part.layer == layer.name] or [part for part in norms if part.layer is None]
+        found = [(model.get_parameter(part.tensor), part.index) for part in own]
+    return tuple(weight.detach().to(torch.float64)[index.to(weight.device)] for weight, index in found)
 
 
 def add_bn_sparsity_(model: nn.Module, strength: float = 1e-4, parameters: Collection[Tensor] | None = None) -> None:
@@ -113,7 +106,3 @@ def add_bn_sparsity_(model: nn.Module, strength: float = 1e-4, parameters: Colle
     for key, scale in scales.items():
         if scale.grad is not None and (wanted is None or key in wanted):
             scale.grad.add_(scale.detach().sign(), alpha=strength)
-
-
-def _entries(weight: Tensor, index: Tensor) -> Tensor:
-    return weight.detach().to(torch.float64)[index.to(weight.device)]

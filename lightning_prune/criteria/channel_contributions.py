@@ -1,7 +1,9 @@
-"""What each channel adds to the output of a layer that reads it, without running the layer once per channel."""
+"""What each channel adds to outputs of a layer that reads it, without running the layer once per channel."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.readers import Reader, readers_of
 
+_ELEMENTS = 2**21  # of the largest tensor that sampling makes at once: 16 MiB in float64
 _KINDS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -53,27 +56,10 @@ def check_computable(model: nn.Module, path: str, way_out: str) -> None:
 
 
 def channel_contributions(module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size) -> Tensor:
-    """W[:, c] * a_c for several channels c: (N, ...) and (K, r) to (N, K, outputs of a sample).
+    """W[:, c] * a_c for several channels c, bias left out: (N, ...) and (K, r) to (N, K, outputs of a sample).
 
     The channels are separate groups of one grouped convolution. Nothing larger than the result is made, unless
     the inputs of the K channels are.
-
-    Args:
-        module: a convolution or linear layer; its bias does not count.
-        inputs: what entered it.
-        index: entries of its weight's input dimension that belong to each channel.
-        output: shape of what it returned.
-
-    Raises:
-        ScoreError: channels of a grouped transposed convolution that are not spread over its groups alike.
-
-    Example:
-        >>> layer = nn.Conv2d(4, 3, 3)
-        >>> images = torch.randn(2, 4, 5, 5)
-        >>> each = channel_contributions(layer, images, torch.arange(4).unsqueeze(1), layer(images).shape)
-        >>> whole = layer(images) - layer.bias.view(3, 1, 1)
-        >>> each.shape, torch.allclose(each.sum(1).view(2, 3, 3, 3), whole, atol=1e-5)
-        (torch.Size([2, 4, 27]), True)
     """
     index = index.to(inputs.device)
     layer: Any = module
@@ -110,17 +96,7 @@ def _through_transposed(module: Any, inputs: Tensor, weight: Tensor, index: Tens
 
 
 def windows(layer: _ConvNd, inputs: Tensor) -> Tensor:
-    """What every output position of a convolution sees: (N, C, *spatial) to (N, C, *positions, *taps), a view.
-
-    Zeros of the padding are included.
-
-    Example:
-        >>> layer = nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False)
-        >>> image = torch.randn(1, 2, 5, 5)
-        >>> made = torch.einsum("ncijkl,ockl->noij", windows(layer, image), layer.weight)
-        >>> torch.allclose(made, layer(image), atol=1e-5)
-        True
-    """
+    """What every output position of a convolution sees, padding included: (N, C, *positions, *taps), a view."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, stride, dilation) in enumerate(
@@ -128,3 +104,36 @@ def windows(layer: _ConvNd, inputs: Tensor) -> Tensor:
     ):
         padded = padded.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
     return padded
+
+
+def sampled_contributions(
+    module: nn.Module, inputs: Tensor, index: Tensor, output: torch.Size, chosen: Tensor
+) -> Iterator[Tensor]:
+    """What each channel adds to chosen outputs (N, rows) of a layer, bias left out: some (rows, channels) after others.
+
+    Only the windows behind the chosen outputs are looked at.
+    """
+    index = index.to(inputs.device)
+    if isinstance(module, _ConvTransposeNd):
+        parts = [
+            channel_contributions(module, inputs, some, output).gather(2, chosen.unsqueeze(1).expand(-1, len(some), -1))
+            for some in index.split(max(1, _ELEMENTS // math.prod(output)))
+        ]
+        yield torch.cat(parts, 1).transpose(1, 2).flatten(0, 1)
+        return
+    layer: Any = module
+    weight = layer.weight.detach().to(inputs.dtype)
+    seen = windows(layer, inputs) if isinstance(module, _ConvNd) else inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    limit = max(1, _ELEMENTS // (math.prod(weight.shape[2:]) * index.numel()))
+    samples = torch.arange(len(inputs), device=inputs.device).repeat_interleave(chosen.shape[1])
+    for sample, row in zip(samples.split(limit), chosen.flatten().split(limit), strict=True):
+        if isinstance(module, _ConvNd):
+            out, *place = torch.unravel_index(row, output[1:])
+            group = out // (weight.shape[0] // module.groups)
+            entries = group[:, None, None] * weight.shape[1] + index  # rows, channels, r
+            where = (sample[:, None, None], entries, *(at[:, None, None] for at in place))
+            values = seen[where].flatten(3)
+            yield (values * weight.flatten(2)[out][:, index]).sum((-2, -1))
+        else:
+            place, out = row // output[-1], row % output[-1]
+            yield (seen[sample, place][:, index] * weight[out][:, index]).sum(-1)

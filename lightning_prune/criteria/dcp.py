@@ -8,7 +8,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, Tap
@@ -26,12 +25,10 @@ class _GradientTerm(Tap):
     joint = True
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
-        """(1, F, M) to (F, M)."""
         assert gradient is not None
         return gradient[0].to(torch.float64)
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:  # noqa: ARG002
-        """The gradient of one batch."""
         return partial, 1
 
 
@@ -79,23 +76,19 @@ class DCP(Criterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("heads", self.heads, "an integer >= 0", 0)
         check_weight("weight", self.weight)
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (_GradientTerm(),)
 
     @property
-    @override
     def auxiliary(self) -> tuple[int, float]:
         return self.heads, self.weight
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         norms = [torch.linalg.vector_norm(member.means["slope"], dim=1) for member in members]
         return [functional.normalize(norm, self.normalize) for norm in norms]

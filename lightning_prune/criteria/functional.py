@@ -1,15 +1,14 @@
 """Tensor kernels of the criteria: weights to scores, activations and gradients to contributions. No modules.
 
 Weights are scored in float64. Activations are summed over the positions of one sample in their own precision
-(half precision is widened to float32 first) and leave the kernel in float64, so sums over samples do not
-drift.
+(half precision is widened to float32 first) and leave the kernel in float64, so sums over samples do not drift.
 
-Shapes: N samples, F filters, M positions (height times width; 1 behind a linear layer), k filters per
-channel.
+Shapes: N samples, F filters, M positions (height times width; 1 behind a linear layer), k filters per channel.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,18 +21,9 @@ Normalizer = Literal["none", "max", "mean", "l2", "minmax", "rank", "percentile"
 Scope = Literal["layer", "network"]
 Combine = Literal["mean", "sum", "max"]
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def channel_rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
-    """All weights of each channel as one vector: (channels, fan) float64.
-
-    The k filters of a channel are concatenated, so that a norm of the row is the norm of what is removed.
-
-    Example:
-        >>> channel_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0, torch.tensor([[1, 0]])).tolist()
-        [[3.0, 4.0, 1.0, 2.0]]
-    """
+    """All weights of each channel as one vector, its filters concatenated: (channels, fan) float64."""
     filters = weight.detach().movedim(dim, 0).flatten(1).to(torch.float64)
     index = index.to(filters.device)
     if index.shape[1] == 1 and torch.equal(index[:, 0], torch.arange(len(filters), device=index.device)):
@@ -42,13 +32,7 @@ def channel_rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def geometric_median_distance(rows: Tensor, distance: Distance = "l2") -> Tensor:
-    """Sum of the distances of each row to all others: smallest at the geometric median restricted to the
-    rows.
-
-    Example:
-        >>> geometric_median_distance(torch.tensor([[0.0], [1.0], [5.0]]).double()).tolist()
-        [6.0, 5.0, 9.0]
-    """
+    """Sum of the distances of each row to all others: smallest at the geometric median restricted to the rows."""
     if distance == "cosine":
         unit = torch.nn.functional.normalize(rows, dim=1)
         pairs = 1 - unit @ unit.T
@@ -63,31 +47,18 @@ def geometric_median_distance(rows: Tensor, distance: Distance = "l2") -> Tensor
 
 
 def by_position(tensor: Tensor, channel_dim: int) -> Tensor:
-    """Activations as (N, F, M).
-
-    Example:
-        >>> by_position(torch.zeros(2, 3, 4, 5), 1).shape, by_position(torch.zeros(2, 7, 3), -1).shape
-        (torch.Size([2, 3, 20]), torch.Size([2, 3, 7]))
-    """
+    """Activations as (N, F, M)."""
     tensor = tensor.movedim(channel_dim, 1)
     return widened(tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor.flatten(2))
 
 
 def widened(tensor: Tensor) -> Tensor:
     """Half precision as float32."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def taylor(value: Tensor, gradient: Tensor, magnitude: Magnitude = "signed") -> Tensor:
-    """Sum over positions of gradient times value, or of its absolute value or square: (N, F, M) to (N, F).
-
-    ``signed`` is the first-order change of the loss when the map is multiplied by 1 + epsilon.
-
-    Example:
-        >>> h, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
-        >>> taylor(h, g).item(), taylor(h, g, "abs").item(), taylor(h, g, "square").item()
-        (1.0, 5.0, 13.0)
-    """
+    """Sum over positions of gradient times value, or of its absolute value or square: (N, F, M) to (N, F)."""
     if magnitude == "signed":
         return torch.linalg.vecdot(value, gradient).to(torch.float64)
     return apply_magnitude(value * gradient, magnitude).sum(-1).to(torch.float64)
@@ -101,12 +72,7 @@ def apply_magnitude(tensor: Tensor, magnitude: Magnitude) -> Tensor:
 
 
 def gather_channels(partial: Tensor, index: Tensor) -> Tensor:
-    """Sum what the k filters of each channel contribute: (N, F) and (channels, k) to (N, channels).
-
-    Example:
-        >>> gather_channels(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 2], [1, 1]])).tolist()
-        [[5.0, 4.0]]
-    """
+    """Sum what the k filters of each channel contribute: (N, F) and (channels, k) to (N, channels)."""
     return partial[:, index.to(partial.device)].sum(-1)
 
 
@@ -133,7 +99,7 @@ def normalize(scores: Tensor, how: Normalizer) -> Tensor:
     if how == "none" or not len(scores) or not torch.isfinite(scores).all():
         return scores  # not finite: refused with the layer's name by whoever asked; a rank would hide it
     if how in ("max", "mean", "l2"):
-        scale = scores.max() if how == "max" else scores.mean() if how == "mean" else torch.linalg.vector_norm(scores)
+        scale = torch.linalg.vector_norm(scores) if how == "l2" else getattr(scores, how)()
         scale = scale.abs()  # what is worth less stays below
         return scores if scale == 0 else scores / scale
     if how == "lamp":
@@ -158,27 +124,27 @@ def normalize(scores: Tensor, how: Normalizer) -> Tensor:
 def normalize_scores(raw: Sequence[Tensor], how: Normalizer, scope: Scope = "layer") -> list[Tensor]:
     """Normalise scores within each layer, or over all layers of the network together.
 
-    Scores of one kind keep their order over the network under ``network``, whichever normaliser: it matters where two
-    kinds are then added (JRE), and where the members of a group are.
+    Under ``network`` they keep their order over the network: it matters where two kinds are then added (JRE), and
+    where the members of a group are.
     """
     if scope == "layer" or not raw:
         return [normalize(scores, how) for scores in raw]
-    device = raw[0].device
-    together = normalize(torch.cat([scores.to(device) for scores in raw]), how)
+    together = normalize(torch.cat([scores.to(raw[0].device) for scores in raw]), how)
     return list(torch.split(together, [len(scores) for scores in raw]))
 
 
-def combine(members: Sequence[Tensor], how: Combine | Literal["first"]) -> Tensor:
-    """One score per channel of a group from the scores of its member layers.
+def mixed_generator(*parts: object) -> torch.Generator:
+    """A generator of its own for each seed and name.
 
-    Example:
-        >>> combine([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 0.0])], "mean").tolist()
-        [2.0, 2.0]
+    That of the CPU sees 32 bits of its seed: they have to be mixed, not concatenated.
     """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def combine(members: Sequence[Tensor], how: Combine | Literal["first"]) -> Tensor:
+    """One score per channel of a group from the scores of its member layers."""
     if how == "first":
         return members[0].clone()
-    device = members[0].device
-    stacked = torch.stack([scores.to(device) for scores in members])
-    if how == "max":
-        return stacked.amax(0)
-    return stacked.mean(0) if how == "mean" else stacked.sum(0)
+    stacked = torch.stack([scores.to(members[0].device) for scores in members])
+    return getattr(stacked, "amax" if how == "max" else how)(0)

@@ -8,15 +8,12 @@ from typing import Literal, final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, Tap
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer
 from lightning_prune.criteria.settings import check_integer
-from lightning_prune.criteria.taylor_terms import WeightTerm
-
-NextForm = Literal["output", "weight"]
+from lightning_prune.criteria.taylor import WeightTerm
 
 
 @dataclass(frozen=True)
@@ -92,25 +89,22 @@ class NextLayerTaylor(Criterion):
         [3.0, 8.0]
     """
 
-    form: NextForm = "output"
+    form: Literal["output", "weight"] = "output"
     magnitude: Magnitude = "abs"
     chunk: int = 8
     normalize: Normalizer = "l2"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("chunk", self.chunk, "an integer >= 1", 1)
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         if self.form == "weight":
             return (WeightTerm(self.magnitude, "reader_weight"),)
         return (_OutputTerm(self.magnitude, self.chunk), _Positions())
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         term, *positions = self.taps
         raw = term.scores(members)

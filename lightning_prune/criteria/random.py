@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria.base import Criterion, Member
+from lightning_prune.criteria.functional import mixed_generator
 from lightning_prune.criteria.settings import check_seed
 
 
@@ -40,17 +39,11 @@ class Random(Criterion):
 
     seed: int = 0
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
-        return [self._draw(member) for member in members]
-
-    def _draw(self, member: Member) -> Tensor:
-        # The CPU generator sees 32 bits of its seed: seed and name have to be mixed, not concatenated.
-        digest = hashlib.sha256(f"{self.seed}/{member.group}/{member.layer.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        return torch.rand(len(member.layer.index), dtype=torch.float64, generator=generator)
+        generators = [mixed_generator(self.seed, member.group, member.layer.name) for member in members]
+        sizes = [len(member.layer.index) for member in members]
+        return [torch.rand(n, dtype=torch.float64, generator=g) for n, g in zip(sizes, generators, strict=True)]

@@ -8,12 +8,11 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria.base import Criterion, Member, Site, Tap
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope, normalize_scores
 from lightning_prune.criteria.settings import check_weight
-from lightning_prune.criteria.taylor_terms import Reduce, Spatial, TaylorTerm
+from lightning_prune.criteria.taylor import Reduce, Spatial, TaylorTerm
 from lightning_prune.errors import ScoreError
 
 Reference = Literal["self", "baseline"]
@@ -74,11 +73,9 @@ class GRE(Criterion):
     combine: Combine = "mean"
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (TaylorTerm(self.magnitude, self.reduce, self.site),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         return normalize_scores(self.taps[0].scores(members), self.normalize, self.scope)
 
@@ -115,11 +112,9 @@ class LRE(Criterion):
     combine: Combine = "mean"
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (_EnergyTerm(self.spatial, self.reference == "baseline"),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         return normalize_scores(self.taps[0].scores(members), self.normalize, self.scope)
 
@@ -166,7 +161,6 @@ class JRE(Criterion):
     beta: float = 1.0
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("alpha", self.alpha)
@@ -175,7 +169,6 @@ class JRE(Criterion):
             raise ScoreError("alpha and beta must not both be 0: every channel would score the same")
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return tuple(tap for _, term in self._terms for tap in term.taps)
 
@@ -187,7 +180,6 @@ class JRE(Criterion):
         both = ((self.alpha, gre), (self.beta, lre))
         return tuple((weight, term) for weight, term in both if weight)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         parts = [[weight * scores for scores in term.scores(members)] for weight, term in self._terms]
         return [torch.stack(of).sum(0) for of in zip(*parts, strict=True)]

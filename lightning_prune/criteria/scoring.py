@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Criterion, Member, criterion_from
-from lightning_prune.criteria.baseline_weights import fit_baseline, swapped
 from lightning_prune.criteria.batches import Loss, each_batch
 from lightning_prune.criteria.bn_scale import batch_norm_scales
 from lightning_prune.criteria.observe.auxiliary_classifiers import AuxiliaryClassifiers
@@ -22,7 +22,7 @@ from lightning_prune.criteria.scores import Scores
 from lightning_prune.criteria.settings import check_choice
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, call_model
-from lightning_prune.model_state.preservation import preserved, random_state, set_random_state
+from lightning_prune.model_state.preservation import preserved, random_state, set_random_state, without_masks
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
 
@@ -46,8 +46,8 @@ class Scorer:
         criterion: a criterion, or its name.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``; same shapes as
             the model.
-        bn_mode: modules while scoring inside ``with``. ``eval``: all in eval mode. ``train``: all in train
-            mode (batch statistics, dropout). ``keep``: as they are.
+        bn_mode: modules while scoring inside ``with``: all in ``eval`` mode, all in ``train`` mode (batch
+            statistics, dropout), or ``keep``: as they are.
 
     Raises:
         ScoreError: unknown bn_mode, missing or unfit baseline, or a site that the model does not have.
@@ -81,7 +81,7 @@ class Scorer:
         self.state: dict[str, Tensor] = {}
         self._observer = Observer(model, graph, self.criterion, self.state, reference=False)
         self._dense = Observer(model, graph, self.criterion, self.state, reference=True)
-        self._baseline = fit_baseline(model, baseline) if self.criterion.needs_reference else None
+        self._baseline = _fit_baseline(model, baseline) if self.criterion.needs_reference else None
         count, weight = self.criterion.auxiliary
         self._classifiers = AuxiliaryClassifiers(model, graph, count, weight) if count else None
         self._preserved: AbstractContextManager[None] | None = None
@@ -117,19 +117,18 @@ class Scorer:
         self._classifiers.fit(step)
 
     def update(self, step: Callable[[], Any]) -> None:
-        """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs
-        one.
+        """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs one.
 
         With a baseline, ``step`` runs a second time under `torch.no_grad` with the dense weights in place,
         from the same random state.
 
         Raises:
-            ScoreError: what ``step`` returns is no loss, or the tensors at a site are not what the graph
-                says.
+            ScoreError: what ``step`` returns is no loss, or the tensors at a site are not what the graph says.
         """
         if self._baseline is not None:
             before = random_state(self.model)
-            with self._dense.batch(), torch.no_grad(), swapped(self.model, self._baseline):
+            dense = _reparametrize_module(self.model, self._baseline, stack_weights=True)
+            with self._dense.batch(), torch.no_grad(), dense, without_masks(self.model):
                 step()
             set_random_state(before)
         if not self._observer.taps:
@@ -242,6 +241,27 @@ def score(
                 for batch in each_batch(model, batches, none):
                     see(partial(loss or call_model, model, batch))
         return scorer.compute()
+
+
+def _fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Copies of the dense model's tensors on the model's devices."""
+    if baseline is None:
+        raise ScoreError(
+            "reference='baseline' needs the weights of the dense model: pass baseline={name: tensor}, for example a "
+            "deep copy of model.state_dict() taken before pruning"
+        )
+    fitted = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if name not in baseline or baseline[name].shape != tensor.shape:
+            found = f"shape {list(baseline[name].shape)}" if name in baseline else "nothing"
+            raise ScoreError(
+                f"baseline: expected {name!r} with shape {list(tensor.shape)}, found {found}; the model being scored "
+                "must still have the dense shapes (mask it, and reconstruct at the end), or use reference='self'"
+            )
+        fitted[name] = baseline[name].detach().to(tensor.device, tensor.dtype, copy=True)
+    return fitted
 
 
 def _check_finite(member: Member, scores: Tensor) -> None:

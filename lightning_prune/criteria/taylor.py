@@ -1,4 +1,4 @@
-"""First-order Taylor criteria of Molchanov et al.: feature maps (2016), filters and gates (2019)."""
+"""First-order Taylor criteria of Molchanov et al.: feature maps (2016), filters and gates (2019); their terms."""
 
 from __future__ import annotations
 
@@ -7,18 +7,69 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from torch import Tensor
-from typing_extensions import override
 
-from lightning_prune.criteria.base import Criterion, Member, Site, Tap
-from lightning_prune.criteria.functional import Combine, Normalizer, normalize_scores
-from lightning_prune.criteria.taylor_terms import Reduce, TaylorTerm, WeightTerm
+from lightning_prune.criteria import functional
+from lightning_prune.criteria.base import Criterion, Member, Site, Tap, TapSite
+from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, normalize_scores
 from lightning_prune.errors import ScoreError
 
 Definition = Literal["paper", "jacobgil", "nvlabs"]
-FirstOrderForm = Literal["gate", "weight"]
-GateReduce = Literal["batch", "sample"]
+Reduce = Literal["sample", "batch", "dataset", "element"]
+Spatial = Literal["sum", "mean"]
 
 _REDUCTIONS: dict[Definition, Reduce] = {"paper": "sample", "jacobgil": "dataset", "nvlabs": "element"}
+
+
+@dataclass(frozen=True)
+class TaylorTerm(Tap):
+    """First-order change of the loss when channel c is zeroed: gradient times value; ``reduction`` as in `GRE`.
+
+    ``spatial``: sum or mean over positions; with ``reduction="element"`` always the mean.
+    """
+
+    magnitude: Magnitude
+    reduction: Reduce
+    site: Site
+    spatial: Spatial = "sum"
+    name = "global"
+    gradient = True
+
+    @property
+    def degree(self) -> int:  # type: ignore[override]
+        return 2 if self.reduction == "element" and self.magnitude == "square" else 1
+
+    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
+        assert gradient is not None
+        return functional.taylor(value, gradient, self.magnitude if self.reduction == "element" else "signed")
+
+    def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
+        if self.reduction == "element":
+            return partial.sum(0) / positions, len(partial)
+        if self.spatial == "mean":
+            partial = partial / positions
+        if self.reduction == "batch":
+            return functional.apply_magnitude(partial.mean(0), self.magnitude), 1
+        if self.reduction == "sample":
+            partial = functional.apply_magnitude(partial, self.magnitude)
+        return partial.sum(0), len(partial)
+
+    def scores(self, members: Sequence[Member]) -> list[Tensor]:
+        means = super().scores(members)
+        return [functional.apply_magnitude(x, self.magnitude) for x in means] if self.reduction == "dataset" else means
+
+
+@dataclass(frozen=True)
+class WeightTerm(Tap):
+    """Sum over weights of gradient times weight, under the gradient of each batch's mean loss; mean over batches."""
+
+    magnitude: Magnitude
+    site: TapSite = "weight"
+    name = "weight"
+    gradient = True
+
+    def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:
+        assert gradient is not None
+        return functional.taylor(value, gradient, self.magnitude)
 
 
 @final
@@ -62,11 +113,9 @@ class Taylor(Criterion):
     combine: Combine = "mean"
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (TaylorTerm("abs", _REDUCTIONS[self.definition], self.site, "mean"),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         return normalize_scores(self.taps[0].scores(members), self.normalize)
 
@@ -105,23 +154,20 @@ class TaylorFO(Criterion):
         [1.0, 4.0]
     """
 
-    form: FirstOrderForm = "gate"
-    reduce: GateReduce = "batch"
+    form: Literal["gate", "weight"] = "gate"
+    reduce: Literal["batch", "sample"] = "batch"
     site: Site = "bn"
     normalize: Normalizer = "none"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form == "weight" and self.reduce == "sample":
             raise ScoreError("reduce='sample' needs form='gate': weights have one gradient per batch")
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (TaylorTerm("square", self.reduce, self.site) if self.form == "gate" else WeightTerm("square"),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         return normalize_scores(self.taps[0].scores(members), self.normalize)

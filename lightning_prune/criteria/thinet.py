@@ -8,7 +8,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria.base import Criterion, Member, Tap
 from lightning_prune.criteria.settings import check_integer, check_seed
@@ -25,12 +24,10 @@ class GramTerm(Tap):
     joint = True
 
     def partial(self, value: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
-        """(rows, channels) to (channels, channels)."""
         value = value.to(torch.float64)
         return value.T @ value
 
     def reduce(self, partial: Tensor, positions: int) -> tuple[Tensor, int]:
-        """The sum and the number of rows."""
         return partial, positions
 
 
@@ -78,18 +75,15 @@ class ThiNet(Criterion):
     rows: int | None = 10
     seed: int = 0
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rows(self.rows)
         check_seed(self.seed)
 
     @property
-    @override
     def taps(self) -> tuple[Tap, ...]:
         return (GramTerm(self.rows, self.seed),)
 
-    @override
     def scores(self, members: Sequence[Member]) -> list[Tensor]:
         dead: dict[str, Tensor] = {}
         for member in members:
@@ -103,13 +97,7 @@ class ThiNet(Criterion):
 def removal_places(gram: Tensor, dead: Tensor | None = None) -> Tensor:
     """Place of every channel in the greedy order of removal over C - 1; ties go by number.
 
-    Args:
-        gram: (channels, channels). If it is not finite, neither are the places.
-        dead: (channels,) those that are pruned already: they go first, before others that happen to add nothing.
-
-    Example:
-        >>> removal_places(torch.diag(torch.tensor([3.0, 1.0, 2.0])).double()).tolist()
-        [1.0, 0.0, 0.5]
+    Those that are pruned already (``dead``) go first, before others that happen to add nothing.
     """
     gram = gram.detach().to("cpu", torch.float64)
     places = torch.full((len(gram),), torch.nan, dtype=torch.float64)

@@ -7,7 +7,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import WeightCriterion
@@ -41,7 +40,6 @@ class L1(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return rows.abs().sum(1)
 
@@ -51,11 +49,10 @@ class L1(WeightCriterion):
 class L2(WeightCriterion):
     """Euclidean norm of the weights of a channel's filters, ||F_c||_2.
 
-    He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored. ``normalize`` as for `L1`.
+    He et al., Soft Filter Pruning (2018). Needs weights only; the bias is ignored.
 
     Args:
-        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
-            `functional.normalize`.
+        normalize: as `L1`.
         combine: see `Criterion`.
 
     Raises:
@@ -69,7 +66,6 @@ class L2(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return torch.linalg.vector_norm(rows, dim=1)
 
@@ -92,8 +88,7 @@ class FPGM(WeightCriterion):
     Args:
         distance: ``l2``, ``l1`` or ``cosine`` (1 - cosine similarity), on raw weights.
         norm_share: share of every layer's channels that score below all others, by norm; in [0, 1).
-        normalize: over the layer's live channels: ``mean``, ``max``, ``l2``, ``none`` or another one of
-            `functional.normalize`.
+        normalize: as `L1`.
         combine: see `Criterion`.
 
     Raises:
@@ -111,13 +106,11 @@ class FPGM(WeightCriterion):
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
-    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("norm_share", self.norm_share)
         if self.norm_share >= 1:
             raise ScoreError(f"norm_share must be in [0, 1), got {self.norm_share!r}")
 
-    @override
     def channel_scores(self, rows: Tensor) -> Tensor:
         return functional.geometric_median_distance(rows, self.distance)

@@ -7,10 +7,9 @@ learnt from them (`tasks`), and pruning, of which they know nothing.
 from lightning_prune.data.cifar10 import CIFAR10DataModule
 from lightning_prune.data.coco import COCODetection
 from lightning_prune.data.digits import DigitsDataModule
-from lightning_prune.data.scene_files import write_voc
-from lightning_prune.data.scene_modules import ScenesDetection, ScenesSegmentation
-from lightning_prune.data.scenes import Scene, Scenes
+from lightning_prune.data.scenes import Scene, Scenes, ScenesDetection, ScenesSegmentation
 from lightning_prune.data.voc import VOCDetection, VOCSegmentation
+from lightning_prune.data.voc_files import write_voc
 
 __all__ = [
     "CIFAR10DataModule",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
@@ -39,7 +39,6 @@ class CIFAR10DataModule(PartsDataModule):
         DataError: missing or damaged files, naming the folder and the way out.
     """
 
-    collate = staticmethod(default_collate)
     num_classes = 10
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

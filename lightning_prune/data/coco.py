@@ -12,16 +12,7 @@ import torch
 from torchvision.ops import box_convert
 
 from lightning_prune.data.modules import DetectionDataModule, FilesDataModule
-from lightning_prune.data.samples import (
-    BadBoxes,
-    Samples,
-    Target,
-    check_boxes,
-    check_files,
-    plain,
-    read_detection,
-    target_of,
-)
+from lightning_prune.data.samples import BadBoxes, Samples, check_boxes, check_files, plain, read_detection, target_of
 from lightning_prune.data.transforms import Augmentation, detection_evaluation, detection_training
 from lightning_prune.errors import DataError
 
@@ -92,9 +83,21 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         for row in content["annotations"]:
             if row["category_id"] in labels:
                 rows[row["image_id"]].append(row)
-        targets = [_image_target(image, rows[image["id"]], labels, path, self.bad_boxes) for image in images]
-        targets = [plain(target) for target in targets] if train else targets
-        return Samples(list(zip(paths, targets, strict=True)), partial(read_detection, transforms=transforms))
+        items = []
+        for image, file in zip(images, paths, strict=True):
+            objects = rows[image["id"]]
+            boxes = torch.tensor([row["bbox"] for row in objects], dtype=torch.float32).reshape(-1, 4)
+            target = target_of(
+                (image["height"], image["width"]),
+                box_convert(boxes, "xywh", "xyxy"),
+                [labels[row["category_id"]] for row in objects],
+                image["id"],
+                iscrowd=[bool(row.get("iscrowd", 0)) for row in objects],
+                area=[float(row["area"]) for row in objects],
+            )
+            target = check_boxes(target, f"{path}, image {image['file_name']}", self.bad_boxes)
+            items.append((file, plain(target) if train else target))
+        return Samples(items, partial(read_detection, transforms=transforms))
 
 
 def _read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -132,26 +135,20 @@ def _check_rows(content: Any, path: Path) -> None:
         for number, row in enumerate(content[part], 1):
             row = row if isinstance(row, dict) else {}
             if wrong := [key for key, kinds in keys.items() if not isinstance(row.get(key), kinds)]:
-                raise DataError(
-                    f"{path}: number {number} of its {part} has no {', '.join(wrong)}, or of the wrong type"
-                )
-    images, categories = (_numbers(content[part], part, path) for part in ("images", "categories"))
+                names = ", ".join(wrong)
+                raise DataError(f"{path}: number {number} of its {part} has no {names}, or of the wrong type")
+    ids = {part: {row["id"] for row in content[part]} for part in ("images", "categories")}
+    for part, found in ids.items():
+        if len(found) < len(content[part]):
+            raise DataError(f"{path}: its {part} are {len(content[part])} with {len(found)} different ids")
     for row in content["annotations"]:
         where = f"{path}: annotation {row['id']}"
-        if row["image_id"] not in images:
+        if row["image_id"] not in ids["images"]:
             raise DataError(f"{where} is of image {row['image_id']}, which the file does not list")
-        if row["category_id"] not in categories:
+        if row["category_id"] not in ids["categories"]:
             raise DataError(f"{where} has the unknown category {row['category_id']}, which the file does not define")
         if len(row["bbox"]) != 4 or not all(isinstance(edge, _NUMBER) for edge in row["bbox"]):
             raise DataError(f"{where}: bbox is {row['bbox']}, not [x, y, width, height]")
-
-
-def _numbers(rows: list[dict[str, Any]], part: str, path: Path) -> set[int | str]:
-    """The ids of images or categories, each of which must be there once."""
-    numbers = {row["id"] for row in rows}
-    if len(numbers) < len(rows):
-        raise DataError(f"{path}: its {part} are {len(rows)} with {len(numbers)} different ids")
-    return numbers
 
 
 def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], path: Path) -> dict[int | str, int]:
@@ -162,19 +159,3 @@ def _category_labels(categories: list[dict[str, Any]], classes: Sequence[str], p
             found = "unknown class" if name not in names else "two categories are called"
             raise DataError(f"{path}: {found} {name!r}; the file's are {', '.join(sorted(names))}")
     return {row["id"]: classes.index(row["name"]) for row in categories if row["name"] in classes}
-
-
-def _image_target(
-    image: dict[str, Any], rows: list[dict[str, Any]], labels: dict[int | str, int], path: Path, bad_boxes: BadBoxes
-) -> Target:
-    """The target of an image and its annotations; boxes (x, y, width, height) become corners."""
-    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
-    target = target_of(
-        (image["height"], image["width"]),
-        box_convert(boxes, "xywh", "xyxy"),
-        [labels[row["category_id"]] for row in rows],
-        image["id"],
-        iscrowd=[bool(row.get("iscrowd", 0)) for row in rows],
-        area=[float(row["area"]) for row in rows],
-    )
-    return check_boxes(target, f"{path}, image {image['file_name']}", bad_boxes)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_prune.data.samples import Target
 from lightning_prune.data.transforms import IGNORE
@@ -18,13 +18,9 @@ from lightning_prune.errors import DataError
 
 
 class PartsDataModule(LightningDataModule, ABC):
-    """A data module of the parts "train", "val" and "test", which are loaded when they are first needed.
+    """A data module of the parts "train", "val" and "test", which are loaded when they are first needed."""
 
-    Attributes:
-        collate: makes a batch of samples.
-    """
-
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Any]], Any] = staticmethod(default_collate)  # makes a batch of samples
 
     def __init__(self, batch_size: int, num_workers: int, drop_last: bool) -> None:
         super().__init__()
@@ -41,9 +37,8 @@ class PartsDataModule(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         if not self.parts:
             parts = self._load()
-            for name, part in parts.items():
-                if not len(part):
-                    raise DataError(f"{type(self).__name__}: the {name} part holds no image")
+            if empty := [name for name, part in parts.items() if not len(part)]:
+                raise DataError(f"{type(self).__name__}: the {empty[0]} part holds no image")
             self.parts = parts
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -73,15 +68,10 @@ class PartsDataModule(LightningDataModule, ABC):
 
 
 class FilesDataModule(PartsDataModule):
-    """Image sets in files: what is trained on, and what is validated and tested on.
+    """Image sets in files: what is trained on, and what is validated and tested on."""
 
-    Attributes:
-        training: transforms of training samples.
-        evaluation: transforms of the others.
-    """
-
-    training: Callable[..., Any]
-    evaluation: Callable[..., Any]
+    training: Callable[..., Any]  # transforms of training samples
+    evaluation: Callable[..., Any]  # and of the others
 
     def __init__(
         self, root: str, train_on: Any, evaluate_on: Any, batch_size: int, num_workers: int, drop_last: bool
@@ -107,12 +97,11 @@ SegmentationBatch = tuple[Tensor, Tensor]
 def segmentation_batch(samples: list[SegmentationBatch]) -> SegmentationBatch:
     """(images, masks), padded right and below to the largest: 0 in images, 255, ignored, in masks."""
     height, width = (max(mask.shape[side] for _, mask in samples) for side in (0, 1))
-
-    def padded(x: Tensor, value: int) -> Tensor:
-        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
-
-    images = torch.stack([padded(image, 0) for image, _ in samples])
-    return images, torch.stack([padded(mask, IGNORE) for _, mask in samples])
+    images, masks = (
+        torch.stack([F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value) for x in of])
+        for of, value in zip(zip(*samples, strict=True), (0, IGNORE), strict=True)
+    )
+    return images, masks
 
 
 class SegmentationDataModule(PartsDataModule):

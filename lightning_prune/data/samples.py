@@ -24,16 +24,7 @@ TOLERANCE = 2.0  # pixels
 
 
 class Samples(Dataset[Any]):
-    """What is loaded of items when it is asked for.
-
-    Args:
-        items: one per sample.
-        load: makes the sample of an item.
-
-    Example:
-        >>> list(Samples(range(3), lambda number: number**2))
-        [0, 1, 4]
-    """
+    """What is loaded of items when it is asked for."""
 
     def __init__(self, items: Sequence[Any], load: Callable[[Any], Any]) -> None:
         self.items = items
@@ -47,20 +38,10 @@ class Samples(Dataset[Any]):
 
 
 def target_of(size: tuple[int, int], boxes: Any, labels: Any, image_id: int | str, **known: Any) -> Target:
-    """The objects of one image as a target.
-
-    Args:
-        size: (height, width) of the image in pixels.
-        boxes: n rows of x1 y1 x2 y2 in pixels.
-        labels: of each.
-        image_id: number of the image.
-        known: ``difficult``, ``iscrowd`` (False unless given) and ``area`` of each (that of the box).
-    """
+    """The objects of one image; known of each: ``difficult``, ``iscrowd`` (else False), ``area`` (else the box's)."""
     corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    flags = {
-        name: torch.as_tensor(known.get(name, [False] * len(corners)), dtype=torch.bool)
-        for name in ("difficult", "iscrowd")
-    }
+    unset = [False] * len(corners)
+    flags = {of: torch.as_tensor(known.get(of, unset), dtype=torch.bool) for of in ("difficult", "iscrowd")}
     area = torch.as_tensor(known["area"], dtype=torch.float32) if "area" in known else box_area(corners)
     labels = torch.as_tensor(labels, dtype=torch.int64)
     return {"boxes": corners, "labels": labels, **flags, "area": area, "image_id": image_id, "orig_size": size}
@@ -79,14 +60,7 @@ def plain(target: Target) -> Target:
 def check_boxes(target: Target, where: str, bad_boxes: BadBoxes = "refuse") -> Target:
     """Clip boxes that leave their image by no more than two pixels, as annotators round; refuse or repair worse ones.
 
-    Args:
-        target: of one image.
-        where: file, and whatever else tells the image, for the message.
-        bad_boxes: what happens to a box further outside or without area: "refuse", or "repair": clipped, and left out
-            where nothing remains.
-
-    Raises:
-        DataError: naming image, box and size.
+    "repair" clips boxes that lie further outside or have no area, and leaves out those of which nothing remains.
     """
     boxes, (height, width) = target["boxes"], target["orig_size"]
     clipped = clip_boxes_to_image(boxes, (height, width))
@@ -105,11 +79,7 @@ def check_boxes(target: Target, where: str, bad_boxes: BadBoxes = "refuse") -> T
 
 
 def check_files(paths: Sequence[Path], listed_in: Path | str) -> None:
-    """Refuse a list of files that are not all there.
-
-    Raises:
-        DataError: naming the first, how many, and where they are listed.
-    """
+    """Refuse a list of files that are not all there."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(
@@ -119,11 +89,7 @@ def check_files(paths: Sequence[Path], listed_in: Path | str) -> None:
 
 
 def read_image(path: Path) -> tv_tensors.Image:
-    """An image file as (3, H, W) uint8.
-
-    Raises:
-        DataError: naming the file.
-    """
+    """An image file as (3, H, W) uint8."""
     try:
         with Image.open(path) as image:
             return tv_tensors.Image(transform.pil_to_tensor(image.convert("RGB")))
@@ -132,11 +98,7 @@ def read_image(path: Path) -> tv_tensors.Image:
 
 
 def read_detection(item: tuple[Path, Target], transforms: Callable[..., Any]) -> tuple[Tensor, Target]:
-    """Image (3, H, W) and target after the transforms, of an image file and its target.
-
-    Raises:
-        DataError: a file that is no image, or of another size than its annotation says.
-    """
+    """Image (3, H, W) and target after the transforms, of an image file of the size that its target says."""
     path, target = item
     image = read_image(path)
     (height, width), size = image.shape[-2:], target["orig_size"]
@@ -149,16 +111,12 @@ def read_detection(item: tuple[Path, Target], transforms: Callable[..., Any]) ->
 
 def detection_sample(image: Tensor, target: Target, transforms: Callable[..., Any]) -> tuple[Tensor, Target]:
     """Image and target after the transforms, as plain tensors; ``area`` is scaled as the boxes are."""
-    corners, size = target["boxes"], target["orig_size"]
-    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
-    share = target["area"].double() / box_area(corners)  # of its box, which no transform changes
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=target["orig_size"])
+    share = target["area"].double() / box_area(target["boxes"])  # of its box, which no transform changes
     moved, target = transforms(tv_tensors.Image(image), {**target, "boxes": boxes, "area": share})
     corners = target["boxes"].as_subclass(Tensor)
-    return moved.as_subclass(Tensor), {
-        **target,
-        "boxes": corners,
-        "area": (target["area"] * box_area(corners)).float(),
-    }
+    area = (target["area"] * box_area(corners)).float()
+    return moved.as_subclass(Tensor), {**target, "boxes": corners, "area": area}
 
 
 def read_segmentation(
@@ -167,11 +125,7 @@ def read_segmentation(
     num_classes: int,
     transforms: Callable[..., Any],
 ) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and mask (H, W) int64 after the transforms, of an image file and that of its classes.
-
-    Raises:
-        DataError: a file that cannot be read, a mask of another size, or a number that is no class.
-    """
+    """Image (3, H, W) and mask (H, W) int64 after the transforms, of an image file and that of its classes."""
     image, path = read_image(item[0]), item[1]
     classes = read_classes(path)
     if classes.shape != tuple(image.shape[-2:]):

@@ -16,7 +16,6 @@ GREY = 128  # what is outside of an image, as in darknet
 IGNORE = 255  # a mask's value where no class is asked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Augmentation = Literal["none", "flip", "yolo", "ssd"]
-Target = dict[str, Any]
 _TO_FLOAT = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
 _NORMALISED = (_TO_FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
 
@@ -25,10 +24,6 @@ def segmentation_training(base: int = 520, crop: int = 480) -> v2.Compose:
     """Torchvision's reference, and LR's: shorter side 0.5 to 2 times ``base``, flip, crop, ImageNet's normalisation.
 
     Outside of the image the crop is 0 in the image and 255, ignored, in the mask.
-
-    Args:
-        base: shorter side in pixels before the random scale.
-        crop: height and width of what comes out.
     """
     return v2.Compose(
         [
@@ -47,15 +42,7 @@ def segmentation_evaluation(base: int | None = 520) -> v2.Compose:
 
 
 class Letterbox(v2.Transform):
-    """Scale an image to fit a square, both sides alike, and fill the rest with grey, half above and half below.
-
-    Args:
-        size: height and width of the square in pixels.
-
-    Example:
-        >>> Letterbox(416)(tv_tensors.Image(torch.zeros(3, 100, 200, dtype=torch.uint8))).shape
-        torch.Size([3, 416, 416])
-    """
+    """Scale an image to fit a square, both sides alike, and fill the rest with grey, half above and half below."""
 
     _transformed_types = (tv_tensors.Image, tv_tensors.BoundingBoxes, tv_tensors.Mask)
 
@@ -73,11 +60,7 @@ class Letterbox(v2.Transform):
 
 
 class DarknetJitter(v2.Transform):
-    """Darknet's jitter: move every edge of the image by up to a share of its side, inwards or outwards (grey).
-
-    Args:
-        jitter: largest share.
-    """
+    """Darknet's jitter: move every edge of the image by up to a share of its side, inwards or outwards (grey)."""
 
     _transformed_types = (tv_tensors.Image, tv_tensors.BoundingBoxes)
 
@@ -99,30 +82,20 @@ class DarknetJitter(v2.Transform):
 
 
 def detection_training(augment: Augmentation = "yolo", size: int | None = 416) -> v2.Compose:
-    """Augmentation of images and boxes, then a letterbox.
+    """Augmentation of images and boxes, then a letterbox of side ``size`` (None: images keep their size).
 
     ``flip``: left and right swapped at random. ``yolo``: darknet's hue 0.1, saturation and exposure 1.5, jitter 0.3 and
     flip. ``ssd``: torchvision's reference, photometric distortion, zoom out, crop by overlap, and flip. Boxes of which
     less than two pixels are left go.
-
-    Args:
-        augment: "none", "flip", "yolo" or "ssd".
-        size: side of the letterbox in pixels; None: images keep their size, for detectors that resize by themselves.
-
-    Raises:
-        DataError: an augmentation that is not known.
     """
+    flip = v2.RandomHorizontalFlip()
     colours = v2.ColorJitter(brightness=(2 / 3, 1.5), saturation=(2 / 3, 1.5), hue=0.1)
+    zoom = v2.RandomZoomOut(fill={tv_tensors.Image: (123, 117, 104), "others": 0})
     known: dict[str, list[nn.Module]] = {
         "none": [],
-        "flip": [v2.RandomHorizontalFlip()],
-        "yolo": [colours, DarknetJitter(), v2.RandomHorizontalFlip()],
-        "ssd": [
-            v2.RandomPhotometricDistort(),
-            v2.RandomZoomOut(fill={tv_tensors.Image: (123, 117, 104), "others": 0}),
-            v2.RandomIoUCrop(),
-            v2.RandomHorizontalFlip(),
-        ],
+        "flip": [flip],
+        "yolo": [colours, DarknetJitter(), flip],
+        "ssd": [v2.RandomPhotometricDistort(), zoom, v2.RandomIoUCrop(), flip],
     }
     if augment not in known:
         raise DataError(f"augment must be one of {', '.join(known)}, got {augment!r}")
@@ -137,6 +110,6 @@ def detection_evaluation(size: int | None = 416) -> v2.Compose:
     return v2.Compose([*letterbox, v2.ClampBoundingBoxes(), _TO_FLOAT])
 
 
-def _rows(sample: tuple[Any, Target]) -> tuple[Tensor, ...]:
+def _rows(sample: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
     """What goes with a box when it goes."""
     return tuple(sample[1][name] for name in ("labels", "iscrowd", "difficult", "area"))

@@ -19,7 +19,8 @@ from lightning_prune.data.transforms import (
     segmentation_evaluation,
     segmentation_training,
 )
-from lightning_prune.data.voc_files import fetch, listing, read_annotation, read_classes, sbd_masks
+from lightning_prune.data.voc_files import listing, read_annotation, read_classes, sbd_masks
+from lightning_prune.errors import DataError
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -35,7 +36,11 @@ class VOCDataModule(FilesDataModule):
 
     def prepare_data(self) -> None:
         if self.download:
-            fetch(self.kind, self.root, (*self.train_on, *self.evaluate_on))
+            for name in (*self.train_on, *self.evaluate_on):
+                try:
+                    listing(self.kind, self.root, name)
+                except DataError:  # not there; torchvision would unpack 2 GB again for each that is
+                    listing(self.kind, self.root, name, download=True)
 
     def _pairs(self, image_sets: Sequence[str]) -> list[tuple[Path, Path]]:
         return [pair for name in image_sets for pair in listing(self.kind, self.root, name)]
@@ -93,9 +98,8 @@ class VOCSegmentation(VOCDataModule, SegmentationDataModule):
         self.evaluation = segmentation_evaluation(base)
 
     def _part(self, image_sets: Sequence[str], transforms: Callable[..., Any], *, train: bool) -> Dataset[Any]:
-        classes = self.num_classes
-        load = partial(read_segmentation, read_classes=read_classes, num_classes=classes, transforms=transforms)
-        samples = Samples(self._pairs(image_sets), load)
+        load = partial(read_segmentation, read_classes=read_classes, transforms=transforms)
+        samples = Samples(self._pairs(image_sets), partial(load, num_classes=self.num_classes))
         if not train or self.sbd_root is None:
             return samples
         return ConcatDataset([samples, sbd_masks(self.sbd_root, len(VOC_CLASSES) + 1, transforms)])

@@ -1,4 +1,4 @@
-"""Pascal VOC's files: image sets, annotations, masks; and the masks of the Semantic Boundaries Dataset."""
+"""Pascal VOC's files, read and written; and the masks of the Semantic Boundaries Dataset."""
 
 from __future__ import annotations
 
@@ -23,21 +23,37 @@ from lightning_prune.data.samples import (
     read_segmentation,
     target_of,
 )
+from lightning_prune.data.scenes import CLASS_NAMES, Scene, Scenes
 from lightning_prune.errors import DataError
+
+_ANNOTATION = """<annotation>
+  <folder>{folder}</folder>
+  <filename>{name}.jpg</filename>
+  <segmented>1</segmented>
+  <size>
+    <width>{width}</width>
+    <height>{height}</height>
+    <depth>3</depth>
+  </size>
+{objects}</annotation>"""
+# VOC counts pixels from 1 and includes the last one.
+_OBJECT = """  <object>
+    <name>{name}</name>
+    <pose>Unspecified</pose>
+    <truncated>0</truncated>
+    <difficult>0</difficult>
+    <bndbox>
+      <xmin>{xmin:.0f}</xmin>
+      <ymin>{ymin:.0f}</ymin>
+      <xmax>{xmax:.0f}</xmax>
+      <ymax>{ymax:.0f}</ymax>
+    </bndbox>
+  </object>
+"""
 
 
 def listing(kind: Any, root: str, name: str, *, download: bool = False) -> list[tuple[Path, Path]]:
-    """Image files of an image set "YEAR/SET", each with its annotation or mask.
-
-    Args:
-        kind: torchvision's dataset, `VOCDetection` or `VOCSegmentation`.
-        root: folder that holds ``VOCdevkit``.
-        name: of the image set.
-        download: fetch it into the folder first.
-
-    Raises:
-        DataError: a missing folder or file, with the way to get it.
-    """
+    """Image files of an image set "YEAR/SET", each with its annotation or mask, by one of torchvision's datasets."""
     year, _, image_set = name.partition("/")
     folder = Path(root).resolve()
     try:
@@ -47,40 +63,18 @@ def listing(kind: Any, root: str, name: str, *, download: bool = False) -> list[
     except (RuntimeError, OSError) as error:
         devkit = folder / ("TrainVal/VOCdevkit" if year == "2011" else "VOCdevkit") / f"VOC{year}"
         problem = f"has no usable image set {image_set!r}" if devkit.is_dir() else "does not exist"
+        archive = DATASET_YEAR_DICT["2007-test" if name == "2007/test" else year]["filename"]
         raise DataError(
-            f"Pascal VOC: {devkit} {problem} ({error}). Set download: true, or unpack "
-            f"{_archive(year, image_set)} of host.robots.ox.ac.uk/pascal/VOC into {folder}"
+            f"Pascal VOC: {devkit} {problem} ({error}). Set download: true, or unpack {archive} of "
+            f"host.robots.ox.ac.uk/pascal/VOC into {folder}"
         ) from error
     pairs = [(Path(image), Path(target)) for image, target in zip(found.images, found.targets, strict=True)]
     check_files([path for pair in pairs for path in pair], f"image set {name} of {folder}")
     return pairs
 
 
-def fetch(kind: Any, root: str, names: Sequence[str]) -> None:
-    """Download the image sets that are not there; torchvision would unpack 2 GB again for each."""
-    for name in names:
-        try:
-            listing(kind, root, name)
-        except DataError:
-            listing(kind, root, name, download=True)
-
-
-def _archive(year: str, image_set: str) -> str:
-    return DATASET_YEAR_DICT["2007-test" if (year, image_set) == ("2007", "test") else year]["filename"]
-
-
 def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_boxes: BadBoxes = "refuse") -> Target:
-    """One of VOC's XML files. Its boxes count pixels from 1 and include the last: (x1 - 1, y1 - 1, x2, y2) here.
-
-    Args:
-        path: the file.
-        classes: names of the classes, in the order of the labels.
-        image_id: number to give the image.
-        bad_boxes: see `check_boxes`.
-
-    Raises:
-        DataError: naming the file, and the line or the object.
-    """
+    """One of VOC's XML files. Its boxes count pixels from 1 and include the last: (x1 - 1, y1 - 1, x2, y2) here."""
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -114,11 +108,7 @@ def _number(element: ElementTree.Element, name: str, where: str) -> float:
 
 
 def read_classes(path: Path) -> np.ndarray:
-    """The class numbers (H, W) of a palette PNG.
-
-    Raises:
-        DataError: a file that is no image, or is not of class numbers.
-    """
+    """The class numbers (H, W) of a palette PNG."""
     try:
         with Image.open(path) as image:
             mode, classes = image.mode, np.array(image)
@@ -130,11 +120,7 @@ def read_classes(path: Path) -> np.ndarray:
 
 
 def sbd_masks(root: str, num_classes: int, transforms: Callable[..., Any]) -> Samples:
-    """Images of the Semantic Boundaries Dataset that are not in VOC's val, with their masks.
-
-    Raises:
-        DataError: a missing folder or file, with the way to get it.
-    """
+    """Images of the Semantic Boundaries Dataset that are not in VOC's val, with their masks."""
     try:
         files = datasets.SBDataset(root, image_set="train_noval", mode="segmentation")
     except (RuntimeError, OSError) as error:
@@ -150,3 +136,46 @@ def sbd_masks(root: str, num_classes: int, transforms: Callable[..., Any]) -> Sa
 
 def _sbd_classes(files: Any, path: Path) -> np.ndarray:
     return np.array(files._get_target(str(path)))
+
+
+def write_voc(scenes: Scenes | Sequence[Scene], root: str | Path, image_set: str = "train") -> Path:
+    """Images, annotations, class masks and lists as in Pascal VOC's archive; the classes are "0" to "9".
+
+    Args:
+        scenes: what to write.
+        root: folder in which ``VOCdevkit/VOC2012`` is made, or added to.
+        image_set: "train", "val" or "trainval"; the lists of this name are made.
+
+    Returns:
+        The folder ``VOCdevkit/VOC2012``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     folder = write_voc(Scenes("val", 2, size=32), root, "val")
+        ...     sorted(path.name for path in folder.iterdir())
+        ['Annotations', 'ImageSets', 'JPEGImages', 'SegmentationClass']
+    """
+    folder = Path(root) / "VOCdevkit" / "VOC2012"
+    for part in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    # VOC's colours: the bits of a class number, three at a time, become the high bits of red, green and blue.
+    bits = np.arange(256)[:, None] >> np.arange(24) & 1  # of bit b: channel b % 3, 128 >> b // 3
+    palette = (bits.reshape(256, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8).tobytes()
+    names = [f"{image_set}_{index:06d}" for index in range(len(scenes))]
+    for index, name in enumerate(names):
+        scene = scenes[index]
+        Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+        mask = Image.fromarray(scene.mask)
+        mask.putpalette(palette)
+        mask.save(folder / "SegmentationClass" / f"{name}.png")
+        objects = "".join(
+            _OBJECT.format(name=CLASS_NAMES[label], xmin=x1 + 1, ymin=y1 + 1, xmax=x2, ymax=y2)
+            for label, (x1, y1, x2, y2) in zip(scene.labels, scene.boxes, strict=True)
+        )
+        height, width = scene.mask.shape
+        text = _ANNOTATION.format(folder=folder.name, name=name, width=width, height=height, objects=objects)
+        (folder / "Annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
+    for kind in ("Main", "Segmentation"):
+        (folder / "ImageSets" / kind / f"{image_set}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return folder

@@ -124,7 +124,7 @@ def compare_orders(
         _announce("Measuring")
         masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
         mask_(masked, graph, plan)
-        losslessness = check_predictions(runner, masked, small)
+        lossless, changed = check_predictions(runner, masked, small)
         stages = {
             DENSE: dense,
             MASKED: _Stage(masked, runner.test(masked)[0]),
@@ -141,11 +141,12 @@ def compare_orders(
         results,
         tuple(stage.training for stage, _ in tuned.values()),
         layer_channels(graph, plan, prefix="model."),
-        losslessness,
+        lossless,
         _notes(settings),
         convention="paper",
         predictions=predictions,
         dense_validation=dense_validation,
+        changed_predictions=changed,
     )
 
 

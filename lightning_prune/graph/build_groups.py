@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,21 +14,7 @@ from lightning_prune.graph.label_space import Contraction, Freeze, LabelSpace, S
 
 
 class Classes:
-    """Everything the rules said, resolved: per id its class, its layer's own class, roles and reasons.
-
-    Args:
-        space: what the rules said.
-        joint: (ids,) class of every id, constraints included.
-        frozen: what else has to stay.
-        allow_statistics: channels that only a statistic holds may go.
-
-    Attributes:
-        own: (ids,) class of every id, by what belongs to one layer only.
-        reason: (ids,) number of the first of the ``reasons`` that holds its class, or -1.
-        reasons: text, and whether only a statistic changes; these come last.
-        filters: (ids,) whether a layer makes channels with it.
-        masked: (ids,) whether it is zero in the masked model.
-    """
+    """Per id its class with the constraints and within its layer, its roles, the number of a reason to stay or -1."""
 
     def __init__(self, space: LabelSpace, joint: Tensor, frozen: Sequence[Freeze], *, allow_statistics: bool) -> None:
         self.space, self.joint, self.own = space, joint, space.classes(own=True)
@@ -39,9 +25,8 @@ class Classes:
             if span.buffer:
                 self.masked[span.ids] = False
         frozen = [*frozen, *space.frozen]
-        self.reasons = sorted(
-            dict.fromkeys((item.reason, item.statistics) for item in frozen), key=lambda reason: reason[1]
-        )
+        # Where only a statistic changes comes last.
+        self.reasons = sorted(dict.fromkeys((item.reason, item.statistics) for item in frozen), key=lambda of: of[1])
         number = {reason: position for position, reason in enumerate(self.reasons)}
         first = torch.full((len(joint),), len(number), dtype=torch.int64)
         for item in frozen:
@@ -68,21 +53,20 @@ class GroupSpan:
         return self.index + self.span.start
 
 
-def build_groups(classes: Classes, module_of: Mapping[str, str]) -> tuple[list[Group], dict[str, Tensor]]:
-    """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes.
-
-    Returns the groups and, per group name, the class of each of its channels.
-
-    Args:
-        classes: what the rules and constraints said.
-        module_of: module path that owns each parameter.
-    """
-    made_up = [(roots, spans) for roots, spans in _made_up(classes) if any(_is_layer(classes, s) for s in spans)]
-    finder = LayerFinder(classes, module_of, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
-    groups = [(*_build_group(classes, finder, roots, spans), roots) for roots, spans in made_up]
+def build_groups(classes: Classes) -> dict[Group, Tensor]:
+    """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes."""
+    made_up = [(roots, parts) for roots, parts in _made_up(classes) if any(_is_layer(classes, p) for p in parts)]
+    finder = _LayerFinder(classes, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
+    groups = [(*_build_group(classes, finder, roots, parts), roots) for roots, parts in made_up]
     groups.sort(key=lambda item: (item[0], int(item[2][0])))
-    named = _unique_names([group for _, group, _ in groups])
-    return named, {group.name: roots for group, (_, _, roots) in zip(named, groups, strict=True)}
+    names = Counter(group.name for _, group, _ in groups)
+    return {_renamed(group) if names[group.name] > 1 else group: roots for _, group, roots in groups}
+
+
+def _renamed(group: Group) -> Group:
+    """Groups that share their first layer are told apart by the filters they hold."""
+    index = group.layers[0].index
+    return replace(group, name=f"{group.name}[{int(index.min())}:{int(index.max()) + 1}]")
 
 
 def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
@@ -90,20 +74,20 @@ def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
     spans = classes.space.spans
     if not spans:
         return []
-    ids = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
+    ids = torch.cat([span.ids for span in spans])
     span_of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.size for span in spans]))
     group = _groups_of_classes(classes, ids, span_of)[classes.joint[ids]]
     wanted = torch.isin(group, group[classes.filters[ids]].unique())
-    ids, span_of, group = ids[wanted], span_of[wanted], group[wanted]
+    ids = ids[wanted]
     # By group, span, class, entry; entries already ascend.
-    order = torch.argsort((group * len(spans) + span_of) * classes.space.count + classes.joint[ids], stable=True)
-    ids, span_of, group = ids[order], span_of[order], group[order]
-    changes = (group[1:] != group[:-1]) | (span_of[1:] != span_of[:-1])
+    place = group[wanted] * len(spans) + span_of[wanted]
+    ids = ids[torch.argsort(place * classes.space.count + classes.joint[ids], stable=True)]
+    places, lengths = place.unique(return_counts=True)
     found: dict[int, tuple[Tensor, list[GroupSpan]]] = {}
-    for start, end in itertools.pairwise([0, *(changes.nonzero().flatten() + 1).tolist(), len(ids)]):
-        span = spans[int(span_of[start])]
-        channels, parts = found.setdefault(int(group[start]), (classes.joint[ids[start:end]].unique(), []))
-        index = (ids[start:end] - span.start).view(len(channels), -1)
+    for own, entries in zip(places.tolist(), ids.split(lengths.tolist()), strict=True):
+        span = spans[own % len(spans)]
+        channels, parts = found.setdefault(own // len(spans), (classes.joint[entries].unique(), []))
+        index = (entries - span.start).view(len(channels), -1)
         same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
         parts.append(GroupSpan(span, same))
     return list(found.values())
@@ -138,21 +122,20 @@ def _is_layer(classes: Classes, part: GroupSpan) -> bool:
 
 
 def _build_group(
-    classes: Classes, finder: LayerFinder, channels: Tensor, parts: list[GroupSpan]
+    classes: Classes, finder: _LayerFinder, channels: Tensor, parts: list[GroupSpan]
 ) -> tuple[tuple[int, int], Group]:
     """When its first layer ran, and the group."""
     found = sorted(((finder.order(p), p) for p in parts if _is_layer(classes, p)), key=lambda item: item[0])
     layers = tuple(finder.layer(order, part, channels) for order, part in found)
-    own = {id(part): int(classes.own[part.ids[0, 0]]) for part in parts}
-    owners = {own[id(part)]: layer.name for layer, (_, part) in zip(layers, found, strict=True)}
+    owners = {_own(classes, part): layer.name for layer, (_, part) in zip(layers, found, strict=True)}
     slices = tuple(
         Slice(
             p.span.tensor,
             p.span.dim,
             p.index,
             masked=bool(classes.masked[p.ids].any()),
-            layer=owners.get(own[id(p)]),
-            norm=finder.module_of.get(p.span.tensor) in finder.norm_modules,
+            layer=owners.get(_own(classes, p)),
+            norm=not p.span.buffer and p.span.module in finder.norm_modules,
         )
         for p in parts
     )
@@ -160,24 +143,20 @@ def _build_group(
     reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
     if len(channels) == 1 and (reason is None or statistics):
         reason, statistics = "has channels that all go together, so that none can", False
-    changed = reason if statistics else None
     held = None if statistics and classes.allow_statistics else reason
-    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, changed)
+    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, reason if statistics else None)
 
 
-class LayerFinder:
-    """Says of filters which layer they are, which batch norm is theirs and who reads them first.
+def _own(classes: Classes, part: GroupSpan) -> int:
+    return int(classes.own[part.ids[0, 0]])
 
-    Args:
-        classes: what the rules said.
-        module_of: module path that owns each parameter.
-        firsts: (groups,) the class of each group's first channel.
-    """
 
-    def __init__(self, classes: Classes, module_of: Mapping[str, str], firsts: Tensor) -> None:
+class _LayerFinder:
+    """Says of filters which layer they are, which batch norm is theirs and who reads them first."""
+
+    def __init__(self, classes: Classes, firsts: Tensor) -> None:  # of each group's channels the first one's class
         space = classes.space
         self.classes = classes
-        self.module_of = module_of
         self.norm_modules = {module for module, _ in space.norms}
         self._made = torch.full((space.count,), -1)
         self._readers: dict[int, list[Contraction]] = {}
@@ -197,17 +176,16 @@ class LayerFinder:
 
     def order(self, part: GroupSpan) -> tuple[int, int]:
         """When these filters first ran: run, position in it."""
-        number = int(self._made[self.classes.own[part.ids[0, 0]]])
+        number = int(self._made[_own(self.classes, part)])
         return self.classes.space.contractions[number].when if number >= 0 else (0, part.span.start)
 
     def layer(self, order: tuple[int, int], part: GroupSpan, channels: Tensor) -> Layer:
-        """The layer of these filters, which first ran at ``order``."""
         span = part.span
         readers = self._readers.get(int(channels[0]), [])
         reader = next((one for one in readers if one.when > order and one.when[0] == order[0]), None)
         index = None if reader is None else self._reader_index(reader, channels)
         return Layer(
-            self.module_of.get(span.tensor) or span.tensor,
+            span.module or span.tensor,
             span.tensor,
             span.dim,
             span.size,
@@ -226,14 +204,3 @@ class LayerFinder:
         if len(entries) % len(channels) or len(roots.unique()) != len(channels):
             return None
         return entries[torch.argsort(roots, stable=True)].view(len(channels), -1)
-
-
-def _unique_names(groups: list[Group]) -> list[Group]:
-    """Groups that share their first layer are told apart by the filters they hold."""
-    names = [group.name for group in groups]
-    named = []
-    for group in groups:
-        index = group.layers[0].index
-        part = f"[{int(index.min())}:{int(index.max()) + 1}]" if names.count(group.name) > 1 else ""
-        named.append(replace(group, name=group.name + part))
-    return named

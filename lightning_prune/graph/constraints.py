@@ -17,55 +17,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where an operator ran.
+    """Where an operator ran."""
 
-    Attributes:
-        stack: module paths, innermost first.
-        kind: type of the innermost module; all modules of one type run the same code.
-        where: operator and module path, for messages.
-    """
-
-    stack: tuple[str, ...]
-    kind: str
-    where: str
+    stack: tuple[str, ...]  # module paths, innermost first
+    kind: str  # type of the innermost module; all modules of one type run the same code
+    where: str  # operator and module path, for messages
 
 
 @dataclass(frozen=True, eq=False)
 class CodeSize:
-    """A number in the model's Python code: how many entries a labelled dimension has.
-
-    Attributes:
-        ids: (size,) the entries.
-        site: where it was used.
-        attribute: the module's attribute that holds it; None: any attribute of that value.
-        position: its place in a list or tuple of sizes.
-        listed: the whole list, if it is one of a list.
-    """
+    """A number in the model's Python code: how many entries, ids (size,), a labelled dimension has."""
 
     ids: Tensor
     site: CallSite
-    attribute: str | None = None
-    position: int | None = None
-    listed: tuple[int, ...] = ()
+    attribute: str | None = None  # of the module that holds it; None: any attribute of that value
+    position: int | None = None  # its place in a list or tuple of sizes
+    listed: tuple[int, ...] = ()  # the whole list, if it is one of a list
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Channels laid out by the code: whole slices along one of ``axes`` may go, in one dimension all of them.
-
-    Attributes:
-        ids: (s1, ..., sk).
-        axes: dimensions that may get shorter.
-        site: who lays them out.
-        exact: the layout is known (group norm), not read off one run: nothing to choose.
-        attribute: attribute of the innermost module that counts the slices along ``axes[0]``.
-    """
+    """Channels (s1, ..., sk) laid out by the code: whole slices along one of ``axes`` may go."""
 
     ids: Tensor
     axes: tuple[int, ...]
     site: CallSite
-    exact: bool = False
-    attribute: str | None = None
+    exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
+    attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
 
     @property
     def order(self) -> list[int]:
@@ -96,18 +74,11 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class GroupedConvolution:
-    """A grouped convolution: whole groups go (axis 0), or the same position of every group (axis 1).
+    """A grouped convolution: whole groups go (axis 0), or the same position of every group (axis 1)."""
 
-    Attributes:
-        reads: (groups, i) ids of its input.
-        inner: (i,) of the weight's input dimension, shared by all groups.
-        makes: (groups, o) of its output.
-        site: which one.
-    """
-
-    reads: Tensor
-    inner: Tensor
-    makes: Tensor
+    reads: Tensor  # (groups, i) ids of its input
+    inner: Tensor  # (i,) of the weight's input dimension, shared by all groups
+    makes: Tensor  # (groups, o) of its output
     site: CallSite
     order: ClassVar[tuple[int, ...]] = (0, 1)
 
@@ -129,19 +100,12 @@ class GroupedConvolution:
 
 @dataclass(eq=False)
 class Split:
-    """Slices of a labelled dimension at fixed places.
-
-    Attributes:
-        ids: (n,) of the dimension.
-        site: who takes them.
-        intervals: (start, end) of every piece that was taken.
-        listed: they were given as one list of sizes.
-    """
+    """Slices of a labelled dimension, ids (n,), at fixed places."""
 
     ids: Tensor
     site: CallSite
-    intervals: list[tuple[int, int]]
-    listed: bool = False
+    intervals: list[tuple[int, int]]  # (start, end) of every piece that was taken
+    listed: bool = False  # they were given as one list of sizes
     exact: ClassVar[bool] = False
 
     def grid(self) -> Grid | None:
@@ -152,15 +116,11 @@ class Split:
 
     def sizes(self) -> list[CodeSize]:
         """The numbers that may say where the pieces lie."""
-        sizes = []
-        if self.listed:
-            listed = tuple(end - start for start, end in self.intervals)
-            sizes = [
-                CodeSize(self.ids[start:end], self.site, position=k, listed=listed)
-                for k, (start, end) in enumerate(self.intervals)
-            ]
-        ranges = {bounds for start, end in self.intervals for bounds in piece_and_lead(start, end)}
-        return sizes + [CodeSize(self.ids[start:end], self.site) for start, end in sorted(ranges)]
+        ranges = sorted({bounds for piece in self.intervals for bounds in piece_and_lead(*piece)})
+        lengths = tuple(end - start for start, end in self.intervals) if self.listed else ()
+        pieces = [self.ids[start:end] for start, end in self.intervals] if self.listed else []
+        sizes = [CodeSize(ids, self.site, position=k, listed=lengths) for k, ids in enumerate(pieces)]
+        return sizes + [CodeSize(self.ids[start:end], self.site) for start, end in ranges]
 
 
 def piece_and_lead(start: int, end: int) -> list[tuple[int, int]]:

@@ -16,28 +16,7 @@ LIST = 56  # characters of a list of layers: the table still fits an ordinary te
 
 
 def describe(groups: Sequence[Group], shapes: Shapes, notes: Sequence[str] = ()) -> str:
-    """Tabulate the groups of a graph, with the totals and the notes of the trace below.
-
-    "parameters" are all that have an entry in the group: the filters of its layers, their biases and batch norms,
-    and what other layers read these channels with. Removing one channel removes "per channel" of them. A weight
-    between two groups counts in both.
-
-    Args:
-        groups: of one `ChannelGraph`.
-        shapes: of the model's tensors.
-        notes: what the trace could not see or follow.
-
-    Example:
-        >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> print(lp.trace(model, torch.zeros(1, 3, 8, 8)).describe())
-        group  layers  channels  parameters  per channel  prunable
-        -----  ------  --------  ----------  -----------  --------
-        0           1         8         256           32  yes
-        2           1         4          36            9  no: reaches the model's output
-        <BLANKLINE>
-        8 of 12 channels (67 %) can be pruned: 1 of 2 groups, 1 of 2 layers.
-    """
+    """See `ChannelGraph.describe`."""
     rows = [_row(group, shapes) for group in groups]
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
     rule = tuple("-" * width for width in (*widths[:-1], len(HEAD[-1])))
@@ -46,12 +25,7 @@ def describe(groups: Sequence[Group], shapes: Shapes, notes: Sequence[str] = ())
 
 
 def totals(groups: Sequence[Group]) -> str:
-    """Say in one sentence how much of a model can be pruned at all.
-
-    Example:
-        >>> totals([])
-        'There are no channels to prune: no convolution or linear layer was seen.'
-    """
+    """Say in one sentence how much of a model can be pruned at all."""
     if not groups:
         return "There are no channels to prune: no convolution or linear layer was seen."
     prunable = [group for group in groups if group.prunable]
@@ -64,63 +38,35 @@ def totals(groups: Sequence[Group]) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share as people say it; all and nothing are said only where they are exact.
-
-    Example:
-        >>> percent(2, 3), percent(999, 1000), percent(1, 1000), percent(0, 8)
-        ('67 %', '99 %', '1 %', '0 %')
-    """
+    """A share as people say it; all and nothing are said only where they are exact."""
     if part in (0, whole):
         return "100 %" if part else "0 %"
     return f"{min(99, max(1, round(100 * part / whole)))} %"
 
 
 def parameters(group: Group, shapes: Shapes) -> tuple[int, int]:
-    """Count the parameters that hang on a group, and those that go with its first channel.
-
-    Args:
-        group: one of a graph's groups.
-        shapes: of the model's tensors.
-
-    Returns:
-        Number for the whole group, number for one channel.
-
-    Example:
-        >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> graph = lp.trace(model, torch.zeros(1, 3, 8, 8))
-        >>> parameters(graph.group("0"), graph.shapes)  # a filter of 27, its bias, 4 weights that read it
-        (256, 32)
-    """
+    """Count the parameters that hang on a group, and those that go with its first channel."""
     touched: dict[str, dict[int, list[torch.Tensor]]] = {}
     for part in group.slices:
         # Running statistics are the only flat tensors that masking leaves alone; they are no parameters.
         if part.tensor in shapes and (part.masked or len(shapes[part.tensor]) > 1):
             touched.setdefault(part.tensor, {}).setdefault(part.dim, []).append(part.index)
-    whole = one = 0
-    for tensor, dims in touched.items():
-        shape = list(shapes[tensor])
-        all_left, one_left = shape.copy(), shape.copy()
-        for dim, indices in dims.items():
-            all_left[dim] -= torch.cat([index.flatten() for index in indices]).unique().numel()
-            one_left[dim] -= torch.cat([index[0] for index in indices]).unique().numel()
-        # A weight that both makes and reads the group loses rows and columns, and where they cross only once.
-        whole += math.prod(shape) - math.prod(all_left)
-        one += math.prod(shape) - math.prod(one_left)
-    return whole, one
+
+    def count(channels: slice) -> int:
+        total = 0
+        for tensor, dims in touched.items():
+            left = list(shapes[tensor])
+            for dim, indices in dims.items():
+                left[dim] -= torch.cat([index[channels].flatten() for index in indices]).unique().numel()
+            # A weight that both makes and reads the group loses rows and columns, and where they cross only once.
+            total += math.prod(shapes[tensor]) - math.prod(left)
+        return total
+
+    return count(slice(None)), count(slice(1))
 
 
 def shortened(names: Sequence[str], limit: int = LIST) -> str:
-    """List names up to a length; where some are left out, their total number follows in brackets.
-
-    Args:
-        names: at least one.
-        limit: characters; the first name is always there.
-
-    Example:
-        >>> shortened(["stem", "a.conv2", "b.conv2"]), shortened(["stem", "a.conv2", "b.conv2"], 15)
-        ('stem, a.conv2, b.conv2', 'stem, a.conv2 … (3)')
-    """
+    """List names up to a length, at least the first; where some are left out, their total follows in brackets."""
     shown = names[0]
     for name in names[1:]:
         if len(shown) + len(name) + 2 > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
+from lightning_prune.graph.operator_call import OperatorCall
 
 # Says which operands give exactly zero: takes one bool per operand (True: the operand's element is zero).
 # None: infinite, so that not even a masked weight behind it helps.
@@ -25,20 +26,30 @@ class Operand:
     info: TensorInfo
 
 
+def parameter_operand(call: OperatorCall, parameter: Tensor, dim: int | None = None) -> Operand:
+    """A parameter as it meets the output; a vector along dimension ``dim``."""
+    info, shape = call.info(parameter), parameter.shape
+    if dim is not None:
+        shape = torch.Size([len(parameter) if d == dim else 1 for d in range(call.outputs[0].dim())])
+    labels = tuple(one.map(lambda tensor: tensor.view(shape)) for one in info.labels)
+    return Operand(shape, TensorInfo(labels, info.data))
+
+
 def combine(
-    space: LabelSpace, operands: Sequence[Operand], shape: torch.Size, is_zero: IsZero, where: str
+    call: OperatorCall, operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size | None = None
 ) -> TensorInfo:
-    """Labels of ``f(operands)`` broadcast to ``shape``.
+    """Labels of what the operator computes element by element, broadcast to the output's shape if to no other.
 
     Labels that vary along a common dimension lie on the same channels: they are tied, and an operand that has those
     extents without labels freezes them, since it cannot shrink with them.
     """
+    shape = call.outputs[0].shape if shape is None else shape
     data = any(operand.info.data for operand in operands)
     uniform = all(operand.info.uniform or not operand.shape.numel() > 1 for operand in operands)
     labels = [
         (index, one.expand(shape)) for index, operand in enumerate(operands) for one in operand.info.labels if one.dims
     ]
-    combined = [_merge(space, operands, part, shape, is_zero, where) for part in _overlapping(labels)]
+    combined = [_merge(call, operands, part, is_zero, shape) for part in _overlapping(labels)]
     return TensorInfo(tuple(one for one in combined if one is not None), data, uniform and not combined)
 
 
@@ -47,36 +58,33 @@ Indexed = list[tuple[int, Labels]]  # with the number of their operand
 
 def _overlapping(labels: Indexed) -> list[Indexed]:
     """Grouped so that labels of different groups vary along different dimensions."""
-    parts: list[tuple[set[int], Indexed]] = []
+    parts: list[Indexed] = []
     for index, one in labels:
-        dims, members = set(one.dims), [(index, one)]
-        apart = []
-        for other_dims, others in parts:
-            if other_dims & dims:
-                dims |= other_dims
-                members = others + members
-            else:
-                apart.append((other_dims, others))
-        parts = [*apart, (dims, members)]
-    return [members for _, members in parts]
+        near = [part for part in parts if any(set(other.dims) & set(one.dims) for _, other in part)]
+        apart = [part for part in parts if part not in near]
+        parts = [*apart, [*itertools.chain(*reversed(near)), (index, one)]]
+    return parts
 
 
 def _merge(
-    space: LabelSpace, operands: Sequence[Operand], part: Indexed, shape: torch.Size, is_zero: IsZero, where: str
+    call: OperatorCall, operands: Sequence[Operand], part: Indexed, is_zero: IsZero, shape: torch.Size
 ) -> Labels | None:
+    space, where = call.space, call.where
     dims = sorted({d for _, one in part for d in one.dims})
     present = [index for index, _ in part]
     labels = [one.region(dims) for _, one in part]
     ids = torch.stack([one.ids for one in labels])
     for index, operand in enumerate(operands):
-        if index not in present and not operand.info.uniform and _extends(operand.shape, shape, dims):
+        extents = enumerate(operand.shape, len(shape) - len(operand.shape))
+        fixed = any(size > 1 and d in dims for d, size in extents)
+        if fixed and index not in present and not operand.info.uniform:
             space.freeze(ids, f"meets a tensor of fixed size in {where}")
             return None
     labelled: Any = ...
     if int(ids.min()) == NO_LABEL:  # where only some operands are labelled (padding, concatenation), nothing can go
         labelled = (ids != NO_LABEL).all(0)
         space.freeze(ids[:, ~labelled], f"meets channels of fixed number in {where}")
-    live = _live(space, labels, ids, lambda zeros: is_zero(_by_operand(zeros, present, len(operands))), where)
+    live = _live(call, labels, ids, lambda zeros: is_zero(_by_operand(zeros, present, len(operands))))
     if len(part) == 1 and live is None:
         return part[0][1]  # as it came in
 
@@ -95,18 +103,13 @@ def _merge(
     return merged.expand(shape)
 
 
-def _extends(own: torch.Size, shape: torch.Size, dims: Sequence[int]) -> bool:
-    """Whether an operand of size ``own`` really has extents along the output dimensions ``dims``."""
-    offset = len(shape) - len(own)
-    return any(d >= offset and own[d - offset] > 1 for d in dims)
-
-
 def _by_operand(zeros: Sequence[bool], present: Sequence[int], operands: int) -> tuple[bool, ...]:
     """Two labels of one operand on the same channels: zero if either is."""
-    return tuple(any(zero for zero, index in zip(zeros, present, strict=True) if index == k) for k in range(operands))
+    zero = set(itertools.compress(present, zeros))
+    return tuple(k in zero for k in range(operands))
 
 
-def _live(space: LabelSpace, labels: Sequence[Labels], ids: Tensor, is_zero: IsZero, where: str) -> Tensor | None:
+def _live(call: OperatorCall, labels: Sequence[Labels], ids: Tensor, is_zero: IsZero) -> Tensor | None:
     """Where the result may differ from zero once the channel is masked; None: nowhere."""
     live = torch.stack(torch.broadcast_tensors(*(one.live for one in labels)))
     patterns = live[None] if live.dim() == 1 else live.flatten(1).unique(dim=1).t()
@@ -120,5 +123,5 @@ def _live(space: LabelSpace, labels: Sequence[Labels], ids: Tensor, is_zero: IsZ
         here = (live == pattern.view(-1, *[1] * (live.dim() - 1))).all(0)
         found = here if found is None else found | here
         if zero is None:
-            space.freeze(ids[:, here], f"is infinite when masked in {where}")
+            call.space.freeze(ids[:, here], f"is infinite when masked in {call.where}")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -26,9 +26,14 @@ class Span:
     buffer: bool
 
     @property
-    def ids(self) -> slice:
-        """Where they lie in a tensor over all ids."""
-        return slice(self.start, self.start + self.size)
+    def ids(self) -> Tensor:
+        """(size,) all of them."""
+        return torch.arange(self.start, self.start + self.size)
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,7 @@ class LabelSpace:
         self.classes = cache(self._classes)
 
     def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None) -> TensorInfo:
-        """Labels for every dimension of more than one slice. Buffers are not masked, hence live.
-
-        Args:
-            name: qualified name.
-            tensor: a parameter or buffer.
-            buffer: which of the two.
-            dims: only the first so many dimensions (a convolution's kernel positions never go).
-        """
+        """Labels for the first ``dims`` dimensions (kernel positions never go). Buffers are not masked, hence live."""
         labels = []
         for dim, size in enumerate(tensor.shape[:dims]):
             if size > 1:  # a single slice can never be removed
@@ -112,7 +110,7 @@ class LabelSpace:
             mask[ids] = True
         return mask
 
-    def fold(self, labels: Labels, keep: Sequence[int], where: str) -> Labels | None:
+    def fold(self, labels: Labels, keep: Collection[int], where: str) -> Labels | None:
         """The labels along the dimensions ``keep`` only; what varies along the others is tied to go together."""
         kept = [d for d in labels.dims if d in keep]
         others = [d for d in range(labels.ids.dim()) if d not in kept]
@@ -139,12 +137,7 @@ class LabelSpace:
 
 
 def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
-    """(count,) smallest member of every element's component, for the edges (first[i], second[i]).
-
-    Example:
-        >>> connected_components(5, torch.tensor([1, 4]), torch.tensor([0, 1])).tolist()
-        [0, 0, 2, 3, 0]
-    """
+    """(count,) smallest member of every element's component, for the edges (first[i], second[i])."""
     parent = torch.arange(count)
     while True:
         a, b = parent[first], parent[second]

@@ -19,13 +19,9 @@ _FLAGS = {flag: torch.tensor(flag) for flag in (False, True)}
 
 
 class Labels:
-    """For every element of a tensor the id of the slice whose removal removes it.
+    """For every element of a tensor the id of the slice whose removal removes it, -1 where nothing does.
 
-    Attributes:
-        ids: int64 of the tensor's shape, -1 where nothing removes the element.
-        live: whether the element may differ from zero when its channel is masked: bool of the same shape, or a single
-            one for all.
-        dims: the dimensions along which they vary.
+    ``live``, of the same shape or one for all: whether an element may differ from zero when its channel is masked.
     """
 
     def __init__(self, ids: Tensor, live: Tensor | bool = False) -> None:
@@ -90,17 +86,11 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class TensorInfo:
-    """What is known of one tensor while the model runs.
+    """What is known of one tensor while the model runs."""
 
-    Attributes:
-        labels: each varies along other dimensions.
-        data: it depends on the model's input, not on parameters alone.
-        uniform: made by a factory (zeros, empty, ...): its extents follow those of the tensor it was made for.
-    """
-
-    labels: tuple[Labels, ...] = ()
-    data: bool = False
-    uniform: bool = False
+    labels: tuple[Labels, ...] = ()  # each varies along other dimensions
+    data: bool = False  # it depends on the model's input, not on parameters alone
+    uniform: bool = False  # made by a factory (zeros, empty, ...): extents follow those of the tensor it was made for
 
     def with_labels(self, labels: Iterable[Labels]) -> TensorInfo:
         """The same with other labels; any that do not vary are left out."""
@@ -112,12 +102,7 @@ class TensorInfo:
 
 
 def varying(tensor: Tensor) -> tuple[int, ...]:
-    """Dimensions along which it has memory of its own.
-
-    Example:
-        >>> varying(torch.arange(4).view(1, 4, 1).expand(2, 4, 8))
-        (1,)
-    """
+    """Dimensions along which it has memory of its own."""
     return tuple(
         d for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if size > 1 and stride
     )

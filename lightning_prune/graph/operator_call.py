@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import CallSite
-from lightning_prune.graph.elementwise import IsZero, Operand, combine
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.recording import OperatorRecorder
@@ -72,20 +70,17 @@ class OperatorCall:
         """The operator with another first argument."""
         return self.func(tensor, *self.args[1:], **self.kwargs)
 
-    def operand(self, vector: Tensor, dim: int) -> Operand:
-        """A vector of one entry per channel as it meets the output's dimension ``dim``."""
-        info = self.info(vector)
-        shape = torch.Size([len(vector) if d == dim else 1 for d in range(self.outputs[0].dim())])
-        labels = tuple(one.map(lambda tensor: tensor.view(shape)) for one in info.labels)
-        return Operand(shape, TensorInfo(labels, info.data))
-
-    def combine(self, operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size | None = None) -> TensorInfo:
-        """Labels of what the operator computes element by element, in the output's shape unless another is given."""
-        return combine(self.space, operands, self.outputs[0].shape if shape is None else shape, is_zero, self.where)
-
-    def fold(self, labels: Labels, keep: Sequence[int]) -> Labels | None:
+    def fold(self, labels: Labels, keep: Collection[int]) -> Labels | None:
         """See `LabelSpace.fold`."""
         return self.space.fold(labels, keep, self.where)
+
+    def by_channel(self, reason: str, channels: Collection[int] = (1,)) -> list[Labels]:
+        """The first argument's labels along its channels only; those that vary along none of them stay."""
+        found = [(one, self.fold(one, channels)) for one in self.info(self.args[0]).labels]
+        for labels, folded in found:
+            if folded is None:
+                self.freeze(labels, reason)
+        return [folded for _, folded in found if folded is not None]
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """These channels must stay."""

@@ -12,17 +12,11 @@ from lightning_prune.graph.groups import Group
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A layer whose output is a sum over what the channels of a group put into it.
-
-    Attributes:
-        path: of the module.
-        dim: its weight's input dimension (1; 0 in transposed convolutions).
-        index: (channels, r) entries of that dimension that belong to each channel.
-    """
+    """A layer, by its path, whose output is a sum over what the channels of a group put into it."""
 
     path: str
-    dim: int
-    index: Tensor
+    dim: int  # its weight's input dimension (1; 0 in transposed convolutions)
+    index: Tensor  # (channels, r) entries of that dimension that belong to each channel
 
     @property
     def weight(self) -> str:
@@ -33,8 +27,7 @@ class Reader:
 def readers_of(model: nn.Module, group: Group) -> dict[str, Reader]:
     """Convolutions and linear layers that read the channels of a group, by module path.
 
-    Depthwise convolutions belong to the channel instead; whatever computes its weight from other parameters (weight
-    norm) is left out.
+    Not depthwise convolutions, which belong to the channel, nor weights computed from other parameters (weight norm).
     """
     found = {}
     for part in group.slices:

@@ -49,8 +49,7 @@ class OperatorRecorder(TorchDispatchMode):
     @property
     def kind(self) -> str:
         """Type of the innermost module that is running."""
-        types = [type(module) for module in self._modules.stack[-1:]]
-        return "".join(f"{of.__module__}.{of.__qualname__}" for of in types)
+        return "".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in self._modules.stack[-1:])
 
     def info(self, tensor: Tensor) -> TensorInfo:
         """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
@@ -86,15 +85,11 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
     """Which modules are running, also those made in the forward; on an exception those that were.
 
     (`torch.utils.module_tracker` keeps a set: it does not tell which of them is the innermost.)
-
-    Attributes:
-        names: module paths of the model by the module's id.
-        stack: outermost first.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.stack: list[nn.Module] = []
+        self.stack: list[nn.Module] = []  # outermost first
 
     def path(self, module: nn.Module) -> str:
         """Its path in the model; else its type."""
@@ -126,11 +121,11 @@ def normalise_mode(model: nn.Module, *, training: bool) -> None:
     model.train()
     model.train(training)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) or is_dropout(module):
+        if isinstance(module, _BatchNorm) or _is_dropout(module):
             module.eval()
 
 
-def is_dropout(module: nn.Module) -> bool:
+def _is_dropout(module: nn.Module) -> bool:
     """Whether a module does nothing but drop elements, samples or paths at random while training."""
     return isinstance(module, _DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d")
 
@@ -144,7 +139,7 @@ class _TrainingFlag:
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None:
             return self
-        self.asked = self.asked or not (owner.__module__.startswith("torch.nn.modules.") or is_dropout(module))
+        self.asked = self.asked or not (owner.__module__.startswith("torch.nn.modules.") or _is_dropout(module))
         if "training" in vars(module):
             return vars(module)["training"]
         return nn.Module.__getattr__(module, "training")  # ScriptModules keep it elsewhere

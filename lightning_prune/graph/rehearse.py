@@ -8,7 +8,7 @@ chunks), other shares of them go too, and results are compared, since a wrong gu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,70 +23,39 @@ from lightning_prune.graph.resolve import Choice
 from lightning_prune.graph.sizes import is_torch
 from lightning_prune.graph.trial_runs import Failure, TrialRuns
 
-Share = Callable[[int, Group], Tensor]  # of the group at a position, which channels go
+
+def _half(size: int) -> Tensor:
+    """About half of so many channels, the same at every call."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))[: size // 2].sort().values
 
 
-def half(_: int, group: Group) -> Tensor:
-    """About half of a group's channels, the same at every call."""
-    generator = torch.Generator().manual_seed(group.size)
-    return torch.randperm(group.size, generator=generator)[: group.size // 2].sort().values
-
-
-def first(_: int, group: Group) -> Tensor:
-    """A single channel: what is left rarely divides as it did."""
-    return torch.arange(min(1, group.size))
-
-
-def last(_: int, group: Group) -> Tensor:
-    """The other end: of uneven pieces another one shrinks."""
-    return torch.tensor([group.size - 1])
-
-
-def most(_: int, group: Group) -> Tensor:
-    """All but one channel."""
-    return torch.arange(group.size - 1)
-
-
-def even(position: int, group: Group) -> Tensor:
-    """Half of every other group: neighbours no longer shrink alike."""
-    return half(position, group) if position % 2 == 0 else torch.arange(0)
-
-
-def odd(position: int, group: Group) -> Tensor:
-    """Half of the others."""
-    return even(position + 1, group)
+SHARES: dict[str, Callable[[int, int], Tensor]] = {  # of a group's position and size: which channels go
+    "half": lambda _, size: _half(size),
+    "first": lambda _, size: torch.arange(min(1, size)),  # what is left rarely divides as it did
+    "last": lambda _, size: torch.tensor([size - 1]),  # of uneven pieces another one shrinks
+    "most": lambda _, size: torch.arange(size - 1),
+    "even": lambda position, size: _half(size if position % 2 == 0 else 0),  # neighbours no longer shrink alike
+    "odd": lambda position, size: _half(size if position % 2 else 0),
+}
 
 
 @dataclass
 class Decisions:
-    """What the trials came to.
+    """What the trials came to."""
 
-    Attributes:
-        choices: per module type, how the sizes in its code are met.
-        held: per module path, why channels that it reads stay.
-        held_whole: those of which the channels that they make stay too.
-    """
-
-    choices: dict[str, Choice] = field(default_factory=dict)
-    held: dict[str, str] = field(default_factory=dict)
-    held_whole: set[str] = field(default_factory=set)
+    choices: dict[str, Choice] = field(default_factory=dict)  # per module type, how the sizes in its code are met
+    held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
+    held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A graph under certain decisions, and what is still only a guess in it.
-
-    Attributes:
-        graph: the groups.
-        places: module paths whose code holds sizes of prunable channels, with the module's type.
-        guessed: types whose layout was read off one run, so that results have to be compared.
-        uneven: some channels are cut into pieces of different sizes.
-    """
+    """A graph under certain decisions, and what is still only a guess in it."""
 
     graph: ChannelGraph
-    places: dict[str, str]
-    guessed: set[str]
-    uneven: bool = False
+    places: dict[str, str]  # module paths whose code holds sizes of prunable channels, with the module's type
+    guessed: set[str]  # types whose layout was read off one run, so that results have to be compared
+    uneven: bool = False  # some channels are cut into pieces of different sizes
 
 
 def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str, str], set[str]]:
@@ -94,12 +63,9 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
     places: dict[str, str] = {}
     guessed: set[str] = set()
     for constraint in classes.space.constraints:
-        if (
-            isinstance(constraint, GroupedConvolution)
-            or constraint.exact
-            or not constraint.site.stack
-            or not classes.may_go(constraint.ids)
-        ):
+        if isinstance(constraint, GroupedConvolution) or constraint.exact or not constraint.site.stack:
+            continue
+        if not classes.may_go(constraint.ids):
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
         if isinstance(constraint, Split) or constraint.ids.dim() > 1 or choices.get(kind, Choice.AS_IS).repairs:
@@ -110,19 +76,12 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
 def settle(model: nn.Module, example_inputs: Any, modes: Sequence[bool], draft: Callable[[Decisions], Draft]) -> Draft:
     """The graph whose channels can be removed without the model's code breaking.
 
-    Args:
-        model: the traced model.
-        example_inputs: what it was traced on.
-        modes: train flags of the runs that succeeded.
-        draft: builds the graph under given decisions; returns the same object if they come to the same.
+    modes: train flags of the runs that succeeded. ``draft`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
     runs = TrialRuns(model, example_inputs, modes)
     current = draft(decisions)
-    while current.graph.prunable_groups:
-        failure = _failing(runs, current)
-        if failure is None:
-            break
+    while current.graph.prunable_groups and (failure := _failing(runs, current)):
         before = current
         while current is before:  # some choices come to the same
             _decide(decisions, current, failure, model)
@@ -130,22 +89,24 @@ def settle(model: nn.Module, example_inputs: Any, modes: Sequence[bool], draft: 
     return current
 
 
+def _first(found: Iterable[Failure | None]) -> Failure | None:
+    return next((failure for failure in found if failure is not None), None)
+
+
 def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
     """The first thing that goes wrong with fewer channels."""
-    for share in (half, first, last, most, even, odd) if draft.guessed else (half,):
-        failure = runs.failure(draft.graph, _removed(draft.graph.prunable_groups, share))
-        if failure is not None:
-            return failure
-    return _differing(runs, draft) if draft.guessed else None
+    groups = draft.graph.prunable_groups
+    shares = SHARES if draft.guessed else ("half",)
+    failure = _first(runs.failure(draft.graph, _removed(groups, share)) for share in shares)
+    return _differing(runs, draft) if failure is None and draft.guessed else failure
 
 
 def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
-    shares = (half, even, first, last, most) if draft.uneven else (half, even)
+    shares = ("half", "even", "first", "last", "most") if draft.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
-        found = (runs.difference(draft.graph, _removed(groups, share)) for share in shares)
-        return next((failure for failure in found if failure is not None), None)
+        return _first(runs.difference(draft.graph, _removed(groups, share)) for share in shares)
 
     exact = [group for group in draft.graph.prunable_groups if group.statistics is None]
     failure = difference(exact)
@@ -159,8 +120,8 @@ def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     return replace(failure, stack=tuple(path for path, of in draft.places.items() if of in draft.guessed))
 
 
-def _removed(groups: Sequence[Group], share: Share) -> dict[str, Tensor]:
-    return {group.name: share(position, group) for position, group in enumerate(groups)}
+def _removed(groups: Sequence[Group], share: str) -> dict[str, Tensor]:
+    return {group.name: SHARES[share](position, group.size) for position, group in enumerate(groups)}
 
 
 def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:

@@ -40,30 +40,17 @@ class Choice(IntEnum):
 
 @dataclass
 class Resolved:
-    """What the constraints come to under certain choices.
+    """What the constraints come to under certain choices."""
 
-    Attributes:
-        joint: (ids,) the smallest id of each id's class.
-        frozen: what has to stay on top of what the rules froze.
-        sizes: numbers that may have to follow.
-        splits: those into uneven pieces.
-        axes: which axis every grid loses slices along, -1 where it is left as it is.
-    """
-
-    joint: Tensor
-    frozen: list[Freeze] = field(default_factory=list)
-    sizes: list[CodeSize] = field(default_factory=list)
-    splits: list[Split] = field(default_factory=list)
-    axes: list[int] = field(default_factory=list)
+    joint: Tensor  # (ids,) the smallest id of each id's class
+    frozen: list[Freeze] = field(default_factory=list)  # what has to stay on top of what the rules froze
+    sizes: list[CodeSize] = field(default_factory=list)  # numbers that may have to follow
+    splits: list[Split] = field(default_factory=list)  # those into uneven pieces
+    axes: list[int] = field(default_factory=list)  # along which every grid loses slices, -1 where it is left as it is
 
 
 def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
-    """Tie channels until every grid loses whole slices only.
-
-    Args:
-        space: what the rules said.
-        choices: by module type; `Choice.AS_IS` if not named.
-    """
+    """Tie channels until every grid loses whole slices only. choices: by module type, `Choice.AS_IS` if not named."""
     state = Resolved(space.classes())
     grids: list[tuple[Grid | GroupedConvolution, Choice]] = []
     untouched = 0
@@ -82,15 +69,14 @@ def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
             # Uneven pieces lose channels freely, but only where their sizes are attributes that can follow.
             state.splits.append(constraint)
             state.sizes += constraint.sizes()
-    axes = _settle(state, grids)
-    for (grid, choice), axis in zip(grids, axes, strict=True):
+    state.axes = [*_settle(state, grids), *[-1] * untouched]
+    for (grid, choice), axis in zip(grids, state.axes, strict=False):
         for rows in grid.rows(axis):
             gaps = (rows == NO_LABEL).any(1)
             if gaps.any():
                 reason = f"goes together with channels that stay in {grid.site.where}"
                 state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
         state.sizes += grid.sizes(axis, repairs=choice.repairs)
-    state.axes = [*axes, *[-1] * untouched]
     return state
 
 

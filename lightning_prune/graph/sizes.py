@@ -38,10 +38,8 @@ def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[
     wanted = len(size.ids) if size.position is None else size.listed
     own_code = [path for path in stack if path in modules and not is_torch(modules[path])]
     for path in own_code[:2]:  # the module whose code ran, or the one that called it
-        public = {name: value for name, value in sizes_of(modules[path]).items() if not name.startswith("_")}
-        names = [
-            name for name, value in public.items() if (tuple(value) if isinstance(value, list) else value) == wanted
-        ]
+        known = {name: tuple(of) if isinstance(of, list) else of for name, of in sizes_of(modules[path]).items()}
+        names = [name for name, value in known.items() if value == wanted and not name.startswith("_")]
         if names:
             return [((path, name, size.position), size.ids) for name in names]
     return []
@@ -64,13 +62,7 @@ def unmatched(splits: Sequence[Split], found: Mapping[Key, list[Tensor]]) -> lis
 
 
 def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mapping[str, Tensor]) -> list[SizeAttribute]:
-    """In terms of groups and their channels.
-
-    Args:
-        found: from `match`; ambiguous ones are left out unless all count the same channels.
-        joint: (ids,) class of every id.
-        channels: the classes of every group's channels.
-    """
+    """In terms of groups and their channels (classes); ambiguous ones only if all count the same channels."""
     names = list(channels)
     group_of = torch.full((len(joint),), -1)
     place_of = torch.zeros(len(joint), dtype=torch.int64)
@@ -78,15 +70,16 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
         group_of[channels[name]] = number
         place_of[channels[name]] = torch.arange(len(channels[name]))
 
+    def sources(ids: Tensor) -> dict[str, Tensor]:
+        roots = joint[ids[ids != NO_LABEL]]
+        groups = group_of[roots]
+        return {names[k]: place_of[roots[groups == k]] for k in groups.unique().tolist() if k >= 0}
+
     result = []
-    for (module, attribute, position), several in found.items():
-        counts = []
-        for ids in several:
-            roots = joint[ids[ids != NO_LABEL]]
-            groups = group_of[roots]
-            counts.append({names[k]: place_of[roots[groups == k]] for k in groups.unique().tolist() if k >= 0})
+    for key, several in found.items():
+        counts = [sources(ids) for ids in several]
         fixed = [len(ids) - sum(map(len, counted.values())) for ids, counted in zip(several, counts, strict=True)]
         alike = [{name: places.sort().values.tolist() for name, places in counted.items()} for counted in counts]
-        if counts[0] and all(other == alike[0] for other in alike) and len(set(fixed)) == 1:
-            result.append(SizeAttribute(module, attribute, position, counts[0], fixed[0]))
+        if counts[0] and alike == alike[:1] * len(alike) and len(set(fixed)) == 1:
+            result.append(SizeAttribute(*key, counts[0], fixed[0]))
     return result

@@ -117,42 +117,30 @@ class _Tracer:
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        modules = dict(self.model.named_modules())
-        module_of = {
-            f"{path}.{key}" if path else key: path
-            for path, module in modules.items()
-            for key, _ in module.named_parameters(recurse=False)
-        }
         resolved = resolve(self.space, decisions.choices)
-        found = sizes.match(modules, [*self.space.sizes, *resolved.sizes])
+        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
         outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
-        frozen = [*self._held(decisions), *resolved.frozen, *sizes.unmatched(resolved.splits, found)]
+        readers = self.space.marked("reader")
+        held = [
+            Freeze(span.ids if path in decisions.held_whole else span.ids[readers[span.ids]], reason)
+            for path, reason in decisions.held.items()
+            for span in self.space.spans
+            if not path or span.tensor.startswith(f"{path}.")
+        ]
+        frozen = [*held, *resolved.frozen, *sizes.unmatched(resolved.splits, found)]
         classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
-        groups, channels = build_groups(classes, module_of)
-        free = {group.name: channels[group.name] for group in groups if group.prunable}
+        groups = build_groups(classes)
+        free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        graph = ChannelGraph(tuple(groups), shapes, self._notes(), attributes)
+        unused = ", ".join(name for name, _ in self.model.named_parameters() if name not in self.used)
+        notes = (*self.notes, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes)
         places, guessed = places_of(classes, decisions.choices)
         self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
         return self._last[1]
-
-    def _held(self, decisions: Decisions) -> list[Freeze]:
-        """Channels that a module reads, or also makes, where the trials came to leave them."""
-        readers = self.space.marked("reader")
-        frozen = []
-        for path, reason in decisions.held.items():
-            for span in self.space.spans:
-                if not path or span.tensor.startswith(f"{path}."):
-                    ids = torch.arange(span.start, span.start + span.size)
-                    frozen.append(Freeze(ids if path in decisions.held_whole else ids[readers[ids]], reason))
-        return [item for item in frozen if len(item.ids)]
-
-    def _notes(self) -> tuple[str, ...]:
-        unused = [name for name, _ in self.model.named_parameters() if name not in self.used]
-        return (*self.notes, *([f"never used in the trace, left as they are: {', '.join(unused)}"] if unused else []))
 
     def _observe(self, recorder: OperatorRecorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         call = OperatorCall(self.space, recorder, func, args, kwargs, output)
@@ -163,8 +151,7 @@ class _Tracer:
             call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
             return
         before = call.info(call.outputs[0])
-        rule = rules.rule_for(func)
-        if rule is not None:
+        if rule := rules.rule_for(func):
             result = rule(call)
         else:
             if any(call.info(tensor).labels for tensor in call.tensors):

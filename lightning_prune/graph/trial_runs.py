@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.plain_numbers import PlainNumber, PlainNumbers
 from lightning_prune.graph.recording import RunningModules, normalise_mode, tensors_in, untouched
+from lightning_prune.graph.rules import rule_for
+from lightning_prune.graph.rules.pointwise import elementwise
+from lightning_prune.graph.rules.statistics import batch_norm
 from lightning_prune.model_state.cutting import Undo, cut_, resize_
 from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
+FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
+ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 Removed = Mapping[str, Tensor]  # group, its channels
 
 
@@ -29,37 +34,36 @@ class Failure:
     stack: tuple[str, ...]
     message: str
 
-    @classmethod
-    def of(cls, error: Exception, running: RunningModules) -> Failure:
-        """What a user's forward raised; the first line of its message."""
-        return cls(running.paths, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+@dataclass(frozen=True)
+class PlainNumber:
+    """The plain numbers that one operator got, and the modules that were running, innermost first."""
+
+    operator: str
+    values: tuple[Any, ...]
+    stack: tuple[str, ...]
 
 
 class TrialRuns:
-    """Runs copies of one model without some of its channels.
-
-    Args:
-        model: left as it is.
-        example_inputs: what it is run on.
-        modes: train flags to run it with.
-    """
+    """Runs copies of one model, with each of the train flags ``modes``, without some of its channels."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, modes: Sequence[bool]) -> None:
-        self._model, self._inputs, self._modes = model, example_inputs, modes
+        self._model, self._modes = model, modes
+        self._doubles = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs)
         # On the meta device a run costs neither memory nor arithmetic.
         self._trial = _meta_copy(model)
-        self._trial_inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
-        self._numbers = self._run()
+        self._inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
+        self._numbers = self._plain_numbers()
         if isinstance(self._numbers, Failure):
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
-            self._trial, self._trial_inputs = copy_without_masks(model), example_inputs
+            self._trial, self._inputs = copy_without_masks(model), example_inputs
 
     def failure(self, graph: ChannelGraph, removed: Removed) -> Failure | None:
         """Why the model does not run without these channels, None if it does."""
         undo = Undo(self._trial)
         try:
             _remove_(self._trial, graph, removed)
-            found = self._run()
+            found = self._plain_numbers()
         finally:
             undo()
         if isinstance(found, Failure):
@@ -78,41 +82,78 @@ class TrialRuns:
         trial = copy_without_masks(self._model).double()
         _roughen_(trial)
         _mask_(trial, graph, removed)
-        masked = [self._outputs(trial, training) for training in self._modes]
+        masked = [_run(trial, self._doubles, training) for training in self._modes]
         _remove_(trial, graph, removed)
         for training, before in zip(self._modes, masked, strict=True):
             if isinstance(before, Failure):
                 return None  # does not run in float64 at all: nothing to compare with
-            after = self._outputs(trial, training)
+            after = _run(trial, self._doubles, training)
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
                 return Failure((), "its results change")
         return None
 
-    def _run(self) -> list[PlainNumber] | Failure:
-        """The plain numbers that operators get."""
+    def _plain_numbers(self) -> list[PlainNumber] | Failure:
         numbers: list[PlainNumber] = []
-        with untouched(self._trial):
-            for training in self._modes:
-                normalise_mode(self._trial, training=training)
-                with RunningModules(self._trial) as running, PlainNumbers(running, numbers):
-                    try:
-                        call_model(self._trial, self._trial_inputs)
-                    except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
-                        return Failure.of(error, running)
-        return numbers
+        outputs = (_run(self._trial, self._inputs, training, numbers) for training in self._modes)
+        return next((output for output in outputs if isinstance(output, Failure)), numbers)
 
-    def _outputs(self, trial: nn.Module, training: bool) -> list[Tensor] | Failure:
-        inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self._inputs)
-        with untouched(trial):
-            normalise_mode(trial, training=training)
-            torch.manual_seed(0)
-            with RunningModules(trial) as running:
-                try:
-                    return tensors_in(call_model(trial, inputs))
-                except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
-                    return Failure.of(error, running)
+
+def _run(
+    model: nn.Module, inputs: Any, training: bool, numbers: list[PlainNumber] | None = None
+) -> list[Tensor] | Failure:
+    """The tensors that a model returns. numbers: takes down the plain numbers that operators get."""
+    with untouched(model):
+        normalise_mode(model, training=training)
+        torch.manual_seed(0)
+        with RunningModules(model) as running, nullcontext() if numbers is None else _PlainNumbers(running, numbers):
+            try:
+                return tensors_in(call_model(model, inputs))
+            except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
+                message = str(error).strip().partition("\n")[0]
+                return Failure(running.paths, f"{type(error).__name__}: {message}")
+
+
+class _PlainNumbers(TorchDispatchMode):
+    """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count.
+
+    On the meta device it also answers for the commonest operators, which torch decomposes into many there.
+    """
+
+    def __init__(self, running: RunningModules, found: list[PlainNumber]) -> None:
+        super().__init__()
+        self._running = running
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket._qualified_op_name.replace("::", ".")
+        rule = rule_for(func)
+        arguments = (*args, *kwargs.values())
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        if rule is elementwise or name.startswith(FILLING):
+            numbers = tuple(value for value in arguments if isinstance(value, (int, float)))
+            if numbers:
+                self._found.append(PlainNumber(name, numbers, self._running.paths))
+        if rule is elementwise and _keeps_form(name, args[0], tensors):
+            return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
+        if rule is batch_norm and args[0].is_meta:
+            x, *vectors = tensors
+            if any(len(vector) != x.shape[1] for vector in vectors):
+                sizes = [len(vector) for vector in vectors]
+                raise RuntimeError(f"batch norm over {x.shape[1]} channels has parameters for {sizes}")
+            return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+        return func(*args, **kwargs)
+
+
+def _keeps_form(name: str, first: Any, tensors: list[Tensor]) -> bool:
+    """Whether the result is like the first argument: floating meta tensors of one shape, or one and numbers."""
+    return (
+        first is tensors[0]
+        and all(t.is_meta and t.is_floating_point() and t.shape == first.shape for t in tensors)
+        and not name.removeprefix("aten.").startswith(ANSWERS_TRUE)
+    )
 
 
 def _close(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -156,9 +197,5 @@ def _roughen_(model: nn.Module) -> None:
 
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes but no values."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, {**parameters, **{id(b): b.detach().to("meta") for b in model.buffers()}})

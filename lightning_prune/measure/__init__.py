@@ -4,14 +4,20 @@ Here: counting and timing. Not here: choosing channels by cost (selection/), tab
 """
 
 from lightning_prune.measure.cost_model import CostModel
-from lightning_prune.measure.flops import Convention, count_flops, count_params, flops_by_convention
+from lightning_prune.measure.counting import (
+    Convention,
+    count_flops,
+    count_params,
+    flops_by_convention,
+    measure_memory,
+    samples_in,
+    state_size,
+    with_samples,
+)
 from lightning_prune.measure.latency import Latency, compare_latency, measure_latency, thread_count
 from lightning_prune.measure.layer_findings import Finding, explain_speed
-from lightning_prune.measure.layers import LayerTime, ModelTime, time_layers
-from lightning_prune.measure.machine import Machine, measure_machine
+from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measure.measurement import Measurement, measure
-from lightning_prune.measure.memory import measure_memory, state_size
-from lightning_prune.measure.samples import samples_in, with_samples
 
 __all__ = [
     "Convention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from typing import Any
 
@@ -9,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.flops import count_params
-from lightning_prune.measure.operators import OperatorCounter
-from lightning_prune.measure.samples import samples_in
+from lightning_prune.measure.counting import OperatorCounter, count_params, samples_in
 from lightning_prune.plan import Plan
 
 
@@ -32,7 +31,6 @@ class CostModel:
     Attributes:
         params: of the dense model, frozen ones included.
         macs: of the dense model, per sample.
-        fixed_macs: those among them that no plan changes here.
 
     Raises:
         PlanError: the graph belongs to another model.
@@ -51,12 +49,14 @@ class CostModel:
     def __init__(self, model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> None:
         graph.check(model)
         self.params = count_params(model, trainable=False)
-        self._macs, self.fixed_macs = macs_by_parameter(model, example_inputs)
-        self.macs = sum(self._macs.values()) + self.fixed_macs
+        counter = _ParameterCounter(model).watch(model, example_inputs)
+        batch = samples_in(example_inputs) or 1
+        self.macs = counter.macs // batch
+        self._macs = {name: macs // batch for name, macs in counter.by_parameter.items()}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._starts: dict[str, int] = {}  # of the channels of each group, all numbered in one row
         self._channels = 0
-        owners: dict[tuple[str, int], Tensor] = {}  # {(parameter, dimension): the channel of every entry}
+        self._owners: dict[tuple[str, int], Tensor] = {}  # {(parameter, dimension): the channel of every entry}
         for group in graph.groups:
             self._starts[group.name] = self._channels
             channels = self._channels + torch.arange(group.size).unsqueeze(1)
@@ -64,22 +64,17 @@ class CostModel:
             for part in group.slices:
                 if part.tensor in self._shapes:
                     nobody = torch.full((self._shapes[part.tensor][part.dim],), -1)
-                    owner = owners.setdefault((part.tensor, part.dim), nobody)
+                    owner = self._owners.setdefault((part.tensor, part.dim), nobody)
                     owner[part.index.flatten()] = channels.expand(part.index.shape).flatten()
-        self._dims = list(owners)
-        self._owner = torch.cat([torch.zeros(0, dtype=torch.int64), *owners.values()])
-        self._dim = torch.repeat_interleave(torch.tensor([len(owner) for owner in owners.values()], dtype=torch.int64))
 
     def of(self, plan: Plan) -> tuple[int, int]:
         """Parameters and multiply-accumulates of the reconstructed model."""
         removed = torch.zeros(self._channels + 1, dtype=torch.bool)  # the last one stands for nobody
         for name, group in plan.groups.items():
             removed[self._starts[name] + torch.tensor(group.removed, dtype=torch.int64)] = True
-        gone = torch.bincount(self._dim[removed[self._owner]], minlength=len(self._dims)).tolist()
         shapes: dict[str, list[int]] = {}
-        for (name, dim), count in zip(self._dims, gone, strict=True):
-            if count:
-                shapes.setdefault(name, list(self._shapes[name]))[dim] -= count
+        for (name, dim), owner in self._owners.items():
+            shapes.setdefault(name, list(self._shapes[name]))[dim] -= int(removed[owner].count_nonzero())
         params, macs = self.params, self.macs
         for name, shape in shapes.items():
             before, after = prod(self._shapes[name]), prod(shape)
@@ -89,34 +84,18 @@ class CostModel:
         return params, macs
 
 
-def macs_by_parameter(model: nn.Module, example_inputs: Any) -> tuple[dict[str, int], int]:
-    """{parameter: multiply-accumulates per sample of the operators that use it, or a view of it}, and all others.
-
-    Raises:
-        TraceError: the model does not run on the inputs.
-
-    Example:
-        >>> macs_by_parameter(nn.Linear(4, 2), torch.zeros(1, 4))
-        ({'weight': 8}, 0)
-    """
-    counter = _ParameterCounter(model).watch(model, example_inputs)
-    batch = samples_in(example_inputs) or 1
-    found = {name: macs // batch for name, macs in counter.found.items()}
-    return found, counter.macs // batch - sum(found.values())
-
-
 class _ParameterCounter(OperatorCounter):
-    """Notes which parameter the multiply-accumulates of an operator belong to."""
+    """Notes whose multiply-accumulates they are: of the parameter that an operator uses, or uses a view of."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
-        self.found: dict[str, int] = {}
+        self.by_parameter: Counter[str] = Counter()
 
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = self.macs
         super().observe(func, args, kwargs, output)
-        tensors = [tensor for tensor in args if isinstance(tensor, Tensor) and tensor.dim() > 1]  # no bias
-        name = next((self._names[k] for t in tensors if (k := t.untyped_storage()._cdata) in self._names), None)
-        if name is not None and self.macs > before:
-            self.found[name] = self.found.get(name, 0) + self.macs - before
+        storages = [t.untyped_storage()._cdata for t in args if isinstance(t, Tensor) and t.dim() > 1]  # no bias
+        name = next((self._names[key] for key in storages if key in self._names), None)
+        if name is not None:
+            self.by_parameter[name] += self.macs - before

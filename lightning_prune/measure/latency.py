@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.measure.operators import run
+from lightning_prune.measure.counting import run
 from lightning_prune.model_state.preservation import preserved
 
 T = TypeVar("T")
+Models = Mapping[str, tuple[nn.Module, Any]]  # {name: (model, example inputs)}
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,17 @@ class Latency:
         return cls(median, high - low, tuple(milliseconds))
 
 
-def measure_latency(
-    model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10, threads: int | None = None
-) -> Latency:
-    """Time forward passes of one model in eval mode without gradients, in milliseconds.
+def measure_latency(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10) -> Latency:
+    """Time forward passes of one model in eval mode without gradients, in milliseconds; see `thread_count`.
 
     Args:
         model: left as it is.
         example_inputs: the whole of it is one pass.
         warmup: passes before the clock runs.
         repeats: passes timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
-        PruningError: no repeats, no threads, or a model on the meta device, which computes nothing.
+        PruningError: no repeats, or a model on the meta device, which computes nothing.
         TraceError: the model does not run on the inputs.
 
     Example:
@@ -65,16 +63,10 @@ def measure_latency(
         >>> len(latency.samples), min(latency.samples) <= latency.median
         (3, True)
     """
-    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats, threads=threads)[""]
+    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats)[""]
 
 
-def compare_latency(
-    models: Mapping[str, tuple[nn.Module, Any]],
-    *,
-    warmup: int = 2,
-    repeats: int = 10,
-    threads: int | None = None,
-) -> dict[str, Latency]:
+def compare_latency(models: Models, *, warmup: int = 2, repeats: int = 10) -> dict[str, Latency]:
     """Time several models in turns, in milliseconds: whatever else the machine does falls on all of them alike.
 
     Before each timed pass goes one that is not timed: the model before has left the caches full of its own weights,
@@ -84,10 +76,9 @@ def compare_latency(
         models: {name: (model, example inputs)}.
         warmup: rounds before the clock runs.
         repeats: rounds timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
-        PruningError: no repeats, no threads, or a model on the meta device, which computes nothing.
+        PruningError: no repeats, or a model on the meta device, which computes nothing.
         TraceError: a model does not run on its inputs.
 
     Example:
@@ -99,28 +90,18 @@ def compare_latency(
     for name, (model, _) in models.items():
         if any(p.is_meta for p in model.parameters()):
             raise PruningError(f"model {name!r} is on the meta device, where nothing is computed: no time to measure")
-    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup=warmup, repeats=repeats, threads=threads)
+    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup, repeats)
     return {name: Latency.of(milliseconds) for name, milliseconds in found.items()}
 
 
 def in_turns(
-    models: Mapping[str, tuple[nn.Module, Any]],
-    timer: Callable[[str, nn.Module, Any], T],
-    *,
-    warmup: int,
-    repeats: int,
-    threads: int | None,
+    models: Models, timer: Callable[[str, nn.Module, Any], T], warmup: int, repeats: int
 ) -> dict[str, list[T]]:
-    """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}.
-
-    Raises:
-        PruningError: no repeats, or no threads.
-        TraceError: a model does not run on its inputs.
-    """
+    """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}."""
     if warmup < 0 or repeats < 1:
         raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
     found: dict[str, list[T]] = {name: [] for name in models}
-    with thread_count(threads), ExitStack() as stack:
+    with ExitStack() as stack:
         for model, _ in models.values():
             stack.enter_context(preserved(model))
             model.eval()
@@ -149,17 +130,23 @@ def timed_pass(model: nn.Module, inputs: Any) -> float:
 
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[int]:
-    """So many threads of the CPU for a while, and how many that is; None leaves them as they are.
+    """So many threads of the CPU for whatever is timed inside, and how many that is; None leaves them as they are.
 
     Raises:
         PruningError: less than one.
+
+    Example:
+        >>> with thread_count(1) as threads:
+        ...     latency = measure_latency(nn.Linear(4, 2), torch.zeros(1, 4))
+        >>> threads
+        1
     """
-    if threads is not None and threads < 1:
-        raise PruningError(f"threads must be at least 1, got {threads}")
     before = torch.get_num_threads()
+    threads = before if threads is None else threads
+    if threads < 1:
+        raise PruningError(f"threads must be at least 1, got {threads}")
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield torch.get_num_threads()
+        torch.set_num_threads(threads)
+        yield threads
     finally:
         torch.set_num_threads(before)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_prune.graph.describe import shortened
-from lightning_prune.measure.layers import LayerTime, ModelTime
-from lightning_prune.measure.machine import Machine
+from lightning_prune.measure.layers import LayerTime, Machine, ModelTime
 
 LANES = 8  # float32 numbers in an AVX2 register; AVX-512 holds two of them
 FAR = 3  # times as long as any limit asks for
@@ -34,10 +33,11 @@ _MEMORY = (
     "where weights are most of them, norms and activations fused into convolutions elsewhere (ONNX Runtime, "
     "torch.compile)"
 )
+_LANES = f"channel counts that are no multiple of {LANES} leave up to {{:.0f}} % of the SIMD lanes empty"
 _ROUND_TO = f"; pruning with round_to={LANES} (--round-to {LANES}) fills them"
 _WHOLE = "did not shrink, as many FLOPs as in the dense model; `lightning-prune graph` says what cannot be pruned"
 _SLOWER = "fewer FLOPs than in the dense model, and yet slower by more than the spread"
-_OUTSIDE = "between the layers: additions, reshapes, functional calls, Python and the timers"
+_OUTSIDE = "{:.0f} % of the time between the layers: additions, reshapes, functional calls, Python and the timers"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
     near = [layer for layer in layers if layer.reach(machine) * FAR >= 1]  # a limit explains only what comes near it
     far = [layer for layer in layers if layer not in near]
     memory = _MEMORY.format(machine.balance)
+    odd = [layer for layer in layers if empty_lanes(layer) and _is_chosen(layer, dense)]
+    lost = sum(layer.latency.median * empty_lanes(layer) for layer in odd) / after.total
+    lanes = _LANES.format(100 * lost / after.share(*odd) if odd else 0) + (_ROUND_TO if dense else "")
     found = [
         _about("memory", after, [layer for layer in near if layer.bound(machine) == "memory"], memory),
         _about("call", after, [layer for layer in near if layer.bound(machine) == "call"], _CALL),
@@ -96,8 +99,8 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
         _about("far", after, [layer for layer in far if layer.kind not in POOLS], _FAR),
         _about("not shrunk", after, [now for now, was in twins if was.flops and now.flops >= was.flops], _WHOLE),
         _about("slower", after, [now for now, was in twins if now.flops < was.flops and _is_slower(now, was)], _SLOWER),
-        _lanes(after, [layer for layer in layers if empty_lanes(layer) and _is_chosen(layer, dense)], bool(dense)),
-        Finding("outside", after.outside / after.total, f"{_percent(after.outside / after.total)} {_OUTSIDE}"),
+        _about("lanes", after, odd, lanes, lost),
+        Finding("outside", after.outside / after.total, _OUTSIDE.format(100 * after.outside / after.total)),
     ]
     said = sorted((finding for finding in found if finding.share >= LEAST), key=lambda finding: -finding.share)
     overall = () if before is None else (_speed(before, after), *_shortfall(before, after))
@@ -105,25 +108,17 @@ def explain_speed(after: ModelTime, machine: Machine, before: ModelTime | None =
 
 
 def empty_lanes(layer: LayerTime) -> float:
-    """Share of a layer's arithmetic that is padding of its channels to whole registers, at most.
-
-    Three colours coming in are given, not chosen, and do not count.
-    """
-    used = 1.0
-    for place, channels in enumerate(layer.channels):
-        if place or channels > LANES:
-            used *= channels / (LANES * math.ceil(channels / LANES))
-    return 1 - used
+    """Share of a layer's arithmetic that is padding to whole registers, at most; not of three colours coming in."""
+    chosen = [count for place, count in enumerate(layer.channels) if place or count > LANES]
+    return 1 - math.prod(count / (LANES * math.ceil(count / LANES)) for count in chosen)
 
 
-def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str) -> Finding:
+def _about(kind: Kind, times: ModelTime, layers: Sequence[LayerTime], text: str, lost: float | None = None) -> Finding:
+    """``lost``: the share at most, where it is not all the time of the layers."""
     names = tuple(layer.name for layer in layers)
-    share = times.share(*layers)
-    return Finding(kind, share, f"{_percent(share)} in {shortened(names, 50)}: {text}" if names else "", names)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} % of the time"
+    share, most = (times.share(*layers), "") if lost is None else (lost, "up to ")
+    said = f"{most}{100 * share:.0f} % of the time in {shortened(names, 50)}: {text}" if names else ""
+    return Finding(kind, share, said, names)
 
 
 def _is_slower(now: LayerTime, was: LayerTime) -> bool:
@@ -133,22 +128,8 @@ def _is_slower(now: LayerTime, was: LayerTime) -> bool:
 
 def _is_chosen(layer: LayerTime, dense: Mapping[str, LayerTime]) -> bool:
     """Whether pruning, where there was one, left a number of channels that does not fill the lanes."""
-    if layer.name not in dense:
-        return True
-    pairs = zip(layer.channels, dense[layer.name].channels, strict=True)
-    return any(now != was and now % LANES for now, was in pairs)
-
-
-def _lanes(times: ModelTime, layers: Sequence[LayerTime], pruned: bool) -> Finding:
-    if not layers:
-        return Finding("lanes", 0.0, "")
-    names = tuple(layer.name for layer in layers)
-    lost = sum(layer.latency.median * empty_lanes(layer) for layer in layers) / times.total
-    text = (
-        f"up to {_percent(lost)} in {shortened(names, 50)}: channel counts that are no multiple of {LANES} leave up to "
-        f"{100 * lost / times.share(*layers):.0f} % of the SIMD lanes empty{_ROUND_TO if pruned else ''}"
-    )
-    return Finding("lanes", lost, text, names)
+    before = dense[layer.name].channels if layer.name in dense else (0,) * len(layer.channels)
+    return any(now != was and now % LANES for now, was in zip(layer.channels, before, strict=True))
 
 
 def _speed(before: ModelTime, after: ModelTime) -> Finding:
@@ -156,8 +137,8 @@ def _speed(before: ModelTime, after: ModelTime) -> Finding:
     text = f"{gain:.2f}{TIMES} faster" if gain >= 1 else f"{1 / gain:.2f}{TIMES} SLOWER"
     if before.flops and after.flops:
         promised = before.flops / after.flops
-        moved = _bytes(before.layers) / _bytes(after.layers)
-        text += f" with {promised:.2f}{TIMES} fewer FLOPs and {moved:.2f}{TIMES} fewer bytes"
+        was, now = (sum(layer.bytes for layer in times.layers) or 1 for times in (before, after))
+        text += f" with {promised:.2f}{TIMES} fewer FLOPs and {was / now:.2f}{TIMES} fewer bytes"
         if promised > 1:
             text += f": {100 * gain / promised:.0f} % of what the FLOPs promise"
     return Finding("speed", 1.0, text)
@@ -179,10 +160,6 @@ def _shortfall(before: ModelTime, after: ModelTime) -> tuple[Finding, ...]:
     told = ", ".join(f"{milliseconds:,.2f} {where}" for where, milliseconds in most if milliseconds > 0)
     text = f"{late:,.2f} of {after.total:,.2f} ms are more than the FLOPs promise: {told}"
     return (Finding("shortfall", late / after.total, text),)
-
-
-def _bytes(layers: Iterable[LayerTime]) -> int:
-    return sum(layer.bytes for layer in layers) or 1
 
 
 def _timers(before: ModelTime | None, after: ModelTime) -> Finding:

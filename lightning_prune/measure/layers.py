@@ -1,25 +1,50 @@
-"""Where the time of a forward pass goes, layer by layer; on the CPU."""
+"""Where the time of a forward pass goes, layer by layer, held against what the machine does at best; on the CPU."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import PruningError
-from lightning_prune.measure.latency import Latency, in_turns, timed_pass
-from lightning_prune.measure.machine import Machine
-from lightning_prune.measure.operators import OperatorCounter
+from lightning_prune.measure.counting import OperatorCounter
+from lightning_prune.measure.latency import Latency, Models, in_turns, timed_pass
 
 Bound = Literal["compute", "memory", "call"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the CPU does at best, with the threads that torch has.
+
+    Attributes:
+        flops: floating-point operations per second, of a large matrix product.
+        bandwidth: bytes per second, read and written, of copying more than the caches hold.
+        call: seconds that the call of a layer takes which computes nothing to speak of: a rectifier on one number.
+        product_call: the same for a layer with weights: a 1x1 convolution on one pixel.
+        threads: of the CPU.
+    """
+
+    flops: float
+    bandwidth: float
+    call: float
+    product_call: float
+    threads: int
+
+    @property
+    def balance(self) -> float:
+        """FLOPs per byte below which memory, not arithmetic, sets the pace."""
+        return self.flops / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -64,10 +89,7 @@ class LayerTime:
         return {limit: 1e3 * value for limit, value in seconds.items()}
 
     def bound(self, machine: Machine) -> Bound:
-        """The limit that asks for most.
-
-        Between compute and memory that is the intensity against `Machine.balance`.
-        """
+        """The limit that asks for most; between compute and memory the intensity against `Machine.balance` tells."""
         limits = self.limits(machine)
         return max(limits, key=lambda limit: limits[limit])
 
@@ -97,21 +119,16 @@ class ModelTime:
         return median(timed / plain for timed, plain in pairs) - 1
 
     @property
-    def inside(self) -> float:
-        """Milliseconds in layers."""
-        return sum(layer.latency.median for layer in self.layers)
-
-    @property
     def outside(self) -> float:
         """Milliseconds between the layers: additions, reshapes, functional calls, Python, the timers themselves."""
-        spent = zip(*(layer.latency.samples for layer in self.layers), strict=True) if self.layers else ()
-        left = [whole - sum(parts) for whole, parts in zip(self.timed.samples, spent, strict=False)]
-        return max(0.0, median(left)) if left else self.timed.median
+        parts = (layer.latency.samples for layer in self.layers)
+        left = [whole - sum(spent) for whole, *spent in zip(self.timed.samples, *parts, strict=True)]
+        return max(0.0, median(left))
 
     @property
     def total(self) -> float:
         """Milliseconds inside and outside, of which shares are: medians of parts do not add up to that of the whole."""
-        return self.inside + self.outside
+        return sum(layer.latency.median for layer in self.layers) + self.outside
 
     @property
     def flops(self) -> int:
@@ -123,23 +140,18 @@ class ModelTime:
         return sum(layer.latency.median for layer in layers) / self.total
 
 
-def time_layers(
-    models: Mapping[str, tuple[nn.Module, Any]], *, warmup: int = 2, repeats: int = 10, threads: int | None = None
-) -> dict[str, ModelTime]:
+def time_layers(models: Models, *, repeats: int = 10) -> dict[str, ModelTime]:
     """Time every leaf layer of several models; in turns, each pass with timers beside one without them.
 
     Args:
         models: {name: (model, example inputs)}, on the CPU.
-        warmup: rounds before the clock runs.
         repeats: rounds timed.
-        threads: of the CPU; None: as torch is set.
 
     Raises:
         PruningError: no repeats, or a model that is not on the CPU, where the host's clock says nothing of a layer.
         TraceError: a model does not run on its inputs.
 
     Example:
-        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> [(layer.name, layer.calls) for layer in time_layers({"": (net, torch.zeros(1, 3, 8, 8))})[""].layers]
         [('0', 1), ('1', 1)]
@@ -156,7 +168,7 @@ def time_layers(
             return plain, timed_pass(model, inputs), spent
 
     found = {}
-    for name, rounds in in_turns(models, timer, warmup=warmup, repeats=repeats, threads=threads).items():
+    for name, rounds in in_turns(models, timer, 2, repeats).items():
         plain, timed, spent = zip(*rounds, strict=True)
         layers = (
             layer_time(Latency.of([times.get(module, 0.0) for times in spent]))
@@ -175,17 +187,17 @@ def _count(model: nn.Module, inputs: Any) -> dict[nn.Module, Callable[[Latency],
     running: list[nn.Module] = []
     callers: set[nn.Module] = set()
 
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001
         callers.update(running[-1:])
         running.append(module)
         flops[module] -= counter.flops
-        moved[module] += _bytes((args, kwargs, *module.parameters(), *module.buffers()))
 
-    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running.pop()
         calls[module] += 1
         flops[module] += counter.flops
-        moved[module] += _bytes(output)
+        tensors = tree_leaves((args, kwargs, output, *module.parameters(), *module.buffers()))
+        moved[module] += sum(leaf.numel() * leaf.element_size() for leaf in tensors if isinstance(leaf, Tensor))
 
     with _hooks(model.modules(), begin, end):
         counter.watch(model, inputs)
@@ -234,5 +246,38 @@ def _channels(layer: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def _bytes(value: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+def measure_machine(*, repeats: int = 7) -> Machine:
+    """Measure what this CPU does at best: a product of 1,024 x 1,024 matrices, and a copy of 128 MiB, in float32.
+
+    The fastest of the repeats counts for the limits, the median for the calls. Write-allocation is not counted, so the
+    bandwidth is that of useful bytes.
+
+    Args:
+        repeats: of each.
+
+    Example:
+        >>> measure_machine(repeats=1).balance > 0
+        True
+    """
+    size, count = 1024, 2**25
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    product = torch.empty(size, size)
+    source, target = torch.zeros(count), torch.empty(count)
+    pixel, scalar = torch.zeros(1, 8, 1, 1), torch.zeros(1)
+    convolution, rectifier = nn.Conv2d(8, 8, 1).eval(), nn.ReLU()
+    with torch.no_grad():
+        return Machine(
+            flops=2 * size**3 / min(_seconds(lambda: torch.mm(left, right, out=product), repeats + 1)),
+            bandwidth=2 * 4 * count / min(_seconds(lambda: target.copy_(source), repeats + 1)),
+            call=median(_seconds(lambda: rectifier(scalar), 50 * repeats)),
+            product_call=median(_seconds(lambda: convolution(pixel), 50 * repeats)),
+            threads=torch.get_num_threads(),
+        )
+
+
+def _seconds(run: Callable[[], Any], times: int) -> list[float]:
+    clock = [time.perf_counter()]
+    for _ in range(times):
+        run()
+        clock.append(time.perf_counter())
+    return [after - before for before, after in pairwise(clock)]

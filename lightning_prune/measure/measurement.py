@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.measure.flops import count_params, flops_by_convention
+from lightning_prune.measure.counting import count_params, flops_by_convention, measure_memory, state_size
 from lightning_prune.measure.latency import Latency, measure_latency
-from lightning_prune.measure.memory import measure_memory, state_size
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Measurement:
     flops: dict[str, int]
     _model: nn.Module = field(repr=False, compare=False)
     _inputs: Any = field(repr=False, compare=False)
-    _timing: dict[str, Any] = field(repr=False, compare=False)
+    _repeats: int = field(repr=False, compare=False)
 
     @property
     def macs(self) -> int:  # noqa: D102
@@ -42,7 +41,7 @@ class Measurement:
 
     @cached_property
     def latency(self) -> Latency:  # noqa: D102
-        return measure_latency(self._model, self._inputs, **self._timing)
+        return measure_latency(self._model, self._inputs, repeats=self._repeats)
 
     @cached_property
     def peak_memory_bytes(self) -> int:  # noqa: D102
@@ -53,21 +52,17 @@ class Measurement:
         return state_size(self._model)
 
 
-def measure(
-    model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10, threads: int | None = None
-) -> Measurement:
+def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Measurement:
     """Count parameters and FLOPs; latency, memory and size are measured when they are read.
 
     Args:
         model: left as it is.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        warmup: passes before the clock runs.
         repeats: passes timed.
-        threads: of the CPU while timing; None: as torch is set.
 
     Raises:
         TraceError: the model does not run on the inputs.
-        PruningError: when ``latency`` is read: no repeats, no threads, or a model on the meta device.
+        PruningError: when ``latency`` is read: no repeats, or a model on the meta device.
 
     Example:
         >>> import torch
@@ -81,5 +76,5 @@ def measure(
         flops_by_convention(model, example_inputs),
         model,
         example_inputs,
-        {"warmup": warmup, "repeats": repeats, "threads": threads},
+        repeats,
     )

@@ -71,7 +71,7 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
         old = getattr(module, size.attribute)
         new: Any = size.value
         if size.position is not None:
-            new = type(old)([*old[: size.position], size.value, *old[size.position + 1 :]])
+            new = type(old)(size.value if k == size.position else item for k, item in enumerate(old))
         if new != old:
             set_size_(module, size.attribute, new)
     update_attributes_(model)
@@ -130,7 +130,7 @@ def update_attributes_(model: nn.Module) -> None:
 
 
 class Undo:
-    """Parameters, buffers, integer attributes and optimizer state of a model, to be put back."""
+    """Puts back parameters, buffers, integer attributes and optimizer state of a model."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]

@@ -19,27 +19,20 @@ def change_state_(optimizers: Iterable[Optimizer], parameter: Tensor, shape: tor
     Step counters and other scalars stay as they are.
     """
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
+        for key, value in (state := optimizer.state.get(parameter, {})).items():
             if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
                 state[key] = change(value)
 
 
 def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers whose state cannot be cut channel by channel, before they have any.
+    """Refuse optimizers whose state, after one step on a parameter of their own, is neither scalar nor of its shape.
 
-    Each is tried for one step on a parameter of its own: state that is neither a scalar nor of the parameter's shape
-    (Adafactor's row and column averages, the history of LBFGS) belongs to no channel.
-
-    Raises:
-        OptimizerError: names the optimizer and its state.
+    Adafactor's row and column averages or the history of LBFGS belong to no channel.
     """
     for optimizer in optimizers:
         probe = nn.Parameter(torch.ones(3, 2))
-        settings = {**optimizer.defaults}
-        for name in ("foreach", "fused", "capturable"):  # of the device that the real parameters are on
-            if name in settings:
-                settings[name] = None if name != "capturable" else False
+        plain = {"foreach": None, "fused": None, "capturable": False}  # these suit the real parameters' device
+        settings = {name: plain.get(name, value) for name, value in optimizer.defaults.items()}
         try:
             trial = type(optimizer)([probe], **settings)
             probe.grad = torch.ones_like(probe)
@@ -47,8 +40,11 @@ def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
         except Exception:  # noqa: BLE001  # an optimizer that wants more than parameters cannot be tried
             continue
         for name, value in trial.state[probe].items():
-            plain = isinstance(value, (int, float, bool)) or value is None
-            if not plain and not (isinstance(value, Tensor) and (value.numel() == 1 or value.shape == probe.shape)):
+            if isinstance(value, Tensor):
+                fits = value.numel() == 1 or value.shape == probe.shape
+            else:
+                fits = value is None or isinstance(value, (int, float))
+            if not fits:
                 what = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"({type(value).__name__})"
                 raise OptimizerError(
                     f"{type(optimizer).__name__} keeps {name!r} {what} for a parameter of shape {list(probe.shape)}: "
@@ -58,11 +54,7 @@ def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
 
 
 def unwrap(optimizers: Iterable[object]) -> list[Optimizer]:
-    """Plain torch optimizers, out of Lightning's wrappers where needed.
-
-    Raises:
-        TypeError: something is not an optimizer.
-    """
+    """Plain torch optimizers, out of Lightning's wrappers where needed; a `TypeError` for anything else."""
     plain = []
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)

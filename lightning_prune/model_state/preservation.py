@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -79,42 +79,32 @@ def without_masks(model: nn.Module) -> Iterator[None]:
             registered.update(before)
 
 
-def copy_without_masks(model: M) -> M:
-    """A deep copy whose masked entries may change again."""
+def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M:
+    """A deep copy whose masked entries may change again. replaced: by an object's id, what stands in its place."""
     with without_masks(model):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(replaced or {}))
 
 
 def copy_sharing_tensors(model: M) -> M:
     """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
-    memo: dict[int, Any] = {}
+    twins: dict[int, Any] = {id(b): b.detach() for b in model.buffers() if type(b) is torch.Tensor}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
-            twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            twins[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             twin.grad = parameter.grad
-            memo[id(parameter)] = twin
-    for buffer in model.buffers():
-        if type(buffer) is torch.Tensor:
-            memo[id(buffer)] = buffer.detach()
-    with without_masks(model):
-        return copy.deepcopy(model, memo)
+    return copy_without_masks(model, twins)
 
 
 def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
     """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
-    shared = {t.untyped_storage()._cdata for t in _with_gradients(model)}
+    tensors = (*model.parameters(), *model.buffers())
+    gradients = (tensor.grad for tensor in tensors if tensor.grad is not None)
+    shared = {tensor.untyped_storage()._cdata for tensor in (*tensors, *gradients)}
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.untyped_storage()._cdata in shared:
             tensor.data = tensor.data.clone()
         if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:
             tensor.grad = tensor.grad.clone()
-
-
-def _with_gradients(model: nn.Module) -> Iterator[torch.Tensor]:
-    for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
-        if tensor.grad is not None:
-            yield tensor.grad
 
 
 def knows_shapes(model: nn.Module) -> bool:

@@ -4,9 +4,8 @@ Here: their layers, the files their weights come from, and what their outputs me
 training (`tasks`), images (`data`), and pruning, of which they know nothing.
 """
 
+from lightning_prune.models.cifar import CifarResNet, CifarVgg16, resnet18, resnet34, resnet50, resnet101, vgg16_bn
 from lightning_prune.models.darknet_weights import DarknetFile, load_darknet_weights, save_darknet_weights
-from lightning_prune.models.resnet_cifar import CifarResNet, resnet18, resnet34, resnet50, resnet101
-from lightning_prune.models.vgg_cifar import CifarVgg16, vgg16_bn
 from lightning_prune.models.weights import load_torchvision_weights
 from lightning_prune.models.yolo_parts import YoloNetwork
 from lightning_prune.models.yolo_v3 import YoloV3, YoloV3Tiny

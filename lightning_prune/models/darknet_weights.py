@@ -77,7 +77,13 @@ def load_darknet_weights(model: YoloNetwork, path: str | Path, *, other_classes:
     staged: list[tuple[Tensor, Tensor]] = []
     for array in arrays:
         values = np.frombuffer(content, "<f4", math.prod(array.shape), offset)
-        _check(values, array, offset, path)
+        wrong = ~np.isfinite(values) | ((array.name == "running variance") & (values < 0))
+        if wrong.any():  # as no trained network has them
+            place = int(wrong.argmax())
+            raise WeightsError(
+                f"{path} is damaged or not a darknet file: byte {offset + place * FLOAT}, {array.name} of layer "
+                f"{array.layer}, reads {values[place]}"
+            )
         if array.layer not in skipped:
             staged.append((array.tensor, torch.from_numpy(values.astype(np.float32)).view(array.shape)))
         offset += values.nbytes
@@ -120,12 +126,12 @@ def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]
 
 
 class _Array(NamedTuple):
-    """Numbers in a file: of which layer, what they are, where they go, and their shape in the file."""
+    """Numbers in a file."""
 
     layer: int
     name: str
     tensor: Tensor
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file
 
 
 def _arrays(model: YoloNetwork) -> list[_Array]:
@@ -173,16 +179,3 @@ def _contents(
         )
     outputs = boxes * (5 + classes)
     return [a._replace(shape=(outputs, *a.shape[1:])) if a.layer in detectors else a for a in arrays], detectors
-
-
-def _check(values: np.ndarray, array: _Array, offset: int, path: Path) -> None:
-    """Numbers that no trained network has show a foreign file of the right size."""
-    wrong = ~np.isfinite(values)
-    if array.name == "running variance":
-        wrong |= values < 0
-    if wrong.any():
-        place = int(wrong.argmax())
-        raise WeightsError(
-            f"{path} is damaged or not a darknet file: byte {offset + place * FLOAT}, {array.name} of layer "
-            f"{array.layer}, reads {values[place]}"
-        )

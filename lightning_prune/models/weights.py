@@ -36,39 +36,32 @@ def load_torchvision_weights(
     # torchvision's oldest files have no batch counters; ours stay as they are then
     optional = {name for name in own if name.endswith(".num_batches_tracked")} - state.keys()
     wanted = {name: tensor for name, tensor in own.items() if name not in skip and name not in optional}
-    if difference := misfit(wanted, offered):
-        raise WeightsError(f"the weights belong to another model: {difference}")
+    foreign = "the weights belong to another model: "
+    missing, unexpected = sorted(wanted.keys() - offered.keys()), sorted(offered.keys() - wanted.keys())
+    if missing or unexpected:
+        raise WeightsError(f"{foreign}missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, tensor in wanted.items():
+        there, here = list(offered[name].shape), list(tensor.shape)
+        if there != here:
+            raise WeightsError(f"{foreign}{name!r} is {there} there and {here} here")
     model.load_state_dict({**own, **offered})
     return [name for name in own if name in skip]
-
-
-def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps a state dict from fitting a model's own, in words; empty if it fits.
-
-    Args:
-        own: the tensors that the model has.
-        state: those offered to it.
-
-    Example:
-        >>> misfit({"weight": torch.zeros(2), "bias": torch.zeros(2)}, {"weight": torch.zeros(2)})
-        "missing ['bias'], unexpected []"
-        >>> misfit({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(4, 3)})
-        "'weight' is [4, 3] there and [2, 3] here"
-    """
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        return f"missing {missing[:5]}, unexpected {unexpected[:5]}"
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            return f"{name!r} is {list(state[name].shape)} there and {list(tensor.shape)} here"
-    return ""
 
 
 def _state_dict(weights: Any) -> Mapping[str, Tensor]:
     if isinstance(weights, Mapping):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
-        return _read(Path(weights))
+        path = Path(weights)
+        if not path.is_file():
+            raise WeightsError(f"there is no file {path}")
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise WeightsError(f"{path} is not a state dict: {error}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
+        return loaded
     from torchvision.models import get_weight  # torchvision is slow to import and rarely needed here
 
     try:
@@ -80,15 +73,3 @@ def _state_dict(weights: Any) -> Mapping[str, Tensor]:
         raise WeightsError(
             f"weights must be a torchvision weights enum, its name, or a file, got {weights!r}"
         ) from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise WeightsError(f"there is no file {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} is not a state dict: {error}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
-    return loaded

@@ -16,24 +16,16 @@ GREY = 0.5
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies in the network's input.
+    """Where an image lies in the network's input; it takes boxes (n, 4), xyxy in pixels, there and back."""
 
-    Attributes:
-        scale: factors by which x and y grew.
-        offset: left and upper border, in pixels of the network's input.
-        size: height and width of the image itself.
-    """
-
-    scale: tuple[float, float]
-    offset: tuple[int, int]
-    size: tuple[int, int]
+    scale: tuple[float, float]  # factors by which x and y grew
+    offset: tuple[int, int]  # left and upper border, in pixels of the network's input
+    size: tuple[int, int]  # height and width of the image itself
 
     def to_network(self, boxes: Tensor) -> Tensor:
-        """Boxes (n, 4), xyxy in the image's pixels, in the network's input."""
         return boxes * boxes.new_tensor(self.scale * 2) + boxes.new_tensor(self.offset * 2)
 
     def to_image(self, boxes: Tensor) -> Tensor:
-        """Boxes (n, 4), xyxy in the network's input, in the image's pixels."""
         return (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
 
 
@@ -44,20 +36,7 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, list[Placement]]:
-    """Scale images to fit into a square, keeping their proportions, and fill the rest with grey 0.5.
-
-    Args:
-        images: each (C, H, W) in [0, 1]; a stacked tensor (N, C, H, W) will do.
-        size: side of the square in pixels.
-
-    Returns:
-        (N, C, size, size), and where each image lies in it.
-
-    Example:
-        >>> batch, (placement,) = letterbox([torch.zeros(3, 20, 40)], 64)
-        >>> batch.shape, placement.offset, placement.to_image(torch.tensor([[0.0, 16.0, 64.0, 48.0]])).tolist()
-        (torch.Size([1, 3, 64, 64]), (0, 16), [[0.0, 0.0, 40.0, 20.0]])
-    """
+    """Images in [0, 1] scaled to fit into grey squares (N, C, size, size), and where each lies in its own."""
     squares, placements = [], []
     for image in images:
         height, width = image.shape[-2:]
@@ -73,22 +52,13 @@ def letterbox(images: Sequence[Tensor] | Tensor, size: int) -> tuple[Tensor, lis
 
 @dataclass(frozen=True)
 class Grid:
-    """The places where a network predicts, M in all: head by head, anchor by anchor, row by row.
+    """The places where a network predicts, M in all: head by head, anchor by anchor, row by row."""
 
-    Attributes:
-        cell: column and row of each, (M, 2).
-        anchor: width and height in pixels, (M, 2).
-        stride: pixels per cell, (M, 1).
-        first: first place of each head, (heads + 1,) numbers.
-        columns: cells per row of each head.
-        rows: rows of each head.
-    """
-
-    cell: Tensor
-    anchor: Tensor
-    stride: Tensor
-    first: tuple[int, ...]
-    columns: tuple[int, ...]
+    cell: Tensor  # column and row of each, (M, 2)
+    anchor: Tensor  # width and height in pixels, (M, 2)
+    stride: Tensor  # pixels per cell, (M, 1)
+    first: tuple[int, ...]  # place of each head, and M
+    columns: tuple[int, ...]  # of each head
     rows: tuple[int, ...]
 
     def boxes(self, raw: Tensor, places: Tensor | slice = slice(None)) -> Tensor:
@@ -119,21 +89,6 @@ def flatten(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Grid]
 
 
 def decode(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Tensor]:
-    """Boxes and scores that head maps stand for.
-
-    Args:
-        maps: what the network returned.
-        network: knows anchors and strides.
-
-    Returns:
-        Boxes (N, M, 4), xyxy in pixels of the network's input, and scores (N, M, classes): objectness times class,
-        each a sigmoid of its own.
-
-    Example:
-        >>> from lightning_prune.models import YoloV3Tiny
-        >>> net = YoloV3Tiny(2, width=0.25)
-        >>> [tuple(x.shape) for x in decode(net(torch.zeros(1, 3, 64, 64)), net)]
-        [(1, 60, 4), (1, 60, 2)]
-    """
+    """Boxes (N, M, 4), xyxy in pixels of the network's input, and scores (N, M, classes): objectness times class."""
     raw, grid = flatten(maps, network)
     return grid.boxes(raw), raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()

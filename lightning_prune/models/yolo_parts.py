@@ -31,10 +31,7 @@ class ConvUnit(nn.Sequential):
 
 
 class Branch(nn.Module):
-    """A detection branch: a body that narrows, one 3x3 convolution that widens, the 1x1 that predicts.
-
-    Returns the raw head map and the body's output, from which the next finer branch starts.
-    """
+    """A body that narrows, a 3x3 that widens, the 1x1 that predicts; returns the raw map and the body's output."""
 
     def __init__(self, body: nn.Module, expand: ConvUnit, outputs: int) -> None:
         super().__init__()
@@ -66,7 +63,6 @@ class YoloNetwork(nn.Module, ABC):
             convolutions is taken. See `load_darknet_weights`.
 
     Attributes:
-        num_classes: classes, without background.
         strides: pixels per cell, one number for every head.
         anchors: widths and heights in pixels of the network's input, three pairs for every head.
         backbone_end: number, in darknet's counting, of the last layer that published pretrained files hold.
@@ -119,32 +115,25 @@ class YoloNetwork(nn.Module, ABC):
         """Channels of a head map."""
         return BOXES_PER_CELL * (5 + self.num_classes)
 
-    @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Raw head maps of images (N, 3, H, W)."""
-
-    def darknet_layers(self) -> list[Convolution]:
-        """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""
-        pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
-        for module in self.modules():  # in the order of the cfg
-            if isinstance(module, ConvUnit):
-                pairs.append((module.conv, module.norm))
-            elif isinstance(module, nn.Conv2d) and module.bias is not None:
-                pairs.append((module, None))
-        return [(number, *pair) for number, pair in zip(self.numbers, pairs, strict=True)]
-
-    @property
-    def branches(self) -> list[Branch]:
-        """The detection branches, coarse to fine."""
-        return [module for module in self.modules() if isinstance(module, Branch)]
-
-    def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
         if height % self.strides[0] or width % self.strides[0]:
             raise ValueError(
                 f"{type(self).__name__} takes images whose sides are multiples of {self.strides[0]} pixels, got "
                 f"{height}x{width}; letterbox them (lightning_prune.models.yolo_boxes)"
             )
+        return self._maps(images)
+
+    @abstractmethod
+    def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Raw head maps of images whose sides fit."""
+
+    def darknet_layers(self) -> list[Convolution]:
+        """(layer number in darknet's cfg, convolution, batch norm or None) in the order of a .weights file."""
+        norms = {unit.conv: unit.norm for unit in self.modules() if isinstance(unit, ConvUnit)}
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]  # in the order of the cfg
+        return [(number, conv, norms.get(conv)) for number, conv in zip(self.numbers, convs, strict=True)]
 
     def _initialise(self, objectness_prior: float) -> None:
         """Initialise as darknet does; the prior shifts the objectness bias so that few cells start as objects."""
@@ -153,12 +142,10 @@ class YoloNetwork(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-        for branch in self.branches:
-            bias = branch.predict.bias
-            assert bias is not None
-            with torch.no_grad():
-                bias.zero_()
-                bias.view(BOXES_PER_CELL, -1)[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
+                if module.bias is not None:  # it predicts
+                    nn.init.zeros_(module.bias)
+                    prior = math.log(objectness_prior / (1 - objectness_prior))
+                    nn.init.constant_(module.bias.view(BOXES_PER_CELL, -1)[:, 4], prior)
 
 
 def scaled(channels: int, width: float) -> int:

@@ -28,11 +28,7 @@ class Residual(nn.Module):
 
 
 class Darknet53(nn.Module):
-    """The backbone: 52 convolutions, no pooling; returns the maps of stride 8, 16 and 32.
-
-    Args:
-        width: factor on all channel counts.
-    """
+    """The backbone: 52 convolutions, no pooling; returns the maps of stride 8, 16 and 32."""
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
@@ -80,9 +76,7 @@ class YoloV3(YoloNetwork):
         units = [ConvUnit(ins, outs, 1 if outs == narrow else 3) for ins, outs in pairwise(widths)]
         return Branch(nn.Sequential(*units), ConvUnit(narrow, wide, 3), self.outputs)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw head maps at strides 32, 16 and 8."""
-        self._check_size(images)
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fine, middle, deep = self.backbone(images)
         coarse_map, x = self.coarse(deep)
         middle_map, x = self.middle(join(self.to_middle(x), middle))
@@ -91,10 +85,7 @@ class YoloV3(YoloNetwork):
 
 
 class SameMaxPool(nn.Module):
-    """2x2 max-pool of stride 1 that keeps the size: the window hangs over to the right and below, where nothing is.
-
-    What lies outside never wins, not even against negative values (a zero pad would).
-    """
+    """2x2 max-pool of stride 1 that keeps the size; what lies outside never wins (a zero pad would)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,14 +115,12 @@ class YoloV3Tiny(YoloNetwork):
         pooled = [layer for unit in units[:4] for layer in (unit, nn.MaxPool2d(2))]
         self.shallow = nn.Sequential(*pooled, units[4])
         self.deep = nn.Sequential(nn.MaxPool2d(2), units[5], SameMaxPool(), units[6])
-        w128, w256, w512 = (scaled(channels, width) for channels in (128, 256, 512))
-        self.coarse = Branch(ConvUnit(widths[-1], w256, 1), ConvUnit(w256, w512, 3), self.outputs)
+        w128, w256, w512, w1024 = widths[-4:]
+        self.coarse = Branch(ConvUnit(w1024, w256, 1), ConvUnit(w256, w512, 3), self.outputs)
         self.to_fine = ConvUnit(w256, w128, 1)
-        self.fine = Branch(nn.Identity(), ConvUnit(w128 + widths[5], w256, 3), self.outputs)
+        self.fine = Branch(nn.Identity(), ConvUnit(w128 + w256, w256, 3), self.outputs)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw head maps at strides 32 and 16."""
-        self._check_size(images)
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         shallow = self.shallow(images)
         coarse_map, x = self.coarse(self.deep(shallow))
         fine_map, _ = self.fine(join(self.to_fine(x), shallow))

@@ -6,9 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import PruningError
+
+if TYPE_CHECKING:
+    from lightning_prune.reconstruction import LosslessReport
 
 DENSE, MASKED, RECONSTRUCTED = "dense", "masked", "reconstructed"
 FINE_TUNED = {"A": "fine-tuned (order A)", "B": "fine-tuned (order B)"}
@@ -92,18 +95,6 @@ class LayerChannels:
 
 
 @dataclass(frozen=True)
-class Losslessness:
-    """Masked against reconstructed: largest differences of the outputs, predicted classes that changed."""
-
-    max_abs_error: float
-    max_rel_error: float
-    dtype: str
-    passed: bool
-    changed: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True)
 class Predictions:
     """What one state of the model finds on a few images, drawn on them.
 
@@ -134,6 +125,7 @@ class PruneReport:
         device: what the latency was measured on.
         predictions: drawn on images of the test part.
         dense_validation: the dense model's metric on the validation part, as the epochs of the timings have it.
+        changed_predictions: how many differ between masked and reconstructed, and how many were compared.
 
     Raises:
         PruningError: two stages of one name, or stages whose FLOPs lack the convention.
@@ -152,12 +144,13 @@ class PruneReport:
     stages: tuple[StageResult, ...] = ()
     timings: tuple[OrderTiming, ...] = ()
     layers: tuple[LayerChannels, ...] = ()
-    losslessness: Losslessness | None = None
+    losslessness: LosslessReport | None = None
     notes: tuple[str, ...] = ()
     convention: str = "flops2"
     device: str = "CPU"
     predictions: tuple[Predictions, ...] = ()
     dense_validation: float | None = None
+    changed_predictions: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))
@@ -212,8 +205,12 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and text, ready for strict JSON."""
-        data: dict[str, Any] = plain(dataclasses.asdict(self))
-        return data
+        data, found = dataclasses.asdict(self), self.losslessness
+        changed, total = data.pop("changed_predictions")
+        if found is not None:
+            errors = {name: getattr(found, name) for name in ("max_abs_error", "max_rel_error", "dtype", "passed")}
+            data["losslessness"] = {**errors, "changed": changed, "total": total}
+        return dict(plain(data))
 
 
 def ratio(before: float | None, after: float | None) -> float | None:

@@ -49,57 +49,44 @@ PALETTES: dict[str, Palette] = {
 @contextmanager
 def styled(theme: Theme) -> Iterator[Palette]:
     """Matplotlib's defaults with ours on top, whatever the user has set; all of it undone at the end."""
-    import matplotlib
+    from matplotlib import style
 
     palette = PALETTES[theme]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "figure.facecolor": palette.paper,
-                "savefig.facecolor": palette.paper,
-                "axes.facecolor": "none",
-                "text.color": palette.ink,
-                "axes.labelcolor": palette.quiet,
-                "xtick.color": palette.quiet,
-                "ytick.color": palette.ink,
-                "font.family": ["DejaVu Sans"],
-                "font.size": 10,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.edgecolor": palette.track,
-                "svg.hashsalt": "lightning-prune",
-            }
-        )
+    ours: dict[str, Any] = {
+        "figure.facecolor": palette.paper,
+        "savefig.facecolor": palette.paper,
+        "axes.facecolor": "none",
+        "text.color": palette.ink,
+        "axes.labelcolor": palette.quiet,
+        "xtick.color": palette.quiet,
+        "ytick.color": palette.ink,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": palette.track,
+        "svg.hashsalt": "lightning-prune",
+    }
+    with style.context(["default", ours]):
         yield palette
 
 
 def channels_figure(layers: Sequence[LayerChannels], theme: Theme = "light") -> Figure:
-    """Draw a bar per layer: the outline is the dense layer, the filled part what was kept.
-
-    Args:
-        layers: drawn from top to bottom.
-        theme: "light" or "dark".
-
-    Raises:
-        PruningError: there are no layers.
-    """
+    """Draw a bar per layer, from top to bottom: the outline is the dense layer, the filled part what was kept."""
     if not layers:
         raise PruningError("the report names no layers, so there are no channels to draw")
-    kept, dense = sum(layer.kept for layer in layers), sum(layer.dense for layer in layers)
-    said = f"filled: kept, outline: dense; {kept:,} of {dense:,} in all ({100 * kept / max(dense, 1):.0f} %)"
-    names = [layer.layer for layer in layers]
+    names, kept, dense = zip(*((layer.layer, layer.kept, layer.dense) for layer in layers), strict=True)
+    total = f"{sum(kept):,} of {sum(dense):,} in all ({100 * sum(kept) / max(sum(dense), 1):.0f} %)"
+    said = f"filled: kept, outline: dense; {total}"
     with styled(theme) as palette:
         figure, axes, size = figure_of_rows(names, palette, "Channels kept per layer", said, bottom=0.3, right=0.75)
-        axes.set_xlim(0, max(layer.dense for layer in layers) * 1.2)
+        axes.set_xlim(0, max(dense) * 1.2)
         for start, end in bands(names)[1::2]:
             # from the names' left edge to the paper's right one
             axes.axhspan(start - 0.5, end + 0.5, xmin=-5, xmax=5, color=palette.band, lw=0, zorder=0, clip_on=False)
         at = range(len(layers))
-        bars = axes.barh(
-            at, [layer.dense for layer in layers], 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2
-        )
-        axes.barh(at, [layer.kept for layer in layers], 0.62, color=palette.orders["B"], lw=0, zorder=3)
+        bars = axes.barh(at, dense, 0.62, fc=palette.paper, ec=palette.track, lw=0.9, zorder=2)
+        axes.barh(at, kept, 0.62, color=palette.orders["B"], lw=0, zorder=3)
         counts = [f"{one.kept} of {one.dense}" if one.kept < one.dense else f"all {one.dense}" for one in layers]
         axes.bar_label(bars, counts, padding=5, size=size)
         margin: dict[str, Any] = {"ha": "right", "color": palette.quiet, "size": size, "textcoords": "offset points"}
@@ -116,16 +103,7 @@ def channels_figure(layers: Sequence[LayerChannels], theme: Theme = "light") -> 
 def figure_of_rows(
     names: Sequence[str], palette: Palette, title: str, subtitle: str, *, bottom: float, right: float
 ) -> tuple[Figure, Axes, int]:
-    """A figure with a row per layer from top to bottom, as high as they ask for; it, its axes, and the size of text.
-
-    Args:
-        names: of the layers; what is cut from the beginning of a long one does not tell it from others.
-        palette: of the theme.
-        title: heading.
-        subtitle: what explains it.
-        bottom: inches below the rows.
-        right: inches beside the axes.
-    """
+    """A figure with a row per layer, its axes, and the size of text; margins in inches."""
     from matplotlib.figure import Figure
 
     rows = len(names)
@@ -146,17 +124,7 @@ def figure_of_rows(
 def accuracy_time_figure(
     timings: Sequence[OrderTiming], theme: Theme = "light", *, dense: float | None = None, metric: str = "accuracy"
 ) -> Figure:
-    """Draw accuracy against wall-clock time: a line per order, the dense model as reference.
-
-    Args:
-        timings: of both orders or of one; time counts from the start of pruning.
-        theme: "light" or "dark".
-        dense: accuracy of the dense model on the same data, in [0, 1].
-        metric: name of the accuracy.
-
-    Raises:
-        PruningError: no epoch of either order has an accuracy.
-    """
+    """Draw accuracy against time since the start of pruning: a line per order, the dense model as reference."""
     curves = {
         timing.order: [(e.elapsed_seconds, 100 * e.accuracy) for e in timing.epochs if e.accuracy is not None]
         for timing in timings
@@ -199,36 +167,16 @@ def accuracy_time_figure(
 
 
 def save_figure(figure: Figure, target: Path | IO[bytes], kind: Literal["png", "svg"] = "png") -> None:
-    """Write a figure, PNG at 150 dpi or SVG; to a path as a whole or not at all.
-
-    Args:
-        figure: from `channels_figure` or `accuracy_time_figure`.
-        target: path or binary stream.
-        kind: format.
-    """
-    import matplotlib
-
-    # the same data give the same bytes
+    """Write a figure; to a path as a whole or not at all, the same data as the same bytes."""
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["svg.hashsalt"] = "lightning-prune"
-        with atomic(target) if isinstance(target, Path) else nullcontext(target) as stream:
-            figure.savefig(stream, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
+    with styled("light"), atomic(target) if isinstance(target, Path) else nullcontext(target) as stream:
+        figure.savefig(stream, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
 
 
 def bands(layers: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last row of every stage: consecutive layers whose names share the beginning up to a number.
-
-    Example:
-        >>> bands(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"])
-        [(0, 0), (1, 2), (3, 3)]
-    """
-    found: list[tuple[int, int]] = []
-    for _, block in groupby(layers, _stage):
-        first = found[-1][1] + 1 if found else 0
-        found.append((first, first + len(list(block)) - 1))
-    return found
+    """First and last row of every stage: consecutive layers whose names share the beginning up to a number."""
+    stages = (list(block) for _, block in groupby(range(len(layers)), lambda row: _stage(layers[row])))
+    return [(rows[0], rows[-1]) for rows in stages]
 
 
 def _stage(layer: str) -> str:

@@ -10,22 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_prune.files import atomic
+from lightning_prune.report import summary
 from lightning_prune.report.data import PruneReport
-from lightning_prune.report.figures import Theme, accuracy_time_figure, channels_figure, save_figure
+from lightning_prune.report.figures import PALETTES, accuracy_time_figure, channels_figure, save_figure
 from lightning_prune.report.pages import render
-from lightning_prune.report.summary import (
-    capitalized,
-    footnote,
-    gains,
-    lossless_line,
-    markdown_table,
-    points,
-    print_report,
-    savings_line,
-    stages_table,
-    times,
-)
-from lightning_prune.report.table import MISSING, Column, Table, plain_text
+from lightning_prune.report.table import MISSING, Column, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,33 +23,18 @@ if TYPE_CHECKING:
 
 
 def html_page(report: PruneReport) -> str:
-    """The whole report as one HTML page: no request goes out; light and dark, phone and paper.
-
-    What was not measured is left out, or a dash in the table.
-
-    Example:
-        >>> "<h1>a &lt; b</h1>" in html_page(PruneReport("a < b"))
-        True
-    """
-    found, metric = report.losslessness, capitalized(report.metric)
-    verdict, _, measured = lossless_line(report).partition(":")
-    draw_channels, draw_time = _figures(report)
+    """The whole report as one HTML page: no request goes out; light and dark, phone and paper."""
+    pictures = {kind: {theme: _address(draw, theme) for theme in PALETTES} for kind, draw in _figures(report).items()}
     return render(
         "report.html",
         report=report,
+        summary=summary,
         title=report.title,
         subtitle=_subtitle(report),
         tiles=_tiles(report),
         notes=report.notes,
         settings={key: _say(value) for key, value in report.settings.items()},
-        stages=stages_table(report),
-        footnote=footnote(report),
-        state="" if found is None else "passed" if found.passed else "failed",
-        verdict=_sentence(verdict),
-        measured=measured,
-        savings=_sentence(savings_line(report)),
-        channels=draw_channels and _picture(draw_channels, "Channels kept per layer", "tall"),
-        time=draw_time and _picture(draw_time, f"{metric} against wall-clock time in both orders"),
+        pictures=pictures,
         conventions=_conventions(report),
         epochs=_epochs(report),
         layers=Table.of(
@@ -71,59 +45,49 @@ def html_page(report: PruneReport) -> str:
 
 
 def write_report(report: PruneReport, folder: str | Path) -> dict[str, Path]:
-    """Write every form of a report into a folder; each file whole or not at all.
-
-    Args:
-        report: what was measured.
-        folder: created where it is missing.
-
-    Returns:
-        Paths by "json", "html", "channels" and "accuracy_time" (PNG; none where there is nothing to draw),
-        "table" (text) and "markdown".
-    """
+    """Write every form of a report into a folder, each file whole or not at all; returns them by what they hold."""
     folder = Path(folder)
     texts = {
         "json": ("report.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"),
         "html": ("report.html", html_page(report)),
         "table": ("table.txt", table_text(report)),
-        "markdown": ("table.md", markdown_table(report)),
+        "markdown": ("table.md", summary.markdown_table(report)),
     }
     files = {kind: folder / name for kind, (name, _) in texts.items()}
     for kind, (_, text) in texts.items():
         with atomic(files[kind]) as stream:
             stream.write(text.encode())
-    for kind, draw in zip(("channels", "accuracy_time"), _figures(report), strict=True):
-        if draw is not None:
-            files[kind] = folder / f"{kind}.png"
-            save_figure(draw(), files[kind])
+    for kind, draw in _figures(report).items():
+        files[kind] = folder / f"{kind}.png"
+        save_figure(draw(), files[kind])
     return files
 
 
 def table_text(report: PruneReport, width: int = 110) -> str:
     """What `print_report` shows, without colours."""
-    return plain_text(partial(print_report, report), width)
+    from rich.console import Console
+
+    stream = io.StringIO()
+    summary.print_report(report, Console(file=stream, width=width, color_system=None, force_terminal=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"
 
 
-def _figures(report: PruneReport) -> tuple[Callable[..., Figure] | None, Callable[..., Figure] | None]:
+def _figures(report: PruneReport) -> dict[str, Callable[..., Figure]]:
     """What draws the channels and the time, each if there is something to draw."""
-    timed = any(record.accuracy is not None for timing in report.timings for record in timing.epochs)
-    time = partial(accuracy_time_figure, report.timings, dense=report.dense_validation, metric=report.metric)
-    return partial(channels_figure, report.layers) if report.layers else None, time if timed else None
+    figures: dict[str, Callable[..., Figure]] = {}
+    if report.layers:
+        figures["channels"] = partial(channels_figure, report.layers)
+    if any(record.accuracy is not None for timing in report.timings for record in timing.epochs):
+        draw = partial(accuracy_time_figure, report.timings, dense=report.dense_validation, metric=report.metric)
+        figures["accuracy_time"] = draw
+    return figures
 
 
-def _picture(draw: Callable[..., Figure], alt: str, kind: str = "") -> dict[str, str]:
-    """An SVG for either theme; paper and browsers without a theme take the light one."""
-
-    def address(theme: Theme) -> str:
-        stream = io.BytesIO()
-        save_figure(draw(theme=theme), stream, "svg")
-        return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-    return {"light": address("light"), "dark": address("dark"), "alt": alt, "kind": kind}
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _address(draw: Callable[..., Figure], theme: str) -> str:
+    """A picture as an SVG inside the page."""
+    stream = io.BytesIO()
+    save_figure(draw(theme=theme), stream, "svg")
+    return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _subtitle(report: PruneReport) -> str:
@@ -142,10 +106,10 @@ def _say(value: object) -> str:
 def _tiles(report: PruneReport) -> list[tuple[str, str, str]]:
     """Number, unit and what it is, in the order in which they are shown."""
     epoch = "training epoch, order B against A"
-    shown = [*gains(report), times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}")]
+    shown = [*summary.gains(report), summary.times(report.epoch_speedup, f"faster {epoch}", f"slower {epoch}")]
     tiles = [(number, "", what) for number, _, what in (text.partition(" ") for text in shown if text)]
     if report.accuracy_change is not None:
-        number, unit = points(report.accuracy_change).split(" ")
+        number, unit = summary.points(report.accuracy_change).split(" ")
         tiles.append((number, unit, f"{report.metric}, fine-tuned"))
     return tiles
 
@@ -172,4 +136,4 @@ def _epochs(report: PruneReport) -> Table:
         for record in timing.epochs
     ]
     seconds = [Column(title, "s") for title in ("Training", "Evaluation", "Elapsed")]
-    return Table((Column("Order, epoch"), *seconds, Column(capitalized(report.metric), "%")), tuple(rows))
+    return Table((Column("Order, epoch"), *seconds, Column(summary.capitalized(report.metric), "%")), tuple(rows))

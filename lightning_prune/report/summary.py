@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report.data import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, PruneReport, ratio
@@ -18,24 +19,23 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 def stages_table(report: PruneReport) -> Table:
     """A row per stage; every column in one unit with one number of decimals, so that it can be compared by eye."""
     stages = report.stages
-    params, flops = [s.params for s in stages], [report.flops(s) for s in stages]
     # a ± promises half a width, the distance between the quartiles is a whole one
     spreads = [s.latency_iqr_ms and s.latency_iqr_ms / 2 for s in stages]
     sizes = [s.size_bytes and s.size_bytes / 1e6 for s in stages]
-    accuracies = [Entry(MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}") for s in stages]
+    accuracies = [MISSING if s.accuracy is None else f"{100 * s.accuracy:.2f}" for s in stages]
     dense = next((number for number, s in enumerate(stages) if s.name == DENSE), None)
-    quantities = (
-        (Column(capitalized(report.metric), "%"), accuracies),
-        _quantity("Parameters", *_scaled(params, {"M": 1e6, "k": 0}), dense),
-        _quantity("FLOPs", *_scaled(flops, {"G": 1e10, "M": 0}), dense),
+    columns, *rows = zip(
+        (Column("Model"), *(stage.name for stage in stages)),
+        (Column(capitalized(report.metric), "%"), *accuracies),
+        _quantity("Parameters", *_scaled([s.params for s in stages], {"M": 1e6, "k": 0}), dense),
+        _quantity("FLOPs", *_scaled([report.flops(s) for s in stages], {"G": 1e10, "M": 0}), dense),
         _quantity(f"{report.device} latency", [s.latency_ms for s in stages], "ms", dense, spreads),
         _quantity("Epoch", [s.epoch_seconds for s in stages], "s"),
         _quantity("On disk", sizes, "MB"),
+        strict=True,
     )
-    columns, entries = zip(*quantities, strict=True)
-    rows = tuple((stage.name, *row) for stage, *row in zip(stages, *entries, strict=True))
     looks: dict[int, Look] = {number: "key" for number, s in enumerate(stages) if s.name in (DENSE, FINE_TUNED["B"])}
-    return Table((Column("Model"), *columns), rows, looks)
+    return Table(columns, tuple(rows), looks)
 
 
 def _scaled(values: list[Any], least: dict[str, float]) -> tuple[list[Any], str]:
@@ -47,18 +47,15 @@ def _scaled(values: list[Any], least: dict[str, float]) -> tuple[list[Any], str]
 
 def _quantity(
     title: str, values: list[Any], unit: str, dense: int | None = None, spreads: list[float | None] | None = None
-) -> tuple[Column, list[Entry]]:
-    """A column in one number of decimals, with ratios to the row `dense`."""
+) -> Iterator[Any]:
+    """A column and its entries in one number of decimals, with ratios to the row `dense`."""
+    yield Column(title, unit)
     digits = _decimals([abs(v) for v in values if v and math.isfinite(v)])
-    entries = []
     for value, spread in zip(values, spreads or [None] * len(values), strict=True):
-        if value is None:
-            entries.append(Entry(MISSING))
-            continue
         factor = None if dense is None else ratio(values[dense], value)
         shown = "" if factor is None or 0.95 < factor < 1.05 else f"{factor:.1f}{TIMES}"
-        entries.append(Entry(f"{value:,.{digits}f}", "" if spread is None else f"{spread:,.{digits}f}", shown))
-    return Column(title, unit), entries
+        width = "" if spread is None else f"{spread:,.{digits}f}"
+        yield MISSING if value is None else Entry(f"{value:,.{digits}f}", width, shown)
 
 
 def _decimals(values: list[float]) -> int:
@@ -71,11 +68,10 @@ def _decimals(values: list[float]) -> int:
 
 def gains(report: PruneReport) -> list[str]:
     """What the reconstructed model saves: "4.0× fewer parameters" and the like, as far as it was measured."""
-    device = f"{report.device} latency"
     factors = (
         times(report.params_cut, "fewer parameters", "more parameters"),
         times(report.flops_cut, "fewer FLOPs", "more FLOPs"),
-        times(report.latency_gain, f"lower {device}", f"higher {device}"),
+        times(report.latency_gain, f"lower {report.device} latency", f"higher {report.device} latency"),
     )
     return [text for text in factors if text]
 
@@ -94,17 +90,21 @@ def lossless_line(report: PruneReport) -> str:
         return "losslessness: not checked"
     verdict = "lossless" if found.passed else "NOT lossless"
     line = f"{verdict}: max relative error {found.max_rel_error:.1e} in {found.dtype}"
-    return f"{line}, {found.changed:,} of {found.total:,} predictions changed" if found.total else line
+    changed, total = report.changed_predictions
+    return f"{line}, {changed:,} of {total:,} predictions changed" if total else line
 
 
 def savings_line(report: PruneReport) -> str:
     """What an epoch of fine-tuning takes before and after reconstruction; empty where it was not measured."""
     tuned = {order: report.stage(name) for order, name in FINE_TUNED.items()}
-    seconds = {order: stage.epoch_seconds for order, stage in tuned.items() if stage.epoch_seconds is not None}
-    if not seconds:
-        return ""
     what = {"A": MASKED, "B": RECONSTRUCTED}
-    shown = [f"{s:.{_decimals([s])}f} s/epoch in order {order} ({what[order]})" for order, s in seconds.items()]
+    shown = [
+        f"{stage.epoch_seconds:.{_decimals([stage.epoch_seconds])}f} s/epoch in order {order} ({what[order]})"
+        for order, stage in tuned.items()
+        if stage.epoch_seconds is not None
+    ]
+    if not shown:
+        return ""
     line = f"fine-tuning: {' against '.join(shown)}"
     if report.epoch_speedup is not None:
         line += f", {times(report.epoch_speedup, 'faster', 'slower')}"
@@ -114,9 +114,8 @@ def savings_line(report: PruneReport) -> str:
 
 def points(change: float) -> str:
     """A difference in per cent, signed: "−0.28 points"."""
-    text = f"{change:+.2f}"
-    text = "±0.00" if float(text) == 0 else text.replace("-", MINUS)
-    return f"{text} points"
+    text = f"{change:+.2f}".replace("-", MINUS)
+    return f"{'±0.00' if text[1:] == '0.00' else text} points"
 
 
 def times(factor: float | None, better: str, worse: str) -> str:
@@ -127,12 +126,7 @@ def times(factor: float | None, better: str, worse: str) -> str:
 
 
 def capitalized(metric: str) -> str:
-    """A metric's name at the start of a line; mIoU and mAP stay as they are.
-
-    Example:
-        >>> capitalized("accuracy"), capitalized("mIoU")
-        ('Accuracy', 'mIoU')
-    """
+    """A metric's name at the start of a line; mIoU and mAP stay as they are."""
     return metric.capitalize() if metric.islower() else metric
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MISSING = "\u2013"  # what was not measured
 TIMES = "\u00d7"
 IN_ASCII = str.maketrans({TIMES: "x", "±": "+-", "\u2212": "-", MISSING: "-", "→": "->", "µ": "u", "…": "..."})
+IN_MARKDOWN = str.maketrans({"|": "\\|", "\n": " "})
 Look = Literal["key", "quiet"]  # of a row: it stands out, or stays back
 STYLES = {"key": "bold", "quiet": "dim"}
 
@@ -104,7 +105,7 @@ class Table:
 
     @property
     def headings(self) -> list[str]:
-        """Of all columns."""
+        """Title and unit of every column."""
         return [column.heading for column in self.columns]
 
     @property
@@ -115,8 +116,8 @@ class Table:
     def markdown(self) -> str:
         """The table for a README."""
         rule = ["---:" if number and not column.left else "---" for number, column in enumerate(self.columns)]
-        lines = [[_inline(entry) for entry in line] for line in (self.headings, rule, *self.data)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines = (map(str, line) for line in (self.headings, rule, *self.data))
+        return "\n".join(f"| {' | '.join(entry.translate(IN_MARKDOWN) for entry in line)} |" for line in lines)
 
     def csv(self) -> str:
         """The table for other programs."""
@@ -127,10 +128,6 @@ class Table:
     def html(self, kind: str = "") -> str:
         """The table for a page; ``kind`` is its class in the style sheet."""
         return render("table.html", table=self, kind=kind)
-
-    def text(self, width: int = 100) -> str:
-        """The table for a terminal of that many columns, without colours."""
-        return plain_text(lambda console: console.print(self), width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
         unlimited = options.update(width=10_000)
@@ -144,21 +141,17 @@ class Table:
         table = self
         yield table._drawn(console, padding=1)
         yield table._drawn(console)
-        yield table._drawn(console, tight=True)
-        while optional := [number for number, column in enumerate(table.columns) if column.optional]:
-            table = table._without(optional[-1])
-            yield table._drawn(console, tight=True)
-        drawn = table._drawn(console, tight=True)
+        yield (drawn := table._drawn(console, tight=True))
+        for gone in reversed([number for number, column in enumerate(self.columns) if column.optional]):
+            columns, *rows = ((*line[:gone], *line[gone + 1 :]) for line in (table.columns, *table.rows))
+            table = replace(table, columns=columns, rows=tuple(rows))
+            yield (drawn := table._drawn(console, tight=True))
         excess = console.measure(drawn, options=console.options.update(width=10_000)).maximum - width
         longest = max((len(str(row[0])) for row in table.rows), default=0)
         limit = max(longest - excess - (2 if console.options.ascii_only else 0), 12)
         names = [name if " " in (name := str(row[0])) else shorten(name, limit) for row in table.rows]
-        rows = tuple((name, *row[1:]) for name, row in zip(names, table.rows, strict=True))
-        yield replace(table, rows=rows)._drawn(console, tight=True)
-
-    def _without(self, gone: int) -> Table:
-        columns, *rows = ((*line[:gone], *line[gone + 1 :]) for line in (self.columns, *self.rows))
-        return replace(self, columns=columns, rows=tuple(rows))
+        shortened = tuple((name, *row[1:]) for name, row in zip(names, table.rows, strict=True))
+        yield replace(table, rows=shortened)._drawn(console, tight=True)
 
     def _drawn(self, console: Console, *, padding: int = 0, tight: bool = False) -> RichTable:
         from rich import box
@@ -174,14 +167,9 @@ class Table:
             drawn.add_column(title, justify="left" if left else "right", no_wrap=not left, overflow=overflow)
         for number, row in enumerate(self.rows):
             style = STYLES[self.looks[number]] if number in self.looks else ""
-            drawn.add_row(
-                *(_shown(console, entry, tight) for entry in row), style=style, end_section=number in self.gaps
-            )
+            shown = (_shown(console, entry, tight) for entry in row)
+            drawn.add_row(*shown, style=style, end_section=number in self.gaps)
         return drawn
-
-
-def _inline(entry: Any) -> str:
-    return str(entry).replace("|", "\\|").replace("\n", " ")
 
 
 def _shown(console: Console, entry: Any, tight: bool) -> Text:
@@ -213,20 +201,6 @@ def print_line(console: Console, text: str, style: str = "", indent: str = "") -
         console.print(printable(console, indent if number else "") + line)
 
 
-def plain_text(show: Callable[[Console], object], width: int) -> str:
-    """What ``show(console)`` prints on a terminal of that width without colours."""
-    from rich.console import Console
-
-    stream = io.StringIO()
-    show(Console(file=stream, width=width, color_system=None, force_terminal=False))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"
-
-
 def shorten(name: str, limit: int = 34) -> str:
-    """Cut the beginning of a long module path: its end tells layers apart.
-
-    Example:
-        >>> shorten("features.denseblock4.denselayer24.conv1", 20)
-        '….denselayer24.conv1'
-    """
+    """Cut the beginning of a long module path: its end tells layers apart."""
     return name if len(name) <= limit else f"…{name[1 - limit :]}"

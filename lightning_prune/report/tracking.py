@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PruningError
-from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph import ChannelGraph, Group, Layer
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.report.data import RECONSTRUCTED, LayerChannels, PruneReport
 from lightning_prune.report.figures import figure_of_rows, styled
@@ -21,42 +20,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def layer_channels(graph: ChannelGraph, plan: Plan | None, *, prefix: str = "") -> tuple[LayerChannels, ...]:
-    """Filters of every layer before and after, in the order of the model's parameters.
-
-    Args:
-        graph: of the dense model.
-        plan: in its channels; None: nothing is removed.
-        prefix: of layer names that is left out.
-
-    Example:
-        >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-        >>> plan = lp.Plan({"0": lp.plan.GroupPlan(4, (0, 2, 3))})
-        >>> [(layer.layer, layer.kept) for layer in layer_channels(lp.trace(model, torch.zeros(1, 1)), plan)]
-        [('0', 3), ('2', 2)]
-    """
+def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tuple[LayerChannels, ...]:
+    """Filters of every layer of the dense model and with the plan, in the order of the model's parameters."""
     place = {tensor: number for number, tensor in enumerate(graph.shapes)}
     found = []
-    for group in graph.groups:
-        kept = None if plan is None else plan.groups.get(group.name)
-        for layer in group.layers:
-            count = layer.filters if kept is None else len(kept.keep) * layer.index.shape[1]
-            name = layer.name.removeprefix(prefix)
-            found.append((place[layer.weight], LayerChannels(name, layer.filters, count, group.name)))
-    return tuple(channels for _, channels in sorted(found, key=itemgetter(0)))
+    for group, layer in sorted(_members(graph.groups), key=lambda member: place[member[1].weight]):
+        kept = plan.groups.get(group.name)
+        count = layer.filters if kept is None else len(kept.keep) * layer.index.shape[1]
+        found.append(LayerChannels(layer.name.removeprefix(prefix), layer.filters, count, group.name))
+    return tuple(found)
 
 
-def share_removed(graph: ChannelGraph, plan: Plan | None) -> float:
+def share_removed(graph: ChannelGraph, plan: Plan) -> float:
     """Share of all prunable layers' channels that are masked or gone, in [0, 1]."""
-    total = sum(group.size * len(group.layers) for group in graph.prunable_groups)
-    groups = {} if plan is None else plan.groups
-    gone = sum(
-        group.size - len(_kept(groups[group.name], layer.name))
-        for group in graph.prunable_groups
-        if group.name in groups
-        for layer in group.layers
-    )
+    total = gone = 0
+    for group, layer in _members(graph.prunable_groups):
+        total += group.size
+        if group.name in plan.groups:
+            gone += group.size - len(_kept(plan.groups[group.name], layer.name))
     return gone / total if total else 0.0
 
 
@@ -69,28 +50,17 @@ def channels_table(layers: Sequence[LayerChannels]) -> Table:
 def summary_table(report: PruneReport) -> Table:
     """The report's table without the columns that nobody measured, and with the losslessness error."""
     table, found = stages_table(report), report.losslessness
-    measured = [n for n in range(1, len(table.columns)) if any(str(row[n]) != MISSING for row in table.rows)]
-    columns = [Column("model"), *(table.columns[n] for n in measured)]
-    rows = [[row[0], *(row[n] for n in measured)] for row in table.rows]
+    names, *measured = zip(table.columns, *table.rows, strict=True)
+    shown = [(Column("model"), *names[1:]), *(line for line in measured if {*map(str, line[1:])} - {MISSING})]
     if found is not None:
-        columns.append(Column("Error against masked", "relative"))
-        for row in rows:
-            row.append(f"{found.max_rel_error:.1e}" if row[0] == RECONSTRUCTED else MISSING)
-    return Table(tuple(columns), tuple(map(tuple, rows)))
+        errors = (f"{found.max_rel_error:.1e}" if name == RECONSTRUCTED else MISSING for name in names[1:])
+        shown.append((Column("Error against masked", "relative"), *errors))
+    columns, *rows = zip(*shown, strict=True)
+    return Table(columns, tuple(rows))
 
 
 def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
-    """Draw a row per layer, with a stroke per channel at its score; those that a plan removes hang below the line.
-
-    The scale is logarithmic where all scores are positive and the largest is more than 50 times their median.
-
-    Args:
-        scores: of every layer of every prunable group.
-        plan: in the same channels; groups that it does not name keep all.
-
-    Raises:
-        PruningError: there are no scores, or the plan is for other numbers of channels.
-    """
+    """Draw a row per layer, with a stroke per channel at its score; those that a plan removes hang below the line."""
     rows = [(group, layer, values) for group, of in scores.layers.items() for layer, values in of.items()]
     if not rows:
         raise PruningError("there are no scores of layers, so there is nothing to draw")
@@ -103,7 +73,7 @@ def scores_figure(scores: Scores, plan: Plan | None = None) -> Figure:
     with styled("light") as palette:
         figure, axes, _ = figure_of_rows(names, palette, "Scores per layer", said, bottom=0.6, right=0.3)
         if everything[0] > 0 and everything[-1] > 50 * everything[len(everything) // 2]:
-            axes.set_xscale("log")
+            axes.set_xscale("log")  # the largest is far from the median
         for row, (above, below) in enumerate(marks):
             opacity = max(0.25, min(0.8, 24 / (len(above) + len(below))))
             axes.axhline(row, color=palette.track, lw=0.6, zorder=1)
@@ -121,6 +91,10 @@ def _marks(group: str, layer: str, values: Tensor, plan: Plan | None) -> tuple[l
     kept = set(range(len(values)) if chosen is None else _kept(chosen, layer))
     scores = values.tolist()
     return [v for n, v in enumerate(scores) if n in kept], [v for n, v in enumerate(scores) if n not in kept]
+
+
+def _members(groups: Iterable[Group]) -> Iterator[tuple[Group, Layer]]:
+    return ((group, layer) for group in groups for layer in group.layers)
 
 
 def _kept(plan: GroupPlan, layer: str) -> tuple[int, ...]:

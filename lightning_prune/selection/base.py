@@ -26,19 +26,10 @@ class Question:
     """What a selection has to decide on.
 
     Attributes:
-        graph: the channel graph.
+        graph, scores, coupling, batch_norm, model, example_inputs: as `Selection.select` takes them.
         groups: those that may lose channels.
-        scores: as `Selection.select` takes them.
-        coupling: how the layers of a group come together.
-        batch_norm: whether batch norms are masked with their filters.
-        model: the traced model, if one was given.
-        example_inputs: what it runs on.
         whole: {group: score (channels,)}, of all its layers together.
         ranked: the scores by which channels are chosen.
-
-    Raises:
-        PlanError: an unknown coupling.
-        ScoreError: scores are missing, of wrong length, NaN or infinite.
     """
 
     graph: ChannelGraph
@@ -51,32 +42,19 @@ class Question:
 
     def __post_init__(self) -> None:
         check_coupling(self.coupling)
-        self.whole = {group.name: self._scores(group) for group in self.groups}
+        self.whole = {g.name: _rankable(self.scores.get(g.name), f"group {g.name!r}", g.size) for g in self.groups}
         self.ranked: ByLayer = {name: {"": values} for name, values in self.whole.items()}
-        if self.coupling != "joint":
-            self.ranked = {g.name: {layer.name: self._scores(g, layer.name) for layer in g.layers} for g in self.groups}
-
-    def _scores(self, group: Group, layer: str = "") -> Tensor:
-        """Of a group, or of one of its layers, such that they can be ranked: (channels,) float64 on the CPU."""
-        found: Mapping[str, Tensor] = self.scores
-        if layer:
-            layers = getattr(self.scores, "layers", None)
-            if layers is None:
-                raise ScoreError(
-                    f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
-                )
-            found = layers.get(group.name, {})
-        title = f"layer {layer!r} of group {group.name!r}" if layer else f"group {group.name!r}"
-        values = found.get(layer or group.name)
-        if values is None:
-            raise ScoreError(f"no scores for {title}")
-        if not isinstance(values, Tensor):
-            raise ScoreError(f"{title}: expected a tensor of {group.size} scores, got {type(values).__name__}")
-        if values.shape != (group.size,):
-            raise ScoreError(f"{title}: expected {group.size} scores, got shape {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
-        return values.detach().double().cpu()
+        if self.coupling == "joint":
+            return
+        by_layer = getattr(self.scores, "layers", None)
+        if by_layer is None:
+            raise ScoreError(
+                f"coupling={self.coupling!r} needs scores per layer; use the result of lightning_prune.score"
+            )
+        for group in self.groups:
+            found, title = by_layer.get(group.name, {}), f"of group {group.name!r}"
+            names = [layer.name for layer in group.layers]
+            self.ranked[group.name] = {k: _rankable(found.get(k), f"layer {k!r} {title}", group.size) for k in names}
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -198,12 +176,9 @@ class Selection(ABC):
         # Layers that each keep enough may have too few in common.
         least = max(int(keep.sum()), self._least(group.size))
         target = min(group.size, math.ceil(least / self.round_to) * self.round_to)
-        missing = target - int(keep.sum())
-        if missing:
-            condemned = torch.where(keep, torch.inf, -question.whole[group.name])
-            back = torch.argsort(condemned, stable=True)[:missing]
-            keep[back] = True
-            masks[:, back] = True
+        condemned = torch.where(keep, torch.inf, -question.whole[group.name])
+        back = torch.argsort(condemned, stable=True)[: target - int(keep.sum())]
+        keep[back] = masks[:, back] = True
         return GroupPlan(group.size, _indices(keep), dict(zip(own, map(_indices, masks), strict=True)))
 
     def _least(self, size: int) -> int:
@@ -212,33 +187,28 @@ class Selection(ABC):
         return min(size, least)
 
 
-def check_ratio(ratio: float) -> float:
-    """Refuse a ratio outside [0, 1).
+def _rankable(values: object, title: str, size: int) -> Tensor:
+    """Scores as float64 on the CPU, (channels,); ``title`` says whose they are."""
+    if values is None:
+        raise ScoreError(f"no scores for {title}")
+    if not isinstance(values, Tensor):
+        raise ScoreError(f"{title}: expected a tensor of {size} scores, got {type(values).__name__}")
+    if values.shape != (size,):
+        raise ScoreError(f"{title}: expected {size} scores, got shape {list(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ScoreError(f"{title}: {int((~values.isfinite()).sum())} scores are NaN or infinite")
+    return values.detach().double().cpu()
 
-    Raises:
-        PlanError: with the value.
-    """
+
+def check_ratio(ratio: float) -> float:
+    """The ratio, unless it lies outside [0, 1)."""
     if not is_number(ratio) or not 0 <= ratio < 1:
         raise PlanError(f"ratio is the share of channels to remove and must be in [0, 1), got {ratio!r}")
     return float(ratio)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse anything but these values of a setting.
-
-    Raises:
-        PlanError: with the value and the choices.
-    """
-    if value not in choices:
-        raise PlanError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def check_patterns(name: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
-    """Refuse name patterns, of the setting of that name, that match no layer.
-
-    Raises:
-        PlanError: with the pattern and the layers there are.
-    """
+    """Refuse name patterns, of the setting of that name, that match no layer."""
     layers = [layer.name for group in graph.groups for layer in group.layers]
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):

@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar, final, get_args
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.errors import NotReconstructedWarning, PlanError, TraceError
+from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure import Convention, CostModel, count_params, flops_by_convention, measure_latency
-from lightning_prune.plan import Coupling, Plan
-from lightning_prune.reconstruction.small_model import reconstruct
-from lightning_prune.selection.base import ByLayer, Question, Selection, check_choice, is_count, is_number
-from lightning_prune.selection.ranking import Ranking
-from lightning_prune.selection.search import TOLERANCE, Limits, Search
+from lightning_prune.measure import Convention
+from lightning_prune.plan import Coupling
+from lightning_prune.selection.base import ByLayer, Question, Selection, is_count, is_number
+from lightning_prune.selection.search import TOLERANCE, Reach, Search
 
 ESTIMATES, RECONSTRUCTIONS, CONFIRMATIONS = 500, 16, 4  # how many tries each stage of the search has
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a budget's constraints let a model shrink.
-
-    Attributes:
-        dense: cost of the dense model, by the budget's argument: operations, parameters, milliseconds.
-        least: with every channel gone that may go, counted and timed on the reconstructed model.
-        most: what the budget allows.
-    """
-
-    dense: Mapping[str, float]
-    least: Mapping[str, float]
-    most: Mapping[str, float]
-
-    @property
-    def met(self) -> bool:
-        """Whether the budget can be met."""
-        return all(self.least[name] <= most for name, most in self.most.items())
-
-    @property
-    def nearest(self) -> dict[str, float]:
-        """Arguments of the nearest budget that can be met, rounded up to three decimals; timings with 5% to spare."""
-        arguments = {}
-        for name, most in self.most.items():
-            least = self.least[name] * (1 + TOLERANCE[name] if name == "latency_ms" else 1)
-            unit = 1.0 if name == "latency_ms" else self.dense[name]
-            arguments[name] = round(most / unit, 9) if most >= least else math.ceil(1000 * least / unit) / 1000
-        return arguments
-
-    def __str__(self) -> str:
-        lines = []
-        for name, most in self.most.items():
-            cost = "{:,.2f} ms" if name == "latency_ms" else "{:,.0f}"
-            least, dense = self.least[name], self.dense[name]
-            verdict = "can be met" if least <= most else "CANNOT be met"
-            lines.append(
-                f"{name}: dense {cost.format(dense)}, budget {cost.format(most)} ({_share(most, dense)}), at least "
-                f"{cost.format(least)} ({_share(least, dense)}) remain: {verdict}"
-            )
-        return "\n".join(lines)
 
 
 @final
@@ -88,9 +42,7 @@ class Budget(Selection):
             and with torch's present number of threads. Machines differ: select on the one that will serve.
         convention: how FLOPs are counted, see `lightning_prune.measure.count_flops`.
         repeats: passes timed per model.
-        min_channels: see `Selection`.
-        round_to: see `Selection`.
-        ignore: see `Selection`.
+        min_channels, round_to, ignore: see `Selection`.
 
     Raises:
         PlanError: no budget or one that makes no sense; in `select` also one that cannot be met: the nearest that can
@@ -124,7 +76,7 @@ class Budget(Selection):
                 )
         if self.latency_ms is not None and not (is_number(self.latency_ms) and 0 < self.latency_ms < math.inf):
             raise PlanError(f"latency_ms must be a positive number of milliseconds, got {self.latency_ms!r}")
-        check_choice("convention", self.convention, get_args(Convention))
+        check_choice("convention", self.convention, Convention, PlanError)
         if not is_count(self.repeats):
             raise PlanError(f"repeats must be an integer >= 1, got {self.repeats!r}")
         self.repeats = int(self.repeats)
@@ -152,42 +104,40 @@ class Budget(Selection):
             ScoreError: scores are missing, of wrong length, NaN or infinite.
         """
         question = Question(graph, self._candidates(graph), scores, coupling, True, model, example_inputs)
-        costs = _Costs(self, question)
-        return costs.reach(self._search(question, costs))
+        return Search(self, question).reach()
 
     def _kept(self, question: Question) -> ByLayer:
-        costs = _Costs(self, question)
-        search = self._search(question, costs)
+        search = Search(self, question)
         kept, last = search.ranking.kept, len(search.ranking)
-        found = search.fewest(costs.estimated, last // 2, exactly=True)
+        found = search.fewest(search.estimated, last // 2, exactly=True)
         guess = last if found is None else found
         if self.latency_ms is not None:
-            return kept(self._timed(search, costs, guess))
+            return kept(self._timed(search, guess))
         if found is not None:
-            back = search.spared(costs.estimated, found, ESTIMATES)
+            back = search.spared(search.estimated, found, ESTIMATES)
             plan = search.plan(found, back)
-            estimated, counted = costs.estimated(plan), costs.measured(plan)
-            if all(estimated[name] == counted[name] for name in costs.limits.most):
+            estimated, counted = search.estimated(plan), search.measured(plan)
+            if all(estimated[name] == counted[name] for name in search.most):
                 return kept(found, back)  # shapes told the truth, and nothing fits closer
-        count = search.fewest(costs.measured, guess)
+        count = search.fewest(search.measured, guess)
         if count is None:
-            raise self._unreachable(costs.reach(search))
-        return kept(count, search.spared(costs.measured, count, RECONSTRUCTIONS))
+            raise self._unreachable(search.reach())
+        return kept(count, search.spared(search.measured, count, RECONSTRUCTIONS))
 
-    def _timed(self, search: Search, costs: _Costs, guess: int) -> int:
+    def _timed(self, search: Search, guess: int) -> int:
         """How many channels go for the time to fit, and to fit again when it is measured once more."""
         for _ in range(CONFIRMATIONS):
-            count = search.fewest(costs.measured, guess)
+            count = search.fewest(search.measured, guess)
             if count is None:
-                reach = costs.reach(search)
+                reach = search.reach()
                 if not reach.met:  # else a timing that came out shorter this time
                     raise self._unreachable(reach)
                 continue
-            again = costs.measured(search.plan(count))
-            if costs.limits.allow(again, slack=1) and (
-                costs.limits.are_near(again)
+            again = search.measured(search.plan(count))
+            if search.allows(again, slack=1) and (
+                search.is_near(again)
                 or count == 0
-                or not costs.limits.allow(costs.measured(search.plan(count - 1)))  # one channel more is too slow
+                or not search.allows(search.measured(search.plan(count - 1)))  # one channel more is too slow
             ):
                 return count
             guess = count
@@ -196,9 +146,6 @@ class Budget(Selection):
             "leave the machine alone while it is measured, or raise repeats"
         )
 
-    def _search(self, question: Question, costs: _Costs) -> Search:
-        return Search(Ranking(question, self._least), partial(self._plan, question), costs.limits)
-
     def _unreachable(self, reach: Reach) -> PlanError:
         nearest = ", ".join(f"{name}={value:.6g}" for name, value in reach.nearest.items())
         return PlanError(
@@ -206,52 +153,3 @@ class Budget(Selection):
             f"round_to={self.round_to!r} and ignore={self.ignore!r} let go. {'; '.join(str(reach).splitlines())}. "
             f"The nearest that can be met is Budget({nearest})"
         )
-
-
-class _Costs:
-    """Costs of plans under a budget, by its arguments."""
-
-    def __init__(self, budget: Budget, question: Question) -> None:
-        if question.model is None or question.example_inputs is None:
-            raise PlanError(f"{budget!r} counts the pruned model: pass select(..., model=..., example_inputs=...)")
-        self.budget = budget
-        self.graph, self.model, self.inputs = question.graph, question.model, question.example_inputs
-        self.shapes = CostModel(self.model, self.graph, self.inputs)
-        self.dense = self._of(self.model)
-        most = {name: share * self.dense[name] for name in ("flops", "params") if (share := getattr(budget, name))}
-        self.limits = Limits(most if budget.latency_ms is None else {**most, "latency_ms": budget.latency_ms})
-
-    def estimated(self, plan: Plan) -> dict[str, float]:
-        """From shapes; the time, and conventions other than ``macs``, are taken to shrink as the ``macs`` do."""
-        params, macs = self.shapes.of(plan)
-        dense = self.shapes.macs or 1
-        found: dict[str, float] = {"flops": self.dense["flops"] * macs // dense, "params": params}
-        if "latency_ms" in self.dense:
-            found["latency_ms"] = self.dense["latency_ms"] * macs / dense
-        return found
-
-    def measured(self, plan: Plan) -> dict[str, float]:
-        """Of the reconstructed model."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotReconstructedWarning)
-            try:
-                return self._of(reconstruct(self.model, self.graph, plan))
-            except TraceError:  # the model's code needs some group as it is; comparing finds out which
-                return self._of(reconstruct(self.model, self.graph, plan, example_inputs=self.inputs))
-
-    def reach(self, search: Search) -> Reach:
-        """From the plan that removes the most."""
-        return Reach(self.dense, self.measured(search.plan(len(search.ranking))), self.limits.most)
-
-    def _of(self, model: nn.Module) -> dict[str, float]:
-        found: dict[str, float] = {
-            "flops": flops_by_convention(model, self.inputs)[self.budget.convention],
-            "params": count_params(model, trainable=False),
-        }
-        if self.budget.latency_ms is not None:
-            found["latency_ms"] = measure_latency(model, self.inputs, repeats=self.budget.repeats).median
-        return found
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from lightning_prune.graph.describe import percent, shortened
 from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.small_model import reconstruct
-from lightning_prune.selection.budget import Reach
+from lightning_prune.selection.search import Reach
 
 HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
 
@@ -40,11 +40,6 @@ class GroupExplanation:
     macs_saved: int
     note: str
 
-    @property
-    def removed(self) -> int:
-        """Channels that go."""
-        return self.channels - self.kept
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -70,11 +65,9 @@ class Explanation:
             for g in self.groups
         ]
         lines = [*_aligned(rows), "saved: what comes back if that group alone is left whole; they do not add up", ""]
-        noted: dict[str, list[str]] = {}
-        for group in self.groups:
-            if group.note:
-                noted.setdefault(group.note, []).append(group.name)
-        lines += [*(f"{', '.join(names)}: {note}" for note, names in noted.items()), *[""][: len(noted)]]
+        notes = dict.fromkeys(g.note for g in self.groups if g.note)
+        lines += [f"{', '.join(g.name for g in self.groups if g.note == note)}: {note}" for note in notes]
+        lines += [""] if notes else []
         channels = sum(g.channels for g in self.groups), sum(g.kept for g in self.groups)
         for name, (before, after) in {"channels": channels, "params": self.params, "MACs": self.macs}.items():
             lines.append(f"{name}: {after:,} of {before:,} remain ({percent(after, before)})")
@@ -124,24 +117,23 @@ def explain(
     plan.check(graph)
     cost = CostModel(model, graph, example_inputs)
     small = reconstruct(model, graph, plan)
+    left = cost.of(plan)
+    groups = []
+    for group in graph.groups:
+        planned = plan.groups.get(group.name)
+        others = replace(plan, groups={name: of for name, of in plan.groups.items() if name != group.name})
+        params, macs = cost.of(others) if planned and planned.removed else left
+        kept = len(planned.keep) if planned else group.size
+        layers = tuple(layer.name for layer in group.layers)
+        saved = params - left[0], macs - left[1]
+        groups.append(GroupExplanation(group.name, layers, group.size, kept, *saved, _note(group, planned)))
     return Explanation(
-        tuple(_explained(group, plan, cost) for group in graph.groups),
+        tuple(groups),
         (cost.params, count_params(small, trainable=False)),
         (cost.macs, count_flops(small, example_inputs)),
         plan.lossless and not any(graph.group(name).statistics and g.removed for name, g in plan.groups.items()),
         reach,
     )
-
-
-def _explained(group: Group, plan: Plan, cost: CostModel) -> GroupExplanation:
-    planned = plan.groups.get(group.name)
-    kept, params, macs = group.size, 0, 0
-    if planned is not None and planned.removed:
-        others = {name: of for name, of in plan.groups.items() if name != group.name}
-        whole, with_it = cost.of(Plan(others, plan.coupling, plan.batch_norm)), cost.of(plan)
-        kept, params, macs = len(planned.keep), whole[0] - with_it[0], whole[1] - with_it[1]
-    layers = tuple(layer.name for layer in group.layers)
-    return GroupExplanation(group.name, layers, group.size, kept, params, macs, _note(group, planned))
 
 
 def _note(group: Group, planned: GroupPlan | None) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal, final, get_args
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.errors import PlanError
+from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import ByLayer, Question, Selection, check_choice, check_patterns, check_ratio
-from lightning_prune.selection.ranking import Ranking
+from lightning_prune.selection.base import ByLayer, Question, Selection, check_patterns, check_ratio
 
 Over = Literal["all", "inner", "groups"]
 Rounding = Literal["round", "floor"]
@@ -30,9 +29,7 @@ class LayerRatio(Selection):
         ratio: share removed, in [0, 1).
         rounding: ``round`` (half to even, as the LR paper's code on ResNet) or ``floor`` (on YOLOv3).
         overrides: ratio by name pattern, the first match counts; under joint coupling one matching layer is enough.
-        min_channels: see `Selection`.
-        round_to: see `Selection`.
-        ignore: see `Selection`.
+        min_channels, round_to, ignore: see `Selection`.
 
     Raises:
         PlanError: a ratio outside [0, 1); in `select` also a pattern of ``overrides`` that matches no layer.
@@ -49,7 +46,7 @@ class LayerRatio(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rounding", self.rounding, get_args(Rounding))
+        check_choice("rounding", self.rounding, Rounding, PlanError)
         self.ratio = check_ratio(self.ratio)
         self.overrides = {pattern: check_ratio(ratio) for pattern, ratio in self.overrides.items()}
 
@@ -91,9 +88,7 @@ class GlobalRatio(Selection):
         over: what the share is of: ``all`` filters of all prunable layers, ``groups``: every channel of a group
             counts once, ``inner``: only layers that feed no addition are candidates (JRE's ResNet setting), that is
             groups of one layer and the depthwise convolutions behind it.
-        min_channels: see `Selection`.
-        round_to: see `Selection`.
-        ignore: see `Selection`.
+        min_channels, round_to, ignore: see `Selection`.
 
     Raises:
         PlanError: a ratio outside [0, 1), or unknown ``over``; in `select` also if it leaves no candidate.
@@ -109,7 +104,7 @@ class GlobalRatio(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("over", self.over, get_args(Over))
+        check_choice("over", self.over, Over, PlanError)
         self.ratio = check_ratio(self.ratio)
 
     @override
@@ -154,3 +149,30 @@ def _is_chain(group: Group) -> bool:
     """One layer, read by nothing or by layers that hand its channels on one by one: no addition ties it to others."""
     names = {layer.name for layer in group.layers}
     return sum(layer.reader not in names for layer in group.layers) <= 1
+
+
+class Ranking:
+    """The channels that may go, weakest first, ties in the network's order; none that ``min_channels`` keeps."""
+
+    def __init__(self, question: Question, least: Callable[[int], int]) -> None:
+        self.layers = [(group, name) for group in question.groups for name in question.ranked[group.name]]
+        scores = [question.ranked[group.name][name] for group, name in self.layers]
+        self._sizes = list(map(len, scores))
+        free = [values.argsort(stable=True).argsort() < len(values) - least(len(values)) for values in scores]
+        ranked = torch.cat(scores).argsort(stable=True)
+        self._positions = ranked[torch.cat(free)[ranked]]
+        layers = torch.repeat_interleave(torch.arange(len(scores)), torch.tensor(self._sizes))
+        self.owners = layers[self._positions]  # (steps,): which of the layers loses a channel
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def kept(self, count: int, back: Iterable[int] = ()) -> ByLayer:
+        """What stays once the first ``count`` are gone, but for those of the steps ``back``."""
+        alive = torch.ones(sum(self._sizes), dtype=torch.bool)
+        alive[self._positions[:count]] = False
+        alive[self._positions[list(back)]] = True
+        kept: ByLayer = {}
+        for (group, name), mask in zip(self.layers, alive.split(self._sizes), strict=True):
+            kept.setdefault(group.name, {})[name] = mask
+        return kept

@@ -81,11 +81,9 @@ class ClassificationTask(Task):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}.")
         self.label_smoothing = label_smoothing
         # torchmetrics keeps its states out of state_dict and empties them at the end of an epoch.
-        self.accuracy: Any = nn.ModuleDict()
-        self.curve: Any = nn.ModuleDict()
-        for stage in ("val", "test"):
-            self.accuracy[stage] = MulticlassAccuracy(num_classes, average="micro")
-            self.curve[stage] = MulticlassROC(num_classes)
+        stages = ("val", "test")
+        self.accuracy: Any = nn.ModuleDict({of: MulticlassAccuracy(num_classes, average="micro") for of in stages})
+        self.curve: Any = nn.ModuleDict({of: MulticlassROC(num_classes) for of in stages})
         self.val_roc: RocCurves | None = None
         self.test_roc: RocCurves | None = None
 
@@ -131,12 +129,9 @@ class ClassificationTask(Task):
             warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
             fpr, tpr, thresholds = (tuple(x.cpu() for x in rows) for rows in self.curve[stage].compute())
         self.curve[stage].reset()
-        areas = torch.stack(
-            [
-                torch.trapezoid(t, f) if t[-1] > 0 and f[-1] > 0 else t.new_tensor(torch.nan)
-                for f, t in zip(fpr, tpr, strict=True)
-            ]
-        )
+        areas = torch.stack([torch.trapezoid(t, f) for f, t in zip(fpr, tpr, strict=True)])
+        defined = torch.stack([f[-1] * t[-1] > 0 for f, t in zip(fpr, tpr, strict=True)])
+        areas = areas.where(defined, torch.nan)
         curves = RocCurves(fpr, tpr, thresholds, areas, areas.nanmean().item())
         self.log_same({f"{stage}_auc": curves.macro_auc})
         return curves

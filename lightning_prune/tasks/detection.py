@@ -19,6 +19,7 @@ from lightning_prune.tasks.voc_map import VocMeanAveragePrecision
 Batch = tuple[Images, Sequence[Target]]
 
 COCO_NAMES = ("map", "map_50", "map_75", "mar_100")
+COCO_TRUTH = {"boxes": torch.float32, "labels": torch.int64, "iscrowd": torch.int64, "area": torch.float32}
 LOW_SCORE, HIGH_SCORE = 0.01, 0.2  # Lee et al. tested at the first and trained at the second
 
 
@@ -118,8 +119,10 @@ class DetectionTask(Task):
 
     def evaluate(self, batch: Batch, batch_idx: int, stage: str) -> None:
         images, targets = self._checked(batch)
-        found = [_in_float32(detections) for detections in self.detector.detect(self.model, images)]
-        self.coco[stage].update(found, [_known_to_coco(target) for target in targets])
+        detections = self.detector.detect(self.model, images)
+        found = [{n: x.float() if x.is_floating_point() else x for n, x in of.items()} for of in detections]
+        known = [{name: of[name].to(kind) for name, kind in COCO_TRUTH.items() if name in of} for of in targets]
+        self.coco[stage].update(found, known)
         for metric in (self.voc[stage], self.voc_high) if stage == "test" else (self.voc[stage],):
             metric.update(found, targets)
         if self.val_loss:
@@ -193,23 +196,9 @@ class DetectionTask(Task):
 def _plain(target: Target) -> Target:
     """The objects to train on: neither a crowd nor difficult."""
     keep = torch.ones_like(target["labels"], dtype=torch.bool)
-    for flag in ("iscrowd", "difficult"):
-        if flag in target:
-            keep &= ~target[flag].bool()
+    for flag in {"iscrowd", "difficult"} & target.keys():
+        keep &= ~target[flag].bool()
     return {"boxes": target["boxes"][keep].float(), "labels": target["labels"][keep].long()}
-
-
-def _in_float32(found: Detections) -> Detections:
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
-
-
-def _known_to_coco(target: Target) -> Target:
-    known = {"boxes": target["boxes"].float(), "labels": target["labels"]}
-    if "iscrowd" in target:
-        known["iscrowd"] = target["iscrowd"].long()
-    if "area" in target:
-        known["area"] = target["area"]
-    return known
 
 
 def _defined(value: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,7 @@ Images = Sequence[Tensor] | Tensor
 Detections = dict[str, Tensor]
 Target = dict[str, Any]
 YoloLoss = Literal["ciou", "darknet"]
+_TORCHVISION = (FasterRCNN, RetinaNet, SSD, FCOS)
 
 
 class Detector(ABC):
@@ -169,7 +169,12 @@ class TorchvisionDetector(Detector):
     def check(self, model: nn.Module, num_classes: int) -> None:
         if isinstance(model, MaskRCNN | KeypointRCNN):
             raise ValueError(f"{type(model).__name__} trains on more than boxes, which is all that targets hold here")
-        outputs = _outputs(model)
+        outputs = None  # labels told apart, background included; None: not known
+        if isinstance(model, FasterRCNN):
+            outputs = getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
+        elif isinstance(model, _TORCHVISION):
+            head: Any = model.head.classification_head
+            outputs = head.num_columns if isinstance(model, SSD) else head.num_classes
         if outputs is not None:
             _same_classes(model, outputs, num_classes, self._offset(model))
 
@@ -179,9 +184,14 @@ class TorchvisionDetector(Detector):
     def losses(self, model: nn.Module, images: Images, targets: Sequence[Target], step: int) -> dict[str, Tensor]:
         offset = self._offset(model)
         shifted = [{"boxes": target["boxes"], "labels": target["labels"] + offset} for target in targets]
-        with _returning_losses(model):
-            losses: dict[str, Tensor] = model(list(images), shifted)
-        return losses
+        before = [(module, module.training) for module in model.modules()]
+        for module, _ in before:  # those that call others decide what is returned; batch norm, dropout... stay
+            module.training |= module is model or any(True for _ in module.children())
+        try:
+            return model(list(images), shifted)
+        finally:
+            for module, training in before:
+                module.training = training
 
     def detect(self, model: nn.Module, images: Images) -> list[Detections]:
         offset = self._offset(model)
@@ -201,15 +211,8 @@ class TorchvisionDetector(Detector):
         return int(isinstance(model, FasterRCNN | SSD))
 
 
-_TORCHVISION = (FasterRCNN, RetinaNet, SSD, FCOS)
-
-
 def detector_for(model: nn.Module) -> Detector:
-    """The detector for a network, by its type.
-
-    Raises:
-        ValueError: the type is unknown.
-    """
+    """The detector for a network, by its type."""
     if isinstance(model, YoloNetwork):
         return YoloDetector()
     if isinstance(model, _TORCHVISION):
@@ -231,16 +234,6 @@ def _in_full(maps: Sequence[Tensor]) -> list[Tensor]:
     return [head if head.dtype == torch.float64 else head.float() for head in maps]
 
 
-def _outputs(model: nn.Module) -> int | None:
-    """Labels that one of torchvision's networks tells apart, background included; None: not known."""
-    if isinstance(model, FasterRCNN):
-        return getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
-    if isinstance(model, _TORCHVISION):
-        head: Any = model.head.classification_head
-        return head.num_columns if isinstance(model, SSD) else head.num_classes
-    return None
-
-
 def _same_classes(model: nn.Module, outputs: int, wanted: int, offset: int = 0) -> None:
     if outputs - offset != wanted:
         note = " (background is one of them)" if offset else ""
@@ -248,16 +241,3 @@ def _same_classes(model: nn.Module, outputs: int, wanted: int, offset: int = 0) 
             f"{type(model).__name__} predicts {outputs - offset} classes and the task has {wanted}: build the network "
             f"with num_classes={wanted + offset}{note}"
         )
-
-
-@contextmanager
-def _returning_losses(model: nn.Module) -> Iterator[None]:
-    """Train mode for the modules that call others, which decide what is returned; batch norm, dropout... stay."""
-    before = [(module, module.training) for module in model.modules()]
-    for module, _ in before:
-        module.training |= module is model or any(True for _ in module.children())
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -15,33 +15,18 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 SIDE = 256  # pixels; on smaller images a label would cover what it names
+MIN_SCORE = 0.5  # from which darknet draws
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
 
 
-def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *, min_score: float = 0.5) -> Tensor:
-    """An image with boxes, class names and scores on it.
-
-    Args:
-        image: (C, H, W) in [0, 1]; drawn in grey unless it is RGB.
-        found: ``boxes`` and ``labels``; ``scores``, unless the boxes are true.
-        class_names: by label.
-        min_score: boxes below it are left out (darknet draws from 0.5 on).
-
-    Returns:
-        (3, kH, kW) uint8, enlarged by the least k that makes both sides at least 256 pixels.
-
-    Example:
-        >>> box = torch.tensor([[32.0, 32.0, 144.0, 144.0]])
-        >>> found = {"boxes": box, "scores": torch.ones(1), "labels": torch.tensor([0])}
-        >>> draw(torch.zeros(3, 256, 256), found, ["cat"])[:, 90, 32].tolist()  # on the left edge
-        [230, 25, 75]
-    """
+def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
+    """An image (C, H, W) in [0, 1] with boxes, class names and scores on it, the surest on top; uint8, enlarged."""
     pixels, factor = _enlarged(image)
     scores = found.get("scores", torch.ones(len(found["labels"])))
     picture = to_pil_image(pixels)
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for place in scores.argsort(stable=True).tolist():  # the surest on top
-        if scores[place] < min_score:
+    for place in scores.argsort(stable=True).tolist():
+        if scores[place] < MIN_SCORE:
             continue
         label, box = int(found["labels"][place]), (found["boxes"][place].detach().float() * factor).tolist()
         text = class_names[label] + (f" {scores[place]:.2f}" if "scores" in found else "")
@@ -52,23 +37,8 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str], *,
     return pil_to_tensor(picture)
 
 
-def draw_classes(image: Tensor, classes: Tensor, *, opacity: float = 0.6) -> Tensor:
-    """An image with a colour over every pixel whose class is not 0, the background.
-
-    Args:
-        image: (C, H, W); its own smallest value is drawn black and its largest white, since what is
-            standardised cannot be drawn as it is.
-        classes: (H, W) integers; 255 is left as it is.
-        opacity: of the colours.
-
-    Returns:
-        (3, kH, kW) uint8, enlarged as by `draw`.
-
-    Example:
-        >>> drawn = draw_classes(torch.zeros(3, 256, 256), torch.eye(256, dtype=torch.int64), opacity=1.0)
-        >>> drawn[:, 7, 7].tolist(), drawn[:, 7, 8].tolist()
-        ([230, 25, 75], [0, 0, 0])
-    """
+def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
+    """An image in the grey levels that it has, a colour over every pixel (H, W) whose class is neither 0 nor 255."""
     low, high = image.amin(), image.amax()
     pixels, factor = _enlarged((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny))
     classes = classes.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1)
@@ -76,7 +46,7 @@ def draw_classes(image: Tensor, classes: Tensor, *, opacity: float = 0.6) -> Ten
     if not shown:
         return pixels
     masks = torch.stack([classes == label for label in shown])
-    return draw_segmentation_masks(pixels, masks, opacity, [COLOURS[(label - 1) % len(COLOURS)] for label in shown])
+    return draw_segmentation_masks(pixels, masks, 0.6, [COLOURS[(label - 1) % len(COLOURS)] for label in shown])
 
 
 def jpeg(image: Tensor) -> str:
@@ -87,7 +57,7 @@ def jpeg(image: Tensor) -> str:
 
 
 def _enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """(3, kH, kW) uint8, and k; images that are neither grey nor RGB become grey."""
+    """(3, kH, kW) uint8 with sides of 256 pixels at least, and k; images that are neither grey nor RGB become grey."""
     image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().expand(3, -1, -1)
     factor = max(1, -(-SIDE // min(pixels.shape[-2:])))

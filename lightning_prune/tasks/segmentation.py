@@ -16,7 +16,6 @@ from lightning_prune.tasks.drawing import draw_classes
 from lightning_prune.tasks.task import Schedule, Task
 
 Batch = tuple[Tensor, Tensor]
-Output = Tensor | Mapping[str, Tensor]
 
 
 class SegmentationTask(Task):
@@ -100,7 +99,8 @@ class SegmentationTask(Task):
     def on_test_epoch_end(self) -> None:
         miou = self.metrics["test"]["miou"]
         with miou.sync_context():
-            self.log_classes("test_iou", class_iou(miou.confmat))
+            hit, both = miou.confmat.diagonal().double(), miou.confmat.sum(0) + miou.confmat.sum(1)
+        self.log_classes("test_iou", (hit / (both - hit)).float())  # NaN for a class that occurs nowhere
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Classes (N, H, W) of a batch, with or without masks."""
@@ -134,14 +134,3 @@ class SegmentationTask(Task):
         logits = logits if logits.dtype == torch.float64 else logits.float()  # a sum over a million pixels
         total = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="sum")
         return total / (masks != self.ignore_index).sum().clamp(min=1)  # a batch may hold no pixel that counts
-
-
-def class_iou(confusion: Tensor) -> Tensor:
-    """IoU (C,) of a confusion matrix (C, C) of pixel counts; NaN for a class that occurs nowhere.
-
-    Example:
-        >>> class_iou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
-        tensor([0.7500, 0.8000,    nan])
-    """
-    hit = confusion.diagonal().double()
-    return (hit / (confusion.sum(0) + confusion.sum(1) - hit)).float()

@@ -90,17 +90,13 @@ class Task(LightningModule, ABC):
         self.log_same({f"{name}_class_{label}": value for label, value in enumerate(values)})
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler == "constant":
+        optimizer, name = self.optimizer(self.parameters()), self.lr_scheduler
+        if name == "constant":
             return optimizer
-        if isinstance(self.lr_scheduler, str):
-            return {"optimizer": optimizer, "lr_scheduler": self._named_schedule(optimizer, self.lr_scheduler)}
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)  # Lightning's own ReduceLROnPlateau carries it
-        config = {"scheduler": scheduler} | ({} if monitor is None else {"monitor": monitor})
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _named_schedule(self, optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
+        if not isinstance(name, str):
+            scheduler = name(optimizer)  # Lightning's own ReduceLROnPlateau carries what it monitors
+            config = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
+            return {"optimizer": optimizer, "lr_scheduler": config}
         if name not in ("cosine", "poly"):
             raise ValueError(f'lr_scheduler must be "cosine", "poly", "constant" or a scheduler, got {name!r}.')
         epochs = self.trainer.max_epochs
@@ -110,6 +106,6 @@ class Task(LightningModule, ABC):
                 'Set max_epochs, or give lr_scheduler="constant" or a scheduler of your own.'
             )
         if name == "cosine":
-            return {"scheduler": CosineAnnealingLR(optimizer, epochs)}
-        steps = int(self.trainer.estimated_stepping_batches)
-        return {"scheduler": PolynomialLR(optimizer, steps, power=0.9), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, epochs)}
+        poly = PolynomialLR(optimizer, int(self.trainer.estimated_stepping_batches), power=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": poly, "interval": "step"}}

@@ -35,9 +35,7 @@ class VocMeanAveragePrecision(Metric):
     """
 
     full_state_update = False
-    scores: list[Tensor]
-    labels: list[Tensor]
-    hits: list[Tensor]
+    outcomes: list[Tensor]  # rows of score, label, and 1 for a hit or 0 for a false alarm
     positives: Tensor
 
     def __init__(self, num_classes: int, *, min_overlap: float = 0.5, min_score: float = 0.0, **options: Any) -> None:
@@ -45,8 +43,7 @@ class VocMeanAveragePrecision(Metric):
         self.num_classes = num_classes
         self.min_overlap = min_overlap
         self.min_score = min_score
-        for name in ("scores", "labels", "hits"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("outcomes", default=[], dist_reduce_fx="cat")
         self.add_state("positives", default=torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, found: Sequence[dict[str, Tensor]], truths: Sequence[dict[str, Tensor]]) -> None:
@@ -58,9 +55,7 @@ class VocMeanAveragePrecision(Metric):
             self.positives += torch.bincount(truth["labels"][~difficult], minlength=self.num_classes)
             outcome = self._match(boxes, labels, truth["boxes"], truth["labels"], difficult)
             counted = (outcome >= 0) & (scores >= self.min_score)
-            self.scores.append(scores[counted].float())
-            self.labels.append(labels[counted])
-            self.hits.append(outcome[counted])
+            self.outcomes.append(torch.stack([scores.float(), labels.float(), outcome.float()], 1)[counted])
 
     def compute(self) -> dict[str, Tensor]:
         """``voc07`` and ``voc10``: means over the classes that have boxes; NaN if none has."""
@@ -69,61 +64,35 @@ class VocMeanAveragePrecision(Metric):
     def per_class(self) -> dict[str, Tensor]:
         """``voc07`` and ``voc10`` of every class (classes,) on this process; NaN for a class without boxes."""
         device = self.positives.device
-        scores, labels, hits = (
-            dim_zero_cat(state) if len(state) else torch.zeros(0, device=device)
-            for state in (self.scores, self.labels, self.hits)
-        )
+        found = dim_zero_cat(self.outcomes) if len(self.outcomes) else torch.zeros(0, 3, device=device)
+        _, labels, hits = found[found[:, 0].argsort(descending=True, stable=True)].unbind(1)
         results = {name: torch.full((self.num_classes,), torch.nan, device=device) for name in ("voc07", "voc10")}
         for label in self.positives.nonzero().flatten().tolist():
-            chosen = labels == label
-            order = scores[chosen].argsort(descending=True, stable=True)
-            curve = precision_recall(hits[chosen][order], int(self.positives[label]))
+            curve = precision_recall(hits[labels == label], int(self.positives[label]))
             results["voc07"][label] = eleven_point_average(*curve)
             results["voc10"][label] = area_average(*curve)
         return results
 
     def _match(self, boxes: Tensor, labels: Tensor, true: Tensor, true_labels: Tensor, difficult: Tensor) -> Tensor:
         """1 for a hit, 0 for a false alarm, -1 for what does not count; (n,), detections in falling order of score."""
-        outcome = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         if not len(boxes) or not len(true):
-            return outcome
+            return torch.zeros_like(labels)
         overlaps = box_iou(boxes, true.to(boxes.dtype))
         overlaps[labels[:, None] != true_labels] = -1
-        best, which = (x.tolist() for x in overlaps.max(1))
-        taken, skip = set(), difficult.tolist()
-        for place, (overlap, truth) in enumerate(zip(best, which, strict=True)):
-            if overlap < self.min_overlap:
-                continue
-            if skip[truth]:
-                outcome[place] = -1
-            elif truth not in taken:
-                taken.add(truth)
-                outcome[place] = 1
-        return outcome
+        best, which = overlaps.max(1)
+        near, skip = best >= self.min_overlap, difficult[which]
+        again = ((which[:, None] == which) & near).tril(-1).any(1)  # a surer detection has hit this box
+        return (near & ~skip & ~again).long() - (near & skip).long()
 
 
 def precision_recall(hits: Tensor, positives: int) -> tuple[Tensor, Tensor]:
-    """Precision and recall after each detection, (n,) each.
-
-    Args:
-        hits: 1 for a hit, 0 for a false alarm, in falling order of score.
-        positives: boxes to find.
-
-    Example:
-        >>> precision_recall(torch.tensor([1, 0, 1]), 4)
-        (tensor([1.0000, 0.5000, 0.6667]), tensor([0.2500, 0.2500, 0.5000]))
-    """
+    """Precision and recall after each detection, (n,) each; hits are 1, false alarms 0, in falling order of score."""
     found = hits.cumsum(0).float()
     return found / torch.arange(1, len(hits) + 1, device=hits.device), found / positives
 
 
 def eleven_point_average(precision: Tensor, recall: Tensor) -> float:
-    """Mean over the recalls 0, 0.1 ... 1 of the best precision at that recall or more (VOC 2007).
-
-    Example:
-        >>> eleven_point_average(*precision_recall(torch.tensor([1, 0]), 2))  # precision 1 at recalls 0 to 0.5
-        0.5454545454545454
-    """
+    """Mean over the recalls 0, 0.1 ... 1 of the best precision at that recall or more (VOC 2007)."""
     # Compared in tenths and a little below, as 3 / 10 and 0.3 need not be the same number.
     reached = [precision[10 * recall >= tenth - 1e-4] for tenth in range(11)]
     best = [float(values.amax()) if len(values) else 0.0 for values in reached]
@@ -131,12 +100,7 @@ def eleven_point_average(precision: Tensor, recall: Tensor) -> float:
 
 
 def area_average(precision: Tensor, recall: Tensor) -> float:
-    """Area under the precision that is best at a recall or more (VOC from 2010 on).
-
-    Example:
-        >>> area_average(*precision_recall(torch.tensor([1, 0]), 2))
-        0.5
-    """
+    """Area under the precision that is best at a recall or more (VOC from 2010 on)."""
     envelope = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
     steps = recall.diff(prepend=recall.new_zeros(1))
     return float((envelope.double() * steps.double()).sum())

@@ -13,20 +13,16 @@ from torchvision.ops import box_iou, complete_box_iou_loss
 from lightning_prune.models.yolo_boxes import Grid, flatten
 from lightning_prune.models.yolo_parts import BOXES_PER_CELL, YoloNetwork
 
+LARGEST_RATIO = 4.0  # of a truth's sides to those of an anchor that matches
+
 
 @dataclass(frozen=True)
 class Truths:
-    """All true boxes of a batch in the network's input.
+    """All true boxes of a batch in the network's input."""
 
-    Attributes:
-        image: which image each belongs to, (T,) int64.
-        label: its class, (T,) int64.
-        box: xyxy in pixels, (T, 4).
-    """
-
-    image: Tensor
-    label: Tensor
-    box: Tensor
+    image: Tensor  # which image each belongs to, (T,) int64
+    label: Tensor  # its class, (T,) int64
+    box: Tensor  # xyxy in pixels, (T, 4)
 
     @classmethod
     def of(cls, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Truths:
@@ -60,20 +56,14 @@ def darknet_loss(
     with BCE on logits and :math:`t_w = \log(w / anchor_w)`. All other predictions are pushed to objectness 0, unless
     their box overlaps with any truth by more than ``ignore_threshold``. If truths share a prediction, the last one's
     box counts, and all their classes. Everything is summed and divided by the number of images.
-
-    Args:
-        maps: what the network returned for N images.
-        truths: in pixels of the network's input.
-        network: knows anchors and strides.
-        ignore_threshold: 0.5 in darknet's VOC cfg, 0.7 in COCO's.
-
-    Returns:
-        {"box", "objectness", "class"}: scalars, to be added up.
     """
     raw, grid = flatten(maps, network)
     batch, count = raw.shape[:2]
     everything = torch.arange(len(truths.box), device=raw.device)
-    place = _places(truths, everything, _best_anchor(truths, network), grid, network)
+    anchors, size = _all_anchors(network, truths.box), truths.size[:, None]
+    common = torch.minimum(size, anchors).prod(2)  # of truth and anchor with the same centre
+    best = (common / (size.prod(2) + anchors.prod(1) - common)).argmax(1)
+    place = _places(truths, everything, best, grid, network)
     key, which = torch.unique(truths.image * count + place, return_inverse=True)
     last = key.new_zeros(len(key)).scatter_reduce_(0, which, everything, "amax")
     chosen = raw.flatten(0, 1)[key]  # (U, 5 + classes)
@@ -84,7 +74,8 @@ def darknet_loss(
     objectness = F.binary_cross_entropy_with_logits(raw[..., 4], target, weight, reduction="sum")
 
     place = key % count
-    share = (truths.size[last] / _image_size(grid, network, raw)).prod(1, keepdim=True)
+    side = raw.new_tensor([grid.columns[0], grid.rows[0]]) * network.strides[0]
+    share = (truths.size[last] / side).prod(1, keepdim=True)
     inside = truths.centre[last] / grid.stride[place] - grid.cell[place]
     logs = (truths.size[last] / grid.anchor[place]).log()
     centre = F.binary_cross_entropy_with_logits(chosen[:, :2], inside, reduction="none")
@@ -96,28 +87,17 @@ def darknet_loss(
     return {"box": box / batch, "objectness": objectness / batch, "class": named / batch}
 
 
-def ciou_loss(
-    maps: Sequence[Tensor], truths: Truths, network: YoloNetwork, *, largest_ratio: float = 4.0
-) -> dict[str, Tensor]:
+def ciou_loss(maps: Sequence[Tensor], truths: Truths, network: YoloNetwork) -> dict[str, Tensor]:
     r"""CIoU loss (Zheng et al., arXiv:1911.08287) with many positives, as in eriklindernoren's PyTorch-YOLOv3.
 
-    An anchor matches a truth if neither width nor height differ by a factor of ``largest_ratio`` or more; the
+    An anchor matches a truth if neither width nor height differ by a factor of `LARGEST_RATIO` or more; the
     prediction is that of the truth's centre cell. Per head, averaged over its matches: 0.05 (1 - CIoU) for the box and
     0.5 BCE over the classes (nothing for a single class); BCE over all cells for the objectness, whose target is the
     match's CIoU, at least 0 (the largest, where matches meet). Heads are summed.
-
-    Args:
-        maps: what the network returned.
-        truths: in pixels of the network's input.
-        network: knows anchors and strides.
-        largest_ratio: 4 there.
-
-    Returns:
-        {"box", "objectness", "class"}: scalars, to be added up.
     """
     raw, grid = flatten(maps, network)
     ratio = truths.size[:, None] / _all_anchors(network, raw)  # (T, anchors, 2)
-    matches = torch.maximum(ratio, 1 / ratio).amax(2) < largest_ratio
+    matches = torch.maximum(ratio, 1 / ratio).amax(2) < LARGEST_RATIO
     box, objectness, named = raw.new_zeros(3).unbind()
     for head, (start, end) in enumerate(zip(grid.first, grid.first[1:], strict=False)):
         target = torch.zeros_like(raw[:, start:end, 4])
@@ -141,13 +121,6 @@ def _all_anchors(network: YoloNetwork, like: Tensor) -> Tensor:
     return like.new_tensor([pair for head in network.anchors for pair in head])
 
 
-def _best_anchor(truths: Truths, network: YoloNetwork) -> Tensor:
-    """The anchor, of all heads, with the largest overlap if both had the same centre, (T,)."""
-    anchors, size = _all_anchors(network, truths.box), truths.size[:, None]
-    common = torch.minimum(size, anchors).prod(2)
-    return (common / (size.prod(2) + anchors.prod(1) - common)).argmax(1)
-
-
 def _places(truths: Truths, truth: Tensor, anchor: Tensor, grid: Grid, network: YoloNetwork) -> Tensor:
     """The place in the grid of some truths' centres at an anchor, numbered over all heads."""
     head = anchor // BOXES_PER_CELL
@@ -157,10 +130,6 @@ def _places(truths: Truths, truth: Tensor, anchor: Tensor, grid: Grid, network: 
     column, row = (truths.centre[truth] / stride[:, None]).long().unbind(1)
     column, row = column.clamp(min=0).minimum(columns - 1), row.clamp(min=0).minimum(rows - 1)
     return first + (anchor % BOXES_PER_CELL * rows + row) * columns + column
-
-
-def _image_size(grid: Grid, network: YoloNetwork, like: Tensor) -> Tensor:
-    return like.new_tensor([grid.columns[0] * network.strides[0], grid.rows[0] * network.strides[0]])
 
 
 @torch.no_grad()

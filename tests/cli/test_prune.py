@@ -61,7 +61,7 @@ def test_a_latency_budget_is_of_one_sample(capsys, monkeypatch, trained) -> None
         timed.append(len(inputs))
         return Latency(lp.measure.count_params(model) / 1e3, 0.0, ())
 
-    monkeypatch.setattr("lightning_prune.selection.budget.measure_latency", once)
+    monkeypatch.setattr("lightning_prune.selection.search.measure_latency", once)
     assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--budget", "latency_ms=1"]) == 0
     assert set(timed) == {1}  # the task's example has 2
     assert re.search(r"\d+ of 35 channels removed by l1, --budget latency_ms=1, ", capsys.readouterr().out)

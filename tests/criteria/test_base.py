@@ -106,7 +106,7 @@ def test_names_are_those_of_the_classes_in_lower_case(criterion):
         *((lambda rows=rows: ThiNet(rows=rows), ["rows", "None for all", repr(rows)]) for rows in (0, -1, 1.5, True)),
         (
             lambda: criterion_from("taylor_f0"),
-            ["apoz, bn_scale, dcp, ", "next_layer_taylor, random, taylor, taylor_fo, thinet"],
+            ["apoz, ", " bn_scale, ", " dcp, ", " next_layer_taylor, ", " random, ", " taylor_fo, ", " thinet"],
         ),
         (lambda: criterion_from("l7"), ["criterion", "'l7'", "fpgm"]),
     ],

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_prune as lp
-from lightning_prune.criteria import ThiNet
-from lightning_prune.criteria.observe import sampled_outputs
+from lightning_prune.criteria import ThiNet, channel_contributions
+from lightning_prune.criteria.observe.reader_outputs import SampledOutputWatcher
 from lightning_prune.criteria.scoring import Scorer, score
 from lightning_prune.criteria.thinet import removal_places
 from lightning_prune.errors import ScoreError
@@ -48,13 +48,13 @@ def test_order_and_products_match_trying_every_set(name):
 def test_a_draw_is_rows_of_the_reference(name, monkeypatch):
     model, graph, images, _ = case(name)
     drawn = {}
-    original = sampled_outputs.SampledOutputWatcher._draw
+    original = SampledOutputWatcher._draw
 
     def draw(self, key, tap, path, call, shape):
         drawn[key, path, call] = original(self, key, tap, path, call, shape)
         return drawn[key, path, call]
 
-    monkeypatch.setattr(sampled_outputs.SampledOutputWatcher, "_draw", draw)
+    monkeypatch.setattr(SampledOutputWatcher, "_draw", draw)
     with Scorer(model, graph, ThiNet(rows=7, seed=3)) as scorer:
         scorer.update(lambda: model(images))
     for group in graph.prunable_groups:
@@ -115,7 +115,7 @@ def test_sums_of_several_processes_add_up():
 )
 @pytest.mark.parametrize("fan", [1, 2])
 def test_sampled_contributions_are_the_change_without_the_channel(layer, fan, monkeypatch):
-    monkeypatch.setattr(sampled_outputs, "_ELEMENTS", 100)  # several parts
+    monkeypatch.setattr(channel_contributions, "_ELEMENTS", 100)  # several parts
     layer, x = layer.double(), torch.randn(2, 6, 7, 8, dtype=torch.float64)
     if isinstance(layer, nn.Linear):
         x = x.movedim(1, -1)
@@ -123,7 +123,7 @@ def test_sampled_contributions_are_the_change_without_the_channel(layer, fan, mo
     index = torch.randperm(size)[: size // fan * fan].view(-1, fan)
     output = layer(x)
     chosen = torch.randint(output[0].numel(), (2, 9))
-    parts = list(sampled_outputs.sampled_contributions(layer, x, index, output.shape, chosen))
+    parts = list(channel_contributions.sampled_contributions(layer, x, index, output.shape, chosen))
     (expected,) = reference.effects(layer, "", x, index)
     close(torch.cat(parts), torch.cat([expected[n, chosen[n]] for n in range(2)]), atol=1e-12)
 
@@ -134,7 +134,7 @@ def test_sampled_contributions_in_other_dimensions(dims):
     layer, x = kind(4, 3, 3, stride=2, padding=1).double(), torch.randn(2, 4, *[5, 6, 7][:dims], dtype=torch.float64)
     index, output = torch.arange(4).unsqueeze(1), layer(x)
     chosen = torch.arange(output[0].numel()).expand(2, -1)
-    found = torch.cat(list(sampled_outputs.sampled_contributions(layer, x, index, output.shape, chosen)))
+    found = torch.cat(list(channel_contributions.sampled_contributions(layer, x, index, output.shape, chosen)))
     close(found, reference.effects(layer, "", x, index)[0].flatten(0, 1), atol=1e-12)
 
 

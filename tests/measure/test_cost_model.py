@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import trace
-from lightning_prune.measure import CostModel, count_flops, count_params, macs_by_parameter
+from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import reconstruct
 from tests.criteria.helpers import assert_same, snapshot
@@ -62,7 +62,6 @@ def test_what_shapes_do_not_tell_stays_as_an_upper_bound() -> None:
     graph = trace(model, x)
     cost = CostModel(model, graph, x)
     plan = random_plan(graph, 0.5)
-    assert cost.fixed_macs == 3 * 3 * 8 // 3  # per sample
     assert cost.macs == count_flops(model, x)
     assert count_flops(reconstruct(model, graph, plan), x) < cost.of(plan)[1] < cost.macs
 
@@ -71,12 +70,17 @@ def test_a_weight_used_twice_counts_for_both() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.first, self.twice, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(self.a(x)))
+            return self.last(self.twice(self.twice(self.first(x))))
 
-    assert macs_by_parameter(Twice(), torch.zeros(3, 4)) == ({"a.weight": 32, "b.weight": 8}, 0)
+    model, x = Twice(), torch.zeros(3, 4)
+    graph = trace(model, x)
+    cost = CostModel(model, graph, x)
+    assert cost.macs == 32 + 2 * 64 + 16
+    half = random_plan(graph, 0.5)
+    assert cost.of(half)[1] == count_flops(reconstruct(model, graph, half), x) == 16 + 2 * 16 + 8
 
 
 def test_the_model_is_left_alone_and_has_to_be_the_traced_one() -> None:

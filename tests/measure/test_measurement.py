@@ -25,6 +25,7 @@ from lightning_prune.measure import (
     measure_latency,
     measure_memory,
     state_size,
+    thread_count,
 )
 
 
@@ -331,7 +332,8 @@ def test_timing_needs_repeats(options):
 def test_threads_are_set_while_timing():
     before, seen = torch.get_num_threads(), []
     threads = before + 1
-    measure_latency(Call(lambda x: seen.append(torch.get_num_threads())), torch.zeros(1), repeats=2, threads=threads)
+    with thread_count(threads):
+        measure_latency(Call(lambda x: seen.append(torch.get_num_threads())), torch.zeros(1), repeats=2)
     assert set(seen) == {threads}
     assert torch.get_num_threads() == before
 
@@ -365,13 +367,13 @@ def test_state_size_is_that_of_the_file(tmp_path):
 
 def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
     passes = []
-    found = measure(Call(lambda x: passes.append(x) or x + 1), torch.zeros(1), warmup=1, repeats=3)
+    found = measure(Call(lambda x: passes.append(x) or x + 1), torch.zeros(1), repeats=3)
     assert len(passes) == 1  # counting operators
     first = found.latency
-    assert len(passes) == 5
+    assert len(passes) == 1 + 2 + 3
     assert found.latency is first
     assert found.peak_memory_bytes == 8
-    assert (found.peak_memory_bytes, len(passes)) == (8, 6)
+    assert (found.peak_memory_bytes, len(passes)) == (8, 7)
     late = measure(Call(lambda x: x), torch.zeros(1), repeats=0)
     with pytest.raises(PruningError, match="repeats at least 1"):
         _ = late.latency
@@ -381,7 +383,7 @@ def test_measure_puts_all_together():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model[0].requires_grad_(False)
     x = torch.zeros(3, 4)
-    found = measure(model, x, warmup=0, repeats=3)
+    found = measure(model, x, repeats=3)
     assert (found.params, found.total_params, found.macs) == (18, 58, 48)
     assert found.flops == flops_by_convention(model, x)
     assert found.flops["paper"] == 2 * (48 + 8 + 8 + 2)

@@ -76,8 +76,8 @@ def test_anchors_are_given_small_to_large_and_handed_out_large_first():
 
 def test_a_prior_makes_few_cells_start_as_objects():
     model = YoloV3Tiny(2, width=0.25, objectness_prior=0.01)
-    for branch in model.branches:
-        bias = branch.predict.bias.view(3, 7)
+    for head in (model.coarse, model.fine):
+        bias = head.predict.bias.view(3, 7)
         torch.testing.assert_close(bias[:, 4].sigmoid(), torch.full((3,), 0.01))
         assert not bias[:, [0, 1, 2, 3, 5, 6]].any()
 

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from lightning_prune.errors import PruningError
+from lightning_prune.reconstruction import LosslessReport
 from lightning_prune.report import (
     EpochRecord,
     LayerChannels,
-    Losslessness,
     OrderTiming,
     Predictions,
     PruneReport,
@@ -52,8 +52,9 @@ def report():
             OrderTiming("B", epochs(10.0, (0.91, None, 0.975))),
         ),
         (LayerChannels("conv1", 64, 32, "conv1"), LayerChannels("layer1.0.conv1", 64, 64)),
-        Losslessness(4.4e-16, 3.1e-15, "float64", True, 0, 360),
+        LosslessReport(4.4e-16, 3.1e-15, "float64", 1e-10, 1),
         ("a note | with a pipe & <i>tags</i>",),
+        changed_predictions=(0, 360),
     )
 
 
@@ -159,7 +160,8 @@ def test_lines_under_the_table(report):
 def test_what_is_worse_is_called_worse(report):
     slow = dataclasses.replace(
         report,
-        losslessness=Losslessness(0.2, 0.1, "float32", False, 3, 360),
+        losslessness=LosslessReport(0.2, 0.1, "float32", 1e-5, 1),
+        changed_predictions=(3, 360),
         stages=tuple(
             dataclasses.replace(s, epoch_seconds=s.epoch_seconds and 100 / s.epoch_seconds) for s in report.stages
         ),
@@ -215,6 +217,9 @@ def test_json_holds_the_report(report, tmp_path):
     assert data == report.to_dict()
     assert data["stages"][2]["params"] == 2_793_490
     assert data["timings"][1]["epochs"][1]["accuracy"] is None
+    errors = {"max_abs_error": 4.4e-16, "max_rel_error": 3.1e-15, "dtype": "float64", "passed": True}
+    assert data["losslessness"] == {**errors, "changed": 0, "total": 360}
+    assert "changed_predictions" not in data
 
 
 def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
@@ -235,7 +240,7 @@ def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
 
 
 def test_non_finite_numbers_survive_strict_json():
-    broken = Losslessness(float("inf"), float("nan"), "float32", passed=False)
+    broken = LosslessReport(float("inf"), float("nan"), "float32", 1e-5, 1)
     report = PruneReport("t", stages=(StageResult("dense", accuracy=float("nan")),), losslessness=broken)
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert float(again["losslessness"]["max_abs_error"]) == float("inf")

@@ -33,7 +33,7 @@ def printed(thing: Table, width: int, encoding: str = "utf-8") -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     Console(file=stream, width=width).print(thing)
     stream.flush()
-    return stream.buffer.getvalue().decode(encoding).splitlines()
+    return [line.rstrip() for line in stream.buffer.getvalue().decode(encoding).splitlines()]
 
 
 def test_a_wide_terminal_shows_everything():
@@ -54,7 +54,7 @@ def test_a_narrow_one_loses_optional_columns_and_then_the_beginnings_of_paths(en
 
 
 def test_the_ratio_goes_before_the_spread_and_sections_stand_apart():
-    wide, narrow = MEASURED.text(60).splitlines(), MEASURED.text(30).splitlines()
+    wide, narrow = printed(MEASURED, 60), printed(MEASURED, 30)
     assert len(wide) == len(narrow) == 8  # the first row takes two lines
     assert wide[6] == ""
     assert f"8.00 ± 0.20 2.5{TIMES}" in wide[7]

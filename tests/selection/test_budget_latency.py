@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import NoEffectWarning, PlanError
 from lightning_prune.measure import Latency, measure_latency
-from lightning_prune.selection import Budget, budget
+from lightning_prune.selection import Budget, search
 from tests.selection.test_budget import chosen, shares, wide
 from tests.zoo import images
 
@@ -26,7 +26,7 @@ def clock(monkeypatch, *noise: float) -> list[float]:
         readings.append((1 + 1e-5 * lp.measure.count_flops(model, x)) * factor)
         return Latency(readings[-1], 0.0, (readings[-1],) * repeats)
 
-    monkeypatch.setattr(budget, "measure_latency", read)
+    monkeypatch.setattr(search, "measure_latency", read)
     return readings
 
 
@@ -72,7 +72,7 @@ def test_a_clock_that_cannot_be_trusted_is_refused(monkeypatch) -> None:
         seen[macs] = seen.get(macs, 0) + 1  # every second reading of a model takes longer
         return Latency(1e-5 * macs * (1.2 if seen[macs] % 2 == 0 else 1.0), 0.0, ())
 
-    monkeypatch.setattr(budget, "measure_latency", read)
+    monkeypatch.setattr(search, "measure_latency", read)
     with pytest.raises(PlanError, match="keep differing by more than 5%; leave the machine alone"):
         chosen(wide(), images(), Budget(latency_ms=10))
 

@@ -28,9 +28,9 @@ def test_the_numbers_are_those_of_reconstruction(name: str, coupling) -> None:
     assert [group.name for group in told.groups] == [group.name for group in graph.groups]
     for group in told.groups:
         if group.name not in plan.groups:
-            assert (group.removed, group.params_saved, group.macs_saved) == (0, 0, 0)
+            assert (group.kept, group.params_saved, group.macs_saved) == (group.channels, 0, 0)
             continue
-        assert (group.kept, group.removed) == (len(plan.groups[group.name].keep), len(plan.groups[group.name].removed))
+        assert (group.kept, group.channels) == (len(plan.groups[group.name].keep), plan.groups[group.name].size)
         others = lp.Plan({n: g for n, g in plan.groups.items() if n != group.name}, coupling)
         without = lp.reconstruct(model, graph, others)
         assert group.params_saved == lp.measure.count_params(without) - lp.measure.count_params(small)

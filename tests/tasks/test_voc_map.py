@@ -81,7 +81,7 @@ def test_the_same_curve_from_boxes():
 def test_a_second_detection_of_a_box_is_a_false_alarm():
     metric = measured([(found((SHIFTED, 0.9, 0), (BOX, 0.8, 0)), truth((BOX, 0), (FAR, 0)))])
     assert values(metric)["voc10"] == pytest.approx(0.5)
-    assert torch.cat(metric.hits).tolist() == [1, 0]
+    assert torch.cat(metric.outcomes)[:, 2].tolist() == [1, 0]
 
 
 def test_difficult_boxes_neither_count_nor_punish():
@@ -110,7 +110,7 @@ def test_an_overlap_of_exactly_the_limit_is_a_hit():
 def test_a_detection_goes_to_the_box_it_overlaps_most_even_if_that_is_taken():
     near = [10.0, 10.0, 20.0, 23.0]
     metric = measured([(found((BOX, 0.9, 0), (SHIFTED, 0.8, 0)), truth((BOX, 0), (near, 0)))])
-    assert torch.cat(metric.hits).tolist() == [1, 0]
+    assert torch.cat(metric.outcomes)[:, 2].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("min_score", "expected"), [(0.0, 0.5), (0.1, 0.5), (0.13, 0.0), (0.2, 0.0)])

@@ -8,18 +8,27 @@ belong to the clone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.observe.hooks import calls_of, first_input, recomputing
-from lightning_prune.criteria.observe.watcher import Watcher, channel_dim, check_batch, exactly, key_of, tracked
+from lightning_prune.criteria.observe.watcher import (
+    Watcher,
+    calls_of,
+    channel_dim,
+    check_batch,
+    exactly,
+    first_input,
+    key_of,
+    recomputing,
+    tracked,
+)
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group, Layer
 
@@ -35,10 +44,6 @@ class _Port:
     audience: dict[Tap, list[tuple[str, Tensor]]] = field(default_factory=dict)
     checked: bool = False
 
-    @property
-    def channel_dim(self) -> int:
-        return channel_dim(self.module)
-
     def check(self, tensor: Any) -> None:
         """Refuse what is not a batch of activations of the expected channels."""
         self.checked = True
@@ -46,7 +51,7 @@ class _Port:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ScoreError(f"{self.path}: its {end} is {type(tensor).__name__}, not a floating-point tensor")
         check_batch(self.path, end, self.module, tensor)
-        found = tensor.shape[self.channel_dim]
+        found = tensor.shape[channel_dim(self.module)]
         needed = 1 + max(int(index.max()) for listeners in self.audience.values() for _, index in listeners)
         if found != (self.filters or found) or found < needed:
             raise ScoreError(
@@ -62,7 +67,6 @@ class ActivationWatcher(Watcher):
         super().__init__(model)
         self._ports: dict[tuple[str, bool], _Port] = {}
 
-    @override
     def listen(self, group: Group, tap: Tap) -> None:
         for layer in group.layers:
             key, index, port = key_of(group, layer, tap), layer.index, self._port(layer, tap)
@@ -74,13 +78,10 @@ class ActivationWatcher(Watcher):
             self.shapes[key] = (group.size,)
 
     def _port(self, layer: Layer, tap: Tap) -> _Port:
-        path, incoming = layer.name, tap.site == "activation"
-        if tap.site == "bn" and layer.norm is not None:
-            path = layer.norm
-        elif incoming:
-            if layer.reader is None:
-                raise ScoreError(f"{layer.name}: no layer reads its channels; use site='bn' instead of 'activation'")
-            path = layer.reader
+        incoming = tap.site == "activation"
+        path = layer.reader if incoming else (layer.norm if tap.site == "bn" else None) or layer.name
+        if path is None:
+            raise ScoreError(f"{layer.name}: no layer reads its channels; use site='bn' instead of 'activation'")
         if (path, incoming) not in self._ports:
             try:
                 module = self.model.get_submodule(path)
@@ -89,14 +90,13 @@ class ActivationWatcher(Watcher):
             self._ports[path, incoming] = _Port(path, module, incoming, None if incoming else layer.filters)
         return self._ports[path, incoming]
 
-    @override
     def start(self) -> None:
         outgoing = [path for path, incoming in self._ports if not incoming]
         self.hooks.enter_context(calls_of(self.model, outgoing, self._leave))
         for port in self._ports.values():
             if port.incoming:
-                hook = partial(self._enter, port)
-                self.until_exit(port.module.register_forward_pre_hook(hook, with_kwargs=True))
+                handle = port.module.register_forward_pre_hook(partial(self._enter, port), with_kwargs=True)
+                self.hooks.callback(handle.remove)
 
     def _leave(self, path: str, _module: nn.Module, _value: Any, output: Any) -> Tensor | None:
         return self._see(self._ports[path, False], output)
@@ -109,36 +109,31 @@ class ActivationWatcher(Watcher):
         if not port.checked:
             port.check(tensor)
         value = tensor.detach()
-        waiting = []
-        for tap, listeners in port.audience.items():
-            if tap.gradient and not torch.is_grad_enabled():
-                self.without_grad.update(key for key, _ in listeners)
-                continue
-            for key, index in listeners:
+        now = [tap for tap in port.audience if not tap.gradient]
+        later = [tap for tap in port.audience if tap.gradient]
+        if not torch.is_grad_enabled():
+            self.without_grad.update(key for tap in later for key, _ in port.audience[tap])
+            later = []
+        for tap in (*now, *later):
+            for key, index in port.audience[tap]:
                 self.open(port.path, key, tap, (len(value), len(index)), value.device)
-            if tap.gradient:
-                waiting.append(tap)
-            else:
-                with exactly(value):
-                    self._add(port, tap, value, None)
-        if not waiting:
+        with exactly(value):
+            self._add(port, now, value)
+        if not later:
             return None
         replacement = None
         if port.incoming:  # others may read this very tensor; a replacement would miss their gradient
             tensor.requires_grad_()
         else:
             tensor, replacement = tracked(tensor)
-        self.await_gradient(port.path, tensor, value.clone(), partial(self._differentiate, port, waiting))
+        self.await_gradient(port.path, tensor, value.clone(), partial(self._add, port, later))
         return replacement
 
-    def _differentiate(self, port: _Port, taps: list[Tap], value: Tensor, gradient: Tensor) -> None:
+    def _add(self, port: _Port, taps: Iterable[Tap], value: Tensor, gradient: Tensor | None = None) -> None:
+        dim = channel_dim(port.module)
         for tap in taps:
-            self._add(port, tap, value, gradient)
-
-    def _add(self, port: _Port, tap: Tap, value: Tensor, gradient: Tensor | None) -> None:
-        value = functional.by_position(value, port.channel_dim)
-        slope = None if gradient is None else functional.by_position(gradient, port.channel_dim)
-        found = tap.partial(value, slope)
-        for key, index in port.audience[tap]:
-            channels = functional.gather_channels(found, index)
-            self.seen[key].add(channels, value.shape[-1], differentiated=gradient is not None)
+            maps = functional.by_position(value, dim)
+            found = tap.partial(maps, None if gradient is None else functional.by_position(gradient, dim))
+            for key, index in port.audience[tap]:
+                channels = functional.gather_channels(found, index)
+                self.seen[key].add(channels, maps.shape[-1], differentiated=gradient is not None)

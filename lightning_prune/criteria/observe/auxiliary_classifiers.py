@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.observe.hooks import calls_of
+from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph
 
@@ -23,19 +23,14 @@ _TINY = 1e-12
 class AuxiliaryClassifiers:
     """Linear classifiers of relu(z), averaged over positions, at some layers' outputs z (after batch norm).
 
-    Their labels are those that the step gives to `torch.nn.functional.cross_entropy`, so that a training step needs no
-    change. Two passes: `fit` on every batch, then `joint`.
-
-    Args:
-        model: the model; hooks are on it only while a step runs.
-        graph: its channel graph: outputs of its prunable layers may carry classifiers.
-        count: how many, evenly spread in the order in which the layers run.
-        weight: of each one's loss.
+    ``count`` of them, evenly spread in the order in which the layers run. Their labels are those that the step gives to
+    `torch.nn.functional.cross_entropy`, so that a training step needs no change.
+    Two passes: `fit` on every batch, then `joint`.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, count: int, weight: float) -> None:
         self._model = model
-        self._candidates = {layer.norm or layer.name for layer in graph.layers.values()}
+        self._candidates = sorted({layer.norm or layer.name for layer in graph.layers.values()})
         self._count = count
         self._weight = weight
         self.moments: dict[str, Moments] = {}
@@ -44,11 +39,7 @@ class AuxiliaryClassifiers:
     def fit(self, step: Callable[[], Any]) -> None:
         """Learn from one batch; ``step`` runs the model and its loss."""
         seen: dict[str, Tensor] = {}
-        with (
-            self._watched(self.moments, lambda path, z: seen.setdefault(path, z)),
-            _Labels() as labels,
-            torch.no_grad(),
-        ):
+        with self._watched(self.moments, seen.setdefault), _Labels() as labels, torch.no_grad():
             step()
         shares = labels.shares()
         if not self.moments:
@@ -101,30 +92,24 @@ class AuxiliaryClassifiers:
                     z = functional.widened(output).relu()
                     look(path, z.flatten(2).mean(2) if z.ndim > 2 else z)
 
-        with calls_of(self._model, sorted(only or self._candidates), see):
+        with calls_of(self._model, only or self._candidates, see):
             yield
 
 
 class Moments:
-    """Sums over samples from which a linear discriminant follows; float64, additive over batches.
-
-    Features are counted from the mean of the first batch: those of a network hardly vary around it.
-    """
+    """Sums over samples from which a linear discriminant follows; float64, additive over batches."""
 
     def __init__(self) -> None:
-        self.origin: Tensor | float = 0.0  # (F,)
+        self.origin: Tensor | float = 0.0  # (F,), mean of the first batch: features of a network hardly vary around it
         self.counts: Tensor | None = None  # samples of each class, (K,)
-        self.sums = torch.zeros(())  # features of each class, (K, F)
-        self.squares = torch.zeros(())  # products of features, (F, F)
+        self.sums = self.squares = torch.zeros(())  # features of each class, (K, F), and their products, (F, F)
 
     def add(self, features: Tensor, shares: Tensor) -> None:
         """One batch: (N, F), and (N, K) by how much each sample belongs to each class."""
         features, shares = features.double(), shares.to(features.device, torch.float64)
         if self.counts is None:
             self.origin = features.mean(0)
-            self.counts = torch.zeros_like(shares[0])
-            self.sums = features.new_zeros(shares.shape[1], features.shape[1])
-            self.squares = features.new_zeros(features.shape[1], features.shape[1])
+            self.counts, self.sums, self.squares = (features.new_zeros(()) for _ in range(3))
         features = features - self.origin
         self.counts = self.counts + shares.sum(0)
         self.sums = self.sums + shares.T @ features
@@ -136,12 +121,6 @@ class Moments:
         With c the mean of all features and :math:`d_k` from there to that of class k, :math:`w_k = S^{-1} d_k` and
         :math:`b_k = \log \pi_k - w_k^T d_k / 2`; S is the covariance within the classes, a tenth of it replaced by its
         mean variance on the diagonal.
-
-        Example:
-            >>> moments = Moments()
-            >>> moments.add(torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.eye(2).repeat_interleave(2, 0))
-            >>> moments.classifier()(torch.tensor([[3.0], [4.0]])).diff().tolist()  # means 1 and 5, variance 1
-            [[0.0], [4.0]]
         """
         assert self.counts is not None
         total = self.counts.sum()

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria.base import Criterion, Tap, TapSite
 from lightning_prune.criteria.observe.activations import ActivationWatcher
-from lightning_prune.criteria.observe.reader_outputs import ReaderOutputWatcher
+from lightning_prune.criteria.observe.reader_outputs import ReaderOutputWatcher, SampledOutputWatcher
 from lightning_prune.criteria.observe.rectified_outputs import RectifiedOutputWatcher
-from lightning_prune.criteria.observe.sampled_outputs import SampledOutputWatcher
-from lightning_prune.criteria.observe.watcher import Seen, Watcher, key_of
+from lightning_prune.criteria.observe.watcher import Watcher, key_of
 from lightning_prune.criteria.observe.weights import WeightWatcher
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer
@@ -32,17 +31,10 @@ _WATCHERS: dict[TapSite, type[Watcher]] = {
 
 
 class Observer:
-    """Watches batches, one at a time, and adds them up. Hooks exist only while a batch is open.
+    """Watches batches, one at a time, and adds them up in ``state``: per key ``/sum`` and ``/count``, float64.
 
-    Args:
-        model: the model the graph was traced on.
-        graph: its channel graph.
-        criterion: whose taps look.
-        state: where sums are kept, per key ``/sum`` and ``/count``, float64; additive over batches and processes.
-        reference: only the taps that look at the frozen dense model, or only the others.
-
-    Attributes:
-        taps: those that look.
+    Hooks exist only while a batch is open. ``reference``: only the taps that look at the frozen dense model, or only
+    the others.
     """
 
     def __init__(
@@ -51,22 +43,20 @@ class Observer:
         self.taps = [tap for tap in criterion.taps if tap.reference == reference]
         self._state = state
         self._criterion = criterion
-        self._layers = [(group, layer) for group in graph.prunable_groups for layer in group.layers]
+        self._seen_as: dict[str, tuple[Layer, Tap]] = {}  # what every key stands for; its first layer, if for several
         self._differentiated: set[str] = set()
-        kinds = dict.fromkeys(_WATCHERS[tap.site] for tap in self.taps)
-        watchers = {kind: kind(model) for kind in kinds}
+        watchers = {kind: kind(model) for kind in dict.fromkeys(_WATCHERS[tap.site] for tap in self.taps)}
         self._watchers = list(watchers.values())
         self._batch: ExitStack | None = None
         for group in graph.prunable_groups:
             for tap in self.taps:
-                watchers[_WATCHERS[tap.site]].listen(group, tap)
-        for group, layer in self._layers:
-            device = model.get_parameter(layer.weight).device
-            for tap in self.taps:
-                key = key_of(group, layer, tap)
-                shape = watchers[_WATCHERS[tap.site]].shapes[key]
-                self._state[f"{key}/sum"] = torch.zeros(shape, dtype=torch.float64, device=device)
-                self._state[f"{key}/count"] = torch.zeros((), dtype=torch.float64, device=device)
+                watcher = watchers[_WATCHERS[tap.site]]
+                watcher.listen(group, tap)
+                for layer in group.layers:
+                    key = key_of(group, layer, tap)
+                    self._seen_as.setdefault(key, (layer, tap))
+                    zero = torch.zeros((), dtype=torch.float64, device=model.get_parameter(layer.weight).device)
+                    self._state[f"{key}/sum"], self._state[f"{key}/count"] = zero.new_zeros(watcher.shapes[key]), zero
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -89,7 +79,7 @@ class Observer:
             self._batch = stack.pop_all()
 
     def end_batch(self, *, discard: bool = False) -> None:
-        """Add the batch to `state`, or forget it, and remove the hooks. Does nothing if no batch is open."""
+        """Add the batch to the state, or forget it, and remove the hooks. Does nothing if no batch is open."""
         if self._batch is None:
             return
         stack, self._batch = self._batch, None
@@ -104,16 +94,15 @@ class Observer:
                 )
             self._differentiated |= arrived
             for key, found in seen.items():
-                total, count = _reduced(found)
+                channels, tap = found.partial, found.tap
+                if tap.gradient and not tap.joint:
+                    channels = channels * float(len(channels)) ** tap.degree
+                total, count = tap.reduce(channels, max(found.positions, 1))
                 self._state[f"{key}/sum"] += total.to(self._state[f"{key}/sum"].device)
                 self._state[f"{key}/count"] += count
 
     def backward(self, loss: Any) -> None:
-        """Differentiate with respect to the sites only: no parameter gradient is computed, ``.grad`` is not
-        touched.
-
-        Frees the autograd graph. Call it once per batch.
-        """
+        """Differentiate with respect to the sites only, once per batch: ``.grad`` of parameters is not touched."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ScoreError(f"the loss must be a scalar tensor, got {got}; return the mean over samples")
@@ -127,13 +116,11 @@ class Observer:
 
     def means(self) -> dict[str, Tensor]:
         """Mean of every key over what was seen so far; refuses a layer that was never reached."""
-        found = {}
-        for group, layer in self._layers:
-            for tap in self.taps:
-                key = key_of(group, layer, tap)
-                if key not in found and self._was_seen(layer, tap, key):
-                    found[key] = self._state[f"{key}/sum"] / self._state[f"{key}/count"]
-        return found
+        return {
+            key: self._state[f"{key}/sum"] / self._state[f"{key}/count"]
+            for key, (layer, tap) in self._seen_as.items()
+            if self._was_seen(layer, tap, key)
+        }
 
     def _was_seen(self, layer: Layer, tap: Tap, key: str) -> bool:
         reached = bool(self._state[f"{key}/count"])
@@ -157,11 +144,3 @@ class Observer:
                 "criterion that needs none, such as L1, FPGM or LRE"
             )
         return True
-
-
-def _reduced(seen: Seen) -> tuple[Tensor, int]:
-    """Sum and count of a batch from (N, channels)."""
-    channels, tap = seen.partial, seen.tap
-    if tap.gradient and not tap.joint:
-        channels = channels * float(len(channels)) ** tap.degree
-    return tap.reduce(channels, max(seen.positions, 1))

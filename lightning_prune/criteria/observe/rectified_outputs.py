@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
-from lightning_prune.criteria.observe.hooks import calls_of, recomputing
-from lightning_prune.criteria.observe.watcher import Watcher, channel_dim, key_of
+from lightning_prune.criteria.observe.watcher import Watcher, calls_of, channel_dim, key_of, recomputing
 from lightning_prune.graph.groups import Group, Layer
 
 _RECTIFIERS = frozenset(
@@ -37,7 +35,7 @@ class _Mark:
     key: str
     tap: Tap
     layer: Layer
-    channel_dim: int
+    dim: int
     found: bool = False
 
 
@@ -55,14 +53,12 @@ class RectifiedOutputWatcher(Watcher):
         self._audience: dict[str, list[tuple[str, Tap, Layer]]] = {}
         self._trails = WeakIdKeyDictionary()
 
-    @override
     def listen(self, group: Group, tap: Tap) -> None:
         for layer in group.layers:
             key = key_of(group, layer, tap)
             self._audience.setdefault(layer.name, []).append((key, tap, layer))
             self.shapes[key] = (group.size,)
 
-    @override
     def start(self) -> None:
         self._trails = WeakIdKeyDictionary()
         self.hooks.enter_context(calls_of(self.model, self._audience, self._mark))
@@ -84,7 +80,8 @@ class RectifiedOutputWatcher(Watcher):
             self._rectified(output, before[0][1])
         elif name in _FOLLOWED:
             for tensor, found in before:
-                trail.update({m: at for m, at in found.items() if _same_channels(tensor, output, m.channel_dim)})
+                if tensor.ndim == output.ndim:
+                    trail.update({m: at for m, at in found.items() if tensor.shape[m.dim] == output.shape[m.dim]})
         self._trails[output] = trail
 
     def _concatenated(self, args: tuple[Any, ...]) -> _Trail:
@@ -93,7 +90,7 @@ class RectifiedOutputWatcher(Watcher):
         along = 0
         for tensor in tensors:
             for mark, start in self._trails.get(tensor, {}).items():
-                if dim % tensor.ndim == mark.channel_dim % tensor.ndim:
+                if dim % tensor.ndim == mark.dim % tensor.ndim:
                     trail.setdefault(mark, start + along)
             along += tensor.shape[dim]
         return trail
@@ -103,8 +100,7 @@ class RectifiedOutputWatcher(Watcher):
             if mark.found or recomputing():
                 continue
             mark.found, layer = True, mark.layer
-            own = output.detach().narrow(mark.channel_dim, start, layer.filters)
-            maps = functional.by_position(own, mark.channel_dim)
+            maps = functional.by_position(output.detach().narrow(mark.dim, start, layer.filters), mark.dim)
             seen = self.open(layer.name, mark.key, mark.tap, (len(maps), len(layer.index)), maps.device)
             seen.add(functional.gather_channels(mark.tap.partial(maps, None), layer.index), maps.shape[-1])
 
@@ -122,7 +118,3 @@ class _Operators(TorchDispatchMode):
         if isinstance(result, Tensor):
             self._see(func._schema.name.removeprefix("aten::"), args, result)
         return output
-
-
-def _same_channels(tensor: Tensor, output: Tensor, dim: int) -> bool:
-    return tensor.ndim == output.ndim and tensor.shape[dim] == output.shape[dim]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_prune.criteria.base import Tap
@@ -28,29 +29,20 @@ class Seen:
     differentiated: bool = False
 
     def add(self, found: Tensor, positions: int = 0, *, differentiated: bool = False) -> None:
-        """Add the sum over some positions."""
         self.partial = self.partial + found.to(self.partial.device)
         self.positions += positions
-        self.differentiated = self.differentiated or differentiated
+        self.differentiated |= differentiated
 
 
 class Watcher(ABC):
-    """Shows taps one kind of site, inside ``with``: one batch.
-
-    Attributes:
-        model: the watched model.
-        shapes: of the sum of every key.
-        seen: per key, in the current batch.
-        edges: what to differentiate with respect to in the current batch.
-        without_grad: keys whose layers ever ran where no gradient can be taken.
-    """
+    """Shows taps one kind of site, inside ``with``: one batch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.seen: dict[str, Seen] = {}
-        self.edges: list[GradientEdge] = []
-        self.without_grad: set[str] = set()
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the sum of every key
+        self.seen: dict[str, Seen] = {}  # per key, in the current batch
+        self.edges: list[GradientEdge] = []  # what to differentiate with respect to
+        self.without_grad: set[str] = set()  # keys whose layers ever ran where no gradient can be taken
         self.hooks = ExitStack()
 
     @abstractmethod
@@ -72,17 +64,12 @@ class Watcher(ABC):
         self.seen.clear()
         self.edges.clear()
 
-    def until_exit(self, handle: RemovableHandle) -> None:
-        """Remove a hook when the batch ends."""
-        self.hooks.callback(handle.remove)
-
     def open(self, where: str, key: str, tap: Tap, shape: tuple[int, int], device: torch.device) -> Seen:
         """The sum of a key, (samples, channels), which starts from zero."""
-        seen = self.seen.get(key)
-        if seen is None:
-            empty = torch.zeros(shape, dtype=torch.float64, device=device)
-            seen = self.seen[key] = Seen(tap, empty)
-        elif len(seen.partial) != shape[0]:
+        if key not in self.seen:
+            self.seen[key] = Seen(tap, torch.zeros(shape, dtype=torch.float64, device=device))
+        seen = self.seen[key]
+        if len(seen.partial) != shape[0]:
             raise ScoreError(
                 f"{where}: called with {shape[0]} samples where another layer that reads the same channels, or another "
                 f"call in the same batch, has {len(seen.partial)}, which cannot be added up; score on one batch per "
@@ -102,8 +89,36 @@ class Watcher(ABC):
             with exactly(gradient):
                 see(held.pop(), gradient.detach())
 
-        self.until_exit(tensor.register_hook(arrive))
+        self.hooks.callback(tensor.register_hook(arrive).remove)
         self.edges.append(get_gradient_edge(tensor))
+
+
+@contextmanager
+def calls_of(model: nn.Module, paths: Iterable[str], see: Callable[[str, nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """Show every call of some modules: ``see(path, module, first input, output)``.
+
+    What ``see`` returns goes on in place of the output, unless it is None. It comes before anything works on the
+    output in place.
+    """
+
+    def show(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return None if recomputing() else see(path, module, first_input(args, kwargs), output)
+
+    with ExitStack() as hooks:
+        for path in paths:
+            handle = model.get_submodule(path).register_forward_hook(partial(show, path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+def recomputing() -> bool:
+    """Whether activation checkpointing repeats the forward pass inside the backward pass: it has been seen then."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was called on."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextmanager
@@ -123,16 +138,14 @@ def tracked(output: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def check_batch(path: str, end: str, module: nn.Module, tensor: Tensor) -> None:
     """Refuse an input or output without a batch dimension."""
-    weight = getattr(module, "weight", None)
-    dims = weight.ndim if isinstance(weight, Tensor) else 0
+    dims = getattr(getattr(module, "weight", None), "ndim", 0)
     if tensor.ndim < 2 or (dims > 2 and tensor.ndim != dims):
         raise ScoreError(f"{path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
 
 
 def channel_dim(module: nn.Module) -> int:
     """Where the channels lie in what a module takes and returns: last at linear layers."""
-    weight = getattr(module, "weight", None)
-    return -1 if isinstance(weight, Tensor) and weight.ndim == 2 else 1
+    return -1 if getattr(getattr(module, "weight", None), "ndim", 0) == 2 else 1
 
 
 def key_of(group: Group, layer: Layer, tap: Tap) -> str:

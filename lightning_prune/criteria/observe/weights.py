@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.channel_contributions import next_layers
 from lightning_prune.criteria.observe.watcher import Watcher, key_of
-from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
 
 
@@ -26,41 +24,26 @@ class WeightWatcher(Watcher):
         super().__init__(model)
         self._audience: dict[str, list[tuple[str, Tap, int, Tensor, int]]] = {}
 
-    @override
     def listen(self, group: Group, tap: Tap) -> None:
-        if tap.site == "weight":
-            for layer in group.layers:
-                self._look(key_of(group, layer, tap), tap, layer.weight, layer.dim, layer.index)
-            return
-        for reader in next_layers(self.model, group).values():
-            for key in dict.fromkeys(key_of(group, layer, tap) for layer in group.layers):
-                self._look(key, tap, reader.weight, reader.dim, reader.index)
+        readers = () if tap.site == "weight" else next_layers(self.model, group).values()
+        looks = [(key_of(group, layer, tap), source) for layer in group.layers for source in readers or (layer,)]
+        for key, source in dict.fromkeys(looks):
+            parameter = self.model.get_parameter(source.weight)
+            start = self.shapes.get(key, (0, 0))[1] if tap.joint else 0
+            width = source.index.shape[1] * (parameter.numel() // parameter.shape[source.dim])
+            self.shapes[key] = (group.size, start + width) if tap.joint else (group.size,)
+            self._audience.setdefault(source.weight, []).append((key, tap, source.dim, source.index, start))
 
-    def _look(self, key: str, tap: Tap, name: str, dim: int, index: Tensor) -> None:
-        try:
-            parameter = self.model.get_parameter(name)
-        except AttributeError:
-            raise ScoreError(f"the model has no parameter {name!r}; trace this model again") from None
-        start = 0
-        if tap.joint:
-            start = self.shapes.get(key, (0, 0))[1]
-            width = index.shape[1] * (parameter.numel() // parameter.shape[dim])
-            self.shapes[key] = (len(index), start + width)
-        else:
-            self.shapes[key] = (len(index),)
-        self._audience.setdefault(name, []).append((key, tap, dim, index, start))
-
-    @override
     def start(self) -> None:
         for name, listeners in self._audience.items():
             parameter = self.model.get_parameter(name)
             if not parameter.requires_grad:
                 parameter.requires_grad_()
                 self.hooks.callback(parameter.requires_grad_, False)
-                self.until_exit(parameter.register_post_accumulate_grad_hook(_discard))
+                self.hooks.callback(parameter.register_post_accumulate_grad_hook(_discard).remove)
             for key, tap, _, index, _ in listeners:
-                shape = self.shapes[key] if tap.joint else (1, len(index))
-                self.open(name, key, tap, (shape[0], shape[1]), parameter.device)
+                rows, columns = self.shapes[key] if tap.joint else (1, len(index))
+                self.open(name, key, tap, (rows, columns), parameter.device)
             self.await_gradient(name, parameter, parameter.detach(), partial(self._arrive, name))
 
     def _arrive(self, name: str, weight: Tensor, gradient: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import PruningError
@@ -41,10 +42,8 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
     curves: dict[str, list[Row]] = {}
     for row in comparison.rows:
         curves.setdefault(row.criterion, []).append(row)
-    looks = {
-        criterion: (COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)])
-        for number, criterion in enumerate(dict.fromkeys(cell.criterion for cell in comparison.cells))
-    }
+    criteria = dict.fromkeys(cell.criterion for cell in comparison.cells)
+    colors, markers = dict(zip(criteria, cycle(COLORS))), dict(zip(criteria, cycle(MARKERS)))
     ranked = sorted(curves, key=lambda name: -statistics.fmean(row.after.mean for row in curves[name]))
     with styled(theme) as palette:
         height = max(4.6, 1.5 + 0.23 * (len(curves) + 1))
@@ -54,9 +53,10 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
         panels = figure.subplots(1, 2, gridspec_kw=grid)
         for axes, (when, title) in zip(panels, PANELS.items(), strict=True):
             for criterion in ranked:
-                _curve(axes, curves[criterion], when, comparison, looks[criterion])
+                look = {"color": colors[criterion], "marker": markers[criterion], "mec": palette.paper}
+                _curve(axes, curves[criterion], when, comparison, look)
             _finish(axes, comparison, title, palette)
-        _below(panels[1], comparison, {name: color for name, (color, _) in looks.items()})
+        _below(panels[1], comparison, colors)
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (right + 0.005, 0.5)}
         figure.legend(*panels[1].get_legend_handles_labels(), frameon=False, handlelength=2.2, **place)
         seeds = max(row.seeds for row in comparison.rows)
@@ -65,18 +65,13 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
     return figure
 
 
-def _curve(axes: Axes, rows: list[Row], when: str, comparison: Comparison, look: tuple[str, str]) -> None:
-    rows = sorted(rows, key=lambda row: row.macs.mean)
-    spreads = [getattr(row, when) for row in rows]
+def _curve(axes: Axes, rows: list[Row], when: str, comparison: Comparison, look: dict[str, Any]) -> None:
     share = 100 / comparison.dense.macs
-    x, y = [row.macs.mean * share for row in rows], [100 * spread.mean for spread in spreads]
-    bars: dict[str, Any] = {
-        "xerr": [(row.macs.deviation or 0) * share for row in rows],
-        "yerr": [100 * (spread.deviation or 0) for spread in spreads],
-    }
-    edge = axes.get_figure().get_facecolor()  # type: ignore[union-attr]
-    marks: dict[str, Any] = {"color": look[0], "marker": look[1], "ms": 7, "mec": edge, "mew": 0.5}
-    drawn = axes.errorbar(x, y, **bars, **marks, lw=1.5, elinewidth=1.0, capsize=2, zorder=3)
+    spreads = [(row.macs, getattr(row, when)) for row in sorted(rows, key=lambda row: row.macs.mean)]
+    x, y = [macs.mean * share for macs, _ in spreads], [100 * accuracy.mean for _, accuracy in spreads]
+    width = [(macs.deviation or 0) * share for macs, _ in spreads]
+    height = [100 * (accuracy.deviation or 0) for _, accuracy in spreads]
+    drawn = axes.errorbar(x, y, height, width, lw=1.5, elinewidth=1.0, capsize=2, zorder=3, ms=7, mew=0.5, **look)
     drawn[0].set_label(rows[0].criterion)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_prune.experiments.comparison.cells import Cell, Comparison, Dense, Row, Spread
+from lightning_prune.experiments.comparison.cells import Cell, Comparison, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
 from lightning_prune.files import atomic
 from lightning_prune.report.figures import save_figure
@@ -23,25 +22,23 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The dense model's row, then one per criterion and ratio; the most accurate of every ratio stands first.
-
-    Example:
-        >>> from lightning_prune.experiments.comparison import Dense
-        >>> cells = tuple(Cell("l1", 0.5, seed, 0.5, 0.9 + 0.02 * seed, 500, 90, 0.5) for seed in (0, 1))
-        >>> print(comparison_table(Comparison(Dense(0.95, 1000, 200), cells, (), {})).markdown().splitlines()[3])
-        | l1 | 0.5 | 50.00 ± 0.00 | 91.00 ± 1.41 | 0.00 (2.0×) | 0.1 (2.2×) | 2 |
-    """
+    """The dense model's row, then one per criterion and ratio; the most accurate of every ratio stands first."""
     dense, metric, rows = comparison.dense, comparison.metric, comparison.rows
     columns = (
         *(Column("criterion"), Column("ratio"), Column(f"{metric}\nbefore", "%"), Column(f"{metric}\nafter", "%")),
         *(Column("MACs", "M"), Column("parameters", "k"), Column("seeds")),
     )
     costs = f"{dense.macs / 1e6:.2f}", f"{dense.params / 1e3:.1f}"
-    first = ("dense", MISSING, f"{100 * dense.accuracy:.2f}", MISSING, *costs, MISSING)
+    lines: list[tuple[str | Entry, ...]] = [("dense", MISSING, f"{100 * dense.accuracy:.2f}", MISSING, *costs, MISSING)]
+    for row in rows:
+        macs = Entry(f"{row.macs.mean / 1e6:.2f}", times=f"{dense.macs / row.macs.mean:.1f}{TIMES}")
+        params = Entry(f"{row.params.mean / 1e3:.1f}", times=f"{dense.params / row.params.mean:.1f}{TIMES}")
+        accuracies = _percent(row.before), _percent(row.after)
+        lines.append((row.criterion, f"{row.ratio:g}", *accuracies, macs, params, str(row.seeds)))
     ratios = [None, *(row.ratio for row in rows), None]
     return Table(
         columns,
-        (first, *(_line(row, dense) for row in rows)),
+        tuple(lines),
         {n: "key" for n in range(len(rows) + 1) if not n or ratios[n] != ratios[n - 1]},
         frozenset(n for n in range(len(rows)) if ratios[n] != ratios[n + 1]),
     )
@@ -49,9 +46,9 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def markdown_table(comparison: Comparison) -> str:
     """The table in Markdown, with what was refused and how to read it."""
-    refused = [f"- {text}" for text in refusals(comparison)]
-    lines = [comparison_table(comparison).markdown(), "", *refused, *([""] if refused else [])]
-    return "\n".join([*lines, f"<sub>{footnote(comparison)}</sub>", ""])
+    refused = "\n".join(f"- {text}" for text in refusals(comparison))
+    parts = comparison_table(comparison).markdown(), refused, f"<sub>{footnote(comparison)}</sub>\n"
+    return "\n\n".join(filter(None, parts))
 
 
 def refusals(comparison: Comparison) -> list[str]:
@@ -91,26 +88,14 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     Raises:
         PruningError: a file cannot be written.
     """
-    writers: dict[str, Callable[[Comparison], str]] = {"csv": csv_text, "md": markdown_table}
-    files = {kind: Path(folder) / f"comparison.{kind}" for kind in (*writers, *(["png"] if comparison.cells else []))}
-    for kind, write in writers.items():
+    kinds = ("csv", "md", "png") if comparison.cells else ("csv", "md")
+    files = {kind: Path(folder) / f"comparison.{kind}" for kind in kinds}
+    for kind, text in (("csv", csv_text(comparison)), ("md", markdown_table(comparison))):
         with atomic(files[kind]) as stream:
-            stream.write(write(comparison).encode())
-    if "png" in files:
+            stream.write(text.encode())
+    if comparison.cells:
         save_figure(comparison_figure(comparison), files["png"])
     return files
-
-
-def _line(row: Row, dense: Dense) -> tuple[str | Entry, ...]:
-    return (
-        row.criterion,
-        f"{row.ratio:g}",
-        _percent(row.before),
-        _percent(row.after),
-        Entry(f"{row.macs.mean / 1e6:.2f}", times=f"{dense.macs / row.macs.mean:.1f}{TIMES}"),
-        Entry(f"{row.params.mean / 1e3:.1f}", times=f"{dense.params / row.params.mean:.1f}{TIMES}"),
-        str(row.seeds),
-    )
 
 
 def _percent(spread: Spread) -> Entry:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine, parameter_operand
 from lightning_prune.graph.label_space import Contraction
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
@@ -31,7 +31,7 @@ def deformable_convolution(call: OperatorCall) -> TensorInfo:
 
 def matrix_product(call: OperatorCall) -> TensorInfo:
     """mm, bmm and their variants that add a tensor: (n, k) @ (k, m) or (b, n, k) @ (b, k, m)."""
-    adds = call.name in ("addmm", "baddbmm", "_addmm_activation")
+    adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
     l_info, r_info = call.info(left), call.info(right)
     row, column = left.dim() - 2, left.dim() - 1
@@ -53,14 +53,14 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     for tensor, info, free, inner in ((left, l_info, l_free, column), (right, r_info, r_free, row)):
         flat = torch.Size([1 if d == inner else size for d, size in enumerate(tensor.shape)])
         operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
-    info = TensorInfo(call.combine(operands, any).labels, l_info.data or r_info.data)
+    info = TensorInfo(combine(call, operands, any).labels, l_info.data or r_info.data)
     return _add_bias(call, info, added, channel_dim=column)
 
 
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
     space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    reads = _along(call, _channel_labels(call, call.info(x)), x.shape[1])
+    reads = _along(call, call.by_channel(f"varies over the positions that {call.where} slides over"), x.shape[1])
     w_labels = _weight_labels(call, w_info)
     w_out = _along(call, w_labels[out_dim], weight.shape[out_dim])
     w_in = _along(call, w_labels[in_dim], weight.shape[in_dim])
@@ -104,13 +104,8 @@ def _record(call: OperatorCall, reads: Labels, makes: Labels) -> None:
 def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel_dim: int) -> TensorInfo:
     if bias is None:
         return info
-    known = call.info(bias)
-    added = (
-        call.operand(bias, channel_dim)
-        if bias.dim() == 1
-        else Operand(bias.shape, TensorInfo(known.labels, known.data))
-    )
-    return call.combine([Operand(call.output.shape, info), added], all)
+    added = parameter_operand(call, bias, channel_dim if bias.dim() == 1 else None)
+    return combine(call, [Operand(call.output.shape, info), added], all)
 
 
 def _along(call: OperatorCall, found: list[Labels], size: int) -> Labels:
@@ -151,17 +146,6 @@ def _tie_or_freeze(call: OperatorCall, data: Labels, weight: Labels) -> tuple[La
         data, weight = data.where(both), weight.where(both)
     call.space.tie(data.ids, weight.ids)
     return data, weight
-
-
-def _channel_labels(call: OperatorCall, info: TensorInfo) -> list[Labels]:
-    """Labels of a convolution's input along its channels; positions that vary too go together."""
-    found = []
-    for labels in info.labels:
-        if 1 in labels.dims:
-            found.append(call.fold(labels, (1,)))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} slides over")
-    return [labels for labels in found if labels is not None]
 
 
 def _weight_labels(call: OperatorCall, info: TensorInfo) -> dict[int, list[Labels]]:

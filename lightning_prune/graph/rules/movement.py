@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import Grid, Split
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -76,7 +76,7 @@ def selection(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
 def _intervals(call: OperatorCall, dim: int) -> list[tuple[int, int]] | None:
     """(start, end) of each piece along the dimension; None: single elements or a step."""
     size = call.args[0].shape[dim]
-    if call.name in ("split", "split_with_sizes", "split_copy", "unsafe_split", "chunk"):
+    if call.name in ("split", "split_with_sizes"):
         return list(itertools.pairwise(itertools.accumulate((piece.shape[dim] for piece in call.output), initial=0)))
     if call.name in ("slice", "narrow") and call.argument("step", 1) == 1:
         start = call.argument("start") or 0
@@ -158,34 +158,6 @@ def unfold_depth(call: OperatorCall) -> TensorInfo:
     return movement(call)
 
 
-def patches(call: OperatorCall) -> TensorInfo:
-    """``im2col``: every channel becomes its kernel positions, which follow each other."""
-    info = call.info(call.args[0])
-    area = call.output.shape[1] // call.args[0].shape[1]
-    found = []
-    for labels in info.labels:
-        if (folded := call.fold(labels, (1,))) is not None:
-            positions = folded.flat().map(lambda tensor: tensor.repeat_interleave(area))
-            found.append(Labels.along(positions, call.output.shape, 1))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} collects")
-    return TensorInfo(tuple(found), info.data)
-
-
-def unpatches(call: OperatorCall) -> TensorInfo:
-    """``col2im``: the reverse; a channel's kernel positions go together."""
-    info = call.info(call.args[0])
-    found = []
-    for labels in info.labels:
-        if (flat := call.fold(labels, (1,))) is not None:
-            grid = flat.flat().map(lambda tensor: tensor.reshape(call.output.shape[1], -1))
-            if (folded := call.fold(grid, (0,))) is not None:
-                found.append(Labels.along(folded.flat(), call.output.shape, 1))
-        else:
-            call.freeze(labels, f"varies over the positions that {call.where} puts together")
-    return TensorInfo(tuple(found), info.data)
-
-
 def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
     parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
@@ -224,7 +196,7 @@ def _join(call: OperatorCall, parts: list[Operand], dim: int) -> TensorInfo:
         others = (labels for labels in part.info.labels if dim not in labels.dims)
         kept = part.info.with_labels(labels.map(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in others)
         across.append(Operand(_one_slice(part.shape, dim), kept))
-    common = call.combine(across, all, _one_slice(call.output.shape, dim))
+    common = combine(call, across, all, _one_slice(call.output.shape, dim))
     joined = Labels.joined(follow)
     found = [
         *(labels.expand(call.output.shape) for labels in common.labels),

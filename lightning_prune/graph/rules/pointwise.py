@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -19,7 +20,7 @@ def elementwise(call: OperatorCall) -> TensorInfo:
     operands = [Operand(_real_extents(tensor), call.info(tensor)) for tensor in call.tensors]
     if not any(operand.info.labels for operand in operands):
         return TensorInfo((), any(o.info.data for o in operands), all(o.info.uniform for o in operands))
-    return call.combine(operands, lambda zeros: _keeps_zero(call, zeros))
+    return combine(call, operands, lambda zeros: _keeps_zero(call, zeros))
 
 
 def _real_extents(tensor: Tensor) -> torch.Size:
@@ -33,48 +34,28 @@ def gate(call: OperatorCall) -> TensorInfo:
     info = call.info(call.args[0])
     halves = [info.moved(partial(torch.narrow, dim=dim, start=s, length=shape[dim])) for s in (0, shape[dim])]
     operands = [Operand(shape, TensorInfo(half.labels, info.data)) for half in halves]
-    return call.combine(operands, lambda zeros: zeros[0])
+    return combine(call, operands, lambda zeros: zeros[0])
 
 
 def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | None:
-    scalars = tuple(_hashable(value) for value in (*call.args, *call.kwargs.items()))
-    dtypes = tuple(tensor.dtype for tensor in call.tensors)
-    return _probe(call.func, scalars, tuple(call.kwargs), dtypes, zeros)
+    leaves, form = tree_flatten((call.args, call.kwargs))
+    scalars = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return _probe(call.func, scalars, form, tuple(tensor.dtype for tensor in call.tensors), zeros)
 
 
-def _hashable(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _TENSOR
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
-    return value
-
-
-_TENSOR = "<tensor>"
+_TENSOR = object()
 
 
 @lru_cache(maxsize=4096)
 def _probe(
-    func: Any,
-    scalars: tuple[Any, ...],
-    names: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...],
-    zeros: tuple[bool, ...],
+    func: Any, scalars: tuple[Any, ...], form: TreeSpec, dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...]
 ) -> bool | None:
     """Run the operator on a few numbers: is the result exactly zero when the given operands are? None: infinite."""
-    positional = len(scalars) - len(names)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        fill = iter(
-            torch.zeros(3, dtype=_wide(dtype)) if zero else _numbers(dtype, generator)
-            for dtype, zero in zip(dtypes, zeros, strict=True)
-        )
-        values = [next(fill) if isinstance(s, str) and s == _TENSOR else s for s in scalars[:positional]]
-        named = {
-            name: next(fill) if isinstance(value, str) and value == _TENSOR else value
-            for name, value in scalars[positional:]
-        }
-        result = func(*values, **named)
+        fill = (_numbers(dtype, generator, zero) for dtype, zero in zip(dtypes, zeros, strict=True))
+        args, kwargs = tree_unflatten([next(fill) if item is _TENSOR else item for item in scalars], form)
+        result = func(*args, **kwargs)
         result = result[0] if isinstance(result, tuple) else result
         if any(zeros) and result.is_floating_point() and not bool(result.isfinite().all()):
             return None
@@ -83,13 +64,10 @@ def _probe(
     return True
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.is_floating_point else dtype
-
-
-def _numbers(dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if dtype == torch.bool:
-        return torch.tensor([True, True, True])
+def _numbers(dtype: torch.dtype, generator: torch.Generator, zero: bool) -> Tensor:
+    wide = torch.float64 if dtype.is_floating_point else dtype
+    if zero or dtype == torch.bool:
+        return torch.full((3,), not zero, dtype=wide)
     values = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
     return values if dtype.is_floating_point else (values * 3).ceil().to(dtype)
 
@@ -149,7 +127,7 @@ def write(call: OperatorCall) -> TensorInfo:
         operands.append(Operand(tensor.shape[lead:], replace(known, labels=tuple(kept))))
     if not info.labels and info.uniform:
         operands = operands[1:]
-    combined = call.combine(operands, all, flat)
+    combined = combine(call, operands, all, flat)
     return TensorInfo(tuple(labels.expand(target.shape) for labels in combined.labels), data=True)
 
 

@@ -1,4 +1,4 @@
-"""Pooling, resizing and sampling: every channel by itself, positions change."""
+"""Pooling, resizing, sampling and patches: every channel by itself, positions change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def pooling(call: OperatorCall) -> TensorInfo:
     """Pooling, resizing, reflection padding: zeros stay zero."""
     positions = next((n for n in (1, 2, 3) if f"{n}d" in call.name), 2)
     channels = tuple(range(call.args[0].dim() - positions))
-    labels = _by_channel(call, channels, f"varies over the positions that {call.where} pools")
+    found = call.by_channel(f"varies over the positions that {call.where} pools", channels)
     shape = call.outputs[0].shape
-    return TensorInfo(tuple(one.region().expand(shape) for one in labels), call.info(call.args[0]).data)
+    return TensorInfo(tuple(one.region().expand(shape) for one in found), call.info(call.args[0]).data)
 
 
 def sampling(call: OperatorCall) -> TensorInfo:
@@ -22,16 +22,30 @@ def sampling(call: OperatorCall) -> TensorInfo:
     for other in call.args[1:]:
         for labels in call.info(other).labels if isinstance(other, Tensor) else ():
             call.freeze(labels, f"says where {call.where} samples")
-    found = _by_channel(call, (1,), f"varies over the positions that {call.where} samples")
+    found = call.by_channel(f"varies over the positions that {call.where} samples")
     return TensorInfo(tuple(Labels.along(one.flat(), call.outputs[0].shape, 1) for one in found), data=True)
 
 
-def _by_channel(call: OperatorCall, channels: tuple[int, ...], reason: str) -> list[Labels]:
-    """Labels along the channels only; what varies over positions too goes together."""
+def patches(call: OperatorCall) -> TensorInfo:
+    """``im2col``: every channel becomes its kernel positions, which follow each other."""
+    area = call.output.shape[1] // call.args[0].shape[1]
+    found = [
+        folded.flat().map(lambda tensor: tensor.repeat_interleave(area))
+        for folded in call.by_channel(f"varies over the positions that {call.where} collects")
+    ]
+    return _along_channels(call, found)
+
+
+def unpatches(call: OperatorCall) -> TensorInfo:
+    """``col2im``: the reverse; a channel's kernel positions go together."""
     found = []
-    for labels in call.info(call.args[0]).labels:
-        if not set(labels.dims) & set(channels):
-            call.freeze(labels, reason)
-        elif (folded := call.fold(labels, channels)) is not None:
-            found.append(folded)
-    return found
+    for flat in call.by_channel(f"varies over the positions that {call.where} puts together"):
+        grid = flat.flat().map(lambda tensor: tensor.reshape(call.output.shape[1], -1))
+        if (folded := call.fold(grid, (0,))) is not None:
+            found.append(folded.flat())
+    return _along_channels(call, found)
+
+
+def _along_channels(call: OperatorCall, vectors: list[Labels]) -> TensorInfo:
+    labels = tuple(Labels.along(vector, call.output.shape, 1) for vector in vectors)
+    return TensorInfo(labels, call.info(call.args[0]).data)

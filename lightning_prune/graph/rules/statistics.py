@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_prune.graph.constraints import CodeSize, Grid
-from lightning_prune.graph.elementwise import Operand
+from lightning_prune.graph.elementwise import Operand, combine, parameter_operand
 from lightning_prune.graph.labels import Labels, TensorInfo, region
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -15,7 +15,7 @@ def batch_norm(call: OperatorCall) -> TensorInfo:
     x = call.args[0]
     info = call.info(x)
     vectors = {name: call.argument(name) for name in ("weight", "bias", "running_mean", "running_var")}
-    present = {name: call.operand(vector, 1) for name, vector in vectors.items() if vector is not None}
+    present = {name: parameter_operand(call, vector, 1) for name, vector in vectors.items() if vector is not None}
     own_statistics = bool(call.argument("training")) or vectors["running_mean"] is None
     for labels in info.labels:
         if own_statistics and labels.dims != (1,):
@@ -28,7 +28,7 @@ def batch_norm(call: OperatorCall) -> TensorInfo:
         zero = dict(zip(("x", *present), zeros, strict=True))
         return (zero.get("weight", False) or (own_statistics and zero["x"])) and zero.get("bias", True)
 
-    out = call.combine([Operand(x.shape, info), *present.values()], is_zero)
+    out = combine(call, [Operand(x.shape, info), *present.values()], is_zero)
     call.space.norms += [(call.recorder.module, one.flat().ids) for one in out.labels if one.dims == (1,)]
     return out
 
@@ -38,24 +38,24 @@ def layer_norm(call: OperatorCall) -> TensorInfo:
     x = call.args[0]
     info = call.info(x)
     normalised = set(range(x.dim() - len(call.argument("normalized_shape")), x.dim()))
-    kept = []
-    over_channels = False
-    for labels in info.labels:
-        dims = set(labels.dims)
-        if dims <= normalised:
-            call.freeze_statistic(labels)
-            over_channels = True
-        kept.append(call.fold(labels, tuple(dims - normalised)) if dims - normalised else labels)
-    affine = [vector for vector in (call.argument("weight"), call.argument("bias")) if vector is not None]
-    operands = [Operand(x.shape, TensorInfo(tuple(one for one in kept if one is not None), info.data))]
-    operands += [Operand(v.shape, TensorInfo(call.info(v).labels, call.info(v).data)) for v in affine]
+    over = [labels for labels in info.labels if set(labels.dims) <= normalised]
+    for labels in over:
+        call.freeze_statistic(labels)
+    kept = [one if one in over else call.fold(one, set(one.dims) - normalised) for one in info.labels]
+    affine = _affine(call)
+    own = Operand(x.shape, TensorInfo(tuple(one for one in kept if one is not None), info.data))
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         if all(zeros[1:]) and affine:
             return True
-        return zeros[0] and not over_channels and call.argument("bias") is None
+        return zeros[0] and not over and call.argument("bias") is None
 
-    return call.combine(operands, is_zero)
+    return combine(call, [own, *affine], is_zero)
+
+
+def _affine(call: OperatorCall, dim: int | None = None) -> list[Operand]:
+    vectors = (call.argument("weight"), call.argument("bias"))
+    return [parameter_operand(call, vector, dim) for vector in vectors if vector is not None]
 
 
 def group_norm(call: OperatorCall) -> TensorInfo:
@@ -71,9 +71,9 @@ def group_norm(call: OperatorCall) -> TensorInfo:
             layout = flat.flat().ids.view(groups, -1)
             call.space.constraints.append(Grid(layout, (0,), call.site, exact=True, attribute="num_groups"))
         kept += [] if flat is None else [flat]
-    affine = [vector for vector in (call.argument("weight"), call.argument("bias")) if vector is not None]
-    operands = [Operand(x.shape, TensorInfo(tuple(kept), info.data)), *(call.operand(vector, 1) for vector in affine)]
-    return call.combine(operands, lambda zeros: all(zeros[1:]) if affine else zeros[0] and groups > 1)
+    affine = _affine(call, 1)
+    own = Operand(x.shape, TensorInfo(tuple(kept), info.data))
+    return combine(call, [own, *affine], lambda zeros: all(zeros[1:]) if affine else zeros[0] and groups > 1)
 
 
 EXACT = ("sum", "linalg_vector_norm", "norm")  # zeros add nothing to them, however many there are

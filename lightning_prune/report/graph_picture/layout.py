@@ -10,49 +10,37 @@ from typing import TYPE_CHECKING
 from lightning_prune.report.table import TIMES
 
 if TYPE_CHECKING:
-    from lightning_prune.graph import ChannelGraph, Group, Layer
+    from lightning_prune.graph import ChannelGraph, Group
 
 COLOURS = 8  # in style.css
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of the picture.
-
-    Attributes:
-        name: module path.
-        kind: what the shape of its weight tells: "3×3", "linear", "3×3 depthwise".
-        filters: how many filters it has; None where it only reads.
-        makes: numbers of the lanes whose channels it makes.
-        reads: numbers of the lanes whose channels it reads.
-    """
+    """One layer of the picture, and the numbers of the lanes whose channels it makes and reads."""
 
     name: str
-    kind: str
-    filters: int | None
+    kind: str  # what the shape of its weight tells: "3×3", "linear", "3×3 depthwise"
+    filters: int | None  # None where it only reads
     makes: tuple[int, ...]
     reads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One group of the picture: a vertical line from its first layer to the last that makes or reads its channels.
-
-    Attributes:
-        group: what it stands for.
-        column: its place from the left; lanes of one column do not overlap.
-        colour: its number in the palette; lanes near each other differ.
-        first: its uppermost row.
-        last: its lowest row.
-        readers: names of the layers that read it, from top to bottom.
-    """
+    """One group of the picture: a vertical line from its first layer to the last that makes or reads its channels."""
 
     group: Group
-    column: int
-    colour: int
-    first: int
+    column: int  # from the left; lanes of one column do not overlap
+    colour: int  # lanes near each other differ
+    first: int  # row
     last: int
-    readers: tuple[str, ...]
+    readers: tuple[str, ...]  # from top to bottom
+
+    @property
+    def look(self) -> str:
+        """CSS class."""
+        return f"k{self.colour}" if self.group.prunable else "frozen"
 
 
 @dataclass(frozen=True)
@@ -69,38 +57,23 @@ class Layout:
 
 
 def layout(graph: ChannelGraph) -> Layout:
-    """Place the layers of a graph below each other as they run, and its groups beside them.
-
-    Args:
-        graph: from `lightning_prune.trace`.
-
-    Example:
-        >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> placed = layout(lp.trace(model, torch.zeros(1, 3, 8, 8)))
-        >>> [(row.name, row.kind, row.makes, row.reads) for row in placed.rows]
-        [('0', '3×3', (0,), ()), ('2', '1×1', (1,), (0,))]
-        >>> [(lane.column, lane.first, lane.last) for lane in placed.lanes]
-        [(0, 0, 1), (1, 1, 1)]
-    """
-    makers = [list(dict.fromkeys(layer.name for layer in group.layers)) for group in graph.groups]
+    """Place the layers of a graph below each other as they run, and its groups beside them."""
     readers = [_readers(graph, group) for group in graph.groups]
-    at = {name: row for row, name in enumerate(_running_order(graph, readers))}
-    used = [sorted({*made, *read}, key=at.__getitem__) for made, read in zip(makers, readers, strict=True)]
-    spans = [(at[names[0]], at[names[-1]]) for names in used]
-    columns, colours = _columns_and_colours(spans)
-    lanes = tuple(
-        Lane(group, columns[number], colours[number], *spans[number], tuple(n for n in at if n in readers[number]))
-        for number, group in enumerate(graph.groups)
-    )
     rows = tuple(
         Row(
             name,
             *_kind_and_filters(graph, name),
-            tuple(number for number, made in enumerate(makers) if name in made),
-            tuple(number for number, read in enumerate(readers) if name in read),
+            tuple(n for n, group in enumerate(graph.groups) if name in {layer.name for layer in group.layers}),
+            tuple(n for n, read in enumerate(readers) if name in read),
         )
-        for name in at
+        for name in _running_order(graph, readers)
+    )
+    used = [[at for at, row in enumerate(rows) if n in (*row.makes, *row.reads)] for n in range(len(readers))]
+    spans = [(found[0], found[-1]) for found in used]
+    columns, colours = _columns_and_colours(spans)
+    lanes = tuple(
+        Lane(group, columns[n], colours[n], *spans[n], tuple(row.name for row in rows if n in row.reads))
+        for n, group in enumerate(graph.groups)
     )
     return Layout(rows, lanes)
 
@@ -120,12 +93,7 @@ def _readers(graph: ChannelGraph, group: Group) -> list[str]:
 
 
 def _running_order(graph: ChannelGraph, readers: list[list[str]]) -> Iterator[str]:
-    """Layers and other readers in the order they run, as far as the graph knows it.
-
-    Known are the order within a group, the order of the groups' first layers, and that a reader runs after what it
-    reads. Between layers that this leaves open, or that run in a loop, the order in which the model registers them
-    decides.
-    """
+    """Layers and other readers in the order they run; where the graph leaves it open, in the order of registration."""
     import networkx as nx  # type: ignore[import-untyped]
 
     registered = {name: place for place, name in enumerate(graph.shapes)}
@@ -150,10 +118,7 @@ def _running_order(graph: ChannelGraph, readers: list[list[str]]) -> Iterator[st
 
 
 def _columns_and_colours(spans: Sequence[tuple[int, int]]) -> tuple[dict[int, int], dict[int, int]]:
-    """For each lane the leftmost free column, and a colour that no lane beside, above or below it has.
-
-    The longest lanes choose first, so that the trunk of a residual network stays straight.
-    """
+    """For each lane the leftmost free column, and a colour that no lane beside, above or below it has."""
     import networkx as nx
 
     lanes = range(len(spans))
@@ -166,6 +131,7 @@ def _columns_and_colours(spans: Sequence[tuple[int, int]]) -> tuple[dict[int, in
         clashes.add_nodes_from(lanes)
         return nx.greedy_color(clashes, lambda *_: order)
 
+    # The longest choose first, so that the trunk of a residual network stays straight.
     longest = sorted(lanes, key=lambda lane: spans[lane][0] - spans[lane][1])
     columns = first_fit(longest, lambda one, other: rows_between(one, other) < 1)
     colours = first_fit(lanes, lambda *pair: rows_between(*pair) < 4 and abs(columns[pair[0]] - columns[pair[1]]) <= 2)
@@ -173,19 +139,16 @@ def _columns_and_colours(spans: Sequence[tuple[int, int]]) -> tuple[dict[int, in
 
 
 def _kind_and_filters(graph: ChannelGraph, name: str) -> tuple[str, int | None]:
-    found = [(group, layer) for group in graph.groups for layer in group.layers if layer.name == name]
-    if not found:
+    groups = [group for group in graph.groups if name in {layer.name for layer in group.layers}]
+    if not groups:
         return "reads only", None
-    layer = found[0][1]
+    layer = groups[0].layer(name)
     shape = graph.shapes.get(layer.weight, ())
     kind = "linear" if len(shape) == 2 else TIMES.join(map(str, shape[2:]))
     if layer.dim == 1 and len(shape) > 2:
         kind += " transposed"
-    elif len(shape) > 2 and shape[1] == 1 and any(_inside(group, layer) for group, layer in found):
-        kind += " depthwise"
+    elif len(shape) > 2 and shape[1] == 1:
+        others = [other for group in groups for other in group.layers if other.name != name]
+        if name in (other.reader for other in others):  # the channels of the group pass through it
+            kind += " depthwise"
     return kind, layer.filters
-
-
-def _inside(group: Group, layer: Layer) -> bool:
-    """Whether the channels of a group pass through a layer of the group, as they do in a depthwise convolution."""
-    return layer.name in (other.reader for other in group.layers if other.name != layer.name)

@@ -1,15 +1,15 @@
-"""The picture itself: a line per layer, and beside it the groups as the lines of a metro map."""
+"""The picture as SVG and on a page: a line per layer, and beside it the groups as the lines of a metro map."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import TYPE_CHECKING
 
-from lightning_prune.graph.describe import shortened, totals
+from lightning_prune.graph.describe import parameters, percent, shortened, totals
 from lightning_prune.report.figures import bands
 from lightning_prune.report.graph_picture.layout import Lane, Layout, Row, layout
 from lightning_prune.report.pages import render
-from lightning_prune.report.table import shorten
+from lightning_prune.report.table import Column, Entry, Table, shorten
 
 if TYPE_CHECKING:
     from lightning_prune.graph import ChannelGraph, Group
@@ -20,6 +20,7 @@ NAME = 46  # longest name and
 REMARK = 96  # longest remark in characters; all of it is in the tooltip
 MONO, SANS = 7.25, 6.2  # width of a character of 12 pixels: over the average, so that nothing is cut
 NOTES = 8  # a picture is no log
+LIST = 80  # characters of a list of layers on the page; a longer one is folded
 
 
 def graph_svg(graph: ChannelGraph, *, title: str = "Channel graph", alone: bool = True) -> str:
@@ -36,13 +37,12 @@ def graph_svg(graph: ChannelGraph, *, title: str = "Channel graph", alone: bool 
 
     Example:
         >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> picture = graph_svg(lp.trace(model, torch.zeros(1, 3, 8, 8)), title="a < b")
+        >>> picture = graph_svg(lp.trace(torch.nn.Linear(3, 8), torch.zeros(1, 3)), title="a < b")
         >>> picture[:4], "a &lt; b" in picture
         ('<svg', True)
     """
     placed = layout(graph)
-    said = [remarks(placed, row) for row in placed.rows]
+    said = [_remarks(placed, row) for row in placed.rows]
     names = [shorten(row.name, NAME) for row in placed.rows]
     pitch = 20 if len(names) > 40 else 24  # pixels a row
     step = 15 if placed.columns > 12 else 20  # pixels a lane
@@ -67,25 +67,73 @@ def graph_svg(graph: ChannelGraph, *, title: str = "Channel graph", alone: bool 
         at={"top": top, "pitch": pitch, "box": box, "lanes": lanes, "step": step, "remark": remark, "bottom": bottom},
         bands=bands([row.name for row in placed.rows])[1::2],
         rows=[(row, name.rpartition("."), texts) for row, name, texts in zip(placed.rows, names, said, strict=True)],
-        lanes=[(lane, _look(lane), _tooltip(lane)) for lane in placed.lanes],
+        lanes=placed.lanes,
         notes=notes,
     )
 
 
-def remarks(placed: Layout, row: Row) -> list[tuple[str, int]]:
-    """What is said of a layer beside the map, each with the number of the lane it is about.
+def graph_html(graph: ChannelGraph, *, title: str = "Channel graph") -> str:
+    """One page with the picture of `graph_svg`, every group as numbers, and the notes of the trace.
+
+    Args:
+        graph: from `lightning_prune.trace`.
+        title: such as the name of the model.
 
     Example:
         >>> import torch, lightning_prune as lp
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
-        >>> placed = layout(lp.trace(model, torch.zeros(1, 3, 8, 8)))
-        >>> remarks(placed, placed.rows[1])
-        [("not prunable: reaches the model's output", 1)]
+        >>> page = graph_html(lp.trace(torch.nn.Linear(3, 8), torch.zeros(1, 3)), title="a < b")
+        >>> "<h1>a &lt; b</h1>" in page, page.count("<svg")
+        (True, 1)
     """
+    return render(
+        "graph.html",
+        title=title,
+        tiles=_tiles(graph) if graph.groups else (),
+        notes=graph.notes,
+        nothing="" if graph.groups else totals(graph.groups),
+        picture=graph_svg(graph, title=title, alone=False),
+        groups=_groups_table(graph),
+    )
+
+
+def _tiles(graph: ChannelGraph) -> tuple[tuple[str, str, str], ...]:
+    """The numbers that decide whether pruning this model is worth it."""
+    groups = graph.prunable_groups
+    channels = sum(group.size for group in graph.groups)
+    layers = {layer.name for group in graph.groups for layer in group.layers}
+    tied = sum(len(group.layers) > 1 for group in groups)
+    return (
+        (percent(sum(group.size for group in groups), channels), "", f"of {channels:,} channels can be pruned"),
+        (str(len(groups)), "", f"of {len(graph.groups)} groups can be pruned"),
+        (str(tied), "", "of these join several layers"),
+        (str(len(graph.layers)), "", f"of {len(layers)} layers can be pruned"),
+    )
+
+
+def _groups_table(graph: ChannelGraph) -> Table:
+    """A row per group; those that cannot be pruned are quiet."""
+    numbers = (Column("Channels"), Column("Parameters"), Column("Per channel"))
+    columns = (Column("Group"), *numbers, Column("Prunable", left=True), Column("Together with", left=True))
+    rows = tuple(
+        (group.name, *(f"{n:,}" for n in (group.size, *parameters(group, graph.shapes))), group.verdict, _others(group))
+        for group in graph.groups
+    )
+    return Table(columns, rows, {number: "quiet" for number, group in enumerate(graph.groups) if not group.prunable})
+
+
+def _others(group: Group) -> Entry:
+    """The layers that the group is not named after; a long list waits to be opened."""
+    names = ", ".join(layer.name for layer in group.layers[1:])
+    return Entry(names) if len(names) <= LIST else Entry(f"{len(group.layers) - 1} other layers", more=names)
+
+
+def _remarks(placed: Layout, row: Row) -> list[tuple[str, Lane]]:
+    """What is said of a layer beside the map, each with the lane it is about."""
     said = []
     for number in row.makes:
-        group = placed.lanes[number].group
-        first, count = group.layers[0].name == row.name, len(group.layers)
+        lane = placed.lanes[number]
+        group, count = lane.group, len(lane.group.layers)
+        first = group.layers[0].name == row.name
         words = []
         if not group.prunable and first:
             words.append(_refusal(group))
@@ -96,26 +144,12 @@ def remarks(placed: Layout, row: Row) -> list[tuple[str, int]]:
             words.append(f"{group.size} channels of {per_channel} filters")
         if words:
             text = ", ".join(words)
-            said.append((text if len(text) <= REMARK else f"{text[: REMARK - 1]}…", number))
+            said.append((text if len(text) <= REMARK else f"{text[: REMARK - 1]}…", lane))
     return said
 
 
 def _refusal(group: Group) -> str:
     return f"not prunable: {group.reason}"
-
-
-def _look(lane: Lane) -> str:
-    """CSS class of a group's colour."""
-    return f"k{lane.colour}" if lane.group.prunable else "frozen"
-
-
-def _tooltip(lane: Lane) -> str:
-    group = lane.group
-    lines = [
-        f"{group.name}: {group.size} channels, prunable: {group.verdict}",
-        f"made by {', '.join(layer.name for layer in group.layers)}",
-    ]
-    return "\n".join([*lines, *([f"read by {', '.join(lane.readers)}"] if lane.readers else [])])
 
 
 def _notes(graph: ChannelGraph, width: int) -> list[str]:
@@ -126,6 +160,6 @@ def _notes(graph: ChannelGraph, width: int) -> list[str]:
             cut.setdefault(_refusal(group), []).append(group.name)
     notes = [f"{refusal}: {shortened(names)}" for refusal, names in cut.items()]
     notes += [f"Note: {note}" for note in graph.notes]
-    left_out = len(notes) - NOTES
-    notes = notes[:NOTES] + ([f"… and {left_out} more"] if left_out > 0 else [])
+    if len(notes) > NOTES:
+        notes[NOTES:] = [f"… and {len(notes) - NOTES} more"]
     return [line for note in notes for line in textwrap.wrap(note, width)]

@@ -1,4 +1,4 @@
-"""ResNets for 32x32 images: torchvision's with a 3x3 stem of stride 1, under torchvision's module names."""
+"""Networks for 32x32 images: torchvision's ResNets with a 3x3 stem of stride 1, under its module names, and VGG16."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ class CifarResNet(nn.Module):
         )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
 
     def _stage(self, block: type[BasicBlock | Bottleneck], width: int, depth: int, stride: int) -> nn.Sequential:
         outputs = width * block.expansion
@@ -125,3 +123,41 @@ def resnet50(num_classes: int = 10, max_pool: bool = True) -> CifarResNet:
 def resnet101(num_classes: int = 10, max_pool: bool = True) -> CifarResNet:
     """ResNet-101 for 32x32 images."""
     return CifarResNet(Bottleneck, (3, 4, 23, 3), num_classes=num_classes, max_pool=max_pool)
+
+
+class CifarVgg16(nn.Module):
+    """VGG16-BN for (N, 3, 32, 32) images, logits (N, num_classes): 13 convolutions with bias, one linear head."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(depth):
+                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                inputs = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inputs, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+def vgg16_bn(num_classes: int = 10) -> CifarVgg16:
+    """VGG16 with batch norm for 32x32 images.
+
+    Example:
+        >>> vgg16_bn()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    return CifarVgg16(num_classes)
+
+
+def _initialise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
