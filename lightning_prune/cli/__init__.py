@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PruningError, UnknownRecipeError
@@ -70,10 +71,9 @@ def _fail(message: str, status: int) -> int:
 def _show_help() -> None:
     console = Console(highlight=False, markup=False)
     console.print("Channel pruning for PyTorch Lightning.\n\nusage: lightning-prune COMMAND [options]")
-    table = Table("", "", box=None, show_header=False, padding=(0, 2))
-    table.columns[0].style = "bold"
+    table = Table(box=None, show_header=False, padding=(0, 2))
     for name, (summary, _) in COMMANDS.items():
-        table.add_row(name, summary)
+        table.add_row(Text(name, "bold"), summary)
     console.print(table)
     console.print(
         "\n  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml\n\n"

@@ -28,13 +28,8 @@ class Parser(argparse.ArgumentParser):
         metavar = "NAME" if name.startswith("-") else "MODEL"
         add(name, metavar=metavar, help="of torchvision such as resnet18, or an import path")
         add("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the model; repeat")
-        add(
-            *CONFIG_FLAGS,
-            action="append",
-            default=[],
-            metavar="TASK",
-            help="YAML file or recipe, with the options of fit",
-        )
+        config = "YAML file or recipe, with the options of fit"
+        add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=config)
         add("--input", nargs="+", type=count, metavar="N", help="shape of the input, samples first")
 
     def parse_with_fit_options(self, argv: Sequence[str]) -> argparse.Namespace:

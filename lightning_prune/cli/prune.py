@@ -94,14 +94,10 @@ def _parser() -> Parser:
     add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
     add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
     add("--score-batches", type=int, metavar="N", help="of the training data, for criteria that need it")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
-    amount.add_argument(
-        "--budget",
-        type=_budget,
-        metavar="COST=N",
-        help="flops=, params= (share that remains); latency_ms= (of a sample)",
-    )
+    amount = parser.add_mutually_exclusive_group().add_argument
+    amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
+    costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
+    amount("--budget", type=_budget, metavar="COST=N", help=costs)
     add("--per-layer", action="store_true", help="that share of every layer, not of the network")
     add("--coupling", choices=get_args(Coupling), default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")

@@ -36,6 +36,7 @@ from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from lightning_prune.selection.base import check_ratio
 
+Criteria = Sequence[str | Criterion] | Mapping[str, str | Criterion]
 SelectionName = Literal["global", "layer", "flops"]
 SELECTIONS: dict[str, Callable[[float], Selection]] = {
     "global": GlobalRatio,
@@ -47,7 +48,7 @@ SELECTIONS: dict[str, Callable[[float], Selection]] = {
 def compare_criteria(
     task: LightningModule,
     data: LightningDataModule,
-    criteria: Sequence[str | Criterion] | Mapping[str, str | Criterion],
+    criteria: Criteria,
     *,
     ratios: Sequence[float] = (0.3, 0.5, 0.7),
     seeds: Sequence[int] = (0, 1, 2),
@@ -134,11 +135,7 @@ def compare_criteria(
 
 
 def check_request(
-    criteria: Sequence[str | Criterion] | Mapping[str, str | Criterion],
-    ratios: Sequence[float],
-    seeds: Sequence[int],
-    selection: str,
-    epochs: int,
+    criteria: Criteria, ratios: Sequence[float], seeds: Sequence[int], selection: str, epochs: int
 ) -> dict[str, Criterion]:
     """The criteria to compare, by name; refuses what `compare_criteria` refuses before it computes anything."""
     if isinstance(criteria, Mapping):
