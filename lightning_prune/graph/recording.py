@@ -1,9 +1,9 @@
-"""Run a model once and show every ATen operator, with the tensors' labels, to a rule."""
+"""How a model is run to be looked at: in which modes, what of it is running, which tensors come out."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,74 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.model_state.preservation import preserved
-
-Observe = Callable[["OperatorRecorder", Any, tuple[Any, ...], dict[str, Any], Any], None]
-
-
-class OperatorRecorder(TorchDispatchMode):
-    """Dispatch mode that calls ``observe(recorder, op, args, kwargs, output)`` after every operator.
-
-    Information is held per tensor object, weakly: an activation's labels go when the activation goes.
-    """
-
-    def __init__(self, known: Mapping[Tensor, TensorInfo], modules: RunningModules, observe: Observe, run: int) -> None:
-        super().__init__()
-        self.run, self.order = run, 0
-        self.before: Tensor | None = None
-        self._modules = modules
-        self._info = WeakIdKeyDictionary(dict(known))
-        self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
-        self._observe = observe
-
-    @property
-    def stack(self) -> tuple[str, ...]:
-        """Paths of the modules that are running, innermost first; the type of those made in the forward."""
-        return tuple(map(self._modules.path, reversed(self._modules.stack)))
-
-    @property
-    def module(self) -> str:
-        """Path of the innermost module that is running."""
-        return self._modules.path(self._modules.stack[-1]) if self._modules.stack else ""
-
-    @property
-    def kind(self) -> str:
-        """Type of the innermost module that is running."""
-        return "".join(f"{type(m).__module__}.{type(m).__qualname__}" for m in self._modules.stack[-1:])
-
-    def info(self, tensor: Tensor) -> TensorInfo:
-        """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
-        found = self._info.get(tensor)
-        if found is None:
-            owner = self._by_storage.get(tensor.untyped_storage()._cdata)
-            same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
-            found = self._info[owner] if same else TensorInfo()
-        return found
-
-    def set_info(self, tensor: Tensor, info: TensorInfo) -> None:
-        """Remember the labels of a tensor for as long as it lives."""
-        self._info[tensor] = info
-
-    def aliases(self, tensor: Tensor) -> list[Tensor]:
-        """Other live tensors on the same storage."""
-        storage = tensor.untyped_storage()._cdata
-        return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Restrides in place: only the old strides tell whether the elements stay where they were.
-        self.before = args[0].detach() if func is torch.ops.aten.as_strided_.default else None
-        output = func(*args, **kwargs)
-        self.order += 1
-        self._observe(self, func, args, kwargs, output)
-        return output
 
 
 class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
@@ -130,31 +65,21 @@ def _is_dropout(module: nn.Module) -> bool:
     return isinstance(module, _DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d")
 
 
-class _TrainingFlag:
-    """Stands in for ``nn.Module.training`` and notes whether a module with code of its own asks for it."""
+@contextlib.contextmanager
+def watch_training_flag() -> Iterator[set[str]]:
+    """Types that ask whether they are in train or eval mode; torch's own (batch norm, dropout) do not count."""
+    asked: set[str] = set()
 
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        if module is None:
-            return self
-        self.asked = self.asked or not (owner.__module__.startswith("torch.nn.modules.") or _is_dropout(module))
+    def get(module: nn.Module) -> Any:
+        if not (type(module).__module__.startswith("torch.nn.modules.") or _is_dropout(module)):
+            asked.add(type(module).__name__)
         if "training" in vars(module):
             return vars(module)["training"]
         return nn.Module.__getattr__(module, "training")  # ScriptModules keep it elsewhere
 
-    def __set__(self, module: nn.Module, value: bool) -> None:
-        vars(module)["training"] = value
-
-
-@contextlib.contextmanager
-def watch_training_flag() -> Iterator[_TrainingFlag]:
-    """See whether a run depends on train or eval mode; torch's own modules (batch norm, dropout) do not count."""
-    flag = _TrainingFlag()
-    nn.Module.training = flag  # type: ignore[assignment]
+    nn.Module.training = property(get, lambda module, value: vars(module).update(training=value))  # type: ignore[assignment]
     try:
-        yield flag
+        yield asked
     finally:
         del nn.Module.training
 

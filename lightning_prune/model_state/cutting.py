@@ -170,6 +170,5 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_size(item) and isinstance(item, int) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return bool(items) and all(isinstance(item, int) and not isinstance(item, bool) for item in items)
