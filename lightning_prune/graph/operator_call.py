@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_prune.graph.constraints import CallSite
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
-from lightning_prune.graph.recording import RunningModules
+from lightning_prune.graph.running import RunningModules
 
 
 @dataclass(eq=False)

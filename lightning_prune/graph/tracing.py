@@ -13,19 +13,19 @@ from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
-from lightning_prune.graph.recording import (
+from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
+from lightning_prune.graph.resolve import resolve
+from lightning_prune.graph.running import (
     RunningModules,
+    call_model,
     normalise_mode,
     tensors_in,
     untouched,
     watch_training_flag,
 )
-from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
-from lightning_prune.graph.resolve import resolve
 from lightning_prune.model_state.preservation import without_masks
 
 OUTPUT = "reaches the model's output"

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import call_model
-from lightning_prune.graph.recording import untouched
+from lightning_prune.graph.running import untouched
 
 ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu".split())
 POOLS = frozenset(

@@ -108,13 +108,10 @@ def _split(call: OperatorCall, labels: Labels, dim: int, intervals: list[tuple[i
 def index(call: OperatorCall) -> TensorInfo:
     """``x[indices]``: executed on the labels; channels that are picked by number stay."""
     indices = call.argument("indices")
-    picked: set[int] = set()
-    position = 0
-    for item in indices:
-        width = item.dim() if item is not None and item.dtype in (torch.bool, torch.uint8) else 1
-        picked |= set(range(position, position + width)) if item is not None else set()
-        position += width
-    return _picked(call, picked)
+    widths = [1 if one is None or one.dtype not in (torch.bool, torch.uint8) else one.dim() for one in indices]
+    ends = itertools.accumulate(widths)
+    spans = (range(end - width, end) for one, width, end in zip(indices, widths, ends, strict=True) if one is not None)
+    return _picked(call, set(itertools.chain(*spans)))
 
 
 def pick(call: OperatorCall) -> TensorInfo:

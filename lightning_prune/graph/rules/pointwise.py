@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -121,14 +122,10 @@ def write(call: OperatorCall) -> TensorInfo:
         call.freeze(
             (one for one in known.labels if min(one.dims) < lead), f"is written at fixed places by {call.where}"
         )
-        cut = partial(_without_leading, lead=lead)
-        kept = [one.region().map(cut).expand(flat) for one in known.labels if min(one.dims) >= lead]
+        late = (labels.region() for labels in known.labels if min(labels.dims) >= lead)
+        kept = [labels.map(itemgetter((0,) * lead)).expand(flat) for labels in late]
         operands.append(Operand(tensor.shape[lead:], replace(known, labels=tuple(kept))))
     if not info.labels and info.uniform:
         operands = operands[1:]
     combined = combine(call, operands, all, flat)
     return TensorInfo(tuple(labels.expand(target.shape) for labels in combined.labels), data=True)
-
-
-def _without_leading(tensor: Tensor, lead: int) -> Tensor:
-    return tensor.reshape(tensor.shape[lead:])
