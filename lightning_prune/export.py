@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 
 from lightning_prune.errors import ExportError, check_choice, first_line
 from lightning_prune.files import check_writable
-from lightning_prune.graph.inputs import as_args
+from lightning_prune.graph.running import as_args
 from lightning_prune.measure import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.reconstruction.lossless import check_lossless

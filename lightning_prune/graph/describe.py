@@ -86,6 +86,5 @@ def _row(group: Group, shapes: Shapes) -> tuple[str, ...]:
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     """Name and verdict to the left, numbers to the right."""
-    name, *numbers, verdict = row
-    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
-    return "  ".join([name.ljust(widths[0]), *cells, verdict]).rstrip()
+    numbers = map(str.rjust, row[1:-1], widths[1:-1])
+    return "  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]).rstrip()

@@ -1,18 +1,21 @@
-"""What a rule may look at: one recorded operator with its arguments and their labels."""
+"""Record every ATen operator that a model runs, with its arguments and their labels: what a rule may look at."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.constraints import CallSite
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
-from lightning_prune.graph.recording import OperatorRecorder
+from lightning_prune.graph.running import RunningModules
 
 
 @dataclass(eq=False)
@@ -40,7 +43,9 @@ class OperatorCall:
     @cached_property
     def site(self) -> CallSite:
         """Where it ran, for constraints."""
-        return CallSite(self.recorder.stack, self.recorder.kind, self.where)
+        running = self.recorder.modules
+        kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in running.stack[-1:])
+        return CallSite(tuple(map(running.path, reversed(running.stack))), kind, self.where)
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -77,14 +82,13 @@ class OperatorCall:
     def by_channel(self, reason: str, channels: Collection[int] = (1,)) -> list[Labels]:
         """The first argument's labels along its channels only; those that vary along none of them stay."""
         found = [(one, self.fold(one, channels)) for one in self.info(self.args[0]).labels]
-        for labels, folded in found:
-            if folded is None:
-                self.freeze(labels, reason)
+        self.freeze([labels for labels, folded in found if folded is None], reason)
         return [folded for _, folded in found if folded is not None]
 
-    def freeze(self, labels: Labels, reason: str) -> None:
+    def freeze(self, labels: Iterable[Labels], reason: str) -> None:
         """These channels must stay."""
-        self.space.freeze(labels.ids, reason)
+        for one in labels:
+            self.space.freeze(one.ids, reason)
 
     def freeze_statistic(self, labels: Labels, what: str = "enters a statistic") -> None:
         """These channels go at the price of a statistic that changes."""
@@ -93,10 +97,64 @@ class OperatorCall:
     def freeze_inputs(self, reason: str) -> TensorInfo:
         """Freeze every label that enters; the output has none."""
         infos = [self.info(tensor) for tensor in self.tensors]
-        for info in infos:
-            for labels in info.labels:
-                self.freeze(labels, reason)
+        self.freeze([labels for info in infos for labels in info.labels], reason)
         return TensorInfo(data=any(info.data for info in infos))
+
+
+class OperatorRecorder(TorchDispatchMode):
+    """Dispatch mode that shows every operator that ran to ``observe``.
+
+    Information is held per tensor object, weakly: an activation's labels go when the activation goes.
+    """
+
+    def __init__(
+        self,
+        space: LabelSpace,
+        known: Mapping[Tensor, TensorInfo],
+        modules: RunningModules,
+        observe: Callable[[OperatorCall], None],
+        run: int,
+    ) -> None:
+        super().__init__()
+        self.space, self.modules, self.run, self.order = space, modules, run, 0
+        self.before: Tensor | None = None
+        self._info = WeakIdKeyDictionary(dict(known))
+        self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+        self._observe = observe
+
+    @property
+    def module(self) -> str:
+        """Path of the innermost module that is running."""
+        return self.modules.path(self.modules.stack[-1]) if self.modules.stack else ""
+
+    def info(self, tensor: Tensor) -> TensorInfo:
+        """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
+        found = self._info.get(tensor)
+        if found is None:
+            owner = self._by_storage.get(tensor.untyped_storage()._cdata)
+            same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
+            found = self._info[owner] if same else TensorInfo()
+        return found
+
+    def set_info(self, tensor: Tensor, info: TensorInfo) -> None:
+        """Remember the labels of a tensor for as long as it lives."""
+        self._info[tensor] = info
+
+    def aliases(self, tensor: Tensor) -> list[Tensor]:
+        """Other live tensors on the same storage."""
+        storage = tensor.untyped_storage()._cdata
+        return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Restrides in place: only the old strides tell whether the elements stay where they were.
+        self.before = args[0].detach() if func is torch.ops.aten.as_strided_.default else None
+        output = func(*args, **kwargs)
+        self.order += 1
+        self._observe(OperatorCall(self.space, self, func, args, kwargs, output))
+        return output
 
 
 @cache

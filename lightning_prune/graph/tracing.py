@@ -13,20 +13,19 @@ from lightning_prune.errors import TraceError
 from lightning_prune.graph import rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.inputs import call_model
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
-from lightning_prune.graph.operator_call import OperatorCall
-from lightning_prune.graph.recording import (
-    OperatorRecorder,
+from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
+from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
+from lightning_prune.graph.resolve import resolve
+from lightning_prune.graph.running import (
     RunningModules,
+    call_model,
     normalise_mode,
     tensors_in,
     untouched,
     watch_training_flag,
 )
-from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
-from lightning_prune.graph.resolve import resolve
 from lightning_prune.model_state.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
@@ -59,9 +58,9 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
     modes = [False]
     with untouched(model), without_masks(model):
         normalise_mode(model, training=False)
-        with watch_training_flag() as flag:
+        with watch_training_flag() as asked:
             tracer.run(example_inputs)
-        if flag.asked:
+        if asked:
             normalise_mode(model, training=True)
             if tracer.run(example_inputs, optional=True):
                 modes.append(True)
@@ -94,7 +93,7 @@ class _Tracer:
     def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
         """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
         running = RunningModules(self.model)
-        recorder = OperatorRecorder(self.known, running, self._observe, self.runs)
+        recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
         self.runs += 1
         for tensor in tensors_in(example_inputs):
             recorder.set_info(tensor, TensorInfo(data=True))
@@ -142,8 +141,7 @@ class _Tracer:
         self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
         return self._last[1]
 
-    def _observe(self, recorder: OperatorRecorder, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        call = OperatorCall(self.space, recorder, func, args, kwargs, output)
+    def _observe(self, call: OperatorCall) -> None:
         self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)
         if not call.outputs:
             return
@@ -151,7 +149,7 @@ class _Tracer:
             call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
             return
         before = call.info(call.outputs[0])
-        if rule := rules.rule_for(func):
+        if rule := rules.rule_for(call.func):
             result = rule(call)
         else:
             if any(call.info(tensor).labels for tensor in call.tensors):
@@ -159,11 +157,11 @@ class _Tracer:
             result = call.freeze_inputs(f"passes an operator without a rule, {call.where}")
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
-        if func._schema.is_mutable:
+        if call.func._schema.is_mutable:
             self._check_aliases(call, before, infos[0])
         for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
-                recorder.set_info(tensor, info)
+                call.recorder.set_info(tensor, info)
 
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
@@ -171,12 +169,11 @@ class _Tracer:
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)
-            same_channels = all(_same_layout(alias, call.outputs[0], labels.dims) for labels in after.labels)
-            if same_channels and (info.labels or info.uniform):
+            dims = {d for labels in after.labels for d in labels.dims}
+            if _same_layout(alias, call.outputs[0], dims) and (info.labels or info.uniform):
                 call.recorder.set_info(alias, self._written(alias, info, after))
             else:
-                for labels in (*info.labels, *after.labels):
-                    call.freeze(labels, f"is written through a view by {call.where}")
+                call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
 
     def _written(self, alias: Tensor, info: TensorInfo, after: TensorInfo) -> TensorInfo:
         """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
@@ -191,7 +188,7 @@ class _Tracer:
         return TensorInfo((*written, *kept), data=True)
 
 
-def _same_layout(alias: Tensor, view: Tensor, dims: tuple[int, ...]) -> bool:
+def _same_layout(alias: Tensor, view: Tensor, dims: set[int]) -> bool:
     """Whether two views of one storage have the same channels: they differ in positions only."""
     return alias.dim() == view.dim() and all(
         alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in dims

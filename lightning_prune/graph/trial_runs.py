@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.graph.channel_graph import ChannelGraph
-from lightning_prune.graph.inputs import call_model
-from lightning_prune.graph.recording import RunningModules, normalise_mode, tensors_in, untouched
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
+from lightning_prune.graph.running import RunningModules, call_model, normalise_mode, tensors_in, untouched
 from lightning_prune.model_state.cutting import Undo, cut_, resize_
 from lightning_prune.model_state.preservation import copy_without_masks
 

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from lightning_prune.errors import PruningError, TraceError, check_choice
 from lightning_prune.graph import call_model
-from lightning_prune.graph.recording import untouched
+from lightning_prune.graph.running import untouched
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
 ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu".split())

@@ -106,18 +106,15 @@ def update_attributes_(model: nn.Module) -> None:
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, _ConvTransposeNd):
-            module.in_channels = weight.shape[0]
-            module.out_channels = weight.shape[1] * module.groups
+            module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, _ConvNd):
-            module.out_channels, per_group = weight.shape[:2]
-            module.in_channels = per_group * module.groups
-        elif isinstance(module, (nn.Linear, nn.Bilinear)):
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Bilinear):
             module.out_features = weight.shape[0]
-            if isinstance(module, nn.Linear):
-                module.in_features = weight.shape[1]
         elif isinstance(module, _NormBase):
-            sized = weight if weight is not None else module.running_mean
-            if sized is not None:
+            if (sized := module.running_mean if weight is None else weight) is not None:
                 module.num_features = len(sized)
         elif isinstance(module, nn.GroupNorm) and weight is not None:
             module.num_channels = len(weight)
@@ -135,11 +132,7 @@ class Undo:
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
-        self.states = [
-            (optimizer.state[parameter], dict(optimizer.state[parameter]))
-            for optimizer in optimizers
-            for parameter in optimizer.state
-        ]
+        self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
     def __call__(self) -> None:
         """Put them back."""
@@ -170,6 +163,5 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_size(item) and isinstance(item, int) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return bool(items) and all(isinstance(item, int) and not isinstance(item, bool) for item in items)

@@ -24,9 +24,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
+        (own, name, buffer, buffer.detach().clone())
+        for own in (module._buffers for module in model.modules())
+        for name, buffer in own.items()
         if buffer is not None
     ]
     before = random_state(model)
@@ -40,8 +40,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, gradient in flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
+        for own, name, buffer, value in buffers:
+            own[name] = buffer
             buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
         set_random_state(before)
 

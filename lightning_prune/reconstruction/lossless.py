@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import call_model
-from lightning_prune.graph.recording import tensors_in, untouched
+from lightning_prune.graph.running import tensors_in, untouched
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

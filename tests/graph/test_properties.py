@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import NoEffectWarning, PlanError
 from lightning_prune.graph import ChannelGraph, Slice, trace
-from lightning_prune.graph.recording import tensors_in
+from lightning_prune.graph.running import tensors_in
 from lightning_prune.reconstruction.lossless import check_lossless
 from lightning_prune.reconstruction.masks import mask_
 from lightning_prune.reconstruction.small_model import reconstruct

@@ -22,8 +22,7 @@ def convolution(call: OperatorCall) -> TensorInfo:
 def deformable_convolution(call: OperatorCall) -> TensorInfo:
     """``torchvision::deform_conv2d``: offsets and masks are laid out by kernel position and stay."""
     for name in ("offset", "mask"):
-        for labels in call.info(call.argument(name)).labels:
-            call.freeze(labels, f"steers {call.where}")
+        call.freeze(call.info(call.argument(name)).labels, f"steers {call.where}")
     if call.argument("groups") != 1 or call.argument("offset_groups") != 1:
         return call.freeze_inputs(f"passes a grouped deformable convolution in {call.where}")
     return _convolve(call, groups=1, transposed=False)
@@ -61,9 +60,12 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     reads = _along(call, call.by_channel(f"varies over the positions that {call.where} slides over"), x.shape[1])
-    w_labels = _weight_labels(call, w_info)
-    w_out = _along(call, w_labels[out_dim], weight.shape[out_dim])
-    w_in = _along(call, w_labels[in_dim], weight.shape[in_dim])
+    others = [labels for labels in w_info.labels if labels.dims not in ((0,), (1,))]
+    call.freeze(others, f"varies over the kernel of {call.where}")
+    w_out, w_in = (
+        _along(call, [one for one in w_info.labels if one.dims == (dim,)], weight.shape[dim])
+        for dim in (out_dim, in_dim)
+    )
     reads_weight = not w_info.data
     makes = filters = w_out
     if groups == 1 or (transposed and groups != x.shape[1]):
@@ -148,17 +150,6 @@ def _tie_or_freeze(call: OperatorCall, data: Labels, weight: Labels) -> tuple[La
     return data, weight
 
 
-def _weight_labels(call: OperatorCall, info: TensorInfo) -> dict[int, list[Labels]]:
-    """Labels of a convolution's weight, by the dimension along which they vary."""
-    found: dict[int, list[Labels]] = {0: [], 1: []}
-    for labels in info.labels:
-        if labels.dims in ((0,), (1,)):
-            found[labels.dims[0]].append(labels)
-        else:
-            call.freeze(labels, f"varies over the kernel of {call.where}")
-    return found
-
-
 def _inner_and_free(
     call: OperatorCall, info: TensorInfo, shape: torch.Size, inner: int, alone: bool
 ) -> tuple[Labels, list[Labels]]:
@@ -170,13 +161,8 @@ def _inner_and_free(
     along: list[Labels] = []
     free: list[Labels] = []
     for labels in info.labels:
-        if inner not in labels.dims:
-            free.append(labels)
-        elif labels.dims == (inner,):
-            along.append(labels)
-        else:
-            keep = (inner,) if alone else tuple(d for d in labels.dims if d != inner)
-            folded = call.fold(labels, keep)
-            if folded is not None:
-                (along if alone else free).append(folded)
+        summed = inner in labels.dims and (alone or labels.dims == (inner,))
+        folded = call.fold(labels, {inner} if summed else {*labels.dims} - {inner})
+        if folded is not None:
+            (along if summed else free).append(folded)
     return _along(call, along, shape[inner]), free

@@ -41,7 +41,7 @@ _SIZES_FROM_INPUT = tuple(
 
 def _sized(call: OperatorCall, info: TensorInfo) -> TensorInfo:
     """Remember sizes that the code may have passed; most of torch's own layers take theirs from the input."""
-    if call.recorder.kind.startswith(_SIZES_FROM_INPUT):
+    if call.site.kind.startswith(_SIZES_FROM_INPUT):
         return info
     for labels in info.labels:
         ids = _grid(labels, labels.dims)
@@ -79,8 +79,7 @@ def _intervals(call: OperatorCall, dim: int) -> list[tuple[int, int]] | None:
     if call.name in ("split", "split_with_sizes"):
         return list(itertools.pairwise(itertools.accumulate((piece.shape[dim] for piece in call.output), initial=0)))
     if call.name in ("slice", "narrow") and call.argument("step", 1) == 1:
-        start = call.argument("start") or 0
-        start = min(max(start + size if start < 0 else start, 0), size)
+        start = slice(call.argument("start"), None).indices(size)[0]
         return [(start, start + call.output.shape[dim])]
     return None
 
@@ -96,7 +95,7 @@ def _split(call: OperatorCall, labels: Labels, dim: int, intervals: list[tuple[i
             ids, axes = ids.unflatten(-1, (len(intervals), -1)), (*axes, len(others) + 1)
         call.space.constraints.append(Grid(ids, axes, call.site))
     elif intervals is None:
-        call.freeze(labels, f"is taken by its number in {call.where}")
+        call.freeze([labels], f"is taken by its number in {call.where}")
     else:
         ids = labels.flat().ids
         for known in reversed(call.space.constraints):
@@ -109,13 +108,10 @@ def _split(call: OperatorCall, labels: Labels, dim: int, intervals: list[tuple[i
 def index(call: OperatorCall) -> TensorInfo:
     """``x[indices]``: executed on the labels; channels that are picked by number stay."""
     indices = call.argument("indices")
-    picked: set[int] = set()
-    position = 0
-    for item in indices:
-        width = item.dim() if item is not None and item.dtype in (torch.bool, torch.uint8) else 1
-        picked |= set(range(position, position + width)) if item is not None else set()
-        position += width
-    return _picked(call, picked)
+    widths = [1 if one is None or one.dtype not in (torch.bool, torch.uint8) else one.dim() for one in indices]
+    ends = itertools.accumulate(widths)
+    spans = (range(end - width, end) for one, width, end in zip(indices, widths, ends, strict=True) if one is not None)
+    return _picked(call, set(itertools.chain(*spans)))
 
 
 def pick(call: OperatorCall) -> TensorInfo:
@@ -130,9 +126,7 @@ def pick(call: OperatorCall) -> TensorInfo:
 
 def _picked(call: OperatorCall, dims: set[int]) -> TensorInfo:
     info = call.info(call.args[0])
-    for labels in info.labels:
-        if dims & set(labels.dims):
-            call.freeze(labels, f"is taken by its number in {call.where}")
+    call.freeze((one for one in info.labels if dims & set(one.dims)), f"is taken by its number in {call.where}")
     free = (labels for labels in info.labels if not dims & set(labels.dims))
     return info.with_labels(labels.moved(call.rerun) for labels in free)
 
@@ -189,9 +183,8 @@ def _join(call: OperatorCall, parts: list[Operand], dim: int) -> TensorInfo:
     for part in parts:
         own = [labels for labels in part.info.labels if dim in labels.dims]
         lead = next((labels for labels in own if labels.dims == (dim,)), None)
-        for labels in own:
-            if labels is not lead:
-                call.freeze(labels, f"is joined along several dimensions by {call.where}")
+        several = [labels for labels in own if labels is not lead]
+        call.freeze(several, f"is joined along several dimensions by {call.where}")
         follow.append(Labels(torch.full((part.shape[dim],), NO_LABEL)) if lead is None else lead.flat())
         others = (labels for labels in part.info.labels if dim not in labels.dims)
         kept = part.info.with_labels(labels.map(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in others)
@@ -218,7 +211,7 @@ def padding(call: OperatorCall) -> TensorInfo:
     for labels in info.labels:
         own = {d: amounts[d] for d in labels.dims if any(amounts.get(d, ()))}
         if min((amount for pair in own.values() for amount in pair), default=0) < 0:
-            call.freeze(labels, f"is cut at fixed places by {call.where}")
+            call.freeze([labels], f"is cut at fixed places by {call.where}")
             continue
         around = [amount for d in reversed(range(rank)) for amount in own.get(d, (0, 0))]
         core = labels.region()

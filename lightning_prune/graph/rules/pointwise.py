@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -88,9 +89,8 @@ def copy_into(call: OperatorCall) -> TensorInfo:
     destination, source = call.argument("self"), call.argument("src")
     info = call.info(source)
     new = tuple(labels.expand(destination.shape) for labels in info.labels)
-    for old in call.info(destination).labels:
-        if not any(old.equal(labels) for labels in new):
-            call.freeze(old, f"is overwritten in {call.where}")
+    lost = [old for old in call.info(destination).labels if not any(old.equal(labels) for labels in new)]
+    call.freeze(lost, f"is overwritten in {call.where}")
     return replace(info, labels=new)
 
 
@@ -117,19 +117,15 @@ def write(call: OperatorCall) -> TensorInfo:
     flat = torch.Size([1 if d in used else size for d, size in enumerate(target.shape)])
     operands = []
     for tensor in (target, values):
-        known, kept = call.info(tensor), []
+        known = call.info(tensor)
         lead = max(tensor.dim() - rank + len(used), 0)
-        for labels in known.labels:
-            if min(labels.dims) < lead:
-                call.freeze(labels, f"is written at fixed places by {call.where}")
-            else:
-                kept.append(labels.region().map(partial(_without_leading, lead=lead)).expand(flat))
+        call.freeze(
+            (one for one in known.labels if min(one.dims) < lead), f"is written at fixed places by {call.where}"
+        )
+        late = (labels.region() for labels in known.labels if min(labels.dims) >= lead)
+        kept = [labels.map(itemgetter((0,) * lead)).expand(flat) for labels in late]
         operands.append(Operand(tensor.shape[lead:], replace(known, labels=tuple(kept))))
     if not info.labels and info.uniform:
         operands = operands[1:]
     combined = combine(call, operands, all, flat)
     return TensorInfo(tuple(labels.expand(target.shape) for labels in combined.labels), data=True)
-
-
-def _without_leading(tensor: Tensor, lead: int) -> Tensor:
-    return tensor.reshape(tensor.shape[lead:])

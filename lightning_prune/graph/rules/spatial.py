@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
@@ -20,8 +18,7 @@ def pooling(call: OperatorCall) -> TensorInfo:
 def sampling(call: OperatorCall) -> TensorInfo:
     """``roi_align``, ``grid_sample``: the channels of the first tensor; what says where is frozen."""
     for other in call.args[1:]:
-        for labels in call.info(other).labels if isinstance(other, Tensor) else ():
-            call.freeze(labels, f"says where {call.where} samples")
+        call.freeze(call.info(other).labels, f"says where {call.where} samples")
     found = call.by_channel(f"varies over the positions that {call.where} samples")
     return TensorInfo(tuple(Labels.along(one.flat(), call.outputs[0].shape, 1) for one in found), data=True)
 
