@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_prune.errors import PlanError
+from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.files import atomic
 
 if TYPE_CHECKING:
@@ -227,5 +227,4 @@ def check_coupling(coupling: str) -> None:
     Raises:
         PlanError: unknown coupling.
     """
-    if coupling not in get_args(Coupling):
-        raise PlanError(f"coupling must be one of {', '.join(get_args(Coupling))}, got {coupling!r}")
+    check_choice("coupling", coupling, Coupling, PlanError)

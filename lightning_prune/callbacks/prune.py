@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -13,7 +13,7 @@ from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.criteria import Criterion
-from lightning_prune.errors import CallbackError
+from lightning_prune.errors import CallbackError, check_choice
 from lightning_prune.plan import Coupling
 from lightning_prune.schedule import Schedule
 from lightning_prune.selection import GlobalRatio, Selection
@@ -65,8 +65,7 @@ class PruneCallback(Callback):
         track: bool = True,
         **scoring: Any,
     ) -> None:
-        if reconstruct not in get_args(Reconstruct):
-            raise CallbackError(f"reconstruct must be one of {', '.join(get_args(Reconstruct))}, got {reconstruct!r}")
+        check_choice("reconstruct", reconstruct, Reconstruct, CallbackError)
         self.tracking = TrackingCallback() if track else None
         self.scoring = ScoringCallback(criterion, **scoring)
         self.masking = MaskingCallback(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
@@ -15,7 +15,7 @@ from lightning_prune.callbacks.processes import check_strategy, unwrapped
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.weight_averages import averages
-from lightning_prune.errors import CallbackError
+from lightning_prune.errors import CallbackError, check_choice
 from lightning_prune.measure import count_params
 from lightning_prune.model_state.optimizer_state import check_sliceable, unwrap
 from lightning_prune.reconstruction import LosslessReport
@@ -50,8 +50,7 @@ class ReconstructionCallback(EpochTimerCallback):
     """
 
     def __init__(self, when: When = "before", *, monitor: str | None = None) -> None:
-        if when not in get_args(When):
-            raise CallbackError(f"when must be one of {', '.join(get_args(When))}, got {when!r}")
+        check_choice("when", when, When, CallbackError)
         super().__init__(monitor=monitor)
         self.when = when
         self.run: PruningRun | None = None
