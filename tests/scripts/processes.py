@@ -133,3 +133,5 @@ def main(folder: Path, processes: int) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    if torch.distributed.is_initialized():  # Lightning leaves gloo's threads running; at exit they may end in abort()
+        torch.distributed.destroy_process_group()
