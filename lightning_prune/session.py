@@ -166,9 +166,9 @@ class PruningSession:
         """The plan in the channels of the model as it is now."""
         return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
 
-    def scorer(self, bn_mode: BatchNormMode = "eval") -> Scorer:
-        """What scores the model as it is, batch by batch; set `scores` to the result."""
-        return Scorer(self.model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
+    def scorer(self, bn_mode: BatchNormMode = "eval", model: nn.Module | None = None) -> Scorer:
+        """What scores the model as it is, or a copy of it, batch by batch; set `scores` to the result."""
+        return Scorer(self.model if model is None else model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
 
     def score(
         self,

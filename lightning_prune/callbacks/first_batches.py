@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_prune.model_state.preservation import random_state, set_random_state
 
@@ -45,15 +47,32 @@ def _of_each(loaders: Any, mode: str) -> list[Any]:
     combined: Any = loaders if hasattr(loaders, "flattened") else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     if any(iter(loader) is loader for loader in combined.flattened if not hasattr(loader, "dataset")):
         return []  # a stream that is read once: its first batch would be missing from training
-    with _generators(combined.flattened):
+    with generators_kept(combined.flattened):
         if combined._mode != "sequential":
             fresh = CombinedLoader(combined.iterables, combined._mode)
             return [batch for batch, *_ in (next(iter(fresh), (None,)),) if batch is not None]
         return [batch for loader in combined.flattened if (batch := next(iter(loader), None)) is not None]
 
 
+def transferred(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """A copy of a batch as the Trainer hands it to a step, by the hooks of this copy of the module."""
+    selector = trainer._data_connector._datahook_selector
+    batch = own_tensors(trainer.precision_plugin.convert_input(batch))
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        owner: Any = module if selector is None else selector.get_instance(name)
+        owner = module if isinstance(owner, type(module)) else owner  # else a datamodule's
+        extra = (module.device,) if name == "transfer_batch_to_device" else ()
+        batch = getattr(owner, name)(batch, *extra, dataloader_idx)
+    return batch
+
+
+def own_tensors(batch: Any) -> Any:
+    """New tensors in new containers: steps and hooks may work in place."""
+    return tree_map_only(Tensor, torch.clone, batch)
+
+
 @contextmanager
-def _generators(loaders: list[Any]) -> Iterator[None]:
+def generators_kept(loaders: list[Any]) -> Iterator[None]:
     """Put back the random generators that loaders and samplers were given."""
     owners = [
         part

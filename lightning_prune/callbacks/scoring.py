@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor
 
 from lightning_prune.callbacks.module import example_inputs, same_module, uncompiled
@@ -18,11 +19,13 @@ from lightning_prune.callbacks.scoring_pass import (
     checked_amount,
     loss_of,
     training_batches,
-    training_step_alone,
 )
+from lightning_prune.callbacks.user_steps import run_step
+from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.session import PruningSession
 
 Start = int | Literal["end"]
@@ -261,13 +264,16 @@ class ScoringCallback(Callback):
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On frozen weights, now; random state and everything else of the run stay as they are."""
         with uncompiled(pl_module):
-            scorer = self._run.session.scorer(self.bn_mode)
+            copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
+            scorer = self._run.session.scorer(self.bn_mode, copied)
             if self.criterion.needs_forward:
                 title = f"Scoring ({type(self.criterion).__name__})"
-                with training_step_alone(trainer, pl_module) as step, scorer:
+                with attached(copied, trainer, RunningStage.TRAINING), scorer:
                     for see in scorer.passes:
-                        for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
-                            see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+                        for batch_idx, batch in training_batches(
+                            trainer, copied, self.score_batches, self.score_epochs, title
+                        ):
+                            see(lambda: loss_of(run_step(trainer, copied, batch, batch_idx), copied))  # noqa: B023
         sum_over_processes_(scorer.state)
         self._keep(trainer, scorer.compute())
 

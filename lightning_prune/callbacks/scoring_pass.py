@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from lightning_prune.callbacks.first_batches import generators_kept, transferred
 from lightning_prune.errors import CallbackError, ScoreError
 
 Amount = int | float | None
@@ -32,8 +31,10 @@ def checked_amount(name: str, amount: Amount) -> Amount:
     return amount
 
 
-def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) -> Iterator[tuple[int, Any]]:
-    """Batches of the training data on the module's device, with a progress bar; the training loop goes on."""
+def training_batches(
+    trainer: Trainer, module: LightningModule, amount: Amount, passes: int, title: str
+) -> Iterator[tuple[int, Any]]:
+    """Batches of the training data as this copy of the module gets them, with a progress bar."""
     trainer.fit_loop.setup_data()
     combined: Any = trainer.fit_loop._combined_loader
     if combined is None:
@@ -45,7 +46,6 @@ def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) 
         amount = max(1, round(amount * most))
     limit = min(most, amount or math.inf)
     total = None if math.isinf(limit) else int(limit)
-    module: Any = trainer.lightning_module
 
     def one_pass() -> Iterator[tuple[int, Any]]:
         fresh = type(combined)(combined.iterables, combined._mode)  # the loop iterates over the other one
@@ -53,33 +53,16 @@ def training_batches(trainer: Trainer, amount: Amount, passes: int, title: str) 
 
     batches = itertools.chain.from_iterable(one_pass() for _ in range(passes))
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    for index, batch in track(
-        batches,
-        title,
-        None if total is None else total * passes,
-        console=Console(),
-        transient=True,
-        disable=not shown,
-    ):
-        yield index, module._apply_batch_transfer_handler(trainer.precision_plugin.convert_input(batch))
-
-
-@contextmanager
-def training_step_alone(trainer: Trainer, pl_module: LightningModule) -> Iterator[Callable[[Any, int], Any]]:
-    """The module's training_step, called by hand: in the Trainer's precision, with gradients, and logging nowhere."""
-
-    def nowhere(*_: Any, **__: Any) -> None: ...
-
-    def step(batch: Any, batch_idx: int) -> Any:
-        with trainer.precision_plugin.train_step_context():
-            return pl_module.training_step(batch, batch_idx)
-
-    pl_module.log = pl_module.log_dict = nowhere  # type: ignore[method-assign]
-    try:
-        with torch.enable_grad():
-            yield step
-    finally:
-        del pl_module.log, pl_module.log_dict
+    with generators_kept(combined.flattened):
+        for index, batch in track(
+            batches,
+            title,
+            None if total is None else total * passes,
+            console=Console(),
+            transient=True,
+            disable=not shown,
+        ):
+            yield index, transferred(trainer, module, batch)
 
 
 def loss_of(output: Any, pl_module: LightningModule) -> Tensor:

@@ -11,9 +11,10 @@ from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_prune.callbacks.first_batches import LIGHTNING, Batches, overrides
+from lightning_prune.callbacks.first_batches import LIGHTNING, Batches, overrides, own_tensors, transferred
 from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.graph.entry_points import EntryPoint
+from lightning_prune.model_state.preservation import copy_sharing_tensors, random_state, set_random_state
 
 STAGES = {
     "training_step": RunningStage.TRAINING,
@@ -37,18 +38,32 @@ NAMES = {"training_step": "train", "validation_step": "validation", "test_step":
 def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -> list[EntryPoint]:
     """An entry point for every step that the module overrides; test and predict steps take the validation's batch."""
     spare = (batches.get("validation_step") or batches.get("training_step") or [])[:1]
-    found = []
+    copied = copy_sharing_tensors(pl_module)
+    before, found = random_state(pl_module), []
     for name in STAGES:
         of = batches.get(name, spare if name in ("test_step", "predict_step") else [])
         for position, batch in enumerate(of if overrides(pl_module, name) else ()):
             several = len(of) > 1
-            moved = trainer.precision_plugin.convert_input(batch)
-            inputs = pl_module._apply_batch_transfer_handler(moved, dataloader_idx=position)
+            with attached(copied, trainer, STAGES[name]):
+                inputs = transferred(trainer, copied, batch, position)
             step = Step(trainer, pl_module, name, position if several else None)
             title = f"{name} on loader {position}" if several else name
             modes = (name == "training_step",)
             found.append(EntryPoint(title, step, inputs, modes, required=False, deployed=name == "predict_step"))
+    set_random_state(before)  # augmentation draws numbers
     return found
+
+
+def run_step(
+    trainer: Trainer, model: Any, batch: Any, batch_idx: int, name: str = "training_step", **extra: Any
+) -> Any:
+    """What the step returns, in the Trainer's precision."""
+    step = getattr(model, name)
+    numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    precision = trainer.precision_plugin
+    context = {"training_step": precision.train_step_context, "validation_step": precision.val_step_context}
+    with context.get(name, precision.test_step_context)():
+        return step(batch, *((batch_idx,) if numbered else ()), **extra)
 
 
 class Step:
@@ -65,6 +80,7 @@ class Step:
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """What the step returns, after a backward pass if gradients are on."""
+        batch = own_tensors(batch)
         with attached(model, self.trainer, STAGES[self.name]):
             for hook in BEFORE.get(self.name, ()):
                 self._hook(model, hook)
@@ -73,7 +89,7 @@ class Step:
             for callback in callbacks:
                 self._hook(callback, start, self.trainer, model, batch, 0, **self.extra)
             self._hook(model, start, batch, 0, **self.extra)
-            output = self._step(model, batch)
+            output = run_step(self.trainer, model, batch, 0, self.name, **self.extra)
             if self.name == "training_step":
                 self._optimize(model, callbacks, output)
             outputs = {"loss": output.detach()} if isinstance(output, Tensor) else output
@@ -84,14 +100,6 @@ class Step:
                 self._hook(model, hook)
         self._first = False
         return output
-
-    def _step(self, model: Any, batch: Any) -> Any:
-        step = getattr(model, self.name)
-        numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-        precision = self.trainer.precision_plugin
-        context = {"training_step": precision.train_step_context, "validation_step": precision.val_step_context}
-        with context.get(self.name, precision.test_step_context)():
-            return step(batch, *((0,) if numbered else ()), **self.extra)
 
     def _optimize(self, model: Any, callbacks: list[Callback], output: Any) -> None:
         """The backward pass and what hangs on an optimizer; without a change of weights."""
