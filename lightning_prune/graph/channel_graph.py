@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
+from lightning_prune.graph.unreached import Unreached
 from lightning_prune.model_state.cutting import Cut, NewSize
 
 
@@ -40,6 +41,7 @@ class ChannelGraph:
         shapes: shape of every parameter and buffer, so that a graph is never used on another model.
         notes: what the trace could not see or follow (operators without a rule, unused parameters).
         sizes: integer attributes of modules that change with the channels.
+        unreached: modules and parameters that no trace has used.
 
     Example:
         >>> import torch, lightning_prune as lp
@@ -53,6 +55,7 @@ class ChannelGraph:
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     sizes: tuple[SizeAttribute, ...] = ()
+    unreached: tuple[Unreached, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from lightning_prune.graph.running import (
     untouched,
     watch_training_flag,
 )
+from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
 from lightning_prune.model_state.preservation import without_masks
 
 OUTPUT = "reaches the model's output"
@@ -64,6 +65,7 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
             normalise_mode(model, training=True)
             if tracer.run(example_inputs, optional=True):
                 modes.append(True)
+    tracer.meet_unreached()
     with torch.inference_mode(False):
         return settle(model, example_inputs, modes, tracer.draft).graph
 
@@ -77,6 +79,7 @@ class _Tracer:
         self.space = LabelSpace()
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
+        self.unreached: tuple[Unreached, ...] = ()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
@@ -114,6 +117,10 @@ class _Tracer:
                 self.space.freeze(labels.ids, OUTPUT)
         return True
 
+    def meet_unreached(self) -> None:
+        """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
+        self.unreached = meet_unreached(self.space, self.model, self.names, self.used)
+
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
         resolved = resolve(self.space, decisions.choices)
@@ -134,9 +141,8 @@ class _Tracer:
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        unused = ", ".join(name for name, _ in self.model.named_parameters() if name not in self.used)
-        notes = (*self.notes, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes)
+        notes = (*self.notes, *([note_of(self.unreached)] if self.unreached else []))
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
         places, guessed = places_of(classes, decisions.choices)
         self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
         return self._last[1]

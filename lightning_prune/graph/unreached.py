@@ -1,0 +1,298 @@
+"""Modules and parameters that no recorded run used: whatever reads or makes channels there must keep working.
+
+Nothing is known of what they are connected to, but a module's code mostly calls its children on what their siblings
+read and make. Where a sibling is built alike (a second batch norm for another domain, a branch of the same shape) the
+unreached one loses the same channels, and all channels of the sizes in question that meet at the siblings go together:
+wherever among them it is put, the same indices are gone. Where none is, these channels stay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_prune.errors import UnreachedWarning
+from lightning_prune.graph.describe import shortened
+from lightning_prune.graph.label_space import LabelSpace, Span
+from lightning_prune.graph.readers import input_dim
+
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never run themselves
+NO_MATTER = {"training", "eps", "momentum", "p", "inplace", "stride", "padding", "dilation", "output_padding"}
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A module or parameter that no trace has used.
+
+    Attributes:
+        path: its path.
+        twin: the sibling that is built alike, whose channels it loses too; None: its siblings' channels stay.
+    """
+
+    path: str
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module, or a parameter of a module that has others, with the names of all its tensors."""
+
+    path: str
+    module: nn.Module | None
+    container: str
+    tensors: tuple[str, ...]
+
+
+def meet_unreached(
+    space: LabelSpace, model: nn.Module, names: Mapping[int, str], used: Collection[str]
+) -> tuple[Unreached, ...]:
+    """Tie or freeze what unreached modules may meet. names: by identity of the tensor; used: names of tensors."""
+    known = {span.tensor for span in space.spans}
+    if not used or not (known - {*used}):
+        return ()
+    tied = torch.zeros(space.count, dtype=torch.bool)
+    for first, second in (*space.pairs, *space.own_pairs):
+        tied[first] = tied[second] = True
+    # Some are seen under another identity only, through ``.data``.
+    used = {*used, *(span.tensor for span in space.spans if bool(tied[span.ids].any()))}
+    tree = _Tree(model, names, known, used)
+    found = list(tree.unreached(""))
+    return _Meeting(space, tree, found).settled() if found else ()
+
+
+class _Tree:
+    """Which parts of a model were used."""
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str], known: Collection[str], used: Collection[str]) -> None:
+        self.modules = dict(model.named_modules())
+        self._used = used
+        self._own = {
+            path: {
+                name: names[id(tensor)]
+                for name, tensor in (*module._parameters.items(), *_statistics(module))
+                if tensor is not None and names.get(id(tensor)) in known
+            }
+            for path, module in self.modules.items()
+        }
+        self._below: dict[str, list[str]] = {path: [] for path in self.modules}
+        for path, own in self._own.items():
+            parts = path.split(".") if path else []
+            for length in range(len(parts) + 1):
+                self._below[".".join(parts[:length])] += own.values()
+
+    def reached(self, tensors: Collection[str]) -> bool:
+        """Whether any of these tensors was used."""
+        return any(tensor in self._used for tensor in tensors)
+
+    def children(self, path: str) -> Iterator[_Part]:
+        """The modules and parameters right below a module."""
+        for name, tensor in self._own[path].items():
+            yield _Part(_join(path, name), None, path, (tensor,))
+        for name, child in self.modules[path].named_children():
+            if (below := _join(path, name)) in self.modules and self._below[below]:
+                yield _Part(below, child, path, tuple(self._below[below]))
+
+    def unreached(self, path: str) -> Iterator[_Part]:
+        """The largest parts none of whose tensors were used; lists are opened."""
+        for part in self.children(path):
+            if part.module is not None and (isinstance(part.module, LISTS) or self.reached(part.tensors)):
+                yield from self.unreached(part.path)
+            elif not self.reached(part.tensors):
+                yield part
+
+    def owner(self, part: _Part) -> str:
+        """The module whose code calls it: the innermost around it that is more than a list of modules."""
+        path = part.container
+        while isinstance(self.modules[path], (*LISTS, nn.Sequential)) and path:
+            path = path.rpartition(".")[0]
+        return path
+
+    def siblings(self, owner: str, part: _Part) -> Iterator[_Part]:
+        """Reached parts that the owner's code may call; lists, and what the part itself lies in, are opened."""
+        for child in self.children(owner):
+            if child.module is not None and (isinstance(child.module, LISTS) or part.path.startswith(f"{child.path}.")):
+                yield from self.siblings(child.path, part)
+            elif self.reached(child.tensors):
+                yield child
+
+
+class _Meeting:
+    """All unreached parts of one model, and the channels that they may meet."""
+
+    def __init__(self, space: LabelSpace, tree: _Tree, parts: list[_Part]) -> None:
+        self.space, self.tree, self.parts = space, tree, parts
+        self.joint = space.classes()
+        unreached = {tensor for part in parts for tensor in part.tensors}
+        self.spans: dict[str, list[Span]] = {}
+        for span in space.spans:
+            self.spans.setdefault(span.tensor, []).append(span)
+        self._reached = torch.zeros(space.count, dtype=torch.bool)
+        for span in space.spans:
+            self._reached[span.ids] = span.tensor not in unreached
+        frozen = [item.ids for item in space.frozen if not item.statistics]
+        self._frozen = torch.zeros(space.count, dtype=torch.bool)
+        self._frozen[self.joint[torch.cat([*frozen, torch.arange(0)])]] = True
+        self._changed: list[Tensor] = []
+
+    def settled(self) -> tuple[Unreached, ...]:
+        """Every part tied or its channels frozen."""
+        found = [Unreached(part.path, self._meet(part)) for part in self.parts]
+        if self._changed:
+            self.space.classes.cache_clear()
+            joint = self.space.classes()
+            # What an unseen path makes of a masked channel need not be zero.
+            changed = torch.isin(joint, joint[torch.cat(self._changed)])
+            self.space.mark("must_mask", (changed & self.space.marked("reader")).nonzero().flatten())
+        return tuple(found)
+
+    def _meet(self, part: _Part) -> str | None:
+        siblings = list(self.tree.siblings(self.tree.owner(part), part))
+        alike = sorted((s for s in siblings if self._alike(part, s)), key=lambda s: s.container != part.container)
+        if not alike:
+            self._freeze(part, siblings)
+            return None
+        twin = alike[0]
+        self._tie(part, twin)
+        if not self._belongs(part, twin):
+            sizes = {span.size for span in self._boundary(twin)}
+            for size in sizes:
+                spaces = [span.ids for one in siblings for span in self._boundary(one) if span.size == size]
+                for other in spaces[1:]:
+                    self.space.tie(spaces[0], other)
+        self._changed += [span.ids for span in self._all_spans(twin)]
+        return twin.path
+
+    def _alike(self, part: _Part, other: _Part) -> bool:
+        """Whether two parts are of the same types, with the same tensors and settings."""
+        if part.module is None or other.module is None:
+            lists = isinstance(self.tree.modules[part.container], (nn.ParameterList, nn.ParameterDict))
+            same = part.module is other.module and part.container == other.container
+            return lists and same and self._sizes(part) == self._sizes(other)
+        mine, others = (list(one.module.named_modules()) for one in (part, other) if one.module is not None)
+        return (
+            len(part.tensors) == len(other.tensors)
+            and [path for path, _ in mine] == [path for path, _ in others]
+            and all(_same_settings(a, b) for (_, a), (_, b) in zip(mine, others, strict=True))
+            and [self._sizes_of(name) for name in part.tensors] == [self._sizes_of(name) for name in other.tensors]
+        )
+
+    def _belongs(self, part: _Part, twin: _Part) -> bool:
+        """Whether it can only belong to the twin's channels: one of several norms or parameters in a list."""
+        listed = isinstance(self.tree.modules[part.container], LISTS) and part.container == twin.container
+        return listed and (part.module is None or isinstance(part.module, _NormBase))
+
+    def _tie(self, part: _Part, twin: _Part) -> None:
+        """Let a part lose what its twin loses."""
+        filters = self.space.marked("filter")
+        own = not any(bool(filters[span.ids].any()) for span in self._all_spans(twin))  # a norm, of some layer
+        for mine, other in zip(self._all_spans(part), self._all_spans(twin), strict=True):
+            self.space.tie(other.ids, mine.ids, own=own)
+        self.space.norms += [
+            (part.path + module.removeprefix(twin.path), ids)
+            for module, ids in self.space.norms
+            if _within(module, twin.path)
+        ]
+        for found in (self.space.sizes, self.space.constraints):
+            for item in list(found):
+                if item.site.stack and _within(item.site.stack[0], twin.path):
+                    stack = tuple(
+                        part.path + path.removeprefix(twin.path) if _within(path, twin.path) else path
+                        for path in item.site.stack
+                    )
+                    found.append(replace(item, site=replace(item.site, stack=stack)))
+
+    def _freeze(self, part: _Part, siblings: list[_Part]) -> None:
+        """Keep the channels that meet at its siblings and are of its sizes; else those that may add up to them."""
+        met = [span for one in siblings for span in self._boundary(one, frozen=True)]
+        there = {span.size for span in met}
+        sizes = {size for name in part.tensors for size in self._sizes_of(name)}
+        reads = _input_size(part.module)
+        if reads is not None and reads not in there:  # flattened, cut in pieces, or joined with others
+            sizes |= {size for size in there if reads % size == 0 or size % reads == 0 or reads - size in there}
+        for span in met:
+            if span.size in sizes:
+                reason = f"may be read or made by {part.path!r}, which no trace has reached"
+                self.space.freeze(span.ids, reason)
+
+    def _boundary(self, part: _Part, *, frozen: bool = False) -> list[Span]:
+        """Where a part's channels meet others; ``frozen``: also those that meet something that stays."""
+        spans = self._all_spans(part)
+        if part.module is None or not part.module._modules:
+            return spans
+        inside = torch.zeros(self.space.count, dtype=torch.bool)
+        inside[torch.cat([span.ids for span in spans])] = True
+        meets = torch.zeros(self.space.count, dtype=torch.bool)
+        meets[self.joint[self._reached & ~inside]] = True
+        if frozen:
+            meets |= self._frozen
+        return [span for span in spans if bool(meets[self.joint[span.ids]].any())]
+
+    def _all_spans(self, part: _Part) -> list[Span]:
+        return [span for name in part.tensors for span in self.spans[name]]
+
+    def _sizes(self, part: _Part) -> list[list[int]]:
+        return [self._sizes_of(name) for name in part.tensors]
+
+    def _sizes_of(self, name: str) -> list[int]:
+        return [span.size for span in self.spans[name]]
+
+
+def _same_settings(one: nn.Module, other: nn.Module) -> bool:
+    plain = (
+        {
+            name: value
+            for name, value in vars(module).items()
+            if name not in NO_MATTER and not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple))
+        }
+        for module in (one, other)
+    )
+    return type(one) is type(other) and next(plain) == next(plain)
+
+
+def _statistics(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """Buffers that count as parameters: those of a norm."""
+    return list(module._buffers.items()) if isinstance(module, _NormBase) else []
+
+
+def _input_size(module: nn.Module | None) -> int | None:
+    """How many channels the first convolution or linear layer inside reads."""
+    for inner in module.modules() if module is not None else ():
+        dim = input_dim(inner)
+        if dim is not None:
+            size = int(inner.weight.shape[dim])  # type: ignore[union-attr, index]
+            return size * inner.groups if isinstance(inner, _ConvNd) and not inner.transposed else size
+    return None
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def note_of(unreached: Sequence[Unreached]) -> str:
+    """What became of unreached parts, in a sentence."""
+    kept = [one.path for one in unreached if one.twin is None]
+    along = [f"{one.path} (as {one.twin})" for one in unreached if one.twin is not None]
+    said = [f"of {shortened(kept)}, so channels of its siblings that it may read or make stay"] if kept else []
+    said += [f"of {shortened(along)}, which lose channels along with a sibling that is built alike"] if along else []
+    return f"no trace has reached the parameters {'; '.join(said)}"
+
+
+def warn_of_unreached(unreached: Sequence[Unreached], stacklevel: int) -> None:
+    """Say before anything is removed what may meet it unseen, and what to do."""
+    if unreached:
+        warnings.warn(
+            f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
+            "functions that call it. If it never does, remove it from the model",
+            UnreachedWarning,
+            stacklevel=stacklevel + 1,
+        )
