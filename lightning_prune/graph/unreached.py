@@ -19,8 +19,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.errors import UnreachedWarning
 from lightning_prune.graph.describe import shortened
+from lightning_prune.graph.constraints import GroupedConvolution
 from lightning_prune.graph.label_space import LabelSpace, Span
+from lightning_prune.graph.labels import NO_LABEL
 from lightning_prune.graph.readers import input_dim
+from lightning_prune.graph.resolve import resolve
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never run themselves
 NO_MATTER = {"training", "eps", "momentum", "p", "inplace", "stride", "padding", "dilation", "output_padding"}
@@ -127,7 +130,9 @@ class _Meeting:
 
     def __init__(self, space: LabelSpace, tree: _Tree, parts: list[_Part]) -> None:
         self.space, self.tree, self.parts = space, tree, parts
-        self.joint = space.classes()
+        self.joint = resolve(space, {}).joint
+        grouped = (item for item in space.constraints if isinstance(item, GroupedConvolution))
+        self._grouped = {int(item.inner[0]): item.reads.flatten() for item in grouped}
         unreached = {tensor for part in parts for tensor in part.tensors}
         self.spans: dict[str, list[Span]] = {}
         for span in space.spans:
@@ -160,11 +165,11 @@ class _Meeting:
         twin = alike[0]
         self._tie(part, twin)
         if not self._belongs(part, twin):
-            sizes = {span.size for span in self._boundary(twin)}
-            for size in sizes:
-                spaces = [span.ids for one in siblings for span in self._boundary(one) if span.size == size]
-                for other in spaces[1:]:
-                    self.space.tie(spaces[0], other)
+            there = [ids for one in siblings for ids in self._boundary(one, frozen=True)]
+            for size in {len(ids) for ids in self._boundary(twin)}:
+                first, *others = (ids for ids in there if len(ids) == size)
+                for other in others:
+                    self._tie_or_freeze(first, other)
         self._changed += [span.ids for span in self._all_spans(twin)]
         return twin.path
 
@@ -209,29 +214,36 @@ class _Meeting:
 
     def _freeze(self, part: _Part, siblings: list[_Part]) -> None:
         """Keep the channels that meet at its siblings and are of its sizes; else those that may add up to them."""
-        met = [span for one in siblings for span in self._boundary(one, frozen=True)]
-        there = {span.size for span in met}
+        met = [ids for one in siblings for ids in self._boundary(one, frozen=True)]
+        there = {len(ids) for ids in met}
         sizes = {size for name in part.tensors for size in self._sizes_of(name)}
         reads = _input_size(part.module)
-        if reads is not None and reads not in there:  # flattened, cut in pieces, or joined with others
-            sizes |= {size for size in there if reads % size == 0 or size % reads == 0 or reads - size in there}
-        for span in met:
-            if span.size in sizes:
-                reason = f"may be read or made by {part.path!r}, which no trace has reached"
-                self.space.freeze(span.ids, reason)
+        if reads is not None:
+            sizes.add(reads)
+            if reads not in there:  # flattened, cut in pieces, or joined with others
+                sizes |= {size for size in there if reads % size == 0 or size % reads == 0 or reads - size in there}
+        for ids in met:
+            if len(ids) in sizes:
+                self.space.freeze(ids, f"may be read or made by {part.path!r}, which no trace has reached")
 
-    def _boundary(self, part: _Part, *, frozen: bool = False) -> list[Span]:
-        """Where a part's channels meet others; ``frozen``: also those that meet something that stays."""
+    def _tie_or_freeze(self, first: Tensor, second: Tensor) -> None:
+        both = (first != NO_LABEL) & (second != NO_LABEL)
+        self.space.tie(first[both], second[both])
+        for ids in (first, second):
+            self.space.freeze(ids[~both], "is of the size of channels that stay and that an unreached module may read")
+
+    def _boundary(self, part: _Part, *, frozen: bool = False) -> list[Tensor]:
+        """The channels that a part has in common with others; ``frozen``: also those that stay anyway."""
         spans = self._all_spans(part)
-        if part.module is None or not part.module._modules:
-            return spans
         inside = torch.zeros(self.space.count, dtype=torch.bool)
         inside[torch.cat([span.ids for span in spans])] = True
         meets = torch.zeros(self.space.count, dtype=torch.bool)
         meets[self.joint[self._reached & ~inside]] = True
         if frozen:
             meets |= self._frozen
-        return [span for span in spans if bool(meets[self.joint[span.ids]].any())]
+        found = [span.ids for span in spans if bool(meets[self.joint[span.ids]].any())]
+        # The weight of a grouped convolution lists the channels of one group only.
+        return [self._grouped.get(int(ids[0]), ids) for ids in found]
 
     def _all_spans(self, part: _Part) -> list[Span]:
         return [span for name in part.tensors for span in self.spans[name]]
