@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, 
 from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.graph.unreached import warn_of_unreached
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.plan import Coupling, Plan, check_coupling
@@ -42,6 +43,7 @@ class PruningSession:
         batch_norm: mask batch norms with their filters; False is lossy.
         statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``.
+        also: what else the model will run, see `lightning_prune.trace`; or a function that returns the list.
 
     Attributes:
         history: all scores so far.
@@ -77,6 +79,7 @@ class PruningSession:
         batch_norm: bool = True,
         statistics: bool = False,
         baseline: Mapping[str, Tensor] | None = None,
+        also: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     ) -> None:
         if selection is not None and not isinstance(selection, Selection):
             raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
@@ -94,7 +97,7 @@ class PruningSession:
         self.built: Plan | None = None
         self.taken = 0
         self.handle: MaskHandle | None = None
-        self._example_inputs = example_inputs
+        self._example_inputs, self._also = example_inputs, also
         self._graph: ChannelGraph | None = None
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
@@ -107,6 +110,11 @@ class PruningSession:
         return self._example_inputs() if callable(self._example_inputs) else self._example_inputs
 
     @property
+    def entries(self) -> list[EntryPoint]:
+        """All that the model is traced and compared on."""
+        return entry_points(self.example_inputs, self._also() if callable(self._also) else self._also)
+
+    @property
     def graph(self) -> ChannelGraph:
         """Channel graph of the model as it is now; traced when first needed.
 
@@ -114,7 +122,8 @@ class PruningSession:
             TraceError: the model does not run on the example inputs.
         """
         if self._graph is None:
-            self._graph = trace(self.model, self.example_inputs, statistics=self.statistics)
+            inputs, *others = self.entries
+            self._graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics)
             self._dense_graph = self._dense_graph or self._graph
         return self._graph
 
@@ -232,6 +241,7 @@ class PruningSession:
             ReconstructionError: the smaller model would not be equal to the masked one.
         """
         graph, plan, left, handle, copies = self.graph, self.plan, self.left, self.handle, list(copies)
+        inputs, *also = self.entries
         if plan is None or left is None:
             raise PlanError("nothing is masked yet: call PruningSession.step or mask_ first")
         if not self.done and self.schedule is not None and self.schedule.soft:
@@ -244,7 +254,9 @@ class PruningSession:
         if handle is not None:
             handle.remove()
         try:
-            report = reconstruct_(self.model, graph, left, optimizers=optimizers, example_inputs=self.example_inputs)
+            report = reconstruct_(
+                self.model, graph, left, optimizers=optimizers, example_inputs=inputs.inputs, also=also
+            )
         except BaseException:
             if handle is not None:
                 handle.hold()

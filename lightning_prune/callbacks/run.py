@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import TrainerFn
 
+from lightning_prune.callbacks.first_batches import Batches, first_batches
+from lightning_prune.callbacks.user_steps import user_steps
 from lightning_prune.errors import CallbackError
+from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.reconstruction import LosslessReport
 from lightning_prune.session import PruningSession
 
@@ -31,6 +35,7 @@ class PruningRun:
         seconds: what reconstruction took, all steps together.
         timer: knows what epochs take without pruning itself.
         joined: names of the callback types that take part.
+        batches: what the user's own steps are traced and rehearsed on.
     """
 
     session: PruningSession
@@ -42,6 +47,16 @@ class PruningRun:
     seconds: float | None = None
     timer: EpochTimerCallback | None = None
     joined: list[str] = field(default_factory=list)
+    batches: Batches | None = None
+
+    def steps(self, pl_module: LightningModule) -> list[EntryPoint]:
+        """The user's own steps, on the first batches of this fit, which are kept: later traces see the same."""
+        trainer = pl_module._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return []
+        if self.batches is None:
+            self.batches = first_batches(trainer, pl_module)
+        return user_steps(trainer, pl_module, self.batches)
 
     def open(self, trainer: Trainer, callback: Callback) -> None:
         """Become the run of this Trainer."""
