@@ -150,7 +150,7 @@ class _Meeting:
         found = [Unreached(part.path, self._meet(part)) for part in self.parts]
         if self._changed:
             self.space.classes.cache_clear()
-            joint = self.space.classes()
+            joint = resolve(self.space, {}).joint
             # What an unseen path makes of a masked channel need not be zero.
             changed = torch.isin(joint, joint[torch.cat(self._changed)])
             self.space.mark("must_mask", (changed & self.space.marked("reader")).nonzero().flatten())
