@@ -28,6 +28,7 @@ from lightning_prune.graph.running import (
     watch_training_flag,
 )
 from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
+from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 
 OUTPUT = "reaches the model's output"
@@ -78,6 +79,7 @@ class _Tracer:
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.unreached: tuple[Unreached, ...] = ()
+        self.widths = Widths(model)
         self.deployed: set[str] = set()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
@@ -113,7 +115,7 @@ class _Tracer:
             recorder.set_info(tensor, TensorInfo(data=True))
         before, self.used = self.used, set()
         try:
-            with running, recorder:
+            with self.widths.noting(running.stack, recorder), running, recorder:
                 output = entry.run(self.model, running)
         except Exception as error:
             mode = "train" if training else "eval"
@@ -133,6 +135,9 @@ class _Tracer:
     def meet_unreached(self) -> None:
         """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
         self.unreached = meet_unreached(self.space, self.model, self.names, self.used)
+        for one in self.unreached:
+            if one.twin is not None:
+                self.widths.repeat(one.path, one.twin)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""
@@ -149,9 +154,10 @@ class _Tracer:
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        resolved = resolve(self.space, decisions.choices, decisions.sized)
-        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
-        outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
+        widths, pairs = self.widths.followed(decisions.choices)
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs)
+        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes, *widths])
+        outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
         readers = self.space.marked("reader")
@@ -174,7 +180,9 @@ class _Tracer:
         notes = (*self.notes, *([note_of(self.unreached)] if self.unreached else []))
         graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
         places, guessed = places_of(classes, decisions.choices)
-        self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
+        places |= {size.site.stack[0]: size.site.kind for size in widths}
+        guessed |= {size.site.kind for size in widths}
+        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, uneven=bool(resolved.splits))
         return self._last[1]
 
     def _beside_forward(self, resolved: Resolved) -> list[Freeze]:
