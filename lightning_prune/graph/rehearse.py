@@ -139,7 +139,9 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
             return
     if not failure.other_size:
-        for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][:2]:  # its code or the caller's
+        for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][
+            :2
+        ]:  # its code or the caller's
             choice = decisions.choices.get(kind, Choice.AS_IS)
             if choice < Choice.WIDTHS:
                 decisions.choices[kind] = Choice(max(choice + 1, Choice.INPUTS))

@@ -59,7 +59,10 @@ class Resolved:
 
 
 def resolve(
-    space: LabelSpace, choices: Mapping[str, Choice], sized: Collection[str] = (), pairs: Sequence[tuple[Tensor, Tensor]] = ()
+    space: LabelSpace,
+    choices: Mapping[str, Choice],
+    sized: Collection[str] = (),
+    pairs: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 

@@ -134,7 +134,7 @@ class _Tracer:
 
     def meet_unreached(self) -> None:
         """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
-        self.unreached = meet_unreached(self.space, self.model, self.names, self.used)
+        self.unreached = meet_unreached(self.space, self.model, self.names, self.used, self.widths.ends)
         for one in self.unreached:
             if one.twin is not None:
                 self.widths.repeat(one.path, one.twin)

@@ -9,8 +9,9 @@ wherever among them it is put, the same indices are gone. Where none is, these c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.errors import UnreachedWarning
+from lightning_prune.graph.constraints import CodeSize, Constraint, GroupedConvolution
 from lightning_prune.graph.describe import shortened
-from lightning_prune.graph.constraints import GroupedConvolution
 from lightning_prune.graph.label_space import LabelSpace, Span
 from lightning_prune.graph.labels import NO_LABEL
+from lightning_prune.graph.parts import LISTS, Part, Parts
 from lightning_prune.graph.readers import input_dim
 from lightning_prune.graph.resolve import resolve
 
-LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never run themselves
+C = TypeVar("C", CodeSize, Constraint)
+Ends = Callable[[str], list[Tensor]]
 NO_MATTER = {"training", "eps", "momentum", "p", "inplace", "stride", "padding", "dilation", "output_padding"}
 
 
@@ -42,20 +45,13 @@ class Unreached:
     twin: str | None = None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A module, or a parameter of a module that has others, with the names of all its tensors."""
-
-    path: str
-    module: nn.Module | None
-    container: str
-    tensors: tuple[str, ...]
-
-
 def meet_unreached(
-    space: LabelSpace, model: nn.Module, names: Mapping[int, str], used: Collection[str]
+    space: LabelSpace, model: nn.Module, names: Mapping[int, str], used: Collection[str], ends: Ends
 ) -> tuple[Unreached, ...]:
-    """Tie or freeze what unreached modules may meet. names: by identity of the tensor; used: names of tensors."""
+    """Tie or freeze what unreached modules may meet.
+
+    names: by identity of the tensor. used: names of tensors. ends: the channels that entered or left a module.
+    """
     known = {span.tensor for span in space.spans}
     if not used or not (known - {*used}):
         return ()
@@ -64,72 +60,16 @@ def meet_unreached(
         tied[first] = tied[second] = True
     # Some are seen under another identity only, through ``.data``.
     used = {*used, *(span.tensor for span in space.spans if bool(tied[span.ids].any()))}
-    tree = _Tree(model, names, known, used)
+    tree = Parts(model, names, known, used)
     found = list(tree.unreached(""))
-    return _Meeting(space, tree, found).settled() if found else ()
-
-
-class _Tree:
-    """Which parts of a model were used."""
-
-    def __init__(self, model: nn.Module, names: Mapping[int, str], known: Collection[str], used: Collection[str]) -> None:
-        self.modules = dict(model.named_modules())
-        self._used = used
-        self._own = {
-            path: {
-                name: names[id(tensor)]
-                for name, tensor in (*module._parameters.items(), *_statistics(module))
-                if tensor is not None and names.get(id(tensor)) in known
-            }
-            for path, module in self.modules.items()
-        }
-        self._below: dict[str, list[str]] = {path: [] for path in self.modules}
-        for path, own in self._own.items():
-            parts = path.split(".") if path else []
-            for length in range(len(parts) + 1):
-                self._below[".".join(parts[:length])] += own.values()
-
-    def reached(self, tensors: Collection[str]) -> bool:
-        """Whether any of these tensors was used."""
-        return any(tensor in self._used for tensor in tensors)
-
-    def children(self, path: str) -> Iterator[_Part]:
-        """The modules and parameters right below a module."""
-        for name, tensor in self._own[path].items():
-            yield _Part(_join(path, name), None, path, (tensor,))
-        for name, child in self.modules[path].named_children():
-            if (below := _join(path, name)) in self.modules and self._below[below]:
-                yield _Part(below, child, path, tuple(self._below[below]))
-
-    def unreached(self, path: str) -> Iterator[_Part]:
-        """The largest parts none of whose tensors were used; lists are opened."""
-        for part in self.children(path):
-            if part.module is not None and (isinstance(part.module, LISTS) or self.reached(part.tensors)):
-                yield from self.unreached(part.path)
-            elif not self.reached(part.tensors):
-                yield part
-
-    def owner(self, part: _Part) -> str:
-        """The module whose code calls it: the innermost around it that is more than a list of modules."""
-        path = part.container
-        while isinstance(self.modules[path], (*LISTS, nn.Sequential)) and path:
-            path = path.rpartition(".")[0]
-        return path
-
-    def siblings(self, owner: str, part: _Part) -> Iterator[_Part]:
-        """Reached parts that the owner's code may call; lists, and what the part itself lies in, are opened."""
-        for child in self.children(owner):
-            if child.module is not None and (isinstance(child.module, LISTS) or part.path.startswith(f"{child.path}.")):
-                yield from self.siblings(child.path, part)
-            elif self.reached(child.tensors):
-                yield child
+    return _Meeting(space, tree, found, ends).settled() if found else ()
 
 
 class _Meeting:
     """All unreached parts of one model, and the channels that they may meet."""
 
-    def __init__(self, space: LabelSpace, tree: _Tree, parts: list[_Part]) -> None:
-        self.space, self.tree, self.parts = space, tree, parts
+    def __init__(self, space: LabelSpace, tree: Parts, parts: list[Part], ends: Ends) -> None:
+        self.space, self.tree, self.parts, self._ends = space, tree, parts, ends
         self.joint = resolve(space, {}).joint
         grouped = (item for item in space.constraints if isinstance(item, GroupedConvolution))
         self._grouped = {int(item.inner[0]): item.reads.flatten() for item in grouped}
@@ -156,24 +96,25 @@ class _Meeting:
             self.space.mark("must_mask", (changed & self.space.marked("reader")).nonzero().flatten())
         return tuple(found)
 
-    def _meet(self, part: _Part) -> str | None:
-        siblings = list(self.tree.siblings(self.tree.owner(part), part))
+    def _meet(self, part: Part) -> str | None:
+        owner = self.tree.owner(part)
+        siblings = list(self.tree.siblings(owner, part))
+        met = [*(ids for one in siblings for ids in self._boundary(one, frozen=True)), *self._ends(owner)]
         alike = sorted((s for s in siblings if self._alike(part, s)), key=lambda s: s.container != part.container)
         if not alike:
-            self._freeze(part, siblings)
+            self._freeze(part, met)
             return None
         twin = alike[0]
         self._tie(part, twin)
         if not self._belongs(part, twin):
-            there = [ids for one in siblings for ids in self._boundary(one, frozen=True)]
             for size in {len(ids) for ids in self._boundary(twin)}:
-                first, *others = (ids for ids in there if len(ids) == size)
+                first, *others = (ids for ids in met if len(ids) == size)
                 for other in others:
                     self._tie_or_freeze(first, other)
         self._changed += [span.ids for span in self._all_spans(twin)]
         return twin.path
 
-    def _alike(self, part: _Part, other: _Part) -> bool:
+    def _alike(self, part: Part, other: Part) -> bool:
         """Whether two parts are of the same types, with the same tensors and settings."""
         if part.module is None or other.module is None:
             lists = isinstance(self.tree.modules[part.container], (nn.ParameterList, nn.ParameterDict))
@@ -187,12 +128,12 @@ class _Meeting:
             and [self._sizes_of(name) for name in part.tensors] == [self._sizes_of(name) for name in other.tensors]
         )
 
-    def _belongs(self, part: _Part, twin: _Part) -> bool:
+    def _belongs(self, part: Part, twin: Part) -> bool:
         """Whether it can only belong to the twin's channels: one of several norms or parameters in a list."""
         listed = isinstance(self.tree.modules[part.container], LISTS) and part.container == twin.container
         return listed and (part.module is None or isinstance(part.module, _NormBase))
 
-    def _tie(self, part: _Part, twin: _Part) -> None:
+    def _tie(self, part: Part, twin: Part) -> None:
         """Let a part lose what its twin loses."""
         filters = self.space.marked("filter")
         own = not any(bool(filters[span.ids].any()) for span in self._all_spans(twin))  # a norm, of some layer
@@ -203,18 +144,11 @@ class _Meeting:
             for module, ids in self.space.norms
             if _within(module, twin.path)
         ]
-        for found in (self.space.sizes, self.space.constraints):
-            for item in list(found):
-                if item.site.stack and _within(item.site.stack[0], twin.path):
-                    stack = tuple(
-                        part.path + path.removeprefix(twin.path) if _within(path, twin.path) else path
-                        for path in item.site.stack
-                    )
-                    found.append(replace(item, site=replace(item.site, stack=stack)))
+        self.space.sizes += list(_moved(self.space.sizes, twin.path, part.path))
+        self.space.constraints += list(_moved(self.space.constraints, twin.path, part.path))
 
-    def _freeze(self, part: _Part, siblings: list[_Part]) -> None:
-        """Keep the channels that meet at its siblings and are of its sizes; else those that may add up to them."""
-        met = [ids for one in siblings for ids in self._boundary(one, frozen=True)]
+    def _freeze(self, part: Part, met: list[Tensor]) -> None:
+        """Keep those of the channels around it that are of its sizes; else those that may add up to them."""
         there = {len(ids) for ids in met}
         sizes = {size for name in part.tensors for size in self._sizes_of(name)}
         reads = _input_size(part.module)
@@ -232,7 +166,7 @@ class _Meeting:
         for ids in (first, second):
             self.space.freeze(ids[~both], "is of the size of channels that stay and that an unreached module may read")
 
-    def _boundary(self, part: _Part, *, frozen: bool = False) -> list[Tensor]:
+    def _boundary(self, part: Part, *, frozen: bool = False) -> list[Tensor]:
         """The channels that a part has in common with others; ``frozen``: also those that stay anyway."""
         spans = self._all_spans(part)
         inside = torch.zeros(self.space.count, dtype=torch.bool)
@@ -245,14 +179,23 @@ class _Meeting:
         # The weight of a grouped convolution lists the channels of one group only.
         return [self._grouped.get(int(ids[0]), ids) for ids in found]
 
-    def _all_spans(self, part: _Part) -> list[Span]:
+    def _all_spans(self, part: Part) -> list[Span]:
         return [span for name in part.tensors for span in self.spans[name]]
 
-    def _sizes(self, part: _Part) -> list[list[int]]:
+    def _sizes(self, part: Part) -> list[list[int]]:
         return [self._sizes_of(name) for name in part.tensors]
 
     def _sizes_of(self, name: str) -> list[int]:
         return [span.size for span in self.spans[name]]
+
+
+def _moved(items: Sequence[C], source: str, to: str) -> Iterator[C]:
+    """What code inside one module says of its sizes, said of another."""
+    for item in items:
+        stack = item.site.stack
+        if stack and _within(stack[0], source):
+            moved = tuple(to + path.removeprefix(source) if _within(path, source) else path for path in stack)
+            yield replace(item, site=replace(item.site, stack=moved))
 
 
 def _same_settings(one: nn.Module, other: nn.Module) -> bool:
@@ -267,27 +210,18 @@ def _same_settings(one: nn.Module, other: nn.Module) -> bool:
     return type(one) is type(other) and next(plain) == next(plain)
 
 
-def _statistics(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Buffers that count as parameters: those of a norm."""
-    return list(module._buffers.items()) if isinstance(module, _NormBase) else []
-
-
 def _input_size(module: nn.Module | None) -> int | None:
     """How many channels the first convolution or linear layer inside reads."""
     for inner in module.modules() if module is not None else ():
         dim = input_dim(inner)
         if dim is not None:
-            size = int(inner.weight.shape[dim])  # type: ignore[union-attr, index]
+            size = int(inner.weight.shape[dim])  # type: ignore[index]
             return size * inner.groups if isinstance(inner, _ConvNd) and not inner.transposed else size
     return None
 
 
 def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def note_of(unreached: Sequence[Unreached]) -> str:

@@ -22,6 +22,8 @@ from lightning_prune.graph.running import tensors_in
 from lightning_prune.graph.sizes import is_torch
 from lightning_prune.model_state.cutting import sizes_of
 
+IN, OUT, INSIDE = "enters the module", "leaves it", "enters or leaves what it calls"
+
 
 class Widths:
     """The labels that entered and left every call of a module, by the user's module whose code made the call."""
@@ -30,7 +32,7 @@ class Widths:
         self._modules = dict(model.named_modules())
         self._names = {id(module): name for name, module in self._modules.items() if not is_torch(module)}
         self.kinds: dict[str, str] = {}  # of the user's modules that ran, the type
-        self._noted: dict[str, list[tuple[Labels, bool]]] = {}  # per path; True: it entered the module itself
+        self._noted: dict[str, list[tuple[Labels, str]]] = {}  # per path, with one of IN, OUT and INSIDE
 
     @contextmanager
     def noting(self, stack: list[nn.Module], recorder: OperatorRecorder) -> Iterator[None]:
@@ -46,8 +48,8 @@ class Widths:
                 path = self._names[id(owner)]
                 self.kinds[path] = f"{type(owner).__module__}.{type(owner).__qualname__}"
                 noted = self._noted.setdefault(path, [])
-                noted += [(labels, owner is module) for labels in entering]
-                noted += [(labels, False) for labels in leaving]
+                noted += [(labels, IN if owner is module else INSIDE) for labels in entering]
+                noted += [(labels, OUT if owner is module else INSIDE) for labels in leaving]
 
         hook = register_module_forward_hook(note, with_kwargs=True)
         try:
@@ -61,6 +63,12 @@ class Widths:
             if known == twin or known.startswith(f"{twin}."):
                 self.kinds[path + known.removeprefix(twin)] = kind
                 self._noted[path + known.removeprefix(twin)] = self._noted[known]
+
+    def ends(self, path: str) -> list[Tensor]:
+        """The channels that entered or left a module of the user's, (n,) ids each."""
+        found = [labels for labels, place in self._noted.get(path, ()) if place != INSIDE and len(labels.dims) == 1]
+        ids = (labels.flat().ids for labels in {id(labels.ids): labels for labels in found}.values())
+        return list({tuple(one.tolist()): one for one in ids}.values())
 
     def followed(self, choices: Mapping[str, Choice]) -> tuple[list[CodeSize], Pairs]:
         """Sizes that follow under these choices, and what has to go together so that one attribute can count it."""
@@ -81,9 +89,9 @@ class Widths:
         wanted = {item for value in held.values() for item in (value if isinstance(value, (list, tuple)) else (value,))}
         listed = [tuple(value) for value in held.values() if isinstance(value, (list, tuple))]
         spaces: dict[int, dict[tuple[int, ...], Tensor]] = {}
-        for labels, entered in self._noted[path]:
+        for labels, place in self._noted[path]:
             size = max((labels.ids.shape[d] for d in labels.dims), default=0)
-            if len(labels.dims) == 1 and size in wanted and (entered or not only_inputs):
+            if len(labels.dims) == 1 and size in wanted and (place == IN or not only_inputs):
                 ids = labels.flat().ids
                 spaces.setdefault(size, {}).setdefault(tuple(ids.tolist()), ids)
         return [
