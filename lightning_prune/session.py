@@ -15,7 +15,6 @@ from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
-from lightning_prune.graph.unreached import warn_of_unreached
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.plan import Coupling, Plan, check_coupling
 from lightning_prune.reconstruction import LosslessReport, MaskHandle, mask_, reconstruct_
@@ -102,7 +101,6 @@ class PruningSession:
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
         self._steps: list[Step] | None = None
-        self._warned = False
 
     @property
     def example_inputs(self) -> Any:
@@ -373,9 +371,6 @@ class PruningSession:
         try:
             left = self.left
             assert left is not None
-            if left and not self._warned:
-                warn_of_unreached(self.graph.unreached, stacklevel=4)
-                self._warned = True
             yield left
         except BaseException:
             self.plan, self.taken = before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
-from lightning_prune.graph.unreached import Unreached
+from lightning_prune.graph.unreached import Unreached, warn_of_unreached
 from lightning_prune.model_state.cutting import Cut, NewSize
 
 
@@ -57,6 +57,7 @@ class ChannelGraph:
     sizes: tuple[SizeAttribute, ...] = ()
     unreached: tuple[Unreached, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
+    _told: list[bool] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
@@ -96,6 +97,12 @@ class ChannelGraph:
                     f"the graph was traced on another model: {name!r} is {list(shapes[name])} here and was "
                     f"{list(shape)}; trace the model again"
                 )
+
+    def warn_of_unreached(self) -> None:
+        """Warn once, before channels go, of modules that no trace has used; see `UnreachedWarning`."""
+        if self.unreached and not self._told:
+            self._told.append(True)
+            warn_of_unreached(self.unreached)
 
     def cuts(self, removed: Mapping[str, Tensor]) -> list[Cut]:
         """What survives of every tensor dimension when these channels ({group: indices}) go."""

@@ -8,6 +8,7 @@ wherever among them it is put, the same indices are gone. Where none is, these c
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -233,12 +234,14 @@ def note_of(unreached: Sequence[Unreached]) -> str:
     return f"no trace has reached the parameters {'; '.join(said)}"
 
 
-def warn_of_unreached(unreached: Sequence[Unreached], stacklevel: int) -> None:
-    """Say before anything is removed what may meet it unseen, and what to do."""
-    if unreached:
-        warnings.warn(
-            f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
-            "functions that call it. If it never does, remove it from the model",
-            UnreachedWarning,
-            stacklevel=stacklevel + 1,
-        )
+def warn_of_unreached(unreached: Sequence[Unreached]) -> None:
+    """Say before anything is removed what may meet it unseen, and what to do; at the line of the user's code."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lightning_prune", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
+        "functions that call it. If it never does, remove it from the model",
+        UnreachedWarning,
+        stacklevel=level,
+    )
