@@ -14,10 +14,13 @@ from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, 
 from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.graph.entry_points import EntryPoint, entry_points
-from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
+from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
 from lightning_prune.plan import Coupling, Plan, check_coupling
 from lightning_prune.reconstruction import LosslessReport, MaskHandle, mask_, reconstruct_
+from lightning_prune.reconstruction.masks import mask_once_
+from lightning_prune.reconstruction.rehearsal import SAMPLES
+from lightning_prune.reconstruction.small_model import reconstruct_masked
 from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
 from lightning_prune.selection import GlobalRatio, Selection
 
@@ -101,6 +104,7 @@ class PruningSession:
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
         self._steps: list[Step] | None = None
+        self._rehearsed: Plan | None = None
 
     @property
     def example_inputs(self) -> Any:
@@ -205,15 +209,25 @@ class PruningSession:
         )
 
     def mask_(
-        self, plan: Plan | None = None, *, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()
+        self,
+        plan: Plan | None = None,
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+        rehearsed: bool = False,
     ) -> MaskHandle:
         """Take the next step: mask what its plan removes, and hold it at zero if the schedule says so.
 
         Args:
             plan: from `select`; None: select now.
+            optimizers: see `PruningSession`.
+            copies: see `PruningSession`.
+            rehearsed: build the smaller model beside the masked one and compare them, as `reconstruct_` will, so that
+                nobody trains a masked model that cannot be made smaller; on failure nothing is masked.
 
         Raises:
             PlanError: as `select`, or a plan of another model.
+            ReconstructionError: the smaller model would not be equal to the masked one.
         """
         copies = list(copies)
         for copy in copies:
@@ -222,6 +236,8 @@ class PruningSession:
             hold = self.done or self.schedule is None or self.schedule.hold
             if not hold:
                 left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
+            if rehearsed and (self.done or self.schedule is None or not self.schedule.soft):
+                self._rehearse(left)
             handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
         for copy in copies:
             handle.clear_(copy)
@@ -239,7 +255,6 @@ class PruningSession:
             ReconstructionError: the smaller model would not be equal to the masked one.
         """
         graph, plan, left, handle, copies = self.graph, self.plan, self.left, self.handle, list(copies)
-        inputs, *also = self.entries
         if plan is None or left is None:
             raise PlanError("nothing is masked yet: call PruningSession.step or mask_ first")
         if not self.done and self.schedule is not None and self.schedule.soft:
@@ -248,6 +263,9 @@ class PruningSession:
             )
         for copy in copies:
             graph.check(copy)
+        inputs, *also = self.entries
+        if left == self._rehearsed:  # on whole batches
+            also = [head(entry, SAMPLES) for entry in also]
         self.remember_dense()
         if handle is not None:
             handle.remove()
@@ -355,6 +373,12 @@ class PruningSession:
             left = self.left
             assert left is not None
             self.handle = mask_(self.model, self.graph, left, undoable=False)
+
+    def _rehearse(self, left: Plan) -> None:
+        masked = copy_without_masks(self.model)
+        mask_once_(masked, self.graph, left)
+        reconstruct_masked(masked, self.graph, left, self.entries)
+        self._rehearsed = left
 
     def _is_dense(self) -> bool:
         """Whether the model has the shapes of the dense graph, or was never traced."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import CombinedLoader
-from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.model_state.preservation import random_state, set_random_state
 
+LIGHTNING = ("pytorch_lightning.", "lightning.")
 Batches = dict[str, list[Any]]  # by the step they are for: one of each loader
 
 
@@ -28,15 +28,21 @@ def first_batches(trainer: Trainer, pl_module: LightningModule) -> Batches:
     before = random_state(pl_module)
     try:
         for step, (source, mode) in sources.items():
-            if limits[step] and is_overridden(step, pl_module) and source.is_defined():
+            if limits[step] and overrides(pl_module, step) and source.is_defined():
                 found[step] = _of_each(source.dataloader(), mode)
     finally:
         set_random_state(before)
     return found
 
 
+def overrides(part: Any, name: str) -> bool:
+    """Whether a module or callback is not content with Lightning's own hook; by name, for there are two namespaces."""
+    found = getattr(type(part), name, None)
+    return found is not None and not f"{found.__module__}.".startswith(LIGHTNING)
+
+
 def _of_each(loaders: Any, mode: str) -> list[Any]:
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
+    combined: Any = loaders if hasattr(loaders, "flattened") else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     if any(iter(loader) is loader for loader in combined.flattened if not hasattr(loader, "dataset")):
         return []  # a stream that is read once: its first batch would be missing from training
     with _generators(combined.flattened):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_prune.callbacks.first_batches import Batches, first_batches
 from lightning_prune.callbacks.user_steps import user_steps
@@ -35,6 +34,7 @@ class PruningRun:
         seconds: what reconstruction took, all steps together.
         timer: knows what epochs take without pruning itself.
         joined: names of the callback types that take part.
+        reconstructs: whether the model becomes smaller, so that this is rehearsed before it is masked.
         batches: what the user's own steps are traced and rehearsed on.
     """
 
@@ -47,12 +47,13 @@ class PruningRun:
     seconds: float | None = None
     timer: EpochTimerCallback | None = None
     joined: list[str] = field(default_factory=list)
+    reconstructs: bool = False
     batches: Batches | None = None
 
     def steps(self, pl_module: LightningModule) -> list[EntryPoint]:
         """The user's own steps, on the first batches of this fit, which are kept: later traces see the same."""
         trainer = pl_module._trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer is None or trainer.state.fn != "fit":
             return []
         if self.batches is None:
             self.batches = first_batches(trainer, pl_module)
@@ -63,6 +64,7 @@ class PruningRun:
         if RUNS.setdefault(trainer, self) is not self:
             raise CallbackError(_twice(callback))
         self.checks.clear()
+        self.reconstructs = False
         self.joined[:] = [type(callback).__name__]
 
     def due(self, trainer: Trainer, batch_idx: int = 0) -> bool:

@@ -8,11 +8,10 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import RunningStage
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_prune.callbacks.first_batches import Batches
+from lightning_prune.callbacks.first_batches import LIGHTNING, Batches, overrides
 from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.graph.entry_points import EntryPoint
 
@@ -22,7 +21,7 @@ STAGES = {
     "test_step": RunningStage.TESTING,
     "predict_step": RunningStage.PREDICTING,
 }
-OURS = ("pytorch_lightning.", "lightning.", "lightning_prune.")
+OURS = (*LIGHTNING, "lightning_prune.")
 # Hooks in which people average weights or keep books; they are given nothing or what Lightning gives them.
 BEFORE = {
     "training_step": ("on_fit_start", "on_train_start", "on_train_epoch_start"),
@@ -41,7 +40,7 @@ def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -
     found = []
     for name in STAGES:
         of = batches.get(name, spare if name in ("test_step", "predict_step") else [])
-        for position, batch in enumerate(of if is_overridden(name, pl_module) else ()):
+        for position, batch in enumerate(of if overrides(pl_module, name) else ()):
             several = len(of) > 1
             moved = trainer.precision_plugin.convert_input(batch)
             inputs = pl_module._apply_batch_transfer_handler(moved, dataloader_idx=position)
@@ -99,8 +98,8 @@ class Step:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if model.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
             loss.sum().backward(retain_graph=True)  # also the one who called may want to
-        wanted = [part for part in (*callbacks, model) if _overrides(part, "on_before_zero_grad")]
-        if not wanted and not _overrides(model, "optimizer_step"):
+        wanted = [part for part in (*callbacks, model) if overrides(part, "on_before_zero_grad")]
+        if not wanted and not overrides(model, "optimizer_step"):
             return
         optimizers = model.optimizers()
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
@@ -111,7 +110,7 @@ class Step:
 
     def _hook(self, part: Any, name: str, *args: Any, **extra: Any) -> None:
         key = f"{type(part).__qualname__}.{name}"
-        if key in self.left_out or not _overrides(part, name):
+        if key in self.left_out or not overrides(part, name):
             return
         try:
             getattr(part, name)(*args, **extra)
@@ -126,7 +125,7 @@ class Step:
         own = [
             callback
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-            if not f"{type(callback).__module__}.".startswith(OURS) and any(_overrides(callback, h) for h in hooks)
+            if not f"{type(callback).__module__}.".startswith(OURS) and any(overrides(callback, h) for h in hooks)
         ]
         if not own:
             return []
@@ -142,9 +141,3 @@ class Step:
             except Exception:  # noqa: BLE001 - whatever a copy may raise
                 self.left_out.add(type(callback).__qualname__)
         return copies
-
-
-def _overrides(part: Any, name: str) -> bool:
-    """Whether its class is not content with Lightning's own hook."""
-    found = getattr(type(part), name, None)
-    return found is not None and not f"{found.__module__}.".startswith(OURS)
