@@ -104,6 +104,10 @@ class ChannelGraph:
             self._told.append(True)
             warn_of_unreached(self.unreached)
 
+    def warns_with(self, earlier: ChannelGraph) -> None:
+        """Count what was said of an earlier graph of the same model as said."""
+        object.__setattr__(self, "_told", earlier._told)
+
     def cuts(self, removed: Mapping[str, Tensor]) -> list[Cut]:
         """What survives of every tensor dimension when these channels ({group: indices}) go."""
         gone: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}

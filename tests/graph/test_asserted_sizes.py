@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
+from lightning_prune.errors import UnreachedWarning
 from lightning_prune.reconstruction.lossless import check_lossless
 from tests.helpers import random_plan
 from tests.zoo import images, randomise_
@@ -204,7 +205,8 @@ def test_an_unreached_branch_of_the_same_type_follows_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (self.hard if self.deep else self.easy)(x)
 
-    graph, small = pruned(Branches())
+    with pytest.warns(UnreachedWarning):
+        graph, small = pruned(Branches())
     small[2].deep = True
     assert graph.group("0").prunable
     assert small(images()).shape == (2, 3, 8, 8)

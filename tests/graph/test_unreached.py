@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable
@@ -163,8 +164,26 @@ def test_the_warning_names_the_ways_out_and_comes_once() -> None:
     session.score()
     with pytest.warns(UnreachedWarning, match=r"hard \(as easy\).*also=\[.*remove it") as told:
         session.mask_()
-    assert told[0].filename == __file__
+    assert [warning.filename for warning in told] == [__file__]
+    session.reconstruct_()
     session.step()
+
+
+def test_it_comes_too_where_the_steps_are_called_one_by_one() -> None:
+    model = Net(lambda net, x, deep: (net.hard if deep else net.easy)(x), easy=conv(), hard=conv()).double()
+    for remove in (lp.mask_, lp.reconstruct):
+        graph = lp.trace(model, inputs())
+        plan = lp.LayerRatio(0.5).select(graph, lp.score(model, graph, "l1"))
+        with pytest.warns(UnreachedWarning, match="hard"):
+            remove(copy.deepcopy(model), graph, plan)
+
+
+def test_nothing_is_said_of_a_path_that_was_traced_too() -> None:
+    model = Net(lambda net, x, deep: (net.hard if deep else net.easy)(x), easy=conv(), hard=conv()).double()
+    also = [{"x": inputs(), "deep": True}]
+    result = lp.prune(model, inputs(), also=also)
+    assert result.graph.unreached == ()
+    assert_same(result, deep=True)
 
 
 class Inner(nn.Module):
