@@ -264,3 +264,45 @@ def test_random_branches(seed: int) -> None:
     for one in (result.masked, result.model):
         one.by, one.deep = "attribute", True
     assert_same(result)
+
+
+class Affine(nn.Module):
+    """Scales by one of several parameters."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        first, second = (nn.Parameter(torch.rand(1, WIDTH, 1, 1)) for _ in range(2))
+        self.listed = nn.ParameterList([first, second] if listed else [])
+        if not listed:
+            self.first, self.second = first, second
+
+    def forward(self, x: Tensor, deep: bool) -> Tensor:
+        return x * (self.listed[deep] if len(self.listed) else self.second if deep else self.first)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_single_parameters(listed: bool) -> None:
+    model = Net(
+        lambda net, x, deep: net.affine(net.second(net.first(x)), deep),
+        first=conv(),
+        second=conv(),
+        affine=Affine(listed),
+    )
+    result = pruned(model)
+    assert result.graph.group("second").prunable == listed
+    assert_same(result)
+    assert_same(result, deep=True)
+
+
+def test_norms_without_parameters() -> None:
+    norms = nn.ModuleList(nn.BatchNorm2d(WIDTH, affine=False) for _ in range(2))
+    model = Net(lambda net, x, deep: net.last(net.norms[deep](x)), norms=norms, last=nn.Conv2d(WIDTH, WIDTH, 1))
+    result = pruned(model)
+    assert result.graph.group("stem").prunable
+    assert_same(result)
+    assert_same(result, deep=True)
+
+
+def test_a_leftover_head_of_another_size_changes_nothing() -> None:
+    model = Net(lambda net, x, deep: net.conv(x), conv=conv(), leftover=nn.Linear(5 * WIDTH + 1, 3))
+    assert [group.name for group in pruned(model).graph.prunable_groups] == ["stem", "conv"]
