@@ -71,6 +71,13 @@ def own_tensors(batch: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, batch)
 
 
+def given_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of training data that were given; none where a method of the user's makes new ones."""
+    source: Any = trainer.fit_loop._data_source
+    given = None if source.is_module() else source.instance
+    return [] if given is None else list(CombinedLoader(getattr(given, "iterables", given)).flattened)
+
+
 @contextmanager
 def generators_kept(loaders: list[Any]) -> Iterator[None]:
     """Put back the random generators that loaders and samplers were given."""

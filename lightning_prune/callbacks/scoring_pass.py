@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lightning_prune.callbacks.first_batches import generators_kept, transferred
+from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, transferred
 from lightning_prune.errors import CallbackError, ScoreError
 
 Amount = int | float | None
@@ -35,7 +35,8 @@ def training_batches(
     trainer: Trainer, module: LightningModule, amount: Amount, passes: int, title: str
 ) -> Iterator[tuple[int, Any]]:
     """Batches of the training data as this copy of the module gets them, with a progress bar."""
-    trainer.fit_loop.setup_data()
+    with generators_kept(given_loaders(trainer)):  # Lightning starts each of them once
+        trainer.fit_loop.setup_data()
     combined: Any = trainer.fit_loop._combined_loader
     if combined is None:
         raise CallbackError("there is no training data to score on; pass train_dataloaders or a datamodule to fit")
