@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,13 +58,10 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
     tracer = _Tracer(model, statistics)
     modes = [False]
     with untouched(model), without_masks(model):
-        normalise_mode(model, training=False)
         with watch_training_flag() as asked:
             tracer.run(example_inputs)
-        if asked:
-            normalise_mode(model, training=True)
-            if tracer.run(example_inputs, optional=True):
-                modes.append(True)
+        if asked and tracer.run(example_inputs, training=True, optional=True):
+            modes.append(True)
     with torch.inference_mode(False):
         return settle(model, example_inputs, modes, tracer.draft).graph
 
@@ -90,8 +88,8 @@ class _Tracer:
             dims = 2 if id(tensor) in kernels else None
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
 
-    def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
-        """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
+    def run(self, example_inputs: Any, *, training: bool = False, optional: bool = False) -> bool:
+        """Run the model under the recorder, its change of mode too. ``optional``: a failure is only noted (train mode may need targets)."""
         running = RunningModules(self.model)
         recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
         self.runs += 1
@@ -99,6 +97,7 @@ class _Tracer:
             recorder.set_info(tensor, TensorInfo(data=True))
         try:
             with running, recorder:
+                normalise_mode(self.model, training=training)
                 output = call_model(self.model, example_inputs)
         except Exception as error:
             if optional:
@@ -109,6 +108,7 @@ class _Tracer:
                 f"the model does not run on the example inputs{place}: {type(error).__name__}: {error}. "
                 "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
             ) from error
+        self.used |= recorder.assignments.paths
         for tensor in tensors_in(output):
             for labels in recorder.info(tensor).labels:
                 self.space.freeze(labels.ids, OUTPUT)
@@ -144,6 +144,8 @@ class _Tracer:
     def _observe(self, call: OperatorCall) -> None:
         self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)
         if not call.outputs:
+            if call.func._schema.is_mutable:
+                call.freeze_inputs(f"passes an operator without a rule, {call.where}")
             return
         if not call.outputs[0].numel():
             call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
@@ -158,7 +160,10 @@ class _Tracer:
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if call.func._schema.is_mutable:
-            self._check_aliases(call, before, infos[0])
+            if call.recorder.assignments.owns(call.outputs[0]):
+                infos[0] = call.recorder.assignments.write(call, before, infos[0])
+            else:
+                self._check_aliases(call, before, infos[0])
         for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
                 call.recorder.set_info(tensor, info)
@@ -166,6 +171,7 @@ class _Tracer:
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
+            self._check_pattern(call, after)
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)
@@ -174,6 +180,16 @@ class _Tracer:
                 call.recorder.set_info(alias, self._written(alias, info, after))
             else:
                 call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
+
+    def _check_pattern(self, call: OperatorCall, after: TensorInfo) -> None:
+        """A new tensor written at single places (an identity kernel) no longer has whatever extents are wanted."""
+        view = call.outputs[0]
+        if after.labels or view.numel() * view.itemsize == view.untyped_storage().nbytes():
+            return
+        for alias in call.recorder.aliases(view):
+            info = call.info(alias)
+            if info.uniform and len(_dims(alias) - _dims(view)) > 1:
+                call.recorder.set_info(alias, replace(info, uniform=False))
 
     def _written(self, alias: Tensor, info: TensorInfo, after: TensorInfo) -> TensorInfo:
         """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
@@ -186,6 +202,11 @@ class _Tracer:
             written.append(core.expand(alias.shape))
         kept = [old for old in info.labels if old.dims not in {new.dims for new in written}]
         return TensorInfo((*written, *kept), data=True)
+
+
+def _dims(tensor: Tensor) -> set[tuple[int, int]]:
+    """(size, stride) of the dimensions that it has."""
+    return {(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1}
 
 
 def _same_layout(alias: Tensor, view: Tensor, dims: set[int]) -> bool:

@@ -78,6 +78,11 @@ def factory(_: OperatorCall) -> TensorInfo:
     return TensorInfo(uniform=True)
 
 
+def pattern(_: OperatorCall) -> TensorInfo:
+    """``eye``: its elements say which rows and columns go together, so that it cannot shrink with either alone."""
+    return TensorInfo()
+
+
 def clear(call: OperatorCall) -> TensorInfo:
     """``zero_``: what is zero anyway may keep its labels."""
     info = call.info(call.args[0])
@@ -89,6 +94,8 @@ def copy_into(call: OperatorCall) -> TensorInfo:
     destination, source = call.argument("self"), call.argument("src")
     info = call.info(source)
     new = tuple(labels.expand(destination.shape) for labels in info.labels)
+    if call.recorder.assignments.owns(destination):
+        return replace(info, labels=new)  # a parameter's or buffer's own: tied
     lost = [old for old in call.info(destination).labels if not any(old.equal(labels) for labels in new)]
     call.freeze(lost, f"is overwritten in {call.where}")
     return replace(info, labels=new)

@@ -1,0 +1,254 @@
+"""Weights that code assigns, folds or averages while the model runs: tied to where they come from, or frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.reconstruction.masks import mask_
+from lightning_prune.reconstruction.small_model import reconstruct
+from tests.helpers import random_plan
+from tests.zoo import images, randomise_
+
+Update = Callable[["Fold"], None]
+
+
+def conv(into: int, out: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(into, out, size, padding=size // 2)
+
+
+class Fold(nn.Module):
+    """Two branches; their sum is put into a third kernel by ``update`` in forward, or when entering eval mode."""
+
+    def __init__(self, into: int, out: int, update: Update, *, outside: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.into = conv(into, out), conv(into, out), conv(into, out)
+        self.update, self.outside = update, outside
+
+    def train(self, mode: bool = True) -> Fold:
+        super().train(mode)
+        if self.outside and not mode:
+            with torch.no_grad():
+                self.update(self)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.a(x) + self.b(x)
+        if not self.outside:
+            with torch.no_grad():
+                self.update(self)
+        return self.into(x)
+
+
+def by_data(m: Fold) -> None:
+    m.into.weight.data = m.a.weight.data + m.b.weight.data
+    m.into.bias.data = m.a.bias.data + m.b.bias.data
+
+
+def by_copy(m: Fold) -> None:
+    m.into.weight.copy_(m.a.weight + m.b.weight)
+    m.into.bias.copy_(m.a.bias + m.b.bias)
+
+
+def by_data_copy(m: Fold) -> None:
+    m.into.weight.data.copy_(m.a.weight.data + m.b.weight.data)
+    m.into.bias.data[:] = m.a.bias.data + m.b.bias.data
+
+
+def by_arithmetic(m: Fold) -> None:
+    for name in ("weight", "bias"):
+        target, a, b = (getattr(part, name).data for part in (m.into, m.a, m.b))
+        target.mul_(0).add_(a).lerp_(a + b, 1.0)
+
+
+def by_new_parameter(m: Fold) -> None:
+    m.into.weight = nn.Parameter(m.a.weight + m.b.weight)
+    m.into.bias = nn.Parameter(m.a.bias + m.b.bias)
+
+
+def by_deletion(m: Fold) -> None:
+    for name in ("weight", "bias"):
+        delattr(m.into, name)
+        setattr(m.into, name, nn.Parameter(getattr(m.a, name).detach() + getattr(m.b, name).detach()))
+
+
+def by_entry(m: Fold) -> None:
+    m.into._parameters["weight"] = nn.Parameter(m.a.weight + m.b.weight)
+    m.into.register_parameter("bias", nn.Parameter(m.a.bias + m.b.bias))
+
+
+def by_state_dict(m: Fold) -> None:
+    m.into.load_state_dict({key: value + m.b.state_dict()[key] for key, value in m.a.state_dict().items()})
+
+
+def by_assigned_state_dict(m: Fold) -> None:
+    state = {key: value + m.b.state_dict()[key] for key, value in m.a.state_dict().items()}
+    m.into.load_state_dict(state, assign=True)
+
+
+def by_foreach(m: Fold) -> None:
+    target, a, b = (list(part.parameters()) for part in (m.into, m.a, m.b))
+    torch._foreach_copy_(target, a)
+    torch._foreach_add_(target, b)
+
+
+def by_foreach_arithmetic(m: Fold) -> None:
+    target, a, b = (list(part.parameters()) for part in (m.into, m.a, m.b))
+    torch._foreach_mul_(target, 0.0)
+    torch._foreach_lerp_(target, a, 1.0)
+    torch._foreach_addcmul_(target, b, [torch.full_like(t, 2.0) for t in b], value=0.5)
+
+
+def by_scaled_rows(m: Fold) -> None:
+    scale = m.b.bias / (m.b.weight.flatten(1).norm(dim=1) + 1e-5)
+    m.into.weight.data = m.a.weight * scale.reshape(-1, 1, 1, 1) + m.b.weight
+    m.into.bias.data = m.a.bias * scale + m.b.bias
+
+
+UPDATES = [value for name, value in list(globals().items()) if name.startswith("by_")]
+
+
+def net(update: Update, *, outside: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    first, second = Fold(3, 8, update, outside=outside), Fold(8, 6, update, outside=outside)
+    return nn.Sequential(first, nn.SiLU(), second, nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[Tensor, int, Tensor]]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tensor, tensor.data_ptr(), tensor.detach().clone()) for name, tensor in named}
+
+
+def traced(model: nn.Module, inputs=None) -> ChannelGraph:
+    """The graph; the model is left with the same tensors at the same place, with the same values."""
+    before = snapshot(model)
+    graph = trace(model, images() if inputs is None else inputs)
+    after = snapshot(model)
+    assert list(before) == list(after)
+    for name, (tensor, place, value) in before.items():
+        assert after[name][0] is tensor, name
+        assert after[name][1] == place, name
+        assert torch.equal(after[name][2], value), name
+    return graph
+
+
+def assert_lossless(model: nn.Module, graph: ChannelGraph, ratio: float = 0.5, inputs=None) -> nn.Module:
+    """Masked and small agree in both modes, several runs in a row, on inputs that were not traced."""
+    plan = random_plan(graph, ratio)
+    masked = copy.deepcopy(model)
+    handle = mask_(masked, graph, plan)
+    small = reconstruct(model, graph, plan)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in masked.parameters())
+    new = [images(3, seed=5), images(2, seed=6)[..., :7]] if inputs is None else inputs
+    for training in (False, True, False):
+        masked.train(training)
+        small.train(training)
+        for x in new:
+            with torch.no_grad():
+                expected, found = masked(x), small(x)
+            assert float((expected - found).abs().max()) <= 1e-10 * float(expected.abs().max())
+            assert handle.is_zero()
+    for name, tensor in masked.named_parameters():
+        cut = {c.dim: c.keep for c in graph.cuts({n: torch.tensor(g.removed) for n, g in plan.groups.items() if g.removed}) if c.tensor == name}
+        for dim, keep in cut.items():
+            tensor = tensor.index_select(dim, keep)
+        assert torch.allclose(tensor, dict(small.named_parameters())[name], rtol=0, atol=1e-10), name
+    return small
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["forward", "mode"])
+@pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.__name__)
+def test_a_kernel_that_is_folded_from_branches_goes_with_them(update: Update, outside: bool) -> None:
+    model = randomise_(net(update, outside=outside)).eval()
+    graph = traced(model)
+    for name in ("0", "2"):
+        tensors = {f"{name}.{of}.{kind}" for of in ("a", "b", "into") for kind in ("weight", "bias")}
+        assert any(tensors <= {part.tensor for part in group.slices} for group in graph.prunable_groups)
+    assert not graph.notes
+    assert_lossless(model, graph)
+
+
+class RepBlock(nn.Module):
+    """RepVGG: 3x3, 1x1 and identity branches, each with a batch norm; in eval one kernel, folded by ``fold``."""
+
+    def __init__(self, channels: int, out: int, how: str, *, identity: bool = False) -> None:
+        super().__init__()
+        self.dense, self.dense_norm = nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.point, self.point_norm = nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.norm = nn.BatchNorm2d(out) if identity else None
+        self.deploy, self.how = nn.Conv2d(channels, out, 3, padding=1), how
+        self.kernel: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        kernel, bias = 0.0, 0.0
+        branches = [(self.dense.weight, self.dense_norm), (F.pad(self.point.weight, [1, 1, 1, 1]), self.point_norm)]
+        if self.norm is not None:
+            eye = torch.zeros_like(self.dense.weight)
+            for i in range(len(eye)):
+                eye[i, i, 1, 1] = 1
+            branches.append((eye, self.norm))
+        for weight, norm in branches:
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            kernel = kernel + weight * scale.reshape(-1, 1, 1, 1)
+            bias = bias + norm.bias - norm.running_mean * scale
+        return kernel.detach(), bias.detach()
+
+    def fold(self) -> None:
+        kernel, bias = self.folded()
+        if self.how.startswith("data"):
+            self.deploy.weight.data, self.deploy.bias.data = kernel, bias
+        elif self.how.startswith("module"):
+            out, into = kernel.shape[:2]
+            self.deploy = nn.Conv2d(into, out, 3, padding=1)
+            self.deploy.weight, self.deploy.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        else:
+            self.kernel, self.bias = kernel, bias
+
+    def train(self, mode: bool = True) -> RepBlock:
+        super().train(mode)
+        if mode:
+            self.kernel = self.bias = None
+        elif self.how.endswith("mode"):
+            self.fold()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            y = self.dense_norm(self.dense(x)) + self.point_norm(self.point(x))
+            return y if self.norm is None else y + self.norm(x)
+        if self.how.endswith("forward"):
+            self.fold()
+        return self.deploy(x) if self.kernel is None else F.conv2d(x, self.kernel, self.bias, padding=1)
+
+
+FOLDS = [f"{what} in {where}" for what in ("data", "module", "attribute") for where in ("forward", "mode")]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("how", FOLDS)
+def test_branches_with_batch_norms_go_with_the_kernel_that_they_are_folded_into(how: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(RepBlock(3, 8, how), nn.ReLU(), RepBlock(8, 6, how), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    model = randomise_(model).train(training)
+    graph = traced(model)
+    assert sum(group.size for group in graph.prunable_groups) == 14
+    assert_lossless(model, graph)
+
+
+@pytest.mark.parametrize("how", FOLDS)
+def test_an_identity_kernel_ties_or_holds(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), RepBlock(8, 8, how, identity=True), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    model = randomise_(model).eval()
+    graph = traced(model)
+    assert_lossless(model, graph)
