@@ -252,3 +252,234 @@ def test_an_identity_kernel_ties_or_holds(how: str) -> None:
     model = randomise_(model).eval()
     graph = traced(model)
     assert_lossless(model, graph)
+
+
+class Teacher(nn.Module):
+    """A student and a moving average of it, updated by ``update`` in forward; batch norms, so buffers too."""
+
+    def __init__(self, update: Callable[[nn.Module, nn.Module], None]) -> None:
+        super().__init__()
+        self.student = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 4))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.update = update
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.update(self.teacher, self.student)
+        return self.student(x) + 0.5 * self.teacher(x)
+
+
+def pairs(t: nn.Module, s: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(t.parameters(), s.parameters(), strict=True))
+
+
+def mean_in_place(t: nn.Module, s: nn.Module) -> None:
+    for p, q in pairs(t, s):
+        p.data.mul_(0.9).add_(q.data, alpha=0.1)
+
+
+def mean_by_data(t: nn.Module, s: nn.Module) -> None:
+    for p, q in pairs(t, s):
+        p.data = 0.9 * p.data + 0.1 * q.data
+
+
+def mean_by_lerp(t: nn.Module, s: nn.Module) -> None:
+    for p, q in pairs(t, s):
+        p.data.lerp_(q.data, 0.1)
+
+
+def mean_by_foreach(t: nn.Module, s: nn.Module) -> None:
+    torch._foreach_lerp_(list(t.parameters()), list(s.parameters()), 0.1)
+
+
+def mean_by_foreach_sum(t: nn.Module, s: nn.Module) -> None:
+    torch._foreach_mul_(list(t.parameters()), 0.9)
+    torch._foreach_add_(list(t.parameters()), torch._foreach_mul(list(s.parameters()), 0.1))
+
+
+def mean_by_state_dict(t: nn.Module, s: nn.Module) -> None:
+    for value, new in zip(t.state_dict().values(), s.state_dict().values(), strict=True):
+        if value.is_floating_point():
+            value.copy_(value * 0.9 + new * 0.1)
+
+
+def mean_by_loading(t: nn.Module, s: nn.Module) -> None:
+    new = s.state_dict()
+    t.load_state_dict({key: v if v.dtype == torch.int64 else torch.lerp(v, new[key], 0.1) for key, v in t.state_dict().items()})
+
+
+def copied(t: nn.Module, s: nn.Module) -> None:
+    t.load_state_dict(s.state_dict())
+
+
+def named_setattr(t: nn.Module, s: nn.Module) -> None:
+    for (name, p), q in zip(list(t.named_parameters()), s.parameters(), strict=True):
+        path, _, last = name.rpartition(".")
+        setattr(t.get_submodule(path), last, nn.Parameter(0.9 * p + 0.1 * q, requires_grad=False))
+
+
+MEANS = [mean_in_place, mean_by_data, mean_by_lerp, mean_by_foreach, mean_by_foreach_sum, mean_by_state_dict, mean_by_loading, copied, named_setattr]
+
+
+@pytest.mark.parametrize("update", MEANS, ids=lambda update: update.__name__)
+def test_a_teacher_goes_with_its_student(update: Callable[[nn.Module, nn.Module], None]) -> None:
+    torch.manual_seed(0)
+    model = randomise_(Teacher(update)).train()
+    graph = traced(model)
+    for name in ("0", "3"):
+        assert any({f"student.{name}.weight", f"teacher.{name}.weight"} <= {part.tensor for part in group.slices} for group in graph.prunable_groups)
+    assert_lossless(model, graph)
+
+
+class Averaged(nn.Module):
+    """torch's own averages of a module's weights, as a part of the model."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.net = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))
+        self.mean = AveragedModel(self.net, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.update_parameters(self.net)
+        return self.net(x) + self.mean(x)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"use_buffers": True}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["mean", "buffers", "ema"])
+def test_torchs_averaged_model_goes_with_its_source(options, steps: int) -> None:
+    torch.manual_seed(0)
+    model = randomise_(Averaged(**options)).train()
+    for _ in range(steps):
+        model(images())
+    graph = traced(model)
+    assert any({"net.0.weight", "mean.module.0.weight"} <= {part.tensor for part in group.slices} for group in graph.prunable_groups)
+    assert_lossless(model, graph)
+
+
+class Swapped(nn.Module):
+    """A network that runs with the weights of another, in one of the ways that there are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.other = (nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)) for _ in range(2))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, other = list(self.net.parameters()), list(self.other.parameters())
+        if self.how == "call":
+            return self.net(x) + functional_call(self.net, dict(self.other.named_parameters()), (x,))
+        if self.how == "mean call":
+            mean = {name: (p + q) / 2 for (name, p), q in zip(self.net.named_parameters(), other, strict=True)}
+            return self.net(x) + functional_call(self.net, mean, (x,))
+        if self.how == "data":
+            before = [p.data for p in own]
+            for p, q in zip(own, other, strict=True):
+                p.data = q.data
+            y = self.net(x)
+            for p, data in zip(own, before, strict=True):
+                p.data = data
+            return y + self.net(x)
+        weight, bias = self.net[0].weight, self.net[0].bias
+        before = weight.data
+        weight.data = self.other[0].weight.data
+        y = F.conv2d(x, weight, bias, padding=1)
+        weight.data = before
+        return self.net[2](F.relu(y)) + self.net(x) + self.other[2](F.relu(self.other[0](x)))
+
+
+@pytest.mark.parametrize("how", ["call", "mean call", "data", "function"])
+def test_weights_that_are_swapped_for_a_while(how: str) -> None:
+    torch.manual_seed(0)
+    model = randomise_(Swapped(how)).eval()
+    graph = traced(model)
+    assert any({"net.0.weight", "other.0.weight"} <= {part.tensor for part in group.slices} for group in graph.prunable_groups)
+    assert_lossless(model, graph)
+
+
+class Remembering(nn.Module):
+    """A buffer that is written from activations in one of many ways, and read."""
+
+    def __init__(self, write: Callable[[Remembering, Tensor], None]) -> None:
+        super().__init__()
+        self.encoder, self.read, self.write = conv(3, 8), conv(8, 4), write
+        for name, shape in {"queue": (8, 12), "keys": (12, 8), "center": (1, 8), "scale": (8,)}.items():
+            self.register_buffer(name, torch.randn(shape, generator=torch.Generator().manual_seed(1)).abs())
+        self.register_buffer("at", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        features = F.relu(x).mean((2, 3))
+        with torch.no_grad():
+            self.write(self, features)
+        near = features @ self.queue @ self.keys - self.center
+        return self.read(x * self.scale.view(1, -1, 1, 1) + (near * features)[..., None, None])
+
+
+def queue_columns(m: Remembering, f: Tensor) -> None:
+    at = int(m.at)
+    m.queue[:, at : at + len(f)] = f.t()
+    m.at.copy_((m.at + len(f)) % 4)
+
+
+def queue_rows(m: Remembering, f: Tensor) -> None:
+    m.keys[: len(f)] = f
+
+
+def queue_indexed(m: Remembering, f: Tensor) -> None:
+    m.keys[torch.arange(len(f))] = f
+
+
+def queue_shifted(m: Remembering, f: Tensor) -> None:
+    m.keys = torch.cat([f, m.keys[: -len(f)]])
+
+
+def center_replaced(m: Remembering, f: Tensor) -> None:
+    m.center = m.center * 0.9 + f.mean(0, keepdim=True) * 0.1
+
+
+def center_in_place(m: Remembering, f: Tensor) -> None:
+    m.center.mul_(0.9).add_(f.mean(0, keepdim=True), alpha=0.1)
+
+
+def center_by_data(m: Remembering, f: Tensor) -> None:
+    m.center.data = m.center.data * 0.9 + f.mean(0, keepdim=True) * 0.1
+
+
+def scale_overwritten(m: Remembering, f: Tensor) -> None:
+    m.scale.copy_(f.mean(0))
+
+
+def scale_replaced(m: Remembering, f: Tensor) -> None:
+    m.scale = f.std(0) if len(f) > 1 else f[0]
+
+
+def scale_constant(m: Remembering, f: Tensor) -> None:
+    m.scale.fill_(0.5)
+
+
+def scale_reset(m: Remembering, f: Tensor) -> None:
+    m.scale = torch.ones_like(m.scale)
+
+
+def all_state(m: Remembering, f: Tensor) -> None:
+    m.load_state_dict({**m.state_dict(), "scale": f.mean(0)})
+
+
+WRITES = [queue_columns, queue_rows, queue_indexed, queue_shifted, center_replaced, center_in_place, center_by_data, scale_overwritten, scale_replaced, scale_constant, scale_reset, all_state]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_buffers_that_are_written_from_activations(write: Callable[[Remembering, Tensor], None]) -> None:
+    torch.manual_seed(0)
+    model = randomise_(Remembering(write)).eval()
+    graph = traced(model)
+    held = {"center_by_data": "'center'"}.get(write.__name__)
+    group = graph.group("encoder")
+    if held is None:
+        assert group.prunable, group.reason
+        assert {"queue", "keys", "center", "scale"} <= {part.tensor for part in group.slices}
+        assert_lossless(model, graph)
+    else:
+        assert held in str(group.reason)
