@@ -122,6 +122,7 @@ class OperatorRecorder(TorchDispatchMode):
         self.before: Tensor | None = None
         self.journal = Journal(modules.model)
         self.assignments = Assignments(space, known, self.journal, self.info)
+        self.unknown = TensorInfo()  # of tensors that no operator made
         self._info = WeakIdKeyDictionary(dict(known))
         self._observe = observe
         self._depth = 0
@@ -136,7 +137,7 @@ class OperatorRecorder(TorchDispatchMode):
         found = self._info.get(tensor)
         if found is None:
             source = self.assignments.source(tensor)
-            found = TensorInfo() if source is None else self._info[source]
+            found = self.unknown if source is None else self._info[source]
         return found
 
     def set_info(self, tensor: Tensor, info: TensorInfo) -> None:

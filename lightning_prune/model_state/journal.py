@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """Values of a model's tensors, each saved before the first write to it (copy on write)."""
+    """Values of a model's tensors, each saved before the first write to it (copy on write), and its attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.entries = [
@@ -42,6 +42,7 @@ class Journal:
         for entry in self.entries:
             self._by_storage.setdefault(storage_of(entry.data), []).append(entry.data)
         self._places = places_of(model)
+        self._attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
         self._saved: list[tuple[Tensor, Tensor]] = []
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,10 +61,13 @@ class Journal:
             if not same_place(entry.tensor, entry.data):
                 set_data_(entry.tensor, entry.data)
         put_back(self._places)
+        for own, before in self._attributes:
+            own.clear()
+            own.update(before)
 
 
 class WritesUndone(TorchDispatchMode):
-    """Inside, a model may write to its parameters and buffers; on leaving they are as they were."""
+    """Inside, a model may write to its parameters, buffers and attributes; on leaving they are as they were."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Slice
+from lightning_prune.model_state.cutting import refold_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.plan import GroupPlan, Plan
 
@@ -111,7 +112,9 @@ class HoldZero:
     def __call__(self, module: nn.Module, _args: Any) -> None:
         """Clear the masked entries of the module's own parameters."""
         for name, items in self.zeros.items():
-            parameter = getattr(module, name)
+            parameter = getattr(module, name, None)
+            if parameter is None:
+                continue  # taken away while another kernel, which its module folded, stands for it
             for item in items:
                 # .data: a module may run twice before backward, and autograd must not see a new version.
                 item.clear_(parameter.data)
@@ -136,6 +139,7 @@ class MaskHandle:
         self._before = self._values() if undoable else []
         self.hold()
         self.apply_()
+        refold_(model)
 
     def hold(self) -> None:
         """Keep the entries at zero from now on, or again after `remove`."""
@@ -184,6 +188,7 @@ class MaskHandle:
         for item, before in zip(self.zeros, self._before, strict=True):
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
+        refold_(self.model)
 
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
