@@ -48,7 +48,20 @@ class Assignments:
             if entry.tensor in known:
                 self._by_module.setdefault(id(entry.module), []).append(entry)
                 self._by_tensor.setdefault(id(entry.tensor), entry)
+                for other in self._held.get(storage_of(entry.data), ()):
+                    self._shared(entry, *other)
                 self._own(entry, entry.data)
+
+    def _shared(self, entry: Entry, data: Tensor, tensor: Tensor) -> None:
+        """Two of the model's tensors lie in the same memory from the start."""
+        own, other = self._known[entry.tensor], self._known[tensor]
+        if tensor is entry.tensor or not _overlap(entry.data, data):
+            return
+        reason = f"is part of {entry.path!r}, which shares its memory with another tensor"
+        if same_place(entry.data, data):
+            self._give(entry, own, data.shape, other, data.shape, reason)
+        else:
+            self._freeze((*own.labels, *other.labels), reason)
 
     def _own(self, entry: Entry, data: Tensor) -> None:
         storage = storage_of(data)
@@ -162,3 +175,13 @@ def _follows(old: Labels, value: TensorInfo, extents: torch.Size, shape: torch.S
     """Whether a value without labels there has whatever extent the tensor has."""
     padded = (1,) * (len(shape) - len(extents)) + tuple(extents)
     return value.uniform or all(padded[d] == 1 for d in old.dims)
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors on one memory have elements in common, as far as their ends tell."""
+    starts = [tensor.storage_offset() for tensor in (first, second)]
+    ends = [
+        start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        for start, tensor in zip(starts, (first, second), strict=True)
+    ]
+    return first.numel() > 0 and second.numel() > 0 and max(starts) <= min(ends)

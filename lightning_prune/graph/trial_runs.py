@@ -180,10 +180,10 @@ def _run(
     """The tensors that a model returns. numbers: takes down the plain numbers that operators get."""
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
     with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
-        normalise_mode(model, training=training)
         torch.manual_seed(0)
         with RunningModules(model) as running, nullcontext() if numbers is None else _PlainNumbers(running, numbers):
             try:
+                normalise_mode(model, training=training)
                 return tensors_in(entry.run(model, running))
             except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                 message = str(error).strip().partition("\n")[0]

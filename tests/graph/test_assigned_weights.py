@@ -475,7 +475,7 @@ def test_buffers_that_are_written_from_activations(write: Callable[[Remembering,
     torch.manual_seed(0)
     model = randomise_(Remembering(write)).eval()
     graph = traced(model)
-    held = {"center_by_data": "'center'"}.get(write.__name__)
+    held = {"center_by_data": "'center'", "scale_reset": "fixed in the Python code"}.get(write.__name__)
     group = graph.group("encoder")
     if held is None:
         assert group.prunable, group.reason
@@ -483,3 +483,160 @@ def test_buffers_that_are_written_from_activations(write: Callable[[Remembering,
         assert_lossless(model, graph)
     else:
         assert held in str(group.reason)
+
+
+class Conv3XC(nn.Module):
+    """SPAN: 1x1, 3x3 and 1x1 kernels without anything between are folded into one; a 1x1 shortcut is padded."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.skip, self.a, self.b, self.c = conv(into, out, 1), conv(into, 2 * into, 1), nn.Conv2d(2 * into, 2 * out, 3), conv(2 * out, out, 1)
+        self.single = conv(into, out)
+
+    def fold(self) -> None:
+        (wa, ba), (wb, bb), (wc, bc) = ((m.weight.data, m.bias.data) for m in (self.a, self.b, self.c))
+        w = F.conv2d(wa.flip(2, 3).permute(1, 0, 2, 3), wb, padding=2, stride=1).flip(2, 3).permute(1, 0, 2, 3)
+        b = (wb * ba.reshape(1, -1, 1, 1)).sum((1, 2, 3)) + bb
+        w = F.conv2d(w.flip(2, 3).permute(1, 0, 2, 3), wc).flip(2, 3).permute(1, 0, 2, 3)
+        b = (wc * b.reshape(1, -1, 1, 1)).sum((1, 2, 3)) + bc
+        self.single.weight.data = (w + F.pad(self.skip.weight.data, [1, 1, 1, 1])).contiguous()
+        self.single.bias.data = (b + self.skip.bias.data).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.c(self.b(self.a(F.pad(x, (1, 1, 1, 1))))) + self.skip(x)
+        self.fold()
+        return self.single(x)
+
+
+def test_kernels_that_are_convolved_with_each_other() -> None:
+    torch.manual_seed(0)
+    model = randomise_(nn.Sequential(Conv3XC(3, 8), nn.SiLU(), Conv3XC(8, 6), nn.SiLU(), conv(6, 4))).eval()
+    graph = traced(model)
+    assert sum(group.size for group in graph.prunable_groups) >= 14
+    small = assert_lossless(model, graph)
+    x = images(2, seed=9)
+    small.a = nn.Identity()
+    kernels = [module for module in small.modules() if isinstance(module, Conv3XC)]
+    for kernel in kernels:  # the fold of the small model is still what its branches compute
+        y = torch.randn(2, kernel.a.in_channels, 8, 8, dtype=torch.float64)
+        assert torch.allclose(kernel.train()(y), kernel.eval()(y), atol=1e-6)
+    assert small(x).isfinite().all()
+
+
+class LowRank(nn.Linear):
+    """LoRA as loralib writes it: eval mode merges the product into the weight in place, train mode takes it out."""
+
+    def __init__(self, into: int, out: int, rank: int = 4) -> None:
+        super().__init__(into, out)
+        self.down, self.up = nn.Parameter(torch.randn(rank, into)), nn.Parameter(torch.randn(out, rank))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> LowRank:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.down.t() @ self.up.t()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_low_rank_product_that_is_merged_in_eval(training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), LowRank(192, 12), nn.ReLU(), LowRank(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    model = randomise_(model).train(training)
+    graph = traced(model)
+    assert sum(group.size for group in graph.prunable_groups) >= 22
+    assert_lossless(model, graph, inputs=[images(3, seed=5), images(1, seed=6)])
+
+
+def exponential(m: Fold) -> None:
+    m.into.weight.data = m.a.weight.exp()
+
+
+def shifted(m: Fold) -> None:
+    m.into.weight.copy_(m.a.weight + 0.1)
+
+
+def filled(m: Fold) -> None:
+    m.into.weight.data.fill_(0.1)
+
+
+def noisy(m: Fold) -> None:
+    m.into.weight.data.add_(torch.randn(m.into.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def replaced_by_ones(m: Fold) -> None:
+    m.into.weight = nn.Parameter(torch.ones_like(m.a.weight))
+
+
+def foreign(m: Fold) -> None:
+    m.into.weight.data = torch.from_numpy(m.a.weight.detach().numpy() * 2)
+
+
+def clamped_away_from_zero(m: Fold) -> None:
+    m.into.weight.data.clamp_(min=0.01)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["forward", "mode"])
+@pytest.mark.parametrize("update", [exponential, shifted, filled, noisy, replaced_by_ones, foreign, clamped_away_from_zero])
+def test_values_that_no_mask_keeps_at_zero_hold_the_channels(update: Update, outside: bool) -> None:
+    model = randomise_(net(update, outside=outside)).eval()
+    graph = traced(model)
+    for name in ("0", "2"):
+        tensor = f"{name}.into.weight"
+        held = [group for group in graph.groups if any(part.tensor == tensor and part.dim == 0 for part in group.slices)]
+        assert not any(group.prunable for group in held)
+        assert any("into.weight" in str(group.reason) or "fixed in the Python code" in str(group.reason) for group in held)
+    if graph.prunable_groups:
+        assert_lossless(model, graph)
+
+
+def flipped(m: Fold) -> None:
+    m.into.weight.data, m.into.bias.data = m.a.weight.data.flip(0), m.a.bias.data.flip(0)
+
+
+def transposed(m: Fold) -> None:
+    m.into.weight.data = m.a.weight.data.transpose(0, 1)
+    m.into.bias.data = m.a.bias.data + m.b.bias.data
+
+
+def halves(m: Fold) -> None:
+    half = len(m.into.weight) // 2
+    m.into.weight.data[:half] = m.a.weight.data[:half]
+    m.into.weight.data[half:] = m.b.weight.data[half:]
+    m.into.bias.data = torch.cat([m.a.bias.data[:half], m.b.bias.data[half:]])
+
+
+def another_shape(m: Fold) -> None:
+    m.into.weight.data = F.pad(m.a.weight.data, [1, 1, 1, 1])
+    m.into.padding = (2, 2)
+    m.into.bias.data = m.a.bias.data
+
+
+def viewed(m: Fold) -> None:
+    m.into.weight.data.view(-1).copy_((m.a.weight.data * 2).view(-1))
+    m.into.bias.data.copy_(m.a.bias.data)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["forward", "mode"])
+@pytest.mark.parametrize("update", [flipped, transposed, halves, another_shape, viewed])
+def test_unusual_layouts_are_followed_or_held(update: Update, outside: bool) -> None:
+    torch.manual_seed(0)
+    folds = [Fold(8, 8, update, outside=outside) for _ in range(2)]
+    model = randomise_(nn.Sequential(conv(3, 8), *folds, nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 4))).eval()
+    assert_lossless(model, traced(model))
+
+
+def test_averages_given_as_a_callable_tie_the_teacher() -> None:
+    torch.manual_seed(0)
+    model = randomise_(Teacher(mean_in_place)).eval()
+    model.update = lambda t, s: None
+    loose, tied = (trace(model, images(), also=also) for also in ((), (lambda m: mean_in_place(m.teacher, m.student),)))
+    both = {"student.0.weight", "teacher.0.weight"}
+    assert not any(both <= {part.tensor for part in group.slices} for group in loose.groups)
+    assert any(both <= {part.tensor for part in group.slices} for group in tied.prunable_groups)

@@ -73,9 +73,15 @@ def _numbers(dtype: torch.dtype, generator: torch.Generator, zero: bool) -> Tens
     return values if dtype.is_floating_point else (values * 3).ceil().to(dtype)
 
 
-def factory(_: OperatorCall) -> TensorInfo:
-    """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet."""
-    return TensorInfo(uniform=True)
+def factory(call: OperatorCall) -> TensorInfo:
+    """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet.
+
+    Ones or noise in the shape of a weight have its channels.
+    """
+    info = call.info(call.args[0]) if call.name in ("ones_like", "full_like", "rand_like", "randn_like") else None
+    if info is None or info.data or not info.labels:
+        return TensorInfo(uniform=True)
+    return info.with_labels(labels.constant() for labels in info.labels)
 
 
 def pattern(_: OperatorCall) -> TensorInfo:
