@@ -7,6 +7,7 @@ counterpart stays.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 class Assignments:
     """Finds out, during one run, where a model's tensors get their values from.
 
-    What depends on parameters alone is held for the run: a parameter may get its memory, which is all that can be
-    seen of ``.data = ...`` afterwards.
+    What depends on parameters alone is held for the run, and for a while what has the shape of a buffer: a parameter
+    may get its memory, which is all that can be seen of ``.data = ...`` afterwards.
 
     Attributes:
         paths: the tensors that got other values.
@@ -44,6 +45,8 @@ class Assignments:
         self._owners: dict[int, Entry] = {}  # of memory
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by memory: what lies there, whose labels it has
         self._met: dict[tuple[int, int, int], Tensor] = {}
+        self._recent: deque[Tensor] = deque(maxlen=32)
+        self._shapes = {entry.data.shape for entry in journal.entries if entry.own is entry.module._buffers}
         for entry in journal.entries:
             if entry.tensor in known:
                 self._by_module.setdefault(id(entry.module), []).append(entry)
@@ -69,13 +72,18 @@ class Assignments:
         self._held.setdefault(storage, []).append((data, entry.tensor))
 
     def hold(self, tensor: Tensor, info: TensorInfo) -> None:
-        """Remember a result for the run, if it depends on parameters alone."""
-        if info.labels and not info.data:
+        """Remember a result whose memory a tensor of the model may get."""
+        if not info.labels:
+            return
+        if info.data:
+            if tensor.shape in self._shapes:
+                self._recent.append(tensor)
+        else:
             self._held.setdefault(storage_of(tensor), []).append((tensor, tensor))
 
     def source(self, tensor: Tensor, *, but: Tensor | None = None) -> Tensor | None:
         """The tensor whose labels one has that no operator made (``.data``), by the memory where it lies."""
-        near = self._held.get(storage_of(tensor), ())
+        near = [*self._held.get(storage_of(tensor), ()), *((recent, recent) for recent in self._recent)]
         return next((owner for data, owner in near if owner is not but and same_place(tensor, data)), None)
 
     def owns(self, tensor: Tensor) -> bool:
