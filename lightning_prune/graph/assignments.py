@@ -36,7 +36,11 @@ class Assignments:
     """
 
     def __init__(
-        self, space: LabelSpace, known: Mapping[Tensor, TensorInfo], journal: Journal, info: Callable[[Tensor], TensorInfo]
+        self,
+        space: LabelSpace,
+        known: Mapping[Tensor, TensorInfo],
+        journal: Journal,
+        info: Callable[[Tensor], TensorInfo],
     ) -> None:
         self._space, self._known, self._info, self._entries = space, known, info, journal.entries
         self.paths: set[str] = set()
@@ -97,7 +101,10 @@ class Assignments:
 
     def meet_all(self, model: nn.Module) -> None:
         """The run ends: look at every tensor, also where a whole module was replaced by another."""
-        now = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        now = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         for entry in self._entries:
             if id(entry.tensor) in self._by_tensor:
                 self._look(entry, now.get(entry.path))
@@ -144,7 +151,9 @@ class Assignments:
         entry = self._owners[storage_of(tensor)]
         self.paths.add(entry.path)
         extents = call.argument("src").shape if call.name == "copy" else tensor.shape
-        self._give(entry, before, tensor.shape, value, extents, f"is part of {entry.path!r}, which {call.where} writes to")
+        self._give(
+            entry, before, tensor.shape, value, extents, f"is part of {entry.path!r}, which {call.where} writes to"
+        )
         return before
 
     def _give(
@@ -192,4 +201,4 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
         start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         for start, tensor in zip(starts, (first, second), strict=True)
     ]
-    return first.numel() > 0 and second.numel() > 0 and max(starts) <= min(ends)
+    return bool(first.numel() and second.numel() and max(starts) <= min(ends))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graph.test_assigned_weights import MEANS, assert_lossless, traced
+from tests.graph.weight_assigners import MEANS, assert_lossless, traced
 from tests.zoo import images, randomise_
 
 
@@ -110,9 +111,9 @@ class RandomNet(nn.Module):
         widths = [3, *(rng.choice([6, 8]) for _ in range(rng.randint(2, 3)))]
         self.layers = nn.ModuleList(
             Folded(a, b, rng) if rng.random() < 0.7 else nn.Conv2d(a, b, 3, padding=1)
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
-        self.shortcuts = [a == b and rng.random() < 0.7 for a, b in zip(widths, widths[1:], strict=False)]
+        self.shortcuts = [a == b and rng.random() < 0.7 for a, b in itertools.pairwise(widths)]
         self.read = nn.Conv2d(widths[-1], 4, 1)
         self.teacher = copy.deepcopy(self.layers).requires_grad_(False) if rng.random() < 0.4 else None
         self.mean = rng.choice(MEANS)

@@ -63,8 +63,8 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     found = call.by_channel(f"varies over the positions that {call.where} slides over", (0, 1))
     # Kernels that are folded into one another stand for a batch: its samples may go.
     batch = [one for one in found if one.dims == (0,)]
-    reads = [folded for one in found if one.dims != (0,) and (folded := call.fold(one, (1,))) is not None]
-    reads = _along(call, reads, x.shape[1])
+    across = [folded for one in found if one.dims != (0,) and (folded := call.fold(one, (1,))) is not None]
+    reads = _along(call, across, x.shape[1])
     others = [labels for labels in w_info.labels if labels.dims not in ((0,), (1,))]
     call.freeze(others, f"varies over the kernel of {call.where}")
     w_out, w_in = (
