@@ -28,7 +28,7 @@ from lightning_prune.graph.running import (
     untouched,
     watch_training_flag,
 )
-from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
 
 OUTPUT = "reaches the model's output"
 
@@ -58,7 +58,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
-    copied = copy_sharing_tensors(model)
+    copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     tracer = _Tracer(copied, statistics)
     entries = entry_points(example_inputs, also)
     with untouched(copied):

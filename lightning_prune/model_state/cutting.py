@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from lightning_prune.model_state.optimizer_state import change_state_
-from lightning_prune.model_state.preservation import places_of, put_back
+from lightning_prune.model_state.preservation import folding, places_of, put_back
 
 CHANGED = "_sizes_changed_by_pruning"
 DENSE = "_shapes_before_pruning"
@@ -97,13 +97,8 @@ def drop_caches_(model: nn.Module) -> None:
 
 def refold_(model: nn.Module) -> None:
     """After weights changed: what modules derived from them when they entered eval mode is derived anew."""
-    if folds_on_mode(model):
+    if folding(model):
         drop_caches_(model)
-
-
-def folds_on_mode(model: nn.Module) -> bool:
-    """Whether some module does more than set its flag when it changes between train and eval mode."""
-    return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:

@@ -62,8 +62,9 @@ class Journal:
                 set_data_(entry.tensor, entry.data)
         put_back(self._places)
         for own, before in self._attributes:
-            own.clear()
-            own.update(before)
+            if len(own) != len(before) or any(own.get(name) is not value for name, value in before.items()):
+                own.clear()
+                own.update(before)
 
 
 class WritesUndone(TorchDispatchMode):

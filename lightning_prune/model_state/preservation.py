@@ -20,7 +20,8 @@ Places = list[tuple[dict[str, Any], dict[str, Any]]]
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put back train and eval modes, buffers, gradients, ``requires_grad`` flags and random states on leaving.
 
-    A submodule or parameter that the model's code replaced by another comes back too.
+    A submodule or parameter that the model's code replaced by another comes back too; where modules fold weights when
+    the mode changes, so do the weights and what these modules remember.
 
     Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
     """
@@ -33,6 +34,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     places = places_of(model)
+    folds = folding(model)
+    folded = [(own, dict(own)) for module in folds for own in (vars(module), module._modules, module._parameters)]
+    weights = [(p, p.data, p.detach().clone()) for p in model.parameters()] if folds else []
     before = random_state(model)
     for parameter, *_ in flags:
         parameter.grad = None
@@ -40,6 +44,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         put_back(places)
+        for own, items in folded:
+            own.clear()
+            own.update(items)
+        for parameter, data, value in weights:
+            parameter.data = data.copy_(value)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad, gradient in flags:
@@ -49,6 +58,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
             own[name] = buffer
             buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
         set_random_state(before)
+
+
+def folding(model: nn.Module) -> list[nn.Module]:
+    """Modules that do more than set their flag when they change between train and eval mode."""
+    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
 
 
 def places_of(model: nn.Module) -> Places:

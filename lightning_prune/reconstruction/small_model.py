@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, folds_on_mode, remember_dense_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
     copy_without_masks,
+    folding,
     knows_shapes,
     own_tensors_,
 )
@@ -62,7 +63,7 @@ def reconstruct(
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     # Most tensors are cut, and copied by that; a fold would write to those that are not.
-    small = copy_without_masks(model) if folds_on_mode(model) else copy_sharing_tensors(model)
+    small = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
     own_tensors_(small, model)
     return small

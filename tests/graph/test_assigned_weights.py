@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_prune.graph import trace
+from lightning_prune.prune import prune
 from tests.graph.weight_assigners import (
     FOLDS,
     MEANS,
@@ -17,7 +19,9 @@ from tests.graph.weight_assigners import (
     WRITES,
     Averaged,
     Conv3XC,
+    Direct,
     Fold,
+    Fused,
     LowRank,
     Remembering,
     RepBlock,
@@ -193,3 +197,42 @@ def test_averages_given_as_a_callable_tie_the_teacher() -> None:
     both = {"student.0.weight", "teacher.0.weight"}
     assert not any(both <= {part.tensor for part in group.slices} for group in loose.groups)
     assert any(both <= {part.tensor for part in group.slices} for group in tied.prunable_groups)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_module_that_exists_in_eval_only(training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused(3, 8), nn.ReLU(), Fused(8, 6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    model = randomise_(model).train(training)
+    graph = traced(model)
+    assert sum(group.size for group in graph.prunable_groups) == 14
+    assert_lossless(model, graph)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("make", [lambda: Fused(3, 8), lambda: RepBlock(3, 8, "data in mode"), lambda: LowRank(3, 8)])
+def test_pruning_leaves_the_pair_in_the_mode_that_it_had(make: Callable[[], nn.Module], training: bool) -> None:
+    torch.manual_seed(0)
+    first = make()
+    linear = isinstance(first, LowRank)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(8, 4) if linear else nn.Conv2d(8, 4, 1))
+    model = randomise_(model).train(training)
+    x = torch.randn(5, 3, dtype=torch.float64) if linear else images()
+    before = copy.deepcopy(model)(x)
+    result = prune(model, x, criterion="l2", ratio=0.5)
+    assert torch.equal(model.train(training)(x), before) or torch.allclose(model(x), before, rtol=1e-12)
+    expected, found = result.masked(x), result.model(x)
+    assert torch.allclose(expected, found, rtol=0, atol=1e-10)
+    assert torch.allclose(result.model.train(training)(x), found, rtol=0, atol=1e-10)
+    assert torch.allclose(result.masked.train(training)(x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["forward", "mode"])
+@pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.__name__)
+def test_weights_that_read_constants_are_masked_wherever_they_come_from(update: Update, outside: bool) -> None:
+    torch.manual_seed(0)
+    first, second = (Direct(a, b, update, outside=outside) for a, b in ((3, 8), (8, 6)))
+    model = randomise_(nn.Sequential(first, nn.Sigmoid(), second, nn.Sigmoid(), nn.Conv2d(6, 4, 1))).eval()
+    graph = traced(model)
+    assert sum(group.size for group in graph.prunable_groups) == 14
+    assert_lossless(model, graph)

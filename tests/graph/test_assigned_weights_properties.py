@@ -114,13 +114,14 @@ class RandomNet(nn.Module):
             for a, b in itertools.pairwise(widths)
         )
         self.shortcuts = [a == b and rng.random() < 0.7 for a, b in itertools.pairwise(widths)]
+        self.activation = rng.choice([F.silu, F.relu, torch.sigmoid])
         self.read = nn.Conv2d(widths[-1], 4, 1)
         self.teacher = copy.deepcopy(self.layers).requires_grad_(False) if rng.random() < 0.4 else None
         self.mean = rng.choice(MEANS)
 
     def run(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         for layer, shortcut in zip(layers, self.shortcuts, strict=True):
-            y = F.silu(layer(x))
+            y = self.activation(layer(x))
             x = y + x if shortcut else y
         return x
 
