@@ -95,7 +95,7 @@ def spec(seed: int) -> Spec:
         teacher=maybe(("backbone", "whole")),
         updated=draw.choice(("training_step", *STEPS, "callback.on_train_batch_end", "callback.on_train_epoch_end")),
         average=draw.choice(AVERAGES),
-        held_by=draw.choice(("module", "module", "list", "shadow")),
+        held_by=draw.choice(("module",) * 6 + ("list", "shadow")),
         branch=maybe(("maps", "head")),
         condition=draw.choice(CONDITIONS),
         manual=manual,
