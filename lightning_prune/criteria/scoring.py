@@ -171,19 +171,29 @@ class Scorer:
             ScoreError: a layer was never reached, or scores are NaN or infinite.
         """
         found = {**self._observer.means(), **self._dense.means()}
-        members = []
+        unseen = {**self._observer.unseen(), **self._dense.unseen()}
+        members, left_out = [], []
         for group in self.graph.prunable_groups:
             for layer in group.layers:
                 keys = {tap.name: key_of(group, layer, tap) for tap in self.criterion.taps}
+                if errors := [unseen[key] for key in keys.values() if key in unseen]:
+                    left_out.append((group.name, layer.name, errors[0]))
+                    continue
                 means = {name: found[key] for name, key in keys.items() if key in found}
                 scales = batch_norm_scales(self.model, group, layer)
                 members.append(Member(group.name, layer, self.model.get_parameter(layer.weight), means, scales))
-        layers: dict[str, dict[str, Tensor]] = {}
+        layers: dict[str, dict[str, Tensor]] = {group: {} for group, _, _ in left_out}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
             layers.setdefault(member.group, {})[member.layer.name] = scores.detach().to("cpu", torch.float64)
+        for group, _, error in left_out:
+            if not layers[group]:
+                raise error
         how = self.criterion.combine
-        return Scores({group: functional.combine(list(of.values()), how) for group, of in layers.items()}, layers)
+        whole = {group: functional.combine(list(of.values()), how) for group, of in layers.items()}
+        for group, layer_name, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
+            layers[group][layer_name] = whole[group]
+        return Scores(whole, layers)
 
 
 def score(

@@ -208,8 +208,12 @@ def test_a_layer_that_cannot_be_scored_is_named(how, words):
     model = Branches()
     model.how = how
     layers = tuple(Layer(name, f"{name}.weight", 0, 4, identity(4)) for name in ("used", "side"))
+    apart = graph_of(*(Group(layer.name, 4, (layer,), ()) for layer in layers))
     with pytest.raises(ScoreError, match=words):
-        score(model, graph_of(Group("used", 4, layers, ())), GRE(), [torch.randn(2, 3)], lambda m, b: m(b))
+        score(model, apart, GRE(), [torch.randn(2, 3)], lambda m, b: m(b))
+    together = score(model, graph_of(Group("used", 4, layers, ())), GRE(), [torch.randn(2, 3)], lambda m, b: m(b))
+    assert torch.equal(together["used"], together.layers["used"]["side"]), "it goes as the others of its group say"
+    assert torch.equal(together["used"], together.layers["used"]["used"])
 
 
 def test_scorer_refuses_misuse():

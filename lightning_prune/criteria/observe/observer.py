@@ -115,32 +115,37 @@ class Observer:
         torch.autograd.grad(loss.sum(), edges, allow_unused=True)
 
     def means(self) -> dict[str, Tensor]:
-        """Mean of every key over what was seen so far; refuses a layer that was never reached."""
+        """Mean of every key over what was seen so far."""
+        unseen = self.unseen()
         return {
             key: self._state[f"{key}/sum"] / self._state[f"{key}/count"]
-            for key, (layer, tap) in self._seen_as.items()
-            if self._was_seen(layer, tap, key)
+            for key in self._seen_as
+            if key not in unseen and bool(self._state[f"{key}/count"])
         }
 
-    def _was_seen(self, layer: Layer, tap: Tap, key: str) -> bool:
-        reached = bool(self._state[f"{key}/count"])
+    def unseen(self) -> dict[str, ScoreError]:
+        """Keys that were never seen, or without the gradient that they need, with the error that says so."""
+        found = {key: self._why_unseen(layer, tap, key) for key, (layer, tap) in self._seen_as.items()}
+        return {key: error for key, error in found.items() if error is not None}
+
+    def _why_unseen(self, layer: Layer, tap: Tap, key: str) -> ScoreError | None:
         if tap.optional:
-            return reached
+            return None
         no_gradient = tap.gradient and key not in self._differentiated
         if no_gradient and any(key in watcher.without_grad for watcher in self._watchers):
-            raise ScoreError(
+            return ScoreError(
                 f"{layer.name}: ran under torch.no_grad or inference_mode, so there is no gradient to score "
                 "it by; let gradients through it while scoring (parameters may stay frozen), or use L1, FPGM or LRE"
             )
-        if not reached:
-            raise ScoreError(
+        if not bool(self._state[f"{key}/count"]):
+            return ScoreError(
                 f"{layer.name}: never called while scoring ({self._criterion!r} needs data); score on batches "
                 "that reach it, or trace the model without it"
             )
         # Another process may have seen it: the sum tells.
         if no_gradient and not self._state[f"{key}/sum"].any():
-            raise ScoreError(
+            return ScoreError(
                 f"{layer.name}: no gradient of the loss ever reached it; make the loss depend on it, or use a "
                 "criterion that needs none, such as L1, FPGM or LRE"
             )
-        return True
+        return None
