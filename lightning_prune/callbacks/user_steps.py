@@ -82,9 +82,8 @@ class Step:
         """What the step returns, after a backward pass if gradients are on."""
         batch = own_tensors(batch)
         with attached(model, self.trainer, STAGES[self.name]):
-            for hook in BEFORE.get(self.name, ()):
-                self._hook(model, hook)
             callbacks = self._users_callbacks(model)
+            self._hooks(model, callbacks, BEFORE)
             start, end = f"on_{NAMES[self.name]}_batch_start", f"on_{NAMES[self.name]}_batch_end"
             for callback in callbacks:
                 self._hook(callback, start, self.trainer, model, batch, 0, **self.extra)
@@ -96,8 +95,7 @@ class Step:
             for callback in callbacks:
                 self._hook(callback, end, self.trainer, model, outputs, batch, 0, **self.extra)
             self._hook(model, end, outputs, batch, 0, **self.extra)
-            for hook in AFTER.get(self.name, ()):
-                self._hook(model, hook)
+            self._hooks(model, callbacks, AFTER)
         self._first = False
         return output
 
@@ -116,6 +114,12 @@ class Step:
                 self._hook(part, "on_before_zero_grad", *arguments)
             self._hook(model, "optimizer_step", 0, 0, optimizer, lambda: None)
 
+    def _hooks(self, model: Any, callbacks: list[Callback], around: Mapping[str, tuple[str, ...]]) -> None:
+        for name in around.get(self.name, ()):
+            for callback in callbacks if name != "on_fit_start" else ():  # Lightning is in the middle of these
+                self._hook(callback, name, self.trainer, model)
+            self._hook(model, name)
+
     def _hook(self, part: Any, name: str, *args: Any, **extra: Any) -> None:
         key = f"{type(part).__qualname__}.{name}"
         if key in self.left_out or not overrides(part, name):
@@ -128,8 +132,9 @@ class Step:
             self.left_out.add(key)
 
     def _users_callbacks(self, model: Any) -> list[Callback]:
-        """Copies of the callbacks of the user's own that look at batches, with this copy of the module."""
+        """Copies of the callbacks of the user's own that have hooks around this step, with this copy of the module."""
         hooks = [f"on_{NAMES[self.name]}_batch_{when}" for when in ("start", "end")] + ["on_before_zero_grad"]
+        hooks += [*BEFORE.get(self.name, ()), *AFTER.get(self.name, ())]
         own = [
             callback
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]

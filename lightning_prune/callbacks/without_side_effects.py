@@ -20,9 +20,11 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
     """Let a copy of the module run a step of its own as in this Trainer, and undo what it does to the Trainer."""
     inner = [module for module in model.modules() if hasattr(module, "log_dict")]  # of either namespace of Lightning
     own = _stand_ins(model)
-    loggers, before = trainer.loggers, trainer.state.stage
+    loggers, before, stopping = trainer.loggers, trainer.state.stage, trainer.should_stop
+    settings = [(group, {k: v for k, v in group.items() if k != "params"}) for group in _parameter_groups(trainer)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.state.stage = stage
+    trainer.save_checkpoint = nowhere  # type: ignore[method-assign]
     for module in inner:
         module._trainer = trainer
         vars(module).update(own)
@@ -31,15 +33,22 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
             warnings.simplefilter("ignore")
             yield
     finally:
-        trainer.loggers, trainer.state.stage = loggers, before
+        trainer.loggers, trainer.state.stage, trainer.should_stop = loggers, before, stopping
+        vars(trainer).pop("save_checkpoint", None)
+        for group, values in settings:
+            group.update(values)  # a learning rate that the step sets
         for module in inner:
             module._trainer = None
             for name in own:
                 vars(module).pop(name, None)
 
 
+def _parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
 def nowhere(*_: Any, **__: Any) -> None:
-    """Log nothing."""
+    """Log or save nothing."""
 
 
 def _stand_ins(model: LightningModule) -> dict[str, Callable[..., Any]]:
