@@ -146,6 +146,8 @@ class Plan:
             if gone:
                 raise PlanError(f"channels {gone[:5]} of group {name!r} are kept, but an earlier plan removed them")
             layers = {k: tuple(place[c] for c in kept if c in place) for k, kept in group.layers.items()}
+            if name in done.groups and len(left) == 1 < group.size:
+                continue  # the smaller model has no such group: what broadcasts has no channels to follow
             groups[name] = GroupPlan(len(left), tuple(place[channel] for channel in group.keep), layers)
         return replace(self, groups=groups)
 

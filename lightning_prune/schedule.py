@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_prune.criteria.scoring import Scores
@@ -197,8 +198,23 @@ def keep_removed(scores: Scores, plan: Plan) -> Scores:
 
 
 def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
-    """Scores of a model reconstructed with a plan, in the channels of the dense one; what is gone comes last."""
-    return _lowered(scores, plan, lambda planned, _: planned.keep)
+    """Scores of a model reconstructed with a plan, in the channels of the dense one; what is gone comes last.
+
+    A group that the smaller model has no longer (only one channel is left of it) keeps what is left.
+    """
+    lowered = _lowered(scores, plan, lambda planned, _: planned.keep)
+    lost = [(name, planned) for name, planned in plan.groups.items() if name not in scores]
+    if not lost:
+        return lowered
+    values = [value for of in (lowered, *lowered.layers.values()) for value in of.values()]
+    lowest = min(float(value.min()) for value in values)
+    highest = max(float(value.max()) for value in values)
+    whole, layers = dict(lowered.items()), dict(lowered.layers)
+    for name, planned in lost:
+        full = torch.full((planned.size,), lowest, dtype=torch.float64)
+        full[list(planned.keep)] = highest + 1
+        whole[name], layers[name] = full, dict.fromkeys(planned.layers, full)
+    return Scores(whole, layers)
 
 
 def _lowered(scores: Scores, plan: Plan, kept_by: Callable[[GroupPlan, str | None], Iterable[int]]) -> Scores:

@@ -238,6 +238,12 @@ class ScoringCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first scores: given, from a pass of their own, or from the epochs that start now."""
         session = self._run.session
+        if self.criterion.needs_forward and not pl_module.automatic_optimization and session.schedule is not None:
+            raise CallbackError(
+                f"{type(pl_module).__name__} uses manual optimization, and every later step of {session.schedule!r} "
+                "scores in a pass of its own, in which training_step would step the optimizers. Prune in one step, or "
+                "use a criterion that looks at weights only, such as L1"
+            )
         with uncompiled(pl_module):
             graph = session.graph
         if not graph.prunable_groups:

@@ -273,7 +273,14 @@ CONTRACTION |= {
     "embedding": Embedded(),
     "matrix": lambda x: (x.mean((2, 3)).t() @ x.mean((2, 3))).sum(1)[None, :, None, None].expand(2, -1, -1, -1),
 }
-EXACT = {**ELEMENTWISE, **MOVEMENT, **STATISTICS, **SPATIAL, **CONTRACTION}
+LOSSES: dict[str, Operator] = {
+    "squared errors": lambda x: F.mse_loss(x, x.flip(3), reduction="none"),
+    "sum of squared errors": lambda x: x * F.mse_loss(x, x.flip(3), reduction="sum"),
+    "sum of smooth errors": lambda x: x * F.smooth_l1_loss(x, x.flip(3), reduction="sum"),
+    "sum of Huber's errors": lambda x: x * F.huber_loss(x, x.flip(3), reduction="sum"),
+    "cross-entropies": lambda x: F.binary_cross_entropy(x.clamp(0, 1), x.clamp(0, 1), reduction="none"),
+}
+EXACT = {**LOSSES, **ELEMENTWISE, **MOVEMENT, **STATISTICS, **SPATIAL, **CONTRACTION}
 REFUSED: dict[str, tuple[Operator, str]] = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), "statistic over channels in aten.native_layer_norm"),
     "one group": (lambda x: F.group_norm(x, 1), "statistic over channels in aten.native_group_norm"),
@@ -281,6 +288,16 @@ REFUSED: dict[str, tuple[Operator, str]] = {
     "mean": (lambda x: x * x.mean(1, True), "statistic over channels in aten.mean"),
     "max": (lambda x: x * x.amax(1, True), "statistic over channels in aten.amax"),
     "sum of constants": (lambda x: x * x.sigmoid().sum(1, True), "constant that enters a sum"),
+    "mean error": (lambda x: x * F.mse_loss(x, x.flip(3)), "statistic over channels in aten.mse_loss"),
+    "sum of errors of constants": (
+        lambda x: x * F.mse_loss(x.sigmoid(), x, reduction="sum"),
+        "constant that enters a sum",
+    ),
+    "classes": (lambda x: x * F.nll_loss(x.mean((2, 3)), torch.tensor([0, 3])), "is a class in aten.nll_loss_forward"),
+    "classes of pixels": (
+        lambda x: x * F.nll_loss(x, torch.ones(2, 8, 8, dtype=torch.long)),
+        "is a class in aten.nll_loss2d_forward",
+    ),
     "cumsum": (lambda x: x.cumsum(1), "aten.cumsum"),
     "topk": (lambda x: x.topk(4, 1).values, "aten.topk"),
     "by number": (lambda x: x[:, torch.tensor([1, 0, 2])], "by its number in aten.index"),

@@ -67,6 +67,8 @@ _GROUPS: dict[Rule, str] = {
         "mean sum amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp "
         "argmax argmin all any"
     ),
+    statistics.loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy",
+    statistics.likelihood: "nll_loss_forward nll_loss2d_forward",
     statistics.along: "_softmax _log_softmax _safe_softmax cumsum cumprod sort topk",
     spatial.pooling: (
         "max_pool2d_with_indices max_pool2d max_pool3d_with_indices max_pool3d avg_pool1d avg_pool2d avg_pool3d "

@@ -91,7 +91,7 @@ def reduction(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
     for labels in info.labels:
         left = set(labels.dims) - reduced
         if not left:
-            _reduce_channels(call, labels)
+            _reduce_channels(call, labels, exact=call.name in EXACT)
             continue
         folded = call.fold(labels, tuple(left))
         if folded is None:
@@ -104,15 +104,33 @@ def reduction(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
     return [first, first] if call.name in ("var_mean", "std_mean") else first
 
 
-def _reduce_channels(call: OperatorCall, labels: Labels) -> None:
+def _reduce_channels(call: OperatorCall, labels: Labels, *, exact: bool) -> None:
     """A reduction over all the channels: what it takes in must be exactly zero when masked."""
     flat = labels.flat()
     live = torch.broadcast_to(flat.live, flat.ids.shape)
-    if call.name not in EXACT:
+    if not exact:
         call.freeze_statistic(flat)
     elif live.any():
         call.freeze_statistic(flat.where(live), "is a constant that enters a sum")
     call.space.mark("must_mask", flat.ids[~live])
+
+
+def loss(call: OperatorCall) -> TensorInfo:
+    """mse_loss and the like: both sides lie on the same channels; a mean over these is a statistic."""
+    operands = [Operand(tensor.shape, call.info(tensor)) for tensor in call.tensors]
+    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
+    out = combine(call, operands, lambda zeros: all(zeros[:2]), shape)
+    how = call.argument("reduction", 1)
+    if how == 0:  # one loss per element
+        return out
+    for labels in out.labels:
+        _reduce_channels(call, labels, exact=how == 2)
+    return TensorInfo((), out.data)
+
+
+def likelihood(call: OperatorCall) -> TensorInfo:
+    """nll_loss: a class is a channel that labels point at."""
+    return call.freeze_inputs(f"is a class in {call.where}")
 
 
 def along(call: OperatorCall) -> TensorInfo:
