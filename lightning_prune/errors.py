@@ -76,6 +76,10 @@ class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""
 
 
+class UnreachedWarning(UserWarning):
+    """Channels go although no trace has reached some modules that may read or make channels."""
+
+
 def check_choice(name: str, value: object, literal: Any, error: type[PruningError]) -> None:
     """Refuse a value of a setting that its Literal type does not list."""
     if value not in get_args(literal):

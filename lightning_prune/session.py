@@ -126,7 +126,9 @@ class PruningSession:
         if self._graph is None:
             inputs, *others = self.entries
             self._graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics)
-            self._dense_graph = self._dense_graph or self._graph
+            if self._dense_graph is None:
+                self._dense_graph = self._graph
+            self._graph.warns_with(self._dense_graph)
         return self._graph
 
     @property

@@ -17,10 +17,11 @@ from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_lat
 from lightning_prune.cli.parser import Parser
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
-from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError
+from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, UnreachedWarning
 from lightning_prune.experiments.runner import Runner, quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
+from lightning_prune.graph.unreached import note_of
 from lightning_prune.measure import samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Coupling, Plan
@@ -66,7 +67,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     small = copy_without_masks(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotReconstructedWarning)  # told below
+        for told_below in (NotReconstructedWarning, UnreachedWarning):
+            warnings.simplefilter("ignore", told_below)
         lossless = reconstruct_(small, graph, plan, example_inputs=inputs)
     assert lossless is not None
     console.print()
@@ -169,5 +171,7 @@ def _show(
     total = sum(group.size for group in graph.groups)
     by = f"{options.criterion}, {_asked(options)}, coupling {options.coupling}"
     print_line(console, f"{gone:,} of {total:,} channels removed by {by}")
+    if graph.unreached:
+        print_line(console, note_of(graph.unreached), "yellow")
     for group, why in lossless.left.items():
         print_line(console, f"left whole: {group}: {why}", indent="  ")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
+from lightning_prune.graph.unreached import Unreached, warn_of_unreached
 from lightning_prune.model_state.cutting import Cut, NewSize
 
 
@@ -40,6 +41,7 @@ class ChannelGraph:
         shapes: shape of every parameter and buffer, so that a graph is never used on another model.
         notes: what the trace could not see or follow (operators without a rule, unused parameters).
         sizes: integer attributes of modules that change with the channels.
+        unreached: modules and parameters that no trace has used.
 
     Example:
         >>> import torch, lightning_prune as lp
@@ -53,7 +55,9 @@ class ChannelGraph:
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     sizes: tuple[SizeAttribute, ...] = ()
+    unreached: tuple[Unreached, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
+    _told: list[bool] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
@@ -93,6 +97,16 @@ class ChannelGraph:
                     f"the graph was traced on another model: {name!r} is {list(shapes[name])} here and was "
                     f"{list(shape)}; trace the model again"
                 )
+
+    def warn_of_unreached(self) -> None:
+        """Warn once, before channels go, of modules that no trace has used; see `UnreachedWarning`."""
+        if self.unreached and not self._told:
+            self._told.append(True)
+            warn_of_unreached(self.unreached)
+
+    def warns_with(self, earlier: ChannelGraph) -> None:
+        """Count what was said of an earlier graph of the same model as said."""
+        object.__setattr__(self, "_told", earlier._told)
 
     def cuts(self, removed: Mapping[str, Tensor]) -> list[Cut]:
         """What survives of every tensor dimension when these channels ({group: indices}) go."""

@@ -55,6 +55,7 @@ class Draft:
     graph: ChannelGraph
     places: dict[str, str]  # module paths whose code holds sizes of prunable channels, with the module's type
     guessed: set[str]  # types whose layout was read off one run, so that results have to be compared
+    kinds: Mapping[str, str]  # module paths whose widths were noted, with the module's type
     uneven: bool = False  # some channels are cut into pieces of different sizes
 
 
@@ -137,6 +138,14 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
             decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
             return
+    if not failure.other_size:
+        for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][
+            :2
+        ]:  # its code or the caller's
+            choice = decisions.choices.get(kind, Choice.AS_IS)
+            if choice < Choice.WIDTHS:
+                decisions.choices[kind] = Choice(max(choice + 1, Choice.INPUTS))
+                return
     for path in failure.stack:
         touched = any(_touches(group, path) for group in draft.graph.prunable_groups)
         if touched and path not in decisions.held:

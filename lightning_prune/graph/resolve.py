@@ -6,7 +6,7 @@ follow, is chosen per module type by a `Choice`, tried out in `lightning_prune.g
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -27,12 +27,19 @@ class Choice(IntEnum):
     REPAIR = 1  # integer attributes of the module that equal an old size get the new one
     OTHER_AXIS = 2
     OTHER_AXIS_REPAIR = 3
-    FROZEN = 4
+    INPUTS = 4  # those that equal the number of channels that enter the module, too
+    WIDTHS = 5  # and those that equal any that it sees, all of which then go together
+    FROZEN = 6
 
     @property
     def repairs(self) -> bool:
         """Whether attributes of the module may be set."""
-        return self in (Choice.REPAIR, Choice.OTHER_AXIS_REPAIR)
+        return self in (Choice.REPAIR, Choice.OTHER_AXIS_REPAIR) or self.follows_widths
+
+    @property
+    def follows_widths(self) -> bool:
+        """Whether attributes may be set that no operator got, see `lightning_prune.graph.widths`."""
+        return self in (Choice.INPUTS, Choice.WIDTHS)
 
     @property
     def rank(self) -> int:
@@ -51,12 +58,18 @@ class Resolved:
     axes: list[int] = field(default_factory=list)  # along which every grid loses slices, -1 where it is left as it is
 
 
-def resolve(space: LabelSpace, choices: Mapping[str, Choice], sized: Collection[str] = ()) -> Resolved:
+def resolve(
+    space: LabelSpace,
+    choices: Mapping[str, Choice],
+    sized: Collection[str] = (),
+    pairs: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 
     choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
+    pairs: what else goes together.
     """
-    state = Resolved(space.classes())
+    state = Resolved(_joined(space.classes(), pairs))
     grids: list[tuple[Grid | GroupedConvolution, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
@@ -107,10 +120,16 @@ def _settle(state: Resolved, grids: list[tuple[Grid | GroupedConvolution, Choice
                     pairs.append((_first(rows)[labelled], rows[labelled]))
         if kind is None:
             return axes
-        ids = torch.arange(len(state.joint))
-        state.joint = connected_components(
-            len(ids), torch.cat([ids, *(a for a, _ in pairs)]), torch.cat([state.joint, *(b for _, b in pairs)])
-        )
+        state.joint = _joined(state.joint, pairs)
+
+
+def _joined(joint: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Classes, once these pairs go together too."""
+    if not pairs:
+        return joint
+    ids = torch.arange(len(joint))
+    first, second = torch.cat([ids, *(a for a, _ in pairs)]), torch.cat([joint, *(b for _, b in pairs)])
+    return connected_components(len(ids), first, second)
 
 
 def _is_consistent(joint: Tensor, parts: list[Tensor]) -> bool:

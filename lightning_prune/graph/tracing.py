@@ -27,6 +27,8 @@ from lightning_prune.graph.running import (
     untouched,
     watch_training_flag,
 )
+from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
+from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 
 OUTPUT = "reaches the model's output"
@@ -62,6 +64,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
     entries = entry_points(example_inputs, also)
     with untouched(copied):
         ran = [(entry, modes) for entry in entries if (modes := tracer.run(entry))]
+    tracer.meet_unreached()
     with torch.inference_mode(False):
         return settle(model, ran, tracer.draft).graph
 
@@ -75,6 +78,8 @@ class _Tracer:
         self.space = LabelSpace()
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
+        self.unreached: tuple[Unreached, ...] = ()
+        self.widths = Widths(model)
         self.deployed: set[str] = set()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
@@ -110,7 +115,7 @@ class _Tracer:
             recorder.set_info(tensor, TensorInfo(data=True))
         before, self.used = self.used, set()
         try:
-            with running, recorder:
+            with self.widths.noting(running.stack, recorder), running, recorder:
                 output = entry.run(self.model, running)
         except Exception as error:
             mode = "train" if training else "eval"
@@ -127,6 +132,13 @@ class _Tracer:
                 self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
 
+    def meet_unreached(self) -> None:
+        """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
+        self.unreached = meet_unreached(self.space, self.model, self.names, self.used, self.widths.ends)
+        for one in self.unreached:
+            if one.twin is not None:
+                self.widths.repeat(one.path, one.twin)
+
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""
         if is_forward(entry):
@@ -142,9 +154,10 @@ class _Tracer:
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        resolved = resolve(self.space, decisions.choices, decisions.sized)
-        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
-        outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
+        widths, pairs = self.widths.followed(decisions.choices)
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs)
+        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes, *widths])
+        outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
         readers = self.space.marked("reader")
@@ -164,11 +177,12 @@ class _Tracer:
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        unused = ", ".join(name for name, _ in self.model.named_parameters() if name not in self.used)
-        notes = (*self.notes, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes)
+        notes = (*self.notes, *([note_of(self.unreached)] if self.unreached else []))
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
         places, guessed = places_of(classes, decisions.choices)
-        self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
+        places |= {size.site.stack[0]: size.site.kind for size in widths}
+        guessed |= {size.site.kind for size in widths}
+        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, uneven=bool(resolved.splits))
         return self._last[1]
 
     def _beside_forward(self, resolved: Resolved) -> list[Freeze]:

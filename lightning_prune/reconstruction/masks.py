@@ -72,6 +72,8 @@ def mask_(
     plan.check(graph)
     graph.check(model)
     plain = unwrap(optimizers)
+    if plan:
+        graph.warn_of_unreached()
     return MaskHandle(model, masked_entries(graph, plan), plain, undoable)
 
 

@@ -115,6 +115,8 @@ def reconstruct_(
             "masks or gradient hooks are registered on the model; they know the old shapes. Call "
             "MaskHandle.remove() first"
         )
+    if plan:
+        graph.warn_of_unreached()
     entries = [] if example_inputs is None else entry_points(example_inputs, also)
     return _reconstruct_(model, graph, plan, unwrap(optimizers), entries)
 
