@@ -68,6 +68,7 @@ class LabelSpace:
     spans: list[Span] = field(default_factory=list)
     pairs: Pairs = field(default_factory=list)
     own_pairs: Pairs = field(default_factory=list)
+    assigned: Pairs = field(default_factory=list)  # of a parameter, and of what the code puts into it
     frozen: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     sizes: list[CodeSize] = field(default_factory=list)
@@ -113,6 +114,10 @@ class LabelSpace:
         mask = torch.zeros(self.count, dtype=torch.bool)
         for ids in self._marks.get(role, []):
             mask[ids] = True
+        for target, source in self.assigned if role in ("reader", "must_mask") else ():
+            mask[target] |= mask[source]
+            if role == "must_mask":
+                mask[source] = mask[target]
         return mask
 
     def fold(self, labels: Labels, keep: Collection[int], where: str) -> Labels | None:

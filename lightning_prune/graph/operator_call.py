@@ -8,14 +8,16 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_prune.graph.assignments import Assignments
 from lightning_prune.graph.constraints import CallSite
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.running import RunningModules
+from lightning_prune.model_state.journal import Journal
 
 
 @dataclass(eq=False)
@@ -118,10 +120,12 @@ class OperatorRecorder(TorchDispatchMode):
         super().__init__()
         self.space, self.modules, self.run, self.order = space, modules, run, 0
         self.before: Tensor | None = None
+        self.journal = Journal(modules.model)
+        self.assignments = Assignments(space, known, self.journal, self.info)
         self.unknown = TensorInfo()  # of tensors that no operator made
         self._info = WeakIdKeyDictionary(dict(known))
-        self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._observe = observe
+        self._depth = 0
 
     @property
     def module(self) -> str:
@@ -132,24 +136,48 @@ class OperatorRecorder(TorchDispatchMode):
         """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
         found = self._info.get(tensor)
         if found is None:
-            owner = self._by_storage.get(tensor.untyped_storage()._cdata)
-            same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
-            found = self._info[owner] if same else self.unknown
+            source = self.assignments.source(tensor)
+            found = self.unknown if source is None else self._info[source]
         return found
 
     def set_info(self, tensor: Tensor, info: TensorInfo) -> None:
         """Remember the labels of a tensor for as long as it lives."""
         self._info[tensor] = info
+        self.assignments.hold(tensor, info)
 
     def aliases(self, tensor: Tensor) -> list[Tensor]:
         """Other live tensors on the same storage."""
         storage = tensor.untyped_storage()._cdata
         return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
 
+    def __enter__(self) -> OperatorRecorder:
+        if not self._depth:
+            register = nn.modules.module
+            self._hooks = (
+                register.register_module_forward_pre_hook(lambda module, _: self.assignments.meet(module)),
+                register.register_module_forward_hook(lambda module, *_: self.assignments.meet(module)),
+            )
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._depth -= 1
+        if not self._depth:
+            for hook in self._hooks:
+                hook.remove()
+            self.assignments.meet_all(self.modules.model)
+            self.journal.restore()
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is_foreach(func) and isinstance(args[0], (list, tuple)):
+            with self:  # every tensor by itself, recorded as any other operator is
+                return one_by_one(func, args, kwargs)
+        self.assignments.meet_arguments(args)
+        self.journal.note(func, args, kwargs)
         # Restrides in place: only the old strides tell whether the elements stay where they were.
         self.before = args[0].detach() if func is torch.ops.aten.as_strided_.default else None
         output = func(*args, **kwargs)
@@ -165,3 +193,23 @@ def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
         argument.name: (position, argument.default_value if argument.has_default_value() else None)
         for position, argument in enumerate(func._schema.arguments)
     }
+
+
+@cache
+def _is_foreach(func: Any) -> bool:
+    return func.overloadpacket.__name__.startswith("_foreach_")
+
+
+def one_by_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """What ``torch._foreach_add_`` and its kind do, tensor by tensor."""
+    single = getattr(torch.ops.aten, func.overloadpacket.__name__.removeprefix("_foreach_"))
+    names = [argument.name for argument in single.__getattr__(single.overloads()[0])._schema.arguments]
+    outputs = []
+    for k in range(len(args[0])):
+        own = [value[k] if isinstance(value, (list, tuple)) else value for value in args]
+        named = {name: value[k] if isinstance(value, (list, tuple)) else value for name, value in kwargs.items()}
+        own += [named.pop(name) for name in ("scalars", "weight") if name in named]
+        if "value" in names and len(own) > names.index("value"):  # addcmul, addcdiv
+            named["value"] = own.pop()
+        outputs.append(single(*own, **named))
+    return None if func._schema.is_mutable else outputs

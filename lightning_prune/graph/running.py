@@ -60,6 +60,7 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []  # outermost first
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lightning_prune.graph.running import (
 )
 from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
 from lightning_prune.graph.widths import Widths
-from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
 
 OUTPUT = "reaches the model's output"
 
@@ -59,7 +60,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
-    copied = copy_sharing_tensors(model)
+    copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     tracer = _Tracer(copied, statistics)
     entries = entry_points(example_inputs, also)
     with untouched(copied):
@@ -106,7 +107,6 @@ class _Tracer:
 
     def _run(self, entry: EntryPoint, training: bool, *, required: bool) -> bool:
         """Run the model under the recorder; whether it got to the end. What ran until a failure counts too."""
-        normalise_mode(self.model, training=training)
         running = RunningModules(self.model)
         recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
         recorder.unknown = TensorInfo(data=entry.opaque)
@@ -116,6 +116,7 @@ class _Tracer:
         before, self.used = self.used, set()
         try:
             with self.widths.noting(running.stack, recorder), running, recorder:
+                normalise_mode(self.model, training=training)  # what it folds or drops is recorded too
                 output = entry.run(self.model, running)
         except Exception as error:
             mode = "train" if training else "eval"
@@ -125,6 +126,7 @@ class _Tracer:
                 return False
             raise TraceError(self._failure(entry, error, recorder.module)) from error
         finally:
+            self.used |= recorder.assignments.paths
             self.deployed |= self.used if entry.deployed else set()
             self.used |= before
         for tensor in tensors_in(output):
@@ -204,6 +206,8 @@ class _Tracer:
     def _observe(self, call: OperatorCall) -> None:
         self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)
         if not call.outputs:
+            if call.func._schema.is_mutable:
+                call.freeze_inputs(f"passes an operator without a rule, {call.where}")
             return
         if not call.outputs[0].numel():
             call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
@@ -218,7 +222,10 @@ class _Tracer:
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if call.func._schema.is_mutable:
-            self._check_aliases(call, before, infos[0])
+            if call.recorder.assignments.owns(call.outputs[0]):
+                infos[0] = call.recorder.assignments.write(call, before, infos[0])
+            else:
+                self._check_aliases(call, before, infos[0])
         for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
                 call.recorder.set_info(tensor, info)
@@ -226,6 +233,7 @@ class _Tracer:
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
+            self._check_pattern(call, after)
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)
@@ -234,6 +242,16 @@ class _Tracer:
                 call.recorder.set_info(alias, self._written(alias, info, after))
             else:
                 call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
+
+    def _check_pattern(self, call: OperatorCall, after: TensorInfo) -> None:
+        """A new tensor written at single places (an identity kernel) no longer has whatever extents are wanted."""
+        view = call.outputs[0]
+        if after.labels or view.numel() * view.itemsize == view.untyped_storage().nbytes():
+            return
+        for alias in call.recorder.aliases(view):
+            info = call.info(alias)
+            if info.uniform and len(_dims(alias) - _dims(view)) > 1:
+                call.recorder.set_info(alias, replace(info, uniform=False))
 
     def _written(self, alias: Tensor, info: TensorInfo, after: TensorInfo) -> TensorInfo:
         """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
@@ -246,6 +264,11 @@ class _Tracer:
             written.append(core.expand(alias.shape))
         kept = [old for old in info.labels if old.dims not in {new.dims for new in written}]
         return TensorInfo((*written, *kept), data=True)
+
+
+def _dims(tensor: Tensor) -> set[tuple[int, int]]:
+    """(size, stride) of the dimensions that it has."""
+    return {(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1}
 
 
 def _same_layout(alias: Tensor, view: Tensor, dims: set[int]) -> bool:

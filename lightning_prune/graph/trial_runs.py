@@ -19,6 +19,7 @@ from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
 from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
 from lightning_prune.model_state.cutting import Undo, cut_, resize_
+from lightning_prune.model_state.journal import WritesUndone
 from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
@@ -182,11 +183,12 @@ def _run(
     model: nn.Module, entry: EntryPoint, training: bool, numbers: list[PlainNumber] | None = None
 ) -> list[Tensor] | Failure:
     """The tensors that a model returns. numbers: takes down the plain numbers that operators get."""
-    with untouched(model):
-        normalise_mode(model, training=training)
+    # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
+    with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
         torch.manual_seed(0)
         with RunningModules(model) as running, nullcontext() if numbers is None else _PlainNumbers(running, numbers):
             try:
+                normalise_mode(model, training=training)
                 return tensors_in(entry.run(model, running))
             except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                 message = str(error).strip().partition("\n")[0]

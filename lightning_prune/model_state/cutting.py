@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
 from lightning_prune.model_state.optimizer_state import change_state_
+from lightning_prune.model_state.preservation import folding, places_of, put_back
 
 CHANGED = "_sizes_changed_by_pruning"
 DENSE = "_shapes_before_pruning"
@@ -79,11 +80,25 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
 
 
 def drop_caches_(model: nn.Module) -> None:
-    """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay."""
+    """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay.
+
+    Modules in eval mode enter it again: some fold their branches into one kernel then.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.train()
+    entered: set[int] = set()
+    for module, training in modes:
+        if not training and id(module) not in entered:
+            module.eval()
+            entered.update(id(inner) for inner in module.modules())
     for module, training in modes:
         module.training = training
+
+
+def refold_(model: nn.Module) -> None:
+    """After weights changed: what modules derived from them when they entered eval mode is derived anew."""
+    if folding(model):
+        drop_caches_(model)
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:
@@ -127,15 +142,17 @@ def update_attributes_(model: nn.Module) -> None:
 
 
 class Undo:
-    """Puts back parameters, buffers, integer attributes and optimizer state of a model."""
+    """Puts back submodules, parameters, buffers, integer attributes and optimizer state of a model."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
+        self.places = places_of(model)
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
     def __call__(self) -> None:
         """Put them back."""
+        put_back(self.places)
         for tensor, data, gradient in self.tensors:
             tensor.grad = None
             set_data_(tensor, data)

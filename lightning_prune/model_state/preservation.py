@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+Places = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put back train and eval modes, buffers, gradients, ``requires_grad`` flags and random states on leaving.
+
+    A submodule or parameter that the model's code replaced by another comes back too; where modules fold weights when
+    the mode changes, so do the weights and what these modules remember.
 
     Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
     """
@@ -29,12 +33,22 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for name, buffer in own.items()
         if buffer is not None
     ]
+    places = places_of(model)
+    folds = folding(model)
+    folded = [(own, dict(own)) for module in folds for own in (vars(module), module._modules, module._parameters)]
+    weights = [(p, p.data, p.detach().clone()) for p in model.parameters()] if folds else []
     before = random_state(model)
     for parameter, *_ in flags:
         parameter.grad = None
     try:
         yield
     finally:
+        put_back(places)
+        for own, items in folded:
+            own.clear()
+            own.update(items)
+        for parameter, data, value in weights:
+            parameter.data = data.copy_(value)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad, gradient in flags:
@@ -44,6 +58,26 @@ def preserved(model: nn.Module) -> Iterator[None]:
             own[name] = buffer
             buffer.data.copy_(value)  # .data: a graph that the user holds must not see a new version
         set_random_state(before)
+
+
+def folding(model: nn.Module) -> list[nn.Module]:
+    """Modules that do more than set their flag when they change between train and eval mode."""
+    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+
+
+def places_of(model: nn.Module) -> Places:
+    """What stands where in a model, for `put_back`."""
+    owns = (own for module in model.modules() for own in (module._modules, module._parameters, module._buffers))
+    return [(own, dict(own)) for own in owns if own]
+
+
+def put_back(places: Places) -> None:
+    """Put submodules, parameters and buffers back where they stood; what stands where nothing did is left."""
+    for own, before in places:
+        if any(own.get(name) is not item for name, item in before.items()):
+            merged = {**before, **{name: item for name, item in own.items() if before.get(name) is None}}
+            own.clear()
+            own.update(merged)
 
 
 def random_state(model: nn.Module) -> tuple[Any, ...]:

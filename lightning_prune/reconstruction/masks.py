@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Slice
+from lightning_prune.model_state.cutting import refold_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.plan import GroupPlan, Plan
 
@@ -113,7 +114,9 @@ class HoldZero:
     def __call__(self, module: nn.Module, _args: Any) -> None:
         """Clear the masked entries of the module's own parameters."""
         for name, items in self.zeros.items():
-            parameter = getattr(module, name)
+            parameter = getattr(module, name, None)
+            if parameter is None:
+                continue  # taken away while another kernel, which its module folded, stands for it
             for item in items:
                 # .data: a module may run twice before backward, and autograd must not see a new version.
                 item.clear_(parameter.data)
@@ -138,14 +141,14 @@ class MaskHandle:
         self._before = self._values() if undoable else []
         self.hold()
         self.apply_()
+        refold_(model)
 
     def hold(self) -> None:
         """Keep the entries at zero from now on, or again after `remove`."""
         self.remove()
-        parameters = dict(self.model.named_parameters())
         held: dict[int, list[Zeros]] = {}
-        for item in self.zeros:
-            held.setdefault(id(parameters[item.parameter]), []).append(item)
+        for parameter, item in _present(self.model, self.zeros):
+            held.setdefault(id(parameter), []).append(item)
         for parameter in self.model.parameters():
             if id(parameter) in held and parameter.requires_grad:
                 self._hold(parameter, held[id(parameter)])
@@ -157,9 +160,7 @@ class MaskHandle:
     def apply_(self) -> None:
         """Set every masked entry, its gradient and its optimizer state to zero now."""
         self.clear_(self.model)
-        parameters = dict(self.model.named_parameters())
-        for item in self.zeros:
-            parameter = parameters[item.parameter]
+        for parameter, item in _present(self.model, self.zeros):
             if parameter.grad is not None:
                 item.clear_(parameter.grad)
             change_state_(self._optimizers, parameter, parameter.shape, item.clear_)
@@ -183,9 +184,12 @@ class MaskHandle:
             raise PlanError("the values from before masking were not kept: mask_(..., undoable=True)")
         self.remove()
         parameters = dict(self.model.named_parameters())
-        for item, before in zip(self.zeros, self._before, strict=True):
+        for item, before in self._before:
+            if item.parameter not in parameters:
+                continue
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
+        refold_(self.model)
 
     def forget(self) -> None:
         """Drop the values from before masking, and their memory."""
@@ -193,7 +197,7 @@ class MaskHandle:
 
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
-        return not any(values.any() for values in self._values())
+        return not any(values.any() for _, values in self._values())
 
     def __enter__(self) -> MaskHandle:
         return self
@@ -201,10 +205,9 @@ class MaskHandle:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _values(self) -> list[Tensor]:
-        parameters = dict(self.model.named_parameters())
-        tensors = [(parameters[item.parameter].data, item) for item in self.zeros]
-        return [data.index_select(item.dim, item.entries.to(data.device)) for data, item in tensors]
+    def _values(self) -> list[tuple[Zeros, Tensor]]:
+        tensors = ((parameter.data, item) for parameter, item in _present(self.model, self.zeros))
+        return [(item, data.index_select(item.dim, item.entries.to(data.device))) for data, item in tensors]
 
     def _hold(self, parameter: nn.Parameter, items: list[Zeros]) -> None:
         def clear(gradient: Tensor) -> Tensor:
@@ -217,6 +220,11 @@ class MaskHandle:
 
 
 def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
+    for parameter, item in _present(model, zeros):
+        item.clear_(parameter.data)
+
+
+def _present(model: nn.Module, zeros: Iterable[Zeros]) -> Iterator[tuple[nn.Parameter, Zeros]]:
+    """Every item with its parameter; one that exists in the other mode only is left out."""
     parameters = dict(model.named_parameters())
-    for item in zeros:
-        item.clear_(parameters[item.parameter].data)
+    return ((parameters[item.parameter], item) for item in zeros if item.parameter in parameters)

@@ -20,6 +20,7 @@ from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
     copy_without_masks,
+    folding,
     knows_shapes,
     own_tensors_,
 )
@@ -61,7 +62,8 @@ def reconstruct(
         >>> reconstruct(model, graph, plan)[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    small = copy_sharing_tensors(model)  # most are cut, and copied by that
+    # Most tensors are cut, and copied by that; a fold would write to those that are not.
+    small = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
     own_tensors_(small, model)
     return small

@@ -28,10 +28,11 @@ _GROUPS: dict[Rule, str] = {
     ),
     pointwise.gate: "glu",
     pointwise.factory: (
-        "empty zeros ones full arange linspace eye tril triu_indices tril_indices rand randn randint randperm "
+        "empty zeros ones full arange linspace tril triu_indices tril_indices rand randn randint randperm "
         "scalar_tensor empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
         "new_full fill bernoulli uniform normal empty_strided new_empty_strided"
     ),
+    pointwise.pattern: "eye",
     pointwise.clear: "zero",
     pointwise.copy_into: "copy",
     pointwise.write: "index_put",

@@ -59,7 +59,12 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
     space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    reads = _along(call, call.by_channel(f"varies over the positions that {call.where} slides over"), x.shape[1])
+    x_info = call.info(x)
+    found = call.by_channel(f"varies over the positions that {call.where} slides over", (0, 1))
+    # Kernels that are folded into one another stand for a batch: its samples may go.
+    batch = [one for one in found if one.dims == (0,)]
+    across = [folded for one in found if one.dims != (0,) and (folded := call.fold(one, (1,))) is not None]
+    reads = _along(call, across, x.shape[1])
     others = [labels for labels in w_info.labels if labels.dims not in ((0,), (1,))]
     call.freeze(others, f"varies over the kernel of {call.where}")
     w_out, w_in = (
@@ -94,7 +99,9 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     _record(call, reads, makes)
     shape = call.output.shape
     labelled = shape[1] > 1 and (makes.ids != NO_LABEL).any()
-    info = TensorInfo((Labels.along(makes, shape, 1),) if labelled else (), data=True)
+    own = [Labels.along(makes, shape, 1)] if labelled else []
+    own += [one.region().expand(shape) for one in batch]
+    info = TensorInfo(tuple(own), x_info.data or w_info.data)
     return _add_bias(call, info, call.argument("bias"), channel_dim=1)
 
 

@@ -73,9 +73,20 @@ def _numbers(dtype: torch.dtype, generator: torch.Generator, zero: bool) -> Tens
     return values if dtype.is_floating_point else (values * 3).ceil().to(dtype)
 
 
-def factory(_: OperatorCall) -> TensorInfo:
-    """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet."""
-    return TensorInfo(uniform=True)
+def factory(call: OperatorCall) -> TensorInfo:
+    """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet.
+
+    Ones or noise in the shape of a weight have its channels.
+    """
+    info = call.info(call.args[0]) if call.name in ("ones_like", "full_like", "rand_like", "randn_like") else None
+    if info is None or info.data or not info.labels:
+        return TensorInfo(uniform=True)
+    return info.with_labels(labels.constant() for labels in info.labels)
+
+
+def pattern(_: OperatorCall) -> TensorInfo:
+    """``eye``: its elements say which rows and columns go together, so that it cannot shrink with either alone."""
+    return TensorInfo()
 
 
 def clear(call: OperatorCall) -> TensorInfo:
@@ -89,6 +100,8 @@ def copy_into(call: OperatorCall) -> TensorInfo:
     destination, source = call.argument("self"), call.argument("src")
     info = call.info(source)
     new = tuple(labels.expand(destination.shape) for labels in info.labels)
+    if call.recorder.assignments.owns(destination):
+        return replace(info, labels=new)  # a parameter's or buffer's own: tied
     lost = [old for old in call.info(destination).labels if not any(old.equal(labels) for labels in new)]
     call.freeze(lost, f"is overwritten in {call.where}")
     return replace(info, labels=new)
