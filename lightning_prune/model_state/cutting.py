@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from lightning_prune.model_state.hooked_weights import recompute_, weight_hooks
 from lightning_prune.model_state.optimizer_state import change_state_
 
 CHANGED = "_sizes_changed_by_pruning"
@@ -103,6 +104,7 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def update_attributes_(model: nn.Module) -> None:
     """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
+    recompute_(model)
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, _ConvTransposeNd):
@@ -124,6 +126,18 @@ def update_attributes_(model: nn.Module) -> None:
             module.num_embeddings, module.embedding_dim = weight.shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
+        elif isinstance(module, nn.RNNCellBase):
+            module.input_size = module.weight_ih.shape[1]
+        elif isinstance(module, nn.RNNBase):
+            module.input_size = module.weight_ih_l0.shape[1]
+    flatten_recurrent_(model)
+
+
+def flatten_recurrent_(model: nn.Module) -> None:
+    """Lay the weights of every recurrent layer in one piece of memory, where its kernels on a GPU want that."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
 
 
 class Undo:
@@ -132,6 +146,7 @@ class Undo:
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
     def __call__(self) -> None:
@@ -143,6 +158,8 @@ class Undo:
         for module, sizes in self.attributes:
             vars(module).pop(CHANGED, None)
             vars(module).update(sizes)
+        for module, name, value in self.computed:
+            setattr(module, name, value)
         for state, before in self.states:
             state.update(before)
 

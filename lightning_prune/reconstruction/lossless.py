@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_map
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import call_model
 from lightning_prune.graph.running import tensors_in, untouched
+from lightning_prune.model_state.preservation import deep_copy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -157,7 +157,7 @@ def _running(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
     # Buffers too: float32 statistics under float64 weights would round both sides.
     floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     same_type = dtype is None or all(t.dtype == dtype for t in floating)
-    runner = model if same_type else copy.deepcopy(model).to(dtype)
+    runner = model if same_type else deep_copy(model).to(dtype)
     with untouched(runner):
         runner.eval()
         yield runner, tree_map(cast, example_inputs)

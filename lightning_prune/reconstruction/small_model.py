@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
     copy_without_masks,
+    deep_copy,
     knows_shapes,
     own_tensors_,
 )
@@ -165,7 +165,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if example_inputs is not None else _surviving(zeros, found), optimizers)
             if example_inputs is not None:
-                masked = copy.deepcopy(model)
+                masked = deep_copy(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:

@@ -1,0 +1,62 @@
+"""Weights that a forward pre-hook of torch computes from other tensors before every call of their module.
+
+`torch.nn.utils.prune` (masks), and the older `weight_norm` and `spectral_norm`. Between two calls the module holds the
+result of the last one: a plain attribute, whose shape is out of date once its sources are cut, and whose autograd
+history keeps it from being copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def weight_hooks(module: nn.Module) -> dict[str, Any]:
+    """{tensor name: the hook that computes it}."""
+    return {_name(hook): hook for hook in module._forward_pre_hooks.values() if _is_known(hook)}
+
+
+def computed(module: nn.Module, hook: Any) -> Tensor:
+    """What the hook would set now; no buffer changes."""
+    if isinstance(hook, BasePruningMethod):
+        return hook.apply_mask(module)
+    if isinstance(hook, SpectralNorm):
+        return hook.compute_weight(module, do_power_iteration=False)
+    return hook.compute_weight(module)
+
+
+def recompute_(model: nn.Module) -> None:
+    """Bring what these hooks computed last up to date with its sources, without an autograd history."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, hook in weight_hooks(module).items():
+                setattr(module, name, computed(module, hook))
+
+
+def without_history(model: nn.Module) -> dict[int, Tensor]:
+    """{id: detached copy} of the tensors in a model's attributes that torch cannot deep-copy: results of autograd."""
+    skipped = ("_parameters", "_modules")
+    kept = (value for module in model.modules() for name, value in vars(module).items() if name not in skipped)
+    return {id(tensor): tensor.detach().clone() for value in kept for tensor in _tensors(value) if not tensor.is_leaf}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _is_known(hook: Any) -> bool:
+    return isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm))
+
+
+def _name(hook: Any) -> str:
+    return hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
