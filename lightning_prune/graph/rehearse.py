@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from lightning_prune.graph.constraints import GroupedConvolution, Split
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import Choice
 from lightning_prune.graph.sizes import is_torch
-from lightning_prune.graph.trial_runs import Failure, TrialRuns
+from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
 
 
 def _half(size: int) -> Tensor:
@@ -73,13 +72,13 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
     return places, guessed
 
 
-def settle(model: nn.Module, example_inputs: Any, modes: Sequence[bool], draft: Callable[[Decisions], Draft]) -> Draft:
+def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]) -> Draft:
     """The graph whose channels can be removed without the model's code breaking.
 
-    modes: train flags of the runs that succeeded. ``draft`` returns the same object if decisions come to the same.
+    ``draft`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
-    runs = TrialRuns(model, example_inputs, modes)
+    runs = TrialRuns(model, ran)
     current = draft(decisions)
     while current.graph.prunable_groups and (failure := _failing(runs, current)):
         before = current
@@ -98,7 +97,9 @@ def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
     groups = draft.graph.prunable_groups
     shares = SHARES if draft.guessed else ("half",)
     failure = _first(runs.failure(draft.graph, _removed(groups, share)) for share in shares)
-    return _differing(runs, draft) if failure is None and draft.guessed else failure
+    if failure is None and draft.guessed:
+        failure = _differing(runs, draft)
+    return failure or runs.failure(draft.graph, _removed(groups, "half"), beyond_forward=True)
 
 
 def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
@@ -106,7 +107,8 @@ def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     shares = ("half", "even", "first", "last", "most") if draft.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
-        return _first(runs.difference(draft.graph, _removed(groups, share)) for share in shares)
+        found = (runs.difference(draft.graph, _removed(groups, share), sizes=share == "half") for share in shares)
+        return _first(found)
 
     exact = [group for group in draft.graph.prunable_groups if group.statistics is None]
     failure = difference(exact)

@@ -72,6 +72,13 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
         """Those that belong to the model, innermost first."""
         return tuple(self.names[id(module)] for module in reversed(self.stack) if id(module) in self.names)
 
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """Its code runs, though not its forward."""
+        self.stack.append(module)
+        yield
+        self.stack.pop()  # on an exception it stays, as those do whose forward failed
+
     def __enter__(self) -> RunningModules:
         register = nn.modules.module
         self._hooks = (
