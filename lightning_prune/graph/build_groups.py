@@ -21,6 +21,7 @@ class Classes:
         self.allow_statistics = allow_statistics
         self.filters = space.marked("filter")
         self.masked = ~space.marked("reader") | self.filters | space.marked("must_mask")
+        self.masked &= ~space.marked("unmasked")
         for span in space.spans:
             if span.buffer:
                 self.masked[span.ids] = False

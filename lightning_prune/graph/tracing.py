@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError, first_line
-from lightning_prune.graph import rules, sizes
+from lightning_prune.graph import computed_weights, rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
@@ -80,7 +80,7 @@ class _Tracer:
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
-        kernels = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, _ConvNd)}
+        kernels = computed_weights.kernels(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
             if is_lazy(tensor):
@@ -161,7 +161,8 @@ class _Tracer:
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
         unused = ", ".join(name for name, _ in self.model.named_parameters() if name not in self.used)
-        notes = (*self.notes, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
+        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups)))
+        notes = (*told, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
         graph = ChannelGraph(tuple(groups), shapes, notes, attributes)
         places, guessed = places_of(classes, decisions.choices)
         self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
@@ -196,7 +197,7 @@ class _Tracer:
         else:
             if any(call.info(tensor).labels for tensor in call.tensors):
                 self.notes[f"no rule for {call.where}: the channels that reach it are not pruned"] = None
-            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}")
+            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}", keep=True)
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if call.func._schema.is_mutable:
@@ -208,6 +209,9 @@ class _Tracer:
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
+            if after.data and not before.data:  # a new tensor is filled in by and by
+                for alias in call.recorder.aliases(call.outputs[0]):
+                    call.recorder.set_info(alias, replace(call.info(alias), data=True, uniform=False))
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from lightning_prune.model_state.hooked_weights import recompute_, weight_hooks
 from lightning_prune.model_state.optimizer_state import change_state_
+from lightning_prune.model_state.recomputing import recompute_, value_of, weight_hooks
 
 CHANGED = "_sizes_changed_by_pruning"
 DENSE = "_shapes_before_pruning"
@@ -106,7 +106,7 @@ def update_attributes_(model: nn.Module) -> None:
     """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
     recompute_(model)
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
+        weight = value_of(module, "weight")
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, _ConvNd):
@@ -126,17 +126,16 @@ def update_attributes_(model: nn.Module) -> None:
             module.num_embeddings, module.embedding_dim = weight.shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
-        elif isinstance(module, nn.RNNCellBase):
+    update_recurrent_(model)
+
+
+def update_recurrent_(model: nn.Module) -> None:
+    """The same for recurrent layers; on a GPU their weights also have to lie in one piece of memory."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNCellBase):
             module.input_size = module.weight_ih.shape[1]
         elif isinstance(module, nn.RNNBase):
-            module.input_size = module.weight_ih_l0.shape[1]
-    flatten_recurrent_(model)
-
-
-def flatten_recurrent_(model: nn.Module) -> None:
-    """Lay the weights of every recurrent layer in one piece of memory, where its kernels on a GPU want that."""
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
+            module.input_size = cast(Tensor, module.weight_ih_l0).shape[1]
             module.flatten_parameters()
 
 

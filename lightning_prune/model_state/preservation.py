@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.model_state.cutting import flatten_recurrent_
-from lightning_prune.model_state.hooked_weights import without_history
+from lightning_prune.model_state.cutting import update_recurrent_
+from lightning_prune.model_state.recomputing import without_history
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -116,7 +116,7 @@ def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
         if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:
             tensor.grad = tensor.grad.clone()
-    flatten_recurrent_(copied)
+    update_recurrent_(copied)
 
 
 def knows_shapes(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Slice
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
+from lightning_prune.model_state.recomputing import recompute_
 from lightning_prune.plan import GroupPlan, Plan
 
 
@@ -150,7 +151,8 @@ class MaskHandle:
         for module in self.model.modules():
             owned = {name: held[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in held}
             if owned:
-                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))
+                # First: others compute the weight from these parameters (weight norm, torch's own masks).
+                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned), prepend=True))
 
     def apply_(self) -> None:
         """Set every masked entry, its gradient and its optimizer state to zero now."""
@@ -184,6 +186,7 @@ class MaskHandle:
         for item, before in zip(self.zeros, self._before, strict=True):
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
+        recompute_(self.model)
 
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
@@ -214,3 +217,4 @@ def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
     parameters = dict(model.named_parameters())
     for item in zeros:
         item.clear_(parameters[item.parameter].data)
+    recompute_(model)

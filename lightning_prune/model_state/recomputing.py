@@ -1,8 +1,9 @@
-"""Weights that a forward pre-hook of torch computes from other tensors before every call of their module.
+"""Weights that torch computes from other tensors: what they are now, without side effects.
 
-`torch.nn.utils.prune` (masks), and the older `weight_norm` and `spectral_norm`. Between two calls the module holds the
-result of the last one: a plain attribute, whose shape is out of date once its sources are cut, and whose autograd
-history keeps it from being copied.
+Masks of `torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm` are forward pre-hooks. Between two calls
+the module holds the result of the last one: a plain attribute, whose shape is out of date once its sources are cut, and
+whose autograd history keeps it from being copied. A parametrised weight is computed whenever somebody looks at it, in
+train mode perhaps with other numbers each time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -29,6 +31,22 @@ def computed(module: nn.Module, hook: Any) -> Tensor:
     if isinstance(hook, SpectralNorm):
         return hook.compute_weight(module, do_power_iteration=False)
     return hook.compute_weight(module)
+
+
+def value_of(module: nn.Module, name: str) -> Any:
+    """A module's attribute, detached, None if it has none; looking at a parametrised one changes no buffer."""
+    if not is_parametrized(module, name):
+        found = getattr(module, name, None)
+        return found.detach() if isinstance(found, Tensor) else found
+    steps = module.get_submodule(f"parametrizations.{name}")
+    modes = [(step, step.training) for step in steps.modules()]
+    try:
+        steps.eval()
+        with torch.no_grad():
+            return getattr(module, name)
+    finally:
+        for step, training in modes:
+            step.training = training
 
 
 def recompute_(model: nn.Module) -> None:
