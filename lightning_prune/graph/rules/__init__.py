@@ -62,10 +62,9 @@ _GROUPS: dict[Rule, str] = {
     recurrent.pack: "_pack_padded_sequence",
     weights.weight_norm: "_weight_norm_interface",
     weights.fake_quantization: (
-        "_fused_moving_avg_obs_fq_helper fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask "
-        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams fake_quantize_per_channel_affine "
-        "fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_tensor_affine "
-        "_fake_quantize_learnable_per_channel_affine"
+        "_fused_moving_avg_obs_fq_helper fake_quantize_per_tensor_affine_cachemask "
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams fake_quantize_per_channel_affine_cachemask "
+        "_fake_quantize_learnable_per_tensor_affine _fake_quantize_learnable_per_channel_affine"
     ),
     statistics.batch_norm: (
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
