@@ -193,3 +193,30 @@ def test_a_tensor_that_is_filled_by_and_by_is_data() -> None:
     result = lp.prune(Filled(), sounds(), ratio=0.5)
     assert [group.name for group in result.graph.prunable_groups] == ["head"]
     assert differ(result.masked, result.model, sounds(2, 9, 3)) < 1e-10
+
+
+class OnGpu(nn.Module):
+    """The fused operator that a GPU runs, called directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.recurrent = nn.Conv1d(5, 16, 3), nn.LSTM(16, 12, 2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.b(x).relu().permute(2, 0, 1)
+        start = steps.new_zeros(4, steps.shape[1], 12)
+        settings = (2, 12, 0, 2, False, 0.0, False, True, [], None)
+        return torch.ops.aten._cudnn_rnn(steps, self.recurrent._flat_weights, 4, None, start, start, *settings)[0]
+
+
+def test_the_fused_operator_of_a_gpu() -> None:
+    stand_in = torch.library.Library("aten", "IMPL")
+    stand_in.impl("_cudnn_rnn", lambda x, *_: [x.new_ones(len(x), x.shape[1], 24), *[x.new_ones(4, 2, 12)] * 4], "CPU")
+    try:
+        graph = trace(OnGpu(), sounds())
+    finally:
+        stand_in._destroy()
+    assert [group.name for group in graph.groups] == ["b"]
+    read = {(part.tensor, part.dim) for part in graph.group("b").slices if part.layer is None}
+    assert graph.group("b").prunable
+    assert read == {("recurrent.weight_ih_l0", 1), ("recurrent.weight_ih_l0_reverse", 1)}
