@@ -20,6 +20,7 @@ from lightning_prune.model_state.recomputing import computed, value_of, weight_h
 
 PARAMETRIZATIONS = ".parametrizations."
 NAMES = {"_WeightNorm": "weight norm", "_SpectralNorm": "spectral norm", "_Orthogonal": "orthogonal weights"}
+QUANTIZED, FLOAT = "quantized", "prune the float model"
 LACKS = (
     ((nn.RNNBase, nn.RNNCellBase), "its hidden size stays"),
     ((nn.Embedding, nn.EmbeddingBag), "its vectors are picked by number"),
@@ -91,7 +92,7 @@ def kernels(model: nn.Module) -> set[int]:
 
 def computed_weights(model: nn.Module) -> list[ComputedWeight]:
     """All that a model has."""
-    found = []
+    found, quantizing = [], set[str]()
     for path, module in model.named_modules():
         if is_parametrized(module):
             for name, steps in module.parametrizations.items():
@@ -101,8 +102,17 @@ def computed_weights(model: nn.Module) -> list[ComputedWeight]:
         for name, hook in weight_hooks(module).items():
             found.append(ComputedWeight(path, name, *_of_hook(name, hook)))
         parent, _, name = path.rpartition(".")
-        if any(cls.__name__ == "FakeQuantizeBase" for cls in type(module).__mro__):
-            found.append(ComputedWeight(parent, name, "fake quantization", "prune the float model before prepare_qat"))
+        bases = {cls.__name__ for cls in type(module).__mro__}
+        if parent in quantizing:
+            quantizing.add(path)
+        elif "FakeQuantizeBase" in bases:
+            quantizing.add(path)
+            found.append(ComputedWeight(parent, name, "fake quantization", f"{FLOAT} before prepare_qat"))
+        elif "ObserverBase" in bases:
+            found.append(ComputedWeight(parent, name, "observers of quantization", f"{FLOAT} before it is prepared"))
+        elif type(module).__module__.startswith("torch.ao.nn") and ".quantized" in type(module).__module__:
+            quantizing.add(path)
+            found.append(ComputedWeight(path, "", QUANTIZED, f"{FLOAT} before it is quantized"))
     return found
 
 
@@ -114,32 +124,34 @@ def _of_hook(name: str, hook: object) -> tuple[str, str]:
 
 
 def notes(model: nn.Module, groups: Sequence[Group]) -> list[str]:
-    """What frees the layers whose computed weights hold channels back; which layers there are, if none makes any."""
+    """What frees the layers whose computed weights hold channels back; what else there is, if no channel can go."""
     held = [group.reason for group in groups if group.reason is not None]
     seen = {layer.name for group in groups for layer in group.layers}
     paths: dict[tuple[str, str], dict[str, None]] = {}
     for weight in computed_weights(model):
         named = (f"'{weight.module}'", f"'{weight.module}.") if weight.module else ("'parametrizations.",)
-        layer = isinstance(model.get_submodule(weight.module), (_ConvNd, nn.Linear))
-        if any(name in reason for reason in held for name in named) or (layer and weight.module not in seen):
-            paths.setdefault((weight.kind, weight.way_out), {})[weight.module] = None
+        layer = isinstance(model.get_submodule(weight.module), (_ConvNd, nn.Linear)) or weight.kind == QUANTIZED
+        vanished = layer and (weight.module or weight.attribute) not in seen
+        if vanished or any(name in reason for reason in held for name in named):
+            paths.setdefault((weight.kind, weight.way_out), {})[weight.module or "the model"] = None
     told = [
-        f"{', '.join(of)} ({kind}): computed from other tensors, which holds channels back; to free them, {way_out}"
-        for (kind, way_out), of in paths.items()
+        f"{', '.join(of)} ({kind}) hold channels back; to free them, {way_out}" for (kind, way_out), of in paths.items()
     ]
-    return told if groups else [_without_channels(model), *told]
+    return told if any(group.prunable for group in groups) else [*_without_channels(model, groups), *told]
 
 
-def _without_channels(model: nn.Module) -> str:
+def _without_channels(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """The modules that make none, and why."""
+    seen = {owner(part.tensor) for group in groups for part in group.slices if part.masked}
     found = [
         f"{path or 'the model'} ({type(module).__name__}: {_lacks(module)})"
         for path, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if not {path, owner(f"{path}.")} & seen and any(True for _ in module.parameters(recurse=False))
     ]
     if not found:
-        return "the model has no parameters"
+        return [] if groups else ["the model has no parameters"]
     more = f" and {len(found) - 12} more" if len(found) > 12 else ""
-    return f"no layer makes channels that could go: {', '.join(found[:12])}{more}"
+    return [f"no channels of their own: {', '.join(found[:12])}{more}"]
 
 
 def _lacks(module: nn.Module) -> str:

@@ -57,7 +57,7 @@ def test_prune_and_fine_tune(name: str, when: str, tmp_path) -> None:
     assert task.net[2].out_channels == task.net[4].in_channels < 12
     assert (len(task.seen) == 12) is (when == "after")
     assert all(task.seen)
-    again = Wrapped(WRAPS[name])
+    again = Wrapped(WRAPS[name], task.optimizer)
     callbacks = PruneCallback("jre", ratio=0.5, reconstruct=when), ModelCheckpoint(tmp_path, save_last=True)
     runner = trainer(*callbacks, epochs=4, enable_checkpointing=True)
     runner.fit(again, loader(), loader(8, shuffle=False), ckpt_path=str(tmp_path / "last.ckpt"))

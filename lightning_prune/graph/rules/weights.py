@@ -15,12 +15,15 @@ def weight_norm(call: OperatorCall) -> TensorInfo:
     v, g = call.args[:2]
     dim = call.argument("dim", 0) % v.dim()
     info = call.info(v)
-    for labels in info.labels:
-        if labels.dims == (dim,):
-            call.space.mark("unmasked", labels.ids)
-        else:
-            call.freeze_statistic(labels)
-    return combine(call, [Operand(v.shape, info), Operand(g.shape, call.info(g))], lambda zeros: zeros[1])
+    along = tuple(labels for labels in info.labels if labels.dims == (dim,))
+    others = [labels for labels in info.labels if labels.dims != (dim,)]
+    for labels in along:
+        call.space.mark("unmasked", labels.ids)
+    for labels in others:
+        call.freeze_statistic(labels)
+    operands = [Operand(v.shape, TensorInfo(along, info.data)), Operand(g.shape, call.info(g))]
+    found = combine(call, operands, lambda zeros: zeros[1])
+    return found.with_labels([*found.labels, *others])
 
 
 def fake_quantization(call: OperatorCall) -> TensorInfo:
