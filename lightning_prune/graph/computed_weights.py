@@ -123,12 +123,12 @@ def _of_hook(name: str, hook: object) -> tuple[str, str]:
     return f"{norm} norm", f"call torch.nn.utils.remove_{norm}_norm(module, {name!r}) first"
 
 
-def notes(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+def notes(model: nn.Module, groups: Sequence[Group], weights: Sequence[ComputedWeight]) -> list[str]:
     """What frees the layers whose computed weights hold channels back; what else there is, if no channel can go."""
     held = [group.reason for group in groups if group.reason is not None]
     seen = {layer.name for group in groups for layer in group.layers}
     paths: dict[tuple[str, str], dict[str, None]] = {}
-    for weight in computed_weights(model):
+    for weight in weights:
         named = (f"'{weight.module}'", f"'{weight.module}.") if weight.module else ("'parametrizations.",)
         layer = isinstance(model.get_submodule(weight.module), (_ConvNd, nn.Linear)) or weight.kind == QUANTIZED
         vanished = layer and (weight.module or weight.attribute) not in seen

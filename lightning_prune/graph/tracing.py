@@ -80,6 +80,7 @@ class _Tracer:
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
+        self.computed = computed_weights.computed_weights(model)
         kernels = computed_weights.kernels(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
@@ -161,7 +162,7 @@ class _Tracer:
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
         unused = ", ".join(name for name, _ in self.model.named_parameters() if name not in self.used)
-        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups)))
+        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
         notes = (*told, *([f"never used in the trace, left as they are: {unused}"] if unused else []))
         graph = ChannelGraph(tuple(groups), shapes, notes, attributes)
         places, guessed = places_of(classes, decisions.choices)
