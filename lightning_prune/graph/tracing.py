@@ -143,14 +143,18 @@ class _Tracer:
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        resolved = resolve(self.space, decisions.choices)
+        resolved = resolve(self.space, decisions.choices, decisions.sized)
         found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
         outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
         readers = self.space.marked("reader")
         held = [
-            Freeze(span.ids if path in decisions.held_whole else span.ids[readers[span.ids]], reason)
+            Freeze(
+                span.ids if path in decisions.held_whole else span.ids[readers[span.ids]],
+                reason,
+                withheld=path in decisions.sized,
+            )
             for path, reason in decisions.held.items()
             for span in self.space.spans
             if not path or span.tensor.startswith(f"{path}.")

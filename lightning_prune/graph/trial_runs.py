@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Failure:
 
     stack: tuple[str, ...]
     message: str
+    other_size: bool = False  # at the traced size all is well
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class _Trial:
     model: nn.Module
     entry: EntryPoint
     modes: Sequence[bool]
+    by_values: bool = False  # it looks at values, and plain numbers change with them
     numbers: list[PlainNumber] | Failure = field(init=False)
 
     def __post_init__(self) -> None:
         self.numbers = self.plain_numbers()
 
     @property
-    def works(self) -> bool:
-        """Whether the model with all its channels ran."""
+    def runs(self) -> bool:
+        """Whether the model with all its channels does."""
         return not isinstance(self.numbers, Failure)
 
     def plain_numbers(self) -> list[PlainNumber] | Failure:
@@ -73,12 +75,12 @@ class _Trial:
         found = self.plain_numbers()
         if isinstance(found, Failure):
             return found
-        if isinstance(self.numbers, Failure):
+        if isinstance(self.numbers, Failure) or self.by_values:
             return None
         for before, after in zip(self.numbers, found, strict=False):
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
-            if before.values != after.values:
+            if repr(before.values) != repr(after.values):  # NaN is not equal to itself
                 return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
         return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
 
@@ -110,7 +112,8 @@ class TrialRuns:
                 if not is_forward(entry):
                     few = head(entry, 2)
                     trial = self._meta_trial(few, modes) or self._real_trial(few, modes)
-                    self._others.append(trial if trial.works else self._real_trial(entry, modes))
+                    trial = trial if trial.runs else self._real_trial(entry, modes)
+                    self._others += [trial] if trial.runs else []
         return self._others
 
     def _trials(self, entry: EntryPoint, modes: Sequence[bool]) -> list[_Trial]:
@@ -119,7 +122,8 @@ class TrialRuns:
         self._compared.append((entry, modes))
         if trial is None:
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
-            return [self._real_trial(entry, modes)]
+            real = self._real_trial(entry, modes)
+            return [real] if real.runs else []
         for other in other_sizes(entry):
             if (varied := self._meta_trial(other, modes)) is not None:
                 self._compared.append((other, modes))
@@ -128,14 +132,12 @@ class TrialRuns:
 
     def _meta_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial | None:
         trial = _Trial(self._meta, entry.mapped(lambda tensor: tensor.to("meta")), modes)
-        return trial if trial.works else None
+        return trial if trial.runs else None
 
     def _real_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial:
         if self._real is None:
             self._real = copy_without_masks(self._model)
-        trial = _Trial(self._real, entry, modes)
-        trial.numbers = Failure((), "looks at values") if trial.works else trial.numbers
-        return trial
+        return _Trial(self._real, entry, modes, by_values=True)
 
     def failure(self, graph: ChannelGraph, removed: Removed, *, beyond_forward: bool = False) -> Failure | None:
         """Why the model does not run without these channels, None if it does."""
@@ -144,7 +146,10 @@ class TrialRuns:
         try:
             for model in {id(trial.model): trial.model for trial in trials}.values():
                 _remove_(model, graph, removed)
-            return next((failure for trial in trials if (failure := trial.failure()) is not None), None)
+            for trial in trials:
+                if (failure := trial.failure()) is not None:
+                    return replace(failure, other_size=trial.entry.varied)
+            return None
         finally:
             for put_back in undo:
                 put_back()
@@ -165,7 +170,7 @@ class TrialRuns:
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
-                return Failure((), f"its results change{' at another size' if entry.varied else ''}")
+                return Failure((), "its results change", other_size=entry.varied)
         return None
 
 

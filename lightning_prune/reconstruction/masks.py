@@ -188,6 +188,10 @@ class MaskHandle:
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
         recompute_(self.model)
 
+    def forget(self) -> None:
+        """Drop the values from before masking, and their memory."""
+        self.undoable, self._before = False, []
+
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
         return not any(values.any() for values in self._values())

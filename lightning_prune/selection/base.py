@@ -139,6 +139,8 @@ class Selection(ABC):
             (1, 3)
         """
         question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
+        if not question.groups:
+            return Plan({}, coupling, batch_norm)
         plan = self._plan(question, self._kept(question))
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
@@ -160,7 +162,11 @@ class Selection(ABC):
             if not any(fnmatchcase(layer.name, pattern) for layer in group.layers for pattern in self.ignore)
         ]
         if not groups:
-            raise PlanError(f"nothing to prune in this model: {nothing_to_prune(graph.groups, graph.notes)}")
+            message = f"nothing to prune in this model: {nothing_to_prune(graph.groups, graph.notes)}"
+            # What other inputs or sizes may need stays without an error, unless a cost has to be met.
+            if self.needs_model or not any(group.withheld for group in graph.groups):
+                raise PlanError(message)
+            warnings.warn(message, NoEffectWarning, stacklevel=3)
         return groups
 
     @final
