@@ -108,6 +108,7 @@ def test_convolution_before_a_recurrent_layer_goes(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", ["lstm, both ways, two layers", "gru", "rnn", "gru cell", "lstm, packed"])
 def test_training_the_masked_and_the_small_model_is_the_same(name: str) -> None:
     result = lp.prune(build(name).double(), sounds().double(), ratio=0.5)
+    assert result.model.b.out_channels < 16
     for model in (result.masked, result.model):
         optimizer = torch.optim.SGD(model.train().parameters(), 0.1, momentum=0.9, weight_decay=0.1)
         for step in range(5):
@@ -161,6 +162,11 @@ class Summed(Speech):
     def forward(self, x: Tensor) -> Tensor:
         steps = self.b(self.a(x).relu()).relu().transpose(1, 2)
         return self.head((self.recurrent(steps)[0] + steps)[:, -1])
+
+
+def test_the_hidden_state_stays_even_if_one_step_was_traced() -> None:
+    model = Summed(nn.RNN(16, 16, batch_first=True), 16)
+    assert "hidden state of a recurrent layer in aten." in str(trace(model, sounds(2, 5)).group("b").reason)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
