@@ -125,7 +125,7 @@ class Step:
         own = [
             callback
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-            if not f"{type(callback).__module__}.".startswith(OURS) and any(overrides(callback, h) for h in hooks)
+            if not _is_ours(callback) and any(overrides(callback, hook) for hook in hooks)
         ]
         if not own:
             return []
@@ -141,3 +141,9 @@ class Step:
             except Exception:  # noqa: BLE001 - whatever a copy may raise
                 self.left_out.add(type(callback).__qualname__)
         return copies
+
+
+def _is_ours(callback: Callback) -> bool:
+    """Whether it is one of Lightning's or of this package, or made of one: what they do in hooks is no user's code."""
+    bases = (base for base in type(callback).__mro__ if base.__name__ not in ("Callback", "object"))
+    return any(f"{base.__module__}.".startswith(OURS) for base in bases)
