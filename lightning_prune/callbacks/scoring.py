@@ -23,6 +23,7 @@ from lightning_prune.callbacks.scoring_pass import (
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.describe import nothing_to_prune
 from lightning_prune.session import PruningSession
 
 Start = int | Literal["end"]
@@ -238,7 +239,7 @@ class ScoringCallback(Callback):
         with uncompiled(pl_module):
             graph = session.graph
         if not graph.prunable_groups:
-            reasons = "; ".join(f"{group.name} {group.reason}" for group in graph.groups) or "no layer was found"
+            reasons = nothing_to_prune(graph.groups, graph.notes)
             raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
         if self.given is not None:
             self._keep(trainer, self.given if isinstance(self.given, Scores) else Scores.load(self.given, graph))

@@ -21,6 +21,7 @@ from lightning_prune.criteria.observe.watcher import key_of
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph.computed_weights import effective_weight
 from lightning_prune.model_state.preservation import preserved, random_state, set_random_state, without_masks
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
@@ -177,7 +178,7 @@ class Scorer:
                 keys = {tap.name: key_of(group, layer, tap) for tap in self.criterion.taps}
                 means = {name: found[key] for name, key in keys.items() if key in found}
                 scales = batch_norm_scales(self.model, group, layer)
-                members.append(Member(group.name, layer, self.model.get_parameter(layer.weight), means, scales))
+                members.append(Member(group.name, layer, effective_weight(self.model, layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)

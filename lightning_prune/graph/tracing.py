@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError, first_line
-from lightning_prune.graph import rules, sizes
+from lightning_prune.graph import computed_weights, rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
@@ -86,7 +85,8 @@ class _Tracer:
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
-        kernels = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, _ConvNd)}
+        self.computed = computed_weights.computed_weights(model)
+        kernels = computed_weights.kernels(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
             if is_lazy(tensor):
@@ -179,7 +179,8 @@ class _Tracer:
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        notes = (*self.notes, *([note_of(self.unreached)] if self.unreached else []))
+        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
+        notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
         graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
@@ -218,7 +219,7 @@ class _Tracer:
         else:
             if any(call.info(tensor).labels for tensor in call.tensors):
                 self.notes[f"no rule for {call.where}: the channels that reach it are not pruned"] = None
-            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}")
+            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}", keep=True)
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if call.func._schema.is_mutable:
@@ -234,6 +235,9 @@ class _Tracer:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
             self._check_pattern(call, after)
+            if after.data and not before.data:  # a new tensor is filled in by and by
+                for alias in call.recorder.aliases(call.outputs[0]):
+                    call.recorder.set_info(alias, replace(call.info(alias), data=True, uniform=False))
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)

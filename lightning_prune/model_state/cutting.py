@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.model_state.optimizer_state import change_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
+from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
 CHANGED = "_sizes_changed_by_pruning"
 DENSE = "_shapes_before_pruning"
@@ -118,8 +119,9 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def update_attributes_(model: nn.Module) -> None:
     """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
+    recompute_(model)
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
+        weight = value_of(module, "weight")
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, _ConvNd):
@@ -139,6 +141,7 @@ def update_attributes_(model: nn.Module) -> None:
             module.num_embeddings, module.embedding_dim = weight.shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
+    update_recurrent_(model)
 
 
 class Undo:
@@ -148,6 +151,7 @@ class Undo:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.places = places_of(model)
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
     def __call__(self) -> None:
@@ -160,6 +164,8 @@ class Undo:
         for module, sizes in self.attributes:
             vars(module).pop(CHANGED, None)
             vars(module).update(sizes)
+        for module, name, value in self.computed:
+            setattr(module, name, value)
         for state, before in self.states:
             state.update(before)
 

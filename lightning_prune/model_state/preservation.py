@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_prune.model_state.recomputing import update_recurrent_, without_history
+
 M = TypeVar("M", bound=nn.Module)
 Places = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -116,7 +118,15 @@ def without_masks(model: nn.Module) -> Iterator[None]:
 def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     """A deep copy whose masked entries may change again. replaced: by an object's id, what stands in its place."""
     with without_masks(model):
-        return copy.deepcopy(model, dict(replaced or {}))
+        return deep_copy(model, replaced)
+
+
+def deep_copy(model: M, replaced: Mapping[int, Any] | None = None) -> M:
+    """A deep copy, masks included, also of a model that keeps results of autograd, which the copy has as values only.
+
+    replaced: by an object's id, what stands in its place.
+    """
+    return copy.deepcopy(model, {**without_history(model), **(replaced or {})})
 
 
 def copy_sharing_tensors(model: M) -> M:
@@ -139,6 +149,7 @@ def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
         if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:
             tensor.grad = tensor.grad.clone()
+    update_recurrent_(copied)
 
 
 def knows_shapes(model: nn.Module) -> bool:

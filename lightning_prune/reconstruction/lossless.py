@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, double_by_default, entry_points
 from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
+from lightning_prune.model_state.preservation import deep_copy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -128,7 +128,7 @@ class Side:
             # Buffers too: float32 statistics under float64 weights would round both sides.
             floating = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
             same_type = dtype is None or all(t.dtype == dtype for t in floating)
-            model = self.model if same_type and not self.own else copy.deepcopy(self.model)
+            model = self.model if same_type and not self.own else deep_copy(self.model)
             self._copies[dtype] = model if same_type else model.to(dtype)
         return self._copies[dtype]
 

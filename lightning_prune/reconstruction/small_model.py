@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
     copy_without_masks,
+    deep_copy,
     folding,
     knows_shapes,
     own_tensors_,
@@ -180,7 +180,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
             if entries:
-                masked = copy.deepcopy(model)
+                masked = deep_copy(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:

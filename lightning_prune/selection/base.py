@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group
+from lightning_prune.graph.describe import nothing_to_prune
 from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
 
 ByLayer = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ""
@@ -161,8 +162,7 @@ class Selection(ABC):
             if not any(fnmatchcase(layer.name, pattern) for layer in group.layers for pattern in self.ignore)
         ]
         if not groups:
-            reasons = [f"{group.name} {group.reason or 'is ignored'}" for group in graph.groups]
-            message = f"nothing to prune in this model: {'; '.join(reasons) or 'it has no layer to prune'}"
+            message = f"nothing to prune in this model: {nothing_to_prune(graph.groups, graph.notes)}"
             # What other inputs or sizes may need stays without an error, unless a cost has to be met.
             if self.needs_model or not any(group.withheld for group in graph.groups):
                 raise PlanError(message)
