@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
-from lightning_prune.graph.running import RunningModules, call_model, normalise_mode, tensors_in, untouched
+from lightning_prune.graph.running import (
+    RunningModules,
+    call_model,
+    map_tensors,
+    normalise_mode,
+    tensors_in,
+    untouched,
+)
 from lightning_prune.model_state.cutting import Undo, cut_, resize_
 from lightning_prune.model_state.preservation import copy_without_masks
 
@@ -48,10 +54,10 @@ class TrialRuns:
 
     def __init__(self, model: nn.Module, example_inputs: Any, modes: Sequence[bool]) -> None:
         self._model, self._modes = model, modes
-        self._doubles = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example_inputs)
+        self._doubles = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example_inputs)
         # On the meta device a run costs neither memory nor arithmetic.
         self._trial = _meta_copy(model)
-        self._inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
+        self._inputs = map_tensors(lambda tensor: tensor.to("meta"), example_inputs)
         self._numbers = self._plain_numbers()
         if isinstance(self._numbers, Failure):
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import call_model
-from lightning_prune.graph.running import tensors_in, untouched
+from lightning_prune.graph.running import map_tensors, tensors_in, untouched
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -151,8 +150,8 @@ def _inner_outputs(
 def _running(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, Any]]:
     """The model in eval mode and in that type, or a copy of it, and its inputs; left as it was."""
 
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype else value
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     # Buffers too: float32 statistics under float64 weights would round both sides.
     floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
@@ -160,4 +159,4 @@ def _running(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
     runner = model if same_type else copy.deepcopy(model).to(dtype)
     with untouched(runner):
         runner.eval()
-        yield runner, tree_map(cast, example_inputs)
+        yield runner, example_inputs if dtype is None else map_tensors(cast, example_inputs)
