@@ -85,7 +85,7 @@ class MaskingCallback(Callback):
             check_strategy(trainer, type(self).__name__)
         self.run = join(trainer, self, after="ScoringCallback")
         session = self.run.session
-        session.selection, session.schedule = self.selection, self.schedule
+        session.selection, session.schedule = self.selection.named(pl_module), self.schedule
         session.coupling, session.batch_norm = self.coupling, self.batch_norm
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -52,7 +52,7 @@ class ModelOutput(OrderedDict):
 
 
 class Slotted:
-    __slots__ = ("x", "__hidden")
+    __slots__ = ("__hidden", "x")
 
     def __init__(self, x, hidden):
         self.x, self.__hidden = x, hidden
@@ -66,14 +66,14 @@ class Node:
         self.x, self.next, self.text = x, self, ["no tensor", None, 3]
 
 
-Pair = namedtuple("Pair", "first second")  # noqa: PYI024
+Pair = namedtuple("Pair", "first second")
 
 OUTPUTS = {
     "attribute dict": lambda x, y: AttrDict(a=x, loss=None, b=y),
     "user dict": lambda x, y: UserDict(a=x, b={"c": y}),
     "model output": lambda x, y: ModelOutput(x, (y,)),
     "named tuple": lambda x, y: Pair(x, [Pair(y, None)]),
-    "slots": lambda x, y: Slotted(x, {"y": y}),
+    "slots": lambda x, y: Slotted({"y": y}, x),
     "cycle": lambda x, y: [Node(x), Node(y)],
     "namespace": lambda x, y: SimpleNamespace(x=x, deep=SimpleNamespace(y=deque([y]))),
     "read-only": lambda x, y: MappingProxyType({"x": x, "y": (y, x)}),
@@ -144,7 +144,7 @@ INPUTS = {
     "user dict": (lambda x, y: UserDict(image=x, scale=y), lambda image, scale: (image, scale)),
     "model output": (lambda x, y: ModelOutput(x, (y,)), lambda logits, hidden: (logits, hidden[0])),
     "object": (lambda x, y: SimpleNamespace(image=x, scale=y), lambda batch: (batch.image, batch.scale)),
-    "slots": (lambda x, y: Slotted(x, y), lambda batch: (batch.x, batch.hidden())),
+    "slots": (Slotted, lambda batch: (batch.x, batch.hidden())),
 }
 
 
