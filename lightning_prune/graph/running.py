@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_prune.errors import TraceError, first_line
 from lightning_prune.model_state.preservation import preserved
@@ -44,7 +46,12 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 def on_device(batch: Any, model: nn.Module) -> Any:
     """A batch with its tensors where the model's are, in containers of the same types; others as they are."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return map_tensors(lambda tensor: tensor.to(device), batch)
+
+    def moved(tensor: Tensor) -> Tensor:
+        frozen = tensor.is_inference() and not torch.is_inference_mode_enabled()  # autograd could not save it
+        return tensor.to(device, copy=frozen)
+
+    return map_tensors(moved, batch)
 
 
 class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
@@ -68,6 +75,10 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
 
     def __enter__(self) -> RunningModules:
         register = nn.modules.module
+        self._filters = warnings.catch_warnings()
+        self._filters.__enter__()
+        # These run twice for torch.compile's wrapper, which is right: the wrapper is left when it is left.
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
         self._hooks = (
             register.register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
             register.register_module_forward_hook(self._leave),
@@ -80,6 +91,7 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._filters.__exit__(None, None, None)
 
 
 def normalise_mode(model: nn.Module, *, training: bool) -> None:
@@ -117,16 +129,48 @@ def watch_training_flag() -> Iterator[set[str]]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a model for its operators only: it is left as it was; no autograd, no fused attention."""
+    """Run a model for its operators only: it is left as it was; no autograd, no fused attention, nothing compiled."""
     fused = torch.backends.mha.get_fastpath_enabled()
     # Inference mode would hide the decomposition of linear layers and convolutions.
     # Fused attention would hide which channels meet in it.
-    with preserved(model), torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with (
+        preserved(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.compiler.set_stance("force_eager"),
+        saved_checkpoints(),  # reentrant ones warn of inputs that need no gradient
+    ):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Saved:
+    """In place of torch's reentrant checkpoints: the same gradients, by the kind that keeps the graph."""
+
+    def __init__(self, reentrant: type[CheckpointFunction]) -> None:
+        self._reentrant = reentrant
+
+    def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+        return self._reentrant.apply(function, preserve, *args)  # takes no gradient, and says so
+
+
+@contextlib.contextmanager
+def saved_checkpoints() -> Iterator[None]:
+    """Let no checkpoint of `torch.utils.checkpoint` run its part under no_grad: hooks could await no gradient there."""
+    reentrant = torch.utils.checkpoint.CheckpointFunction
+    torch.utils.checkpoint.CheckpointFunction = _Saved(reentrant)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
 from lightning_prune.graph.resolve import resolve
@@ -46,7 +47,7 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
             those groups are prunable then, but not without loss (`Group.statistics` says why).
 
     Raises:
-        TraceError: the model does not run on these inputs.
+        TraceError: the model does not run on these inputs, is scripted or exported, or lies partly on meta.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -54,6 +55,7 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
+    check_traceable(model)
     tracer = _Tracer(model, statistics)
     modes = [False]
     with untouched(model), without_masks(model):

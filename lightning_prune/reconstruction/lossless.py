@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import call_model
+from lightning_prune.graph.model_checks import without_values
 from lightning_prune.graph.running import map_tensors, tensors_in, untouched
+from lightning_prune.model_state.copying import copied
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -68,13 +69,20 @@ def check_lossless(
         tolerance: default 1e-10 in float64, 1e-5 in float32.
 
     Raises:
-        ReconstructionError: the models return different numbers or shapes of tensors, or none at all.
+        ReconstructionError: the models return different numbers or shapes of tensors, or none at all; or there are
+            no values to compare, on the meta device.
 
     Example:
         >>> model = nn.Linear(2, 2)
         >>> check_lossless(model, model, torch.ones(1, 2)).passed
         True
     """
+    for net in (model, small):
+        if (name := without_values(net)) is not None:
+            raise ReconstructionError(
+                f"{name!r} is on the meta device, where there are no values to compare: load the weights first, or "
+                "build the smaller model unchecked, by reconstruct(model, graph, plan) without example_inputs"
+            )
     try:
         reference = _outputs(model, example_inputs, dtype)
     except Exception:
@@ -156,7 +164,7 @@ def _running(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
     # Buffers too: float32 statistics under float64 weights would round both sides.
     floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     same_type = dtype is None or all(t.dtype == dtype for t in floating)
-    runner = model if same_type else copy.deepcopy(model).to(dtype)
+    runner = model if same_type else copied(model).to(dtype)
     with untouched(runner):
         runner.eval()
         yield runner, example_inputs if dtype is None else map_tensors(cast, example_inputs)

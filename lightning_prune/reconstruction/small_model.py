@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
@@ -165,7 +165,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if example_inputs is not None else _surviving(zeros, found), optimizers)
             if example_inputs is not None:
-                masked = copy.deepcopy(model)
+                masked = copied(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:
@@ -176,6 +176,7 @@ def _attempt(
         raise
 
 
+@torch.inference_mode(False)
 def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> None:
     """Zero entries in new tensors, so that what shares the old ones is not changed."""
     parameters = dict(model.named_parameters())
