@@ -40,8 +40,8 @@ class EvalModeCheck:
             rank_zero_warn(
                 f"fine-tuning starts with {len(still)} batch norm or dropout modules in eval mode, the first is "
                 f"{still[0]!r}: the Trainer keeps the modes it finds, so statistics stay frozen and nothing is "
-                "dropped, which costs accuracy after pruning. Call module.train() before fit; or, if it is meant, silence "
-                "lightning_prune.errors.EvalModeWarning by warnings.filterwarnings",
+                "dropped, which costs accuracy after pruning. Call module.train() before fit; or, if it is meant, "
+                "silence lightning_prune.errors.EvalModeWarning by warnings.filterwarnings",
                 category=EvalModeWarning,
             )
 

@@ -173,6 +173,18 @@ def saved_checkpoints() -> Iterator[None]:
         torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
+def remembered(model: nn.Module) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What modules keep in plain attributes and buffers: tensors that a run makes there are not made by the next."""
+    return {
+        (path, name, tuple(tensor.shape))
+        for path, module in model.named_modules()
+        for kept in (vars(module), module._buffers)
+        for name, value in kept.items()
+        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, (Tensor, dict, list))
+        for tensor in tensors_in(value)
+    }
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor inside nested containers, mappings, dataclasses and objects with attributes, each once."""
     found: list[Tensor] = []

@@ -23,6 +23,7 @@ from lightning_prune.graph.running import (
     RunningModules,
     call_model,
     normalise_mode,
+    remembered,
     tensors_in,
     untouched,
     watch_training_flag,
@@ -60,7 +61,11 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
     modes = [False]
     with untouched(model), without_masks(model):
         normalise_mode(model, training=False)
+        before = remembered(model)
         with watch_training_flag() as asked:
+            tracer.run(example_inputs)
+        if remembered(model) != before:  # the next run takes another path: that one counts
+            tracer = _Tracer(model, statistics)
             tracer.run(example_inputs)
         if asked:
             normalise_mode(model, training=True)

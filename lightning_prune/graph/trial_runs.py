@@ -58,6 +58,7 @@ class TrialRuns:
         # On the meta device a run costs neither memory nor arithmetic.
         self._trial = _meta_copy(model)
         self._inputs = map_tensors(lambda tensor: tensor.to("meta"), example_inputs)
+        self._warm = False
         self._numbers = self._plain_numbers()
         if isinstance(self._numbers, Failure):
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
@@ -75,6 +76,13 @@ class TrialRuns:
             return found
         if isinstance(self._numbers, Failure):
             return None
+        if not self._warm and [n.operator for n in self._numbers] != [n.operator for n in found]:
+            self._warm = True
+            cold, self._numbers = self._numbers, self._plain_numbers()
+            if isinstance(self._numbers, Failure) or cold != self._numbers:
+                # A run leaves something behind, such as an lru_cache, that the next one finds: both are run warm, and
+                # since what was made from sizes is not made again, results have to tell.
+                return self.failure(graph, removed) or self.difference(graph, removed)
         for before, after in zip(self._numbers, found, strict=False):
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
