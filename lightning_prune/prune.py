@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class PruneResult:
         plan: what was kept.
         before: cost of the dense model.
         after: cost of the reconstructed model.
-        lossless: ``masked`` against ``model`` on the example inputs, in float64.
+        lossless: ``masked`` against ``model`` in float64: on the example inputs, at another size, on what is given as
+            ``also``.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ def prune(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     scores: Scores | None = None,
     compensate: Callable[[nn.Module, ChannelGraph, Plan], Any] | None = None,
+    also: Sequence[Any] = (),
 ) -> PruneResult:
     """Prune any eager model; the model itself is left as it is.
 
@@ -76,6 +78,8 @@ def prune(
             ``criterion`` is ignored. One scoring pass serves many budgets.
         compensate: repairs a copy for what the plan removes, before it is masked and reconstructed; for example
             ``lambda *of: least_squares_(*of, batches)`` from `lightning_prune.compensation`.
+        also: what else the model will run: inputs that take other branches, callables that are given a copy of the
+            model; traced and compared as the forward is, see `trace`.
 
     Raises:
         PruningError: one of its kinds, naming the cause; nothing was changed.
@@ -96,6 +100,7 @@ def prune(
         coupling=coupling,
         batch_norm=batch_norm,
         statistics=statistics,
+        also=also,
     )
     if scores is None:
         scores = session.score(batches, loss)
@@ -105,7 +110,7 @@ def prune(
     if compensate is not None:
         compensate(masked, session.graph, plan)
     session.mask_(plan)
-    small, lossless = reconstruct_masked(masked, session.graph, plan, example_inputs)
+    small, lossless = reconstruct_masked(masked, session.graph, plan, session.entries)
     return PruneResult(
         small,
         masked,

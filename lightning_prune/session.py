@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,13 @@ from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, 
 from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
+from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
 from lightning_prune.plan import Coupling, Plan, check_coupling
 from lightning_prune.reconstruction import LosslessReport, MaskHandle, mask_, reconstruct_
+from lightning_prune.reconstruction.masks import mask_once_
+from lightning_prune.reconstruction.rehearsal import SAMPLES
+from lightning_prune.reconstruction.small_model import reconstruct_masked
 from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
 from lightning_prune.selection import GlobalRatio, Selection
 
@@ -41,6 +45,7 @@ class PruningSession:
         batch_norm: mask batch norms with their filters; False is lossy.
         statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``.
+        also: what else the model will run, see `lightning_prune.trace`; or a function that returns the list.
 
     Attributes:
         history: all scores so far.
@@ -76,6 +81,7 @@ class PruningSession:
         batch_norm: bool = True,
         statistics: bool = False,
         baseline: Mapping[str, Tensor] | None = None,
+        also: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     ) -> None:
         if selection is not None and not isinstance(selection, Selection):
             raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
@@ -93,16 +99,22 @@ class PruningSession:
         self.built: Plan | None = None
         self.taken = 0
         self.handle: MaskHandle | None = None
-        self._example_inputs = example_inputs
+        self._example_inputs, self._also = example_inputs, also
         self._graph: ChannelGraph | None = None
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
         self._steps: list[Step] | None = None
+        self._rehearsed: Plan | None = None
 
     @property
     def example_inputs(self) -> Any:
         """What the model is traced and compared on."""
         return self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+
+    @property
+    def entries(self) -> list[EntryPoint]:
+        """All that the model is traced and compared on."""
+        return entry_points(self.example_inputs, self._also() if callable(self._also) else self._also)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -112,7 +124,8 @@ class PruningSession:
             TraceError: the model does not run on the example inputs.
         """
         if self._graph is None:
-            self._graph = trace(self.model, self.example_inputs, statistics=self.statistics)
+            inputs, *others = self.entries
+            self._graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics)
             self._dense_graph = self._dense_graph or self._graph
         return self._graph
 
@@ -196,15 +209,25 @@ class PruningSession:
         )
 
     def mask_(
-        self, plan: Plan | None = None, *, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()
+        self,
+        plan: Plan | None = None,
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+        rehearsed: bool = False,
     ) -> MaskHandle:
         """Take the next step: mask what its plan removes, and hold it at zero if the schedule says so.
 
         Args:
             plan: from `select`; None: select now.
+            optimizers: see `PruningSession`.
+            copies: see `PruningSession`.
+            rehearsed: build the smaller model beside the masked one and compare them, as `reconstruct_` will, so that
+                nobody trains a masked model that cannot be made smaller; on failure nothing is masked.
 
         Raises:
             PlanError: as `select`, or a plan of another model.
+            ReconstructionError: the smaller model would not be equal to the masked one.
         """
         copies = list(copies)
         for copy in copies:
@@ -213,6 +236,8 @@ class PruningSession:
             hold = self.done or self.schedule is None or self.schedule.hold
             if not hold:
                 left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
+            if rehearsed and (self.done or self.schedule is None or not self.schedule.soft):
+                self._rehearse(left)
             handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
         for copy in copies:
             handle.clear_(copy)
@@ -238,11 +263,16 @@ class PruningSession:
             )
         for copy in copies:
             graph.check(copy)
+        inputs, *also = self.entries
+        if left == self._rehearsed:  # on whole batches
+            also = [head(entry, SAMPLES) for entry in also]
         self.remember_dense()
         if handle is not None:
             handle.remove()
         try:
-            report = reconstruct_(self.model, graph, left, optimizers=optimizers, example_inputs=self.example_inputs)
+            report = reconstruct_(
+                self.model, graph, left, optimizers=optimizers, example_inputs=inputs.inputs, also=also
+            )
         except BaseException:
             if handle is not None:
                 handle.hold()
@@ -343,6 +373,12 @@ class PruningSession:
             left = self.left
             assert left is not None
             self.handle = mask_(self.model, self.graph, left, undoable=False)
+
+    def _rehearse(self, left: Plan) -> None:
+        masked = copy_without_masks(self.model)
+        mask_once_(masked, self.graph, left)
+        reconstruct_masked(masked, self.graph, left, self.entries)
+        self._rehearsed = left
 
     def _is_dense(self) -> bool:
         """Whether the model has the shapes of the dense graph, or was never traced."""

@@ -134,7 +134,9 @@ class MaskingCallback(Callback):
             check_same_plan(plan)
             for check in self._run.checks if session.plan is None else ():
                 check(trainer)
-            session.mask_(plan, optimizers=trainer.optimizers, copies=averages(trainer))
+            session.mask_(
+                plan, optimizers=trainer.optimizers, copies=averages(trainer), rehearsed=self._run.reconstructs
+            )
         self._run.stepped(trainer, batch_idx)
         total = sum(group.size * len(group.layers) for group in plan.groups.values())
         gone = total - sum(len(kept) for group in plan.groups.values() for kept in group.layers.values())

@@ -78,6 +78,7 @@ class ReconstructionCallback(EpochTimerCallback):
         self.run = join(trainer, self, after="MaskingCallback")
         self.run.timer = self
         self.run.checks.append(self._check_optimizers)
+        self.run.reconstructs = True
         schedule = self.run.session.schedule
         if stage == "fit" and self.when == "during" and schedule is not None and schedule.soft:
             raise CallbackError(

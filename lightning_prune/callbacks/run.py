@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_prune.callbacks.first_batches import Batches, first_batches
+from lightning_prune.callbacks.user_steps import user_steps
 from lightning_prune.errors import CallbackError
+from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.reconstruction import LosslessReport
 from lightning_prune.session import PruningSession
 
@@ -31,6 +34,8 @@ class PruningRun:
         seconds: what reconstruction took, all steps together.
         timer: knows what epochs take without pruning itself.
         joined: names of the callback types that take part.
+        reconstructs: whether the model becomes smaller, so that this is rehearsed before it is masked.
+        batches: what the user's own steps are traced and rehearsed on.
     """
 
     session: PruningSession
@@ -42,12 +47,24 @@ class PruningRun:
     seconds: float | None = None
     timer: EpochTimerCallback | None = None
     joined: list[str] = field(default_factory=list)
+    reconstructs: bool = False
+    batches: Batches | None = None
+
+    def steps(self, pl_module: LightningModule) -> list[EntryPoint]:
+        """The user's own steps, on the first batches of this fit, which are kept: later traces see the same."""
+        trainer = pl_module._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return []
+        if self.batches is None:
+            self.batches = first_batches(trainer, pl_module)
+        return user_steps(trainer, pl_module, self.batches)
 
     def open(self, trainer: Trainer, callback: Callback) -> None:
         """Become the run of this Trainer."""
         if RUNS.setdefault(trainer, self) is not self:
             raise CallbackError(_twice(callback))
         self.checks.clear()
+        self.reconstructs = False
         self.joined[:] = [type(callback).__name__]
 
     def due(self, trainer: Trainer, batch_idx: int = 0) -> bool:

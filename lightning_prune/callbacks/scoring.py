@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -46,6 +47,9 @@ class ScoringCallback(Callback):
         statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``; None: the module's
             weights when scoring starts.
+        also: what the model will run besides its forward and its own steps, which are traced on a first batch anyway:
+            inputs that take other branches, callables that are given a copy of the module; see
+            `lightning_prune.trace`.
 
     Raises:
         CallbackError: in a Trainer where scoring cannot work, or without example inputs.
@@ -69,6 +73,7 @@ class ScoringCallback(Callback):
         example_inputs: Any = None,
         statistics: bool = False,
         baseline: dict[str, Tensor] | None = None,
+        also: Sequence[Any] = (),
     ) -> None:
         if score_epochs < 1:
             raise CallbackError(f"score_epochs must be at least 1, got {score_epochs!r}")
@@ -84,6 +89,7 @@ class ScoringCallback(Callback):
         self.example_inputs = example_inputs
         self.statistics = statistics
         self.baseline = baseline
+        self.also = also
         if update_weights and self.criterion.needs_reference:
             raise CallbackError(
                 "reference='baseline' runs the dense model beside the current one and cannot score while training; use "
@@ -124,7 +130,13 @@ class ScoringCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.run is None:
             inputs = partial(example_inputs, pl_module, self.example_inputs)
-            session = PruningSession(pl_module, inputs, criterion=self.criterion, statistics=self.statistics)
+            session = PruningSession(
+                pl_module,
+                inputs,
+                criterion=self.criterion,
+                statistics=self.statistics,
+                also=lambda: [*self.also, *self._run.steps(pl_module)],
+            )
             self.run = PruningRun(session)
         self.run.open(trainer, self)
         if stage == "fit":

@@ -106,8 +106,8 @@ def see_batches(
             skipped += 1
     if skipped and not shown and pl_module.trainer.world_size == 1:  # else another process may have seen some
         raise ScoreError(
-            f"{type(pl_module).__name__}.training_step returned None for all {skipped} batches, which skips them: "
-            "there is nothing to score on"
+            f"{type(pl_module).__name__}.training_step returned NoneType, not a loss, for all {skipped} batches: it "
+            "skips them all, or lacks a return; there is nothing to score on"
         )
 
 

@@ -26,12 +26,13 @@ class Classes:
                 self.masked[span.ids] = False
         frozen = [*frozen, *space.frozen]
         # Where only a statistic changes comes last.
-        self.reasons = sorted(dict.fromkeys((item.reason, item.statistics) for item in frozen), key=lambda of: of[1])
+        found = dict.fromkeys((item.reason, item.statistics, item.withheld) for item in frozen)
+        self.reasons = sorted(found, key=lambda of: of[1:])
         number = {reason: position for position, reason in enumerate(self.reasons)}
         first = torch.full((len(joint),), len(number), dtype=torch.int64)
         for item in frozen:
             roots = joint[item.ids]
-            first[roots] = first[roots].clamp(max=number[item.reason, item.statistics])
+            first[roots] = first[roots].clamp(max=number[item.reason, item.statistics, item.withheld])
         self.reason = torch.where(first == len(number), -1, first)[joint]
 
     def may_go(self, ids: Tensor) -> bool:
@@ -140,11 +141,13 @@ def _build_group(
         for p in parts
     )
     number = int(classes.reason[channels[0]])
-    reason, statistics = classes.reasons[number] if number >= 0 else (None, False)
+    reason, statistics, withheld = classes.reasons[number] if number >= 0 else (None, False, False)
     if len(channels) == 1 and (reason is None or statistics):
         reason, statistics = "has channels that all go together, so that none can", False
     held = None if statistics and classes.allow_statistics else reason
-    return found[0][0], Group(layers[0].name, len(channels), layers, slices, held, reason if statistics else None)
+    return found[0][0], Group(
+        layers[0].name, len(channels), layers, slices, held, reason if statistics else None, withheld
+    )
 
 
 def _own(classes: Classes, part: GroupSpan) -> int:

@@ -67,6 +67,7 @@ class Group:
         reason: if not, why.
         statistics: the statistic over channels (layer norm, softmax) that changes when some go. It is the reason
             unless `lightning_prune.trace` was told to allow it; then the group is prunable, but not without loss.
+        withheld: the reason is that the channels might be needed by code or at sizes that were not traced.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Group:
     slices: tuple[Slice, ...]
     reason: str | None = None
     statistics: str | None = None
+    withheld: bool = False
 
     @property
     def prunable(self) -> bool:

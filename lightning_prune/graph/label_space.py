@@ -38,11 +38,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Ids that must stay, and why. ``statistics``: their removal is possible, but changes a statistic."""
+    """Ids that must stay, and why.
+
+    statistics: their removal is possible, but changes a statistic. withheld: it is possible where the model was seen
+    to run, but not for certain everywhere.
+    """
 
     ids: Tensor
     reason: str
     statistics: bool = False
+    withheld: bool = False
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ class OperatorRecorder(TorchDispatchMode):
         super().__init__()
         self.space, self.modules, self.run, self.order = space, modules, run, 0
         self.before: Tensor | None = None
+        self.unknown = TensorInfo()  # of tensors that no operator made
         self._info = WeakIdKeyDictionary(dict(known))
         self._by_storage = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._observe = observe
@@ -133,7 +134,7 @@ class OperatorRecorder(TorchDispatchMode):
         if found is None:
             owner = self._by_storage.get(tensor.untyped_storage()._cdata)
             same = owner is not None and owner.shape == tensor.shape and owner.stride() == tensor.stride()
-            found = self._info[owner] if same else TensorInfo()
+            found = self._info[owner] if same else self.unknown
         return found
 
     def set_info(self, tensor: Tensor, info: TensorInfo) -> None:

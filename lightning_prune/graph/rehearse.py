@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from lightning_prune.graph.build_groups import Classes
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.constraints import GroupedConvolution, Split
 from lightning_prune.graph.groups import Group
-from lightning_prune.graph.resolve import Choice
+from lightning_prune.graph.resolve import ONE_SIZE, Choice
 from lightning_prune.graph.sizes import is_torch
-from lightning_prune.graph.trial_runs import Failure, TrialRuns
+from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
 
 
 def _half(size: int) -> Tensor:
@@ -46,6 +45,7 @@ class Decisions:
     choices: dict[str, Choice] = field(default_factory=dict)  # per module type, how the sizes in its code are met
     held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
     held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
+    sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
     return places, guessed
 
 
-def settle(model: nn.Module, example_inputs: Any, modes: Sequence[bool], draft: Callable[[Decisions], Draft]) -> Draft:
+def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]) -> Draft:
     """The graph whose channels can be removed without the model's code breaking.
 
-    modes: train flags of the runs that succeeded. ``draft`` returns the same object if decisions come to the same.
+    ``draft`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
-    runs = TrialRuns(model, example_inputs, modes)
+    runs = TrialRuns(model, ran)
     current = draft(decisions)
     while current.graph.prunable_groups and (failure := _failing(runs, current)):
         before = current
@@ -98,7 +98,9 @@ def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
     groups = draft.graph.prunable_groups
     shares = SHARES if draft.guessed else ("half",)
     failure = _first(runs.failure(draft.graph, _removed(groups, share)) for share in shares)
-    return _differing(runs, draft) if failure is None and draft.guessed else failure
+    if failure is None and draft.guessed:
+        failure = _differing(runs, draft)
+    return failure or runs.failure(draft.graph, _removed(groups, "half"), beyond_forward=True)
 
 
 def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
@@ -106,7 +108,8 @@ def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     shares = ("half", "even", "first", "last", "most") if draft.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
-        return _first(runs.difference(draft.graph, _removed(groups, share)) for share in shares)
+        found = (runs.difference(draft.graph, _removed(groups, share), sizes=share == "half") for share in shares)
+        return _first(found)
 
     exact = [group for group in draft.graph.prunable_groups if group.statistics is None]
     failure = difference(exact)
@@ -129,19 +132,24 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
     own = failure.stack[:1] or ("",)
     for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
         kind = draft.places.get(path)
+        if kind is not None and failure.other_size:
+            decisions.sized.add(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
             decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
             return
     for path in failure.stack:
         touched = any(_touches(group, path) for group in draft.graph.prunable_groups)
         if touched and path not in decisions.held:
-            decisions.held[path] = f"has a size that is fixed in the Python code around {path!r} ({failure.message})"
+            why = ONE_SIZE if failure.other_size else "has a size that is fixed in the Python code"
+            decisions.held[path] = f"{why} around {path!r} ({failure.message})"
+            decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
             decisions.choices.pop(draft.places.get(path, ""), None)
             return
         if touched and path not in decisions.held_whole:
             decisions.held_whole.add(path)
             return
+    decisions.sized |= {""} if failure.other_size else set()
     decisions.held[""] = f"cannot be removed: the smaller model fails ({failure.message})"
     decisions.held_whole.add("")
 

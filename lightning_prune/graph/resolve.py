@@ -6,7 +6,7 @@ follow, is chosen per module type by a `Choice`, tried out in `lightning_prune.g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution, Split
 from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
 from lightning_prune.graph.labels import NO_LABEL, ids_of
+
+ONE_SIZE = "goes together with others at one batch and image size only, as code lays it out"
 
 
 class Choice(IntEnum):
@@ -49,8 +51,11 @@ class Resolved:
     axes: list[int] = field(default_factory=list)  # along which every grid loses slices, -1 where it is left as it is
 
 
-def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
-    """Tie channels until every grid loses whole slices only. choices: by module type, `Choice.AS_IS` if not named."""
+def resolve(space: LabelSpace, choices: Mapping[str, Choice], sized: Collection[str] = ()) -> Resolved:
+    """Tie channels until every grid loses whole slices only.
+
+    choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
+    """
     state = Resolved(space.classes())
     grids: list[tuple[Grid | GroupedConvolution, Choice]] = []
     untouched = 0
@@ -59,8 +64,10 @@ def resolve(space: LabelSpace, choices: Mapping[str, Choice]) -> Resolved:
         if choice is Choice.FROZEN:
             untouched += 1
             if not isinstance(constraint, GroupedConvolution) and not constraint.exact:
-                reason = f"has a size that is fixed in the Python code around {constraint.site.where}"
-                state.frozen.append(Freeze(ids_of(constraint.ids), reason))
+                withheld = constraint.site.kind in sized
+                why = ONE_SIZE if withheld else "has a size that is fixed in the Python code"
+                reason = f"{why} around {constraint.site.where}"
+                state.frozen.append(Freeze(ids_of(constraint.ids), reason, withheld=withheld))
                 continue
         grid = constraint.grid() if isinstance(constraint, Split) else constraint
         if grid is not None:

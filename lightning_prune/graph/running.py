@@ -73,6 +73,13 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
         """Those that belong to the model, innermost first."""
         return tuple(self.names[id(module)] for module in reversed(self.stack) if id(module) in self.names)
 
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """Its code runs, though not its forward."""
+        self.stack.append(module)
+        yield
+        self.stack.pop()  # on an exception it stays, as those do whose forward failed
+
     def __enter__(self) -> RunningModules:
         register = nn.modules.module
         self._filters = warnings.catch_warnings()
@@ -174,12 +181,11 @@ def saved_checkpoints() -> Iterator[None]:
 
 
 def remembered(model: nn.Module) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What modules keep in plain attributes and buffers: tensors that a run makes there are not made by the next."""
+    """What modules keep in plain attributes: tensors that a run makes there are not made by the next."""
     return {
         (path, name, tuple(tensor.shape))
         for path, module in model.named_modules()
-        for kept in (vars(module), module._buffers)
-        for name, value in kept.items()
+        for name, value in vars(module).items()
         if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, (Tensor, dict, list))
         for tensor in tensors_in(value)
     }

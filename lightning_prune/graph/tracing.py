@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,46 +10,48 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from lightning_prune.errors import TraceError
+from lightning_prune.errors import TraceError, first_line
 from lightning_prune.graph import rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
-from lightning_prune.graph.resolve import resolve
+from lightning_prune.graph.resolve import Resolved, resolve
 from lightning_prune.graph.running import (
     RunningModules,
-    call_model,
     normalise_mode,
     remembered,
     tensors_in,
     untouched,
     watch_training_flag,
 )
-from lightning_prune.model_state.preservation import without_masks
+from lightning_prune.model_state.preservation import copy_sharing_tensors
 
 OUTPUT = "reaches the model's output"
 
 
-def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), statistics: bool = False) -> ChannelGraph:
     """Find which channels of a model go together, and which cannot go at all.
 
-    The model runs once in eval mode under a dispatch mode that sees every operator, and once more in train mode if
-    its code asks which one it is in (auxiliary heads exist only there; batch norm and dropout stay in eval). Then it
-    is tried out with fewer channels, see `lightning_prune.graph.rehearse`. Modes, buffers, gradients and random state
-    are left as they were.
+    A copy of the model runs once in eval mode under a dispatch mode that sees every operator, and once more in train
+    mode if its code asks which one it is in (auxiliary heads exist only there; batch norm and dropout stay in eval).
+    What these runs say is united. Then it is tried out with fewer channels and at another size, see
+    `lightning_prune.graph.rehearse`. The model, its gradients and the random state are left as they were.
 
     Args:
         model: any eager module.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        also: what else will run: further inputs (that take another branch, say), and callables that are given a copy
+            of the model (``lambda model: model.head(model.backbone(x))``).
         statistics: let channels go although a statistic over them (layer norm, softmax over channels) changes:
             those groups are prunable then, but not without loss (`Group.statistics` says why).
 
     Raises:
-        TraceError: the model does not run on these inputs, is scripted or exported, or lies partly on meta.
+        TraceError: the model does not run on these inputs.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -57,22 +60,18 @@ def trace(model: nn.Module, example_inputs: Any, *, statistics: bool = False) ->
         [('0', 8, True), ('3', 4, False)]
     """
     check_traceable(model)
-    tracer = _Tracer(model, statistics)
-    modes = [False]
-    with untouched(model), without_masks(model):
-        normalise_mode(model, training=False)
-        before = remembered(model)
-        with watch_training_flag() as asked:
-            tracer.run(example_inputs)
-        if remembered(model) != before:  # the next run takes another path: that one counts
-            tracer = _Tracer(model, statistics)
-            tracer.run(example_inputs)
-        if asked:
-            normalise_mode(model, training=True)
-            if tracer.run(example_inputs, optional=True):
-                modes.append(True)
+    copied = copy_sharing_tensors(model)
+    tracer = _Tracer(copied, statistics)
+    entries = entry_points(example_inputs, also)
+    with untouched(copied):
+        before = remembered(copied)
+        ran = [(entry, modes) for entry in entries if (modes := tracer.run(entry))]
+        new = {name for name, _ in copied.named_buffers()} - {name for name, _ in model.named_buffers()}
+        if remembered(copied) != before and not new:  # the next runs take other paths: those count
+            model, tracer = copied, _Tracer(copied, statistics)
+            ran = [(entry, modes) for entry in entries if (modes := tracer.run(entry))]
     with torch.inference_mode(False):
-        return settle(model, example_inputs, modes, tracer.draft).graph
+        return settle(model, ran, tracer.draft).graph
 
 
 class _Tracer:
@@ -84,6 +83,7 @@ class _Tracer:
         self.space = LabelSpace()
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
+        self.deployed: set[str] = set()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
@@ -97,45 +97,76 @@ class _Tracer:
             dims = 2 if id(tensor) in kernels else None
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
 
-    def run(self, example_inputs: Any, *, optional: bool = False) -> bool:
-        """Run the model under the recorder. ``optional``: a failure is only noted (train mode may need targets)."""
+    def run(self, entry: EntryPoint) -> list[bool]:
+        """Run an entry point in its modes; those in which it ran."""
+        if entry.modes:
+            return [training for training in entry.modes if self._run(entry, training, required=entry.required)]
+        with watch_training_flag() as asked:
+            modes = [False] if self._run(entry, False, required=entry.required) else []
+        if asked and self._run(entry, True, required=False):  # train mode may need targets
+            modes.append(True)
+        return modes
+
+    def _run(self, entry: EntryPoint, training: bool, *, required: bool) -> bool:
+        """Run the model under the recorder; whether it got to the end. What ran until a failure counts too."""
+        normalise_mode(self.model, training=training)
         running = RunningModules(self.model)
         recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
+        recorder.unknown = TensorInfo(data=entry.opaque)
         self.runs += 1
-        for tensor in tensors_in(example_inputs):
+        for tensor in tensors_in(entry.inputs):
             recorder.set_info(tensor, TensorInfo(data=True))
+        before, self.used = self.used, set()
         try:
             with running, recorder:
-                output = call_model(self.model, example_inputs)
+                output = entry.run(self.model, running)
         except Exception as error:
-            if optional:
-                self.notes[f"not traced in train mode: {type(error).__name__}: {error}"] = None
+            mode = "train" if training else "eval"
+            if not required:
+                what = "not traced" if entry.name == "forward" else f"{entry.name} is not traced to its end"
+                self.notes[f"{what} in {mode} mode: {first_line(error)}"] = None
                 return False
-            place = f" in module {recorder.module!r}" if recorder.module else ""
-            raise TraceError(
-                f"the model does not run on the example inputs{place}: {type(error).__name__}: {error}. "
-                "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
-            ) from error
+            raise TraceError(self._failure(entry, error, recorder.module)) from error
+        finally:
+            self.deployed |= self.used if entry.deployed else set()
+            self.used |= before
         for tensor in tensors_in(output):
             for labels in recorder.info(tensor).labels:
-                self.space.freeze(labels.ids, OUTPUT)
+                self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
+
+    def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
+        place = f" in module {module!r}" if module else ""
+        if is_forward(entry):
+            what = "the example inputs" if entry.name == "forward" else entry.name
+            return (
+                f"the model does not run on {what}{place}: {type(error).__name__}: {error}. "
+                "Pass inputs as the model's forward takes them: a tensor, a tuple, or a dict of keyword arguments."
+            )
+        return (
+            f"{entry.name} does not run{place}: {type(error).__name__}: {error}. It is called with a copy of the model "
+            "and must run that one, not a model that it remembers."
+        )
 
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
-        resolved = resolve(self.space, decisions.choices)
+        resolved = resolve(self.space, decisions.choices, decisions.sized)
         found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes])
         outcome = (resolved.axes, list(found), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
         readers = self.space.marked("reader")
         held = [
-            Freeze(span.ids if path in decisions.held_whole else span.ids[readers[span.ids]], reason)
+            Freeze(
+                span.ids if path in decisions.held_whole else span.ids[readers[span.ids]],
+                reason,
+                withheld=path in decisions.sized,
+            )
             for path, reason in decisions.held.items()
             for span in self.space.spans
             if not path or span.tensor.startswith(f"{path}.")
         ]
-        frozen = [*held, *resolved.frozen, *sizes.unmatched(resolved.splits, found)]
+        frozen = [*held, *resolved.frozen, *sizes.unmatched(resolved.splits, found), *self._beside_forward(resolved)]
         classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
         groups = build_groups(classes)
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
@@ -147,6 +178,22 @@ class _Tracer:
         places, guessed = places_of(classes, decisions.choices)
         self._last = outcome, Draft(graph, places, guessed, uneven=bool(resolved.splits))
         return self._last[1]
+
+    def _beside_forward(self, resolved: Resolved) -> list[Freeze]:
+        """Filters of layers that forward never runs (auxiliary heads, teachers): cutting them makes nothing cheaper.
+
+        Unless they go together with filters that it does run.
+        """
+        filters = self.space.marked("filter")
+        mine, others = (
+            [span.ids[filters[span.ids]] for span in self.space.spans if (span.tensor in self.deployed) is deployed]
+            for deployed in (True, False)
+        )
+        if not others:
+            return []
+        ids = torch.cat(others)
+        alone = ids[~torch.isin(resolved.joint[ids], resolved.joint[torch.cat([*mine, ids[:0]])])]
+        return [Freeze(alone, "makes channels that forward never reads")]
 
     def _observe(self, call: OperatorCall) -> None:
         self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
+from lightning_prune.graph.other_sizes import other_sizes
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
-from lightning_prune.graph.running import (
-    RunningModules,
-    call_model,
-    map_tensors,
-    normalise_mode,
-    tensors_in,
-    untouched,
-)
+from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
 from lightning_prune.model_state.cutting import Undo, cut_, resize_
 from lightning_prune.model_state.preservation import copy_without_masks
 
@@ -30,6 +25,7 @@ LIMIT = 1e-8  # relative, in float64
 FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
 ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 Removed = Mapping[str, Tensor]  # group, its channels
+Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Failure:
 
     stack: tuple[str, ...]
     message: str
+    other_size: bool = False  # at the traced size all is well
 
 
 @dataclass(frozen=True)
@@ -49,72 +46,156 @@ class PlainNumber:
     stack: tuple[str, ...]
 
 
-class TrialRuns:
-    """Runs copies of one model, with each of the train flags ``modes``, without some of its channels."""
+@dataclass(eq=False)
+class _Trial:
+    """One entry point on one copy of the model."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, modes: Sequence[bool]) -> None:
-        self._model, self._modes = model, modes
-        self._doubles = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example_inputs)
-        # On the meta device a run costs neither memory nor arithmetic.
-        self._trial = _meta_copy(model)
-        self._inputs = map_tensors(lambda tensor: tensor.to("meta"), example_inputs)
-        self._warm = False
-        self._numbers = self._plain_numbers()
-        if isinstance(self._numbers, Failure):
-            # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
-            self._trial, self._inputs = copy_without_masks(model), example_inputs
+    model: nn.Module
+    entry: EntryPoint
+    modes: Sequence[bool]
+    by_values: bool = False  # it looks at values, and plain numbers change with them
+    warm: bool = False
+    numbers: list[PlainNumber] | Failure = field(init=False)
 
-    def failure(self, graph: ChannelGraph, removed: Removed) -> Failure | None:
-        """Why the model does not run without these channels, None if it does."""
-        undo = Undo(self._trial)
-        try:
-            _remove_(self._trial, graph, removed)
-            found = self._plain_numbers()
-        finally:
-            undo()
+    def __post_init__(self) -> None:
+        self.numbers = self.plain_numbers()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model with all its channels does."""
+        return not isinstance(self.numbers, Failure)
+
+    def plain_numbers(self) -> list[PlainNumber] | Failure:
+        """Those that operators get, all modes in a row, or why it does not run."""
+        numbers: list[PlainNumber] = []
+        outputs = (_run(self.model, self.entry, training, numbers) for training in self.modes)
+        return next((output for output in outputs if isinstance(output, Failure)), numbers)
+
+    def warmed(self) -> bool:
+        """Run the model with all its channels once more, if it was run once; whether the path was another."""
+        if self.warm or not self.runs:
+            return False
+        cold, self.numbers, self.warm = self.numbers, self.plain_numbers(), True
+        return repr(cold) != repr(self.numbers)
+
+    def failure(self) -> Failure | None:
+        """What goes wrong now that the model has fewer channels."""
+        found = self.plain_numbers()
         if isinstance(found, Failure):
             return found
-        if isinstance(self._numbers, Failure):
+        if isinstance(self.numbers, Failure) or self.by_values:
             return None
-        if not self._warm and [n.operator for n in self._numbers] != [n.operator for n in found]:
-            self._warm = True
-            cold, self._numbers = self._numbers, self._plain_numbers()
-            if isinstance(self._numbers, Failure) or cold != self._numbers:
-                # A run leaves something behind, such as an lru_cache, that the next one finds: both are run warm, and
-                # since what was made from sizes is not made again, results have to tell.
-                return self.failure(graph, removed) or self.difference(graph, removed)
-        for before, after in zip(self._numbers, found, strict=False):
+        for before, after in zip(self.numbers, found, strict=False):
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
-            if before.values != after.values:
+            if repr(before.values) != repr(after.values):  # NaN is not equal to itself
                 return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
-        return None if len(self._numbers) == len(found) else Failure((), "takes another path with fewer channels")
+        return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
 
-    def difference(self, graph: ChannelGraph, removed: Removed) -> Failure | None:
-        """Why removing these channels does not equal masking them, None if it does."""
+
+class TrialRuns:
+    """Runs copies of one model, through each of its entry points and with each of their train flags, without channels.
+
+    A plain forward is also tried at another batch and image size, if the model takes them.
+    """
+
+    def __init__(self, model: nn.Module, ran: Sequence[Ran]) -> None:
+        self._model = model
+        self._meta = _meta_copy(model)
+        self._real: nn.Module | None = None
+        self._forward: list[_Trial] = []
+        self._compared: list[Ran] = []
+        for entry, modes in ran:
+            if is_forward(entry):
+                self._forward += self._trials(entry, modes)
+        self._ran = ran
+        self._others: list[_Trial] | None = None
+
+    @property
+    def _beyond_forward(self) -> list[_Trial]:
+        """Steps and callables, on few samples where that works."""
+        if self._others is None:
+            self._others = []
+            for entry, modes in self._ran:
+                if not is_forward(entry):
+                    few = head(entry, 2)
+                    trial = self._meta_trial(few, modes) or self._real_trial(few, modes)
+                    trial = trial if trial.runs else self._real_trial(entry, modes)
+                    self._others += [trial] if trial.runs else []
+        return self._others
+
+    def _trials(self, entry: EntryPoint, modes: Sequence[bool]) -> list[_Trial]:
+        """On the meta device, where a run costs neither memory nor arithmetic, if it works there."""
+        trial = self._meta_trial(entry, modes)
+        self._compared.append((entry, modes))
+        if trial is None:
+            # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
+            real = self._real_trial(entry, modes)
+            return [real] if real.runs else []
+        for other in other_sizes(entry):
+            if (varied := self._meta_trial(other, modes)) is not None:
+                self._compared.append((other, modes))
+                return [trial, varied]
+        return [trial]
+
+    def _meta_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial | None:
+        trial = _Trial(self._meta, entry.mapped(lambda tensor: tensor.to("meta")), modes)
+        return trial if trial.runs else None
+
+    def _real_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial:
+        if self._real is None:
+            self._real = copy_without_masks(self._model)
+        return _Trial(self._real, entry, modes, by_values=True)
+
+    def failure(self, graph: ChannelGraph, removed: Removed, *, beyond_forward: bool = False) -> Failure | None:
+        """Why the model does not run without these channels, None if it does."""
+        trials = self._beyond_forward if beyond_forward else self._forward
+        failure = self._failure(trials, graph, removed)
+        if failure is None or not any([trial.warmed() for trial in trials]):  # noqa: C419  # all of them
+            return failure
+        # A run leaves something behind, such as an lru_cache, that the next one finds: both are run warm, and since
+        # what was made from sizes is not made again, results have to tell.
+        return self._failure(trials, graph, removed) or self.difference(graph, removed)
+
+    def _failure(self, trials: Sequence[_Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
+        undo = [Undo(model) for model in (self._meta, self._real) if model is not None]
+        try:
+            for model in {id(trial.model): trial.model for trial in trials}.values():
+                _remove_(model, graph, removed)
+            for trial in trials:
+                if (failure := trial.failure()) is not None:
+                    return replace(failure, other_size=trial.entry.varied)
+            return None
+        finally:
+            for put_back in undo:
+                put_back()
+
+    def difference(self, graph: ChannelGraph, removed: Removed, *, sizes: bool = False) -> Failure | None:
+        """Why removing these channels does not equal masking them, None if it does. ``sizes``: at others too."""
         trial = copy_without_masks(self._model).double()
         _roughen_(trial)
         _mask_(trial, graph, removed)
-        masked = [_run(trial, self._doubles, training) for training in self._modes]
+        double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
+        runs = [(entry, training) for entry, modes in double for training in modes]
+        masked = [_run(trial, entry, training) for entry, training in runs]
         _remove_(trial, graph, removed)
-        for training, before in zip(self._modes, masked, strict=True):
+        for (entry, training), before in zip(runs, masked, strict=True):
             if isinstance(before, Failure):
-                return None  # does not run in float64 at all: nothing to compare with
-            after = _run(trial, self._doubles, training)
+                continue  # does not run in float64 at all: nothing to compare with
+            after = _run(trial, entry, training)
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
-                return Failure((), "its results change")
+                return Failure((), "its results change", other_size=entry.varied)
         return None
 
-    def _plain_numbers(self) -> list[PlainNumber] | Failure:
-        numbers: list[PlainNumber] = []
-        outputs = (_run(self._trial, self._inputs, training, numbers) for training in self._modes)
-        return next((output for output in outputs if isinstance(output, Failure)), numbers)
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _run(
-    model: nn.Module, inputs: Any, training: bool, numbers: list[PlainNumber] | None = None
+    model: nn.Module, entry: EntryPoint, training: bool, numbers: list[PlainNumber] | None = None
 ) -> list[Tensor] | Failure:
     """The tensors that a model returns. numbers: takes down the plain numbers that operators get."""
     with untouched(model):
@@ -122,7 +203,7 @@ def _run(
         torch.manual_seed(0)
         with RunningModules(model) as running, nullcontext() if numbers is None else _PlainNumbers(running, numbers):
             try:
-                return tensors_in(call_model(model, inputs))
+                return tensors_in(entry.run(model, running))
             except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                 message = str(error).strip().partition("\n")[0]
                 return Failure(running.paths, f"{type(error).__name__}: {message}")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import ReconstructionError
-from lightning_prune.graph import call_model
+from lightning_prune.errors import ReconstructionError, first_line
+from lightning_prune.graph.entry_points import EntryPoint, double_by_default, entry_points
 from lightning_prune.graph.model_checks import without_values
-from lightning_prune.graph.running import map_tensors, tensors_in, untouched
+from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
 from lightning_prune.model_state.copying import copied
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -31,6 +31,7 @@ class LosslessReport:
         tolerance: largest relative error that passes.
         outputs: number of output tensors compared.
         left: {group: why} of those that reconstruction could not make smaller.
+        compared: what was run on both models: the forward, also at another size, steps of training.
     """
 
     max_abs_error: float
@@ -39,6 +40,7 @@ class LosslessReport:
     tolerance: float
     outputs: int
     left: dict[str, str] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -69,36 +71,132 @@ def check_lossless(
         tolerance: default 1e-10 in float64, 1e-5 in float32.
 
     Raises:
-        ReconstructionError: the models return different numbers or shapes of tensors, or none at all; or there are
-            no values to compare, on the meta device.
+        ReconstructionError: the second model does not run, the models return different numbers or shapes of tensors, or
+            none at all; or there are no values to compare, on the meta device.
 
     Example:
         >>> model = nn.Linear(2, 2)
         >>> check_lossless(model, model, torch.ones(1, 2)).passed
         True
     """
-    for net in (model, small):
-        if (name := without_values(net)) is not None:
+    entry = entry_points(example_inputs)[0]
+    try:
+        return compare(Side(model), Side(small), entry, dtype=dtype, tolerance=tolerance)
+    except CannotRunError as error:
+        raise error.__cause__ or error from None
+
+
+class CannotRunError(Exception):
+    """A model fails on an entry point, for which it says in which module and why."""
+
+
+class Side:
+    """A model to be compared, as it is or copied to another type. ``own``: always copied."""
+
+    def __init__(self, model: nn.Module, *, own: bool = False) -> None:
+        self.model = model
+        self.own = own
+        self._copies: dict[torch.dtype | None, nn.Module] = {}
+
+    def outputs(self, entry: EntryPoint, training: bool, dtype: torch.dtype | None, seed: int = 0) -> list[Tensor]:
+        """The tensors that it returns."""
+        with self._running(training, dtype, seed) as (model, running):
+            return tensors_in(_run(model, entry, dtype, running))
+
+    def inner_outputs(
+        self, entry: EntryPoint, training: bool, dtype: torch.dtype | None
+    ) -> dict[tuple[str, int, int], Tensor]:
+        """What every module returns, by its path, the number of the call and the place in what it returned."""
+        found: dict[tuple[str, int, int], Tensor] = {}
+        calls: Counter[str] = Counter()
+
+        def keep(name: str, output: Any) -> None:
+            for place, tensor in enumerate(tensors_in(output)):
+                if tensor.numel():
+                    found[name, calls[name], place] = tensor.clone()  # the next module may work in place
+            calls[name] += 1
+
+        with self._running(training, dtype, 0) as (model, running), ExitStack() as hooks:
+            for name, module in model.named_modules():
+                handle = module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+                hooks.callback(handle.remove)
+            _run(model, entry, dtype, running)
+        return found
+
+    def in_type(self, dtype: torch.dtype | None) -> nn.Module:
+        """The model, or a copy of it, with all floating tensors in that type; None: in its own."""
+        if dtype not in self._copies:
+            # Buffers too: float32 statistics under float64 weights would round both sides.
+            floating = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
+            same_type = dtype is None or all(t.dtype == dtype for t in floating)
+            model = self.model if same_type and not self.own else copied(self.model)
+            self._copies[dtype] = model if same_type else model.to(dtype)
+        return self._copies[dtype]
+
+    @contextmanager
+    def _running(
+        self, training: bool, dtype: torch.dtype | None, seed: int
+    ) -> Iterator[tuple[nn.Module, RunningModules]]:
+        model = self.in_type(dtype)
+        running = RunningModules(model)
+        with untouched(model), double_by_default() if dtype == torch.float64 else nullcontext(), running:
+            normalise_mode(model, training=training)
+            torch.manual_seed(seed)
+            yield model, running
+
+
+def _run(model: nn.Module, entry: EntryPoint, dtype: torch.dtype | None, running: RunningModules) -> Any:
+    try:
+        return entry.mapped(lambda t: t.to(dtype) if t.is_floating_point() and dtype else t).run(model, running)
+    except Exception as error:
+        place = next((f" in module {path!r}" for path in running.paths if path), "")
+        raise CannotRunError(f"{place}: {first_line(error)}") from error
+
+
+def compare(
+    model: Side,
+    small: Side,
+    entry: EntryPoint,
+    *,
+    training: bool = False,
+    dtype: torch.dtype | None = torch.float64,
+    tolerance: float | None = None,
+) -> LosslessReport:
+    """`check_lossless` for any entry point and either mode.
+
+    Raises:
+        CannotRunError: the first model does not run.
+        ReconstructionError: the second does not, or returns other numbers or shapes of tensors.
+    """
+    for side in (model, small):
+        if (name := without_values(side.model)) is not None:
             raise ReconstructionError(
                 f"{name!r} is on the meta device, where there are no values to compare: load the weights first, or "
                 "build the smaller model unchecked, by reconstruct(model, graph, plan) without example_inputs"
             )
     try:
-        reference = _outputs(model, example_inputs, dtype)
-    except Exception:
+        reference = model.outputs(entry, training, dtype)
+    except CannotRunError:
         if dtype is None:
             raise
         # Some models insist on a type (torchvision's keypoints are float32): compared as they are then.
         dtype = None
-        reference = _outputs(model, example_inputs, dtype)
-    outputs = [reference, _outputs(small, example_inputs, dtype)]
+        reference = model.outputs(entry, training, dtype)
+    try:
+        outputs = [reference, small.outputs(entry, training, dtype)]
+    except CannotRunError as error:
+        raise ReconstructionError(
+            f"the reconstructed model does not run {entry.name}{error}. Some size is fixed in the Python code there (a "
+            "view, a split): leave the layers before it out with ignore=[...]; or it meets channels that no trace "
+            "followed there: pass what runs it as also=[...]"
+        ) from error.__cause__
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:
         shapes = [[list(t.shape) for t in side] for side in outputs]
         raise ReconstructionError(f"the models return tensors of different shapes: {shapes[0]} and {shapes[1]}")
-    if not outputs[0]:
+    if entry.required and not outputs[0]:
         raise ReconstructionError("the models return no tensor that could be compared")
-    if not any(tensor.numel() for tensor in reference):
-        inside = [_inner_outputs(net, example_inputs, dtype) for net in (model, small)]
+    if entry.required and not any(tensor.numel() for tensor in reference):
+        inside = [side.inner_outputs(entry, training, dtype) for side in (model, small)]
         alike = [key for key, tensor in inside[0].items() if key in inside[1] and inside[1][key].shape == tensor.shape]
         if not alike:
             raise ReconstructionError(
@@ -107,64 +205,29 @@ def check_lossless(
             )
         outputs = [[side[key] for key in alike] for side in inside]
     used = dtype or next((t.dtype for t in outputs[0] if t.is_floating_point()), torch.float32)
+    worst_abs, worst_rel = distance(*outputs)
+    limit = TOLERANCE.get(used, 1e-5) if tolerance is None else tolerance
+    name = str(used).removeprefix("torch.")
+    return LosslessReport(worst_abs, worst_rel, name, limit, len(outputs[0]), compared=(entry.name,))
+
+
+def distance(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
+    """Largest absolute and relative difference of tensors of the same shapes."""
     worst_abs = worst_rel = 0.0
-    for first, second in zip(*outputs, strict=True):
-        if not first.numel():
+    for one, other in zip(first, second, strict=True):
+        if not one.numel():
             continue
-        first, second = _real(first), _real(second)
-        same = (first == second) | (first.isnan() & second.isnan())
-        difference = torch.where(same, torch.zeros_like(first), (first - second).abs()).nan_to_num(
+        one, other = _real(one), _real(other)
+        same = (one == other) | (one.isnan() & other.isnan())
+        difference = torch.where(same, torch.zeros_like(one), (one - other).abs()).nan_to_num(
             nan=torch.inf, posinf=torch.inf
         )
         error = float(difference.max())
-        scale = float(first[first.isfinite()].abs().max()) if first.isfinite().any() else 0.0
+        scale = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
         worst_abs = max(worst_abs, error)
         worst_rel = max(worst_rel, error / scale if scale else (0.0 if error == 0 else float("inf")))
-    limit = TOLERANCE.get(used, 1e-5) if tolerance is None else tolerance
-    return LosslessReport(worst_abs, worst_rel, str(used).removeprefix("torch."), limit, len(outputs[0]))
+    return worst_abs, worst_rel
 
 
 def _real(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
-
-
-def _outputs(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> list[Tensor]:
-    with _running(model, example_inputs, dtype) as (runner, inputs):
-        return tensors_in(call_model(runner, inputs))
-
-
-def _inner_outputs(
-    model: nn.Module, example_inputs: Any, dtype: torch.dtype | None
-) -> dict[tuple[str, int, int], Tensor]:
-    """What every module returns, by its path, the number of the call and the place in what it returned."""
-    found: dict[tuple[str, int, int], Tensor] = {}
-    calls: Counter[str] = Counter()
-
-    def keep(name: str, output: Any) -> None:
-        for place, tensor in enumerate(tensors_in(output)):
-            if tensor.numel():
-                found[name, calls[name], place] = tensor.clone()  # the next module may work in place
-        calls[name] += 1
-
-    with _running(model, example_inputs, dtype) as (runner, inputs), ExitStack() as hooks:
-        for name, module in runner.named_modules():
-            handle = module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-            hooks.callback(handle.remove)
-        call_model(runner, inputs)
-    return found
-
-
-@contextmanager
-def _running(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, Any]]:
-    """The model in eval mode and in that type, or a copy of it, and its inputs; left as it was."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    # Buffers too: float32 statistics under float64 weights would round both sides.
-    floating = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    same_type = dtype is None or all(t.dtype == dtype for t in floating)
-    runner = model if same_type else copied(model).to(dtype)
-    with untouched(runner):
-        runner.eval()
-        yield runner, example_inputs if dtype is None else map_tensors(cast, example_inputs)

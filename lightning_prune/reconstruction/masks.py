@@ -185,6 +185,10 @@ class MaskHandle:
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
 
+    def forget(self) -> None:
+        """Drop the values from before masking, and their memory."""
+        self.undoable, self._before = False, []
+
     def is_zero(self) -> bool:
         """Whether every masked entry is exactly 0.0."""
         return not any(values.any() for values in self._values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
@@ -23,13 +24,16 @@ from lightning_prune.model_state.preservation import (
     own_tensors_,
 )
 from lightning_prune.plan import Plan
-from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
+from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.masks import Zeros, masked_entries
+from lightning_prune.reconstruction.rehearsal import rehearse
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None) -> M:
+def reconstruct(
+    model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: Any = None, also: Sequence[Any] = ()
+) -> M:
     r"""Build a smaller copy of a model without the channels that a plan removes; the model itself is untouched.
 
     Every tensor keeps the entries :math:`\{0..n\} \setminus R`, where :math:`R` unites what all groups remove from
@@ -41,11 +45,13 @@ def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: An
         model: the traced model, masked or not.
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
-        example_inputs: if given, the smaller model is compared with the masked one on them in float64.
+        example_inputs: if given, the smaller model is compared with the masked one in float64, on them and at another
+            batch and image size.
+        also: what else to compare on, as for `lightning_prune.trace`.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model.
-        ReconstructionError: the smaller model does not run on ``example_inputs``, or is not equal.
+        ReconstructionError: the smaller model does not run, or is not equal.
 
     Example:
         >>> from lightning_prune import L1, LayerRatio, score, trace
@@ -56,7 +62,7 @@ def reconstruct(model: M, graph: ChannelGraph, plan: Plan, *, example_inputs: An
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     small = copy_sharing_tensors(model)  # most are cut, and copied by that
-    reconstruct_(small, graph, plan, example_inputs=example_inputs)
+    reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
     own_tensors_(small, model)
     return small
 
@@ -68,6 +74,7 @@ def reconstruct_(
     *,
     optimizers: Iterable[Optimizer] = (),
     example_inputs: Any = None,
+    also: Sequence[Any] = (),
 ) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
 
@@ -80,14 +87,15 @@ def reconstruct_(
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
         optimizers: their state is cut along.
-        example_inputs: if given, the result is compared with the masked model on them in float64 and the
-            comparison returned. What is lossy by choice (`Plan.lossless`, `Group.statistics`) is compared, not
-            refused.
+        example_inputs: if given, the result is compared with the masked model in float64, on them and at another
+            batch and image size, and the comparison returned. What is lossy by choice (`Plan.lossless`,
+            `Group.statistics`) is compared, not refused.
+        also: what else to compare on, as for `lightning_prune.trace`.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model.
-        ReconstructionError: masks are still held, the smaller model does not run on ``example_inputs``, or is not
-            equal to the masked one.
+        ReconstructionError: masks are still held, the smaller model does not run, or is not equal to the masked
+            one.
 
     Example:
         >>> from lightning_prune.graph import trace
@@ -107,13 +115,16 @@ def reconstruct_(
             "masks or gradient hooks are registered on the model; they know the old shapes. Call "
             "MaskHandle.remove() first"
         )
-    return _reconstruct_(model, graph, plan, unwrap(optimizers), example_inputs)
+    entries = [] if example_inputs is None else entry_points(example_inputs, also)
+    return _reconstruct_(model, graph, plan, unwrap(optimizers), entries)
 
 
-def reconstruct_masked(masked: M, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> tuple[M, LosslessReport]:
+def reconstruct_masked(
+    masked: M, graph: ChannelGraph, plan: Plan, entries: Sequence[EntryPoint]
+) -> tuple[M, LosslessReport]:
     """Build the smaller model of one that `mask_` has masked, and compare exactly these two."""
     small = copy_without_masks(masked)
-    report = _reconstruct_(small, graph, plan, [], example_inputs, masked)
+    report = _reconstruct_(small, graph, plan, [], entries, masked)
     assert report is not None
     return small, report
 
@@ -123,19 +134,19 @@ def _reconstruct_(
     graph: ChannelGraph,
     plan: Plan,
     optimizers: list[Optimizer],
-    example_inputs: Any,
+    entries: Sequence[EntryPoint],
     masked: nn.Module | None = None,
 ) -> LosslessReport | None:
     """Leave out the groups at fault, if it does not work with all."""
     before = _shapes(model)
     left: dict[str, str] = {}
     try:
-        report = _attempt(model, graph, plan, optimizers, example_inputs, masked)
+        report = _attempt(model, graph, plan, optimizers, entries, masked)
     except ReconstructionError:
-        left = _at_fault(model, graph, plan, example_inputs)
+        left = _at_fault(model, graph, plan, entries)
         if not left:
             raise
-        report = _attempt(model, graph, plan, optimizers, example_inputs, masked, left)
+        report = _attempt(model, graph, plan, optimizers, entries, masked, left)
     after = _shapes(model)
     remember_dense_(model, {name: shape for name, shape in before.items() if after[name] != shape})
     for name, reason in left.items():
@@ -152,7 +163,7 @@ def _attempt(
     graph: ChannelGraph,
     plan: Plan,
     optimizers: list[Optimizer],
-    example_inputs: Any,
+    entries: Sequence[EntryPoint],
     masked: nn.Module | None = None,
     left: Collection[str] = (),
 ) -> LosslessReport | None:
@@ -163,14 +174,14 @@ def _attempt(
         found = graph.cuts(removed)
         if masked is None:
             zeros = masked_entries(graph, plan)
-            _zero(model, zeros if example_inputs is not None else _surviving(zeros, found), optimizers)
-            if example_inputs is not None:
+            _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
+            if entries:
                 masked = copied(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:
             return None
-        return _verify(masked, model, example_inputs, lossless=plan.lossless and not _lossy(graph, plan))
+        return rehearse(masked, model, entries, lossless=plan.lossless and not _lossy(graph, plan))
     except BaseException:
         undo()
         raise
@@ -186,13 +197,13 @@ def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> 
         change_state_(optimizers, parameter, parameter.shape, item.cleared)
 
 
-def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any) -> dict[str, str]:
+def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, entries: Sequence[EntryPoint]) -> dict[str, str]:
     """{group: why} of those that cannot be cut although the plan asks for it, by halving."""
 
     def failure(names: list[str]) -> str | None:
         try:
             others = [name for name in plan.groups if name not in names]
-            _attempt(copy_without_masks(model), graph, plan, [], example_inputs, left=others)
+            _attempt(copy_without_masks(model), graph, plan, [], entries, left=others)
         except ReconstructionError as error:
             return str(error)
         return None
@@ -241,22 +252,3 @@ def _removed(plan: Plan) -> dict[str, Tensor]:
 def _lossy(graph: ChannelGraph, plan: Plan) -> bool:
     """Whether channels go that a statistic still counts, which `lightning_prune.trace` was told to allow."""
     return any(graph.group(name).statistics and group.removed for name, group in plan.groups.items())
-
-
-def _verify(masked: nn.Module, small: nn.Module, example_inputs: Any, *, lossless: bool) -> LosslessReport:
-    try:
-        report = check_lossless(masked, small, example_inputs)
-    except ReconstructionError:
-        raise
-    except Exception as error:
-        raise ReconstructionError(
-            f"the reconstructed model does not run: {type(error).__name__}: {error}. Some size is fixed in the model's "
-            "Python code (a view, a split); leave the layers before it out with ignore=[...]"
-        ) from error
-    if lossless and not report.passed:
-        raise ReconstructionError(
-            f"the reconstructed model differs from the masked one: relative error {report.max_rel_error:.1e} in "
-            f"{report.dtype}, allowed {report.tolerance:.0e}. Nothing was changed. Find the layers at fault with "
-            "ignore=[...] and please report the model"
-        )
-    return report

@@ -154,6 +154,8 @@ class Selection(ABC):
                 graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
             )
         question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
+        if not question.groups:
+            return Plan({}, coupling, batch_norm)
         plan = self._plan(question, self._kept(question))
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
@@ -176,7 +178,11 @@ class Selection(ABC):
         ]
         if not groups:
             reasons = [f"{group.name} {group.reason or 'is ignored'}" for group in graph.groups]
-            raise PlanError(f"nothing to prune in this model: {'; '.join(reasons) or 'it has no layer to prune'}")
+            message = f"nothing to prune in this model: {'; '.join(reasons) or 'it has no layer to prune'}"
+            # What other inputs or sizes may need stays without an error, unless a cost has to be met.
+            if self.needs_model or not any(group.withheld for group in graph.groups):
+                raise PlanError(message)
+            warnings.warn(message, NoEffectWarning, stacklevel=3)
         return groups
 
     @final

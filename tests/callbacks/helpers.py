@@ -26,8 +26,7 @@ class Task(LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        if self.training and self.handle_of is not None and self.handle_of.masking.handle is not None:
-            handle = self.handle_of.masking.handle
+        if self.training and self.handle_of is not None and (handle := self.handle_of()) is not None:
             out = self.net(x)
             self.masked_at_forward.append(handle.is_zero())
         else:

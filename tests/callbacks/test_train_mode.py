@@ -129,5 +129,5 @@ def test_batches_that_training_skips_are_not_scored(criterion):
 
 @pytest.mark.parametrize("criterion", ["taylor", "lre", DCP(heads=1)], ids=str)
 def test_nothing_but_skipped_batches_is_refused(criterion):
-    with pytest.raises(ScoreError, match=r"training_step returned None for all 4 batches"):
+    with pytest.raises(ScoreError, match=r"training_step returned NoneType, not a loss, for all 4 batches"):
         fit(Skips(lambda _: True), ScoringCallback(criterion), epochs=1)

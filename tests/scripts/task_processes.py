@@ -69,3 +69,5 @@ def main(folder: Path, processes: int) -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     warnings.filterwarnings("error", message="It is recommended to use `self.log")
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

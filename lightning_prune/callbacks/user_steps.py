@@ -1,0 +1,149 @@
+"""The user's own steps as entry points: training_step, validation_step and the hooks around them, on real batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_prune.callbacks.first_batches import LIGHTNING, Batches, overrides
+from lightning_prune.callbacks.without_side_effects import attached
+from lightning_prune.graph.entry_points import EntryPoint
+
+STAGES = {
+    "training_step": RunningStage.TRAINING,
+    "validation_step": RunningStage.VALIDATING,
+    "test_step": RunningStage.TESTING,
+    "predict_step": RunningStage.PREDICTING,
+}
+OURS = (*LIGHTNING, "lightning_prune.")
+# Hooks in which people average weights or keep books; they are given nothing or what Lightning gives them.
+BEFORE = {
+    "training_step": ("on_fit_start", "on_train_start", "on_train_epoch_start"),
+    "validation_step": ("on_validation_start", "on_validation_epoch_start"),
+}
+AFTER = {
+    "training_step": ("on_train_epoch_end",),
+    "validation_step": ("on_validation_epoch_end", "on_validation_end"),
+}
+NAMES = {"training_step": "train", "validation_step": "validation", "test_step": "test", "predict_step": "predict"}
+
+
+def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -> list[EntryPoint]:
+    """An entry point for every step that the module overrides; test and predict steps take the validation's batch."""
+    spare = (batches.get("validation_step") or batches.get("training_step") or [])[:1]
+    found = []
+    for name in STAGES:
+        of = batches.get(name, spare if name in ("test_step", "predict_step") else [])
+        for position, batch in enumerate(of if overrides(pl_module, name) else ()):
+            several = len(of) > 1
+            moved = trainer.precision_plugin.convert_input(batch)
+            inputs = pl_module._apply_batch_transfer_handler(moved, dataloader_idx=position)
+            step = Step(trainer, pl_module, name, position if several else None)
+            title = f"{name} on loader {position}" if several else name
+            modes = (name == "training_step",)
+            found.append(EntryPoint(title, step, inputs, modes, required=False, deployed=name == "predict_step"))
+    return found
+
+
+class Step:
+    """One step with the hooks of the module and of the user's callbacks around it, on any copy of the module.
+
+    Hooks that fail on the first call are left out from then on: what they need is not there yet.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, name: str, dataloader_idx: int | None) -> None:
+        self.trainer, self.pl_module, self.name = trainer, pl_module, name
+        self.extra = {} if dataloader_idx is None else {"dataloader_idx": dataloader_idx}
+        self.left_out: set[str] = set()
+        self._first = True
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """What the step returns, after a backward pass if gradients are on."""
+        with attached(model, self.trainer, STAGES[self.name]):
+            for hook in BEFORE.get(self.name, ()):
+                self._hook(model, hook)
+            callbacks = self._users_callbacks(model)
+            start, end = f"on_{NAMES[self.name]}_batch_start", f"on_{NAMES[self.name]}_batch_end"
+            for callback in callbacks:
+                self._hook(callback, start, self.trainer, model, batch, 0, **self.extra)
+            self._hook(model, start, batch, 0, **self.extra)
+            output = self._step(model, batch)
+            if self.name == "training_step":
+                self._optimize(model, callbacks, output)
+            outputs = {"loss": output.detach()} if isinstance(output, Tensor) else output
+            for callback in callbacks:
+                self._hook(callback, end, self.trainer, model, outputs, batch, 0, **self.extra)
+            self._hook(model, end, outputs, batch, 0, **self.extra)
+            for hook in AFTER.get(self.name, ()):
+                self._hook(model, hook)
+        self._first = False
+        return output
+
+    def _step(self, model: Any, batch: Any) -> Any:
+        step = getattr(model, self.name)
+        numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        precision = self.trainer.precision_plugin
+        context = {"training_step": precision.train_step_context, "validation_step": precision.val_step_context}
+        with context.get(self.name, precision.test_step_context)():
+            return step(batch, *((0,) if numbered else ()), **self.extra)
+
+    def _optimize(self, model: Any, callbacks: list[Callback], output: Any) -> None:
+        """The backward pass and what hangs on an optimizer; without a change of weights."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if model.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
+            loss.sum().backward(retain_graph=True)  # also the one who called may want to
+        wanted = [part for part in (*callbacks, model) if overrides(part, "on_before_zero_grad")]
+        if not wanted and not overrides(model, "optimizer_step"):
+            return
+        optimizers = model.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for part in wanted:
+                arguments = (optimizer,) if part is model else (self.trainer, model, optimizer)
+                self._hook(part, "on_before_zero_grad", *arguments)
+            self._hook(model, "optimizer_step", 0, 0, optimizer, lambda: None)
+
+    def _hook(self, part: Any, name: str, *args: Any, **extra: Any) -> None:
+        key = f"{type(part).__qualname__}.{name}"
+        if key in self.left_out or not overrides(part, name):
+            return
+        try:
+            getattr(part, name)(*args, **extra)
+        except Exception:
+            if not self._first:
+                raise
+            self.left_out.add(key)
+
+    def _users_callbacks(self, model: Any) -> list[Callback]:
+        """Copies of the callbacks of the user's own that look at batches, with this copy of the module."""
+        hooks = [f"on_{NAMES[self.name]}_batch_{when}" for when in ("start", "end")] + ["on_before_zero_grad"]
+        own = [
+            callback
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if not _is_ours(callback) and any(overrides(callback, hook) for hook in hooks)
+        ]
+        if not own:
+            return []
+        pairs = zip(self.pl_module.modules(), model.modules(), strict=True)
+        twins = {id(mine): theirs for mine, theirs in pairs}
+        named = dict(model.named_parameters()) | dict(model.named_buffers())
+        mine = (*self.pl_module.named_parameters(), *self.pl_module.named_buffers())
+        twins |= {id(tensor): named[name] for name, tensor in mine} | {id(self.trainer): self.trainer}
+        copies = []
+        for callback in own:
+            try:
+                copies.append(copy.deepcopy(callback, dict(twins)))
+            except Exception:  # noqa: BLE001 - whatever a copy may raise
+                self.left_out.add(type(callback).__qualname__)
+        return copies
+
+
+def _is_ours(callback: Callback) -> bool:
+    """Whether it is one of Lightning's or of this package, or made of one: what they do in hooks is no user's code."""
+    bases = (base for base in type(callback).__mro__ if base.__name__ not in ("Callback", "object"))
+    return any(f"{base.__module__}.".startswith(OURS) for base in bases)

@@ -1,0 +1,73 @@
+"""Inputs of another batch and image size than those that were given, made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.graph.entry_points import EntryPoint
+from lightning_prune.graph.running import map_tensors, tensors_in
+
+Change = Callable[[Tensor], Tensor]
+
+
+def other_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
+    """The same call with one more sample and larger images; else only one of the two. What a model takes, it shows.
+
+    Samples and pixels are not those of the example: images are resized, what is new is made of what was there.
+    """
+    tensors = tensors_in(entry.inputs)
+    images = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 3]
+    grown = [_resized(tuple(first.shape[max(first.dim() - 2, 2) :])) for first in images[:1]]
+    leading = {len(tensor) for tensor in tensors if tensor.dim()}
+    more = [_one_more(leading.pop())] if len(leading) == 1 else []
+    for changes in ([*more, *grown], grown, more):
+        if changes:
+            yield _varied(entry, changes)
+
+
+def _varied(entry: EntryPoint, changes: list[Change]) -> EntryPoint:
+    def changed(tensor: Tensor) -> Tensor:
+        for change in changes:
+            tensor = change(tensor)
+        return tensor
+
+    inputs: Any = map_tensors(changed, entry.inputs)
+    return replace(entry, inputs=inputs, varied=True)
+
+
+def _one_more(samples: int) -> Change:
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != samples:
+            return tensor
+        first = tensor[:1]
+        if tensor.is_floating_point():
+            first = first.flip(-1) * 0.9 + tensor[-1:].roll(1, -1) * 0.3
+        return torch.cat([tensor, first])
+
+    return change
+
+
+def _resized(before: tuple[int, ...]) -> Change:
+    """Other extents of every tensor that ends in these: half as large again, sides no longer alike.
+
+    Multiples of 32 stay multiples of 32, since strides of most networks divide it.
+    """
+    step = next(step for step in (32, 16, 8, 4, 2, 1) if all(size % step == 0 for size in before))
+    after = [max(size + step, (size * (3 + k) // 2) // step * step) for k, size in enumerate(reversed(before))][::-1]
+
+    def change(tensor: Tensor) -> Tensor:
+        n = len(before)
+        if tensor.dim() < n + 1 or tuple(tensor.shape[-n:]) != before:
+            return tensor
+        flat = tensor.reshape(1, -1, *before)
+        mode = {1: "linear", 2: "bilinear"}[n] if tensor.is_floating_point() else "nearest"
+        resized = F.interpolate(flat.double(), after, mode=mode).to(tensor.dtype)
+        return resized.view(*tensor.shape[:-n], *after)
+
+    return change
