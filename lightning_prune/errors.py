@@ -72,6 +72,10 @@ class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 
 
+class EvalModeWarning(UserWarning):
+    """Fine-tuning starts with batch norms or dropouts in eval mode, as they were before fitting."""
+
+
 class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""
 

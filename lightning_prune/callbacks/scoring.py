@@ -16,7 +16,7 @@ from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
     checked_amount,
-    loss_of,
+    see_batches,
     training_batches,
     training_step_alone,
 )
@@ -267,8 +267,8 @@ class ScoringCallback(Callback):
                 title = f"Scoring ({type(self.criterion).__name__})"
                 with training_step_alone(trainer, pl_module) as step, scorer:
                     for see in scorer.passes:
-                        for batch_idx, batch in training_batches(trainer, self.score_batches, self.score_epochs, title):
-                            see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+                        batches = training_batches(trainer, self.score_batches, self.score_epochs, title)
+                        see_batches(see, step, pl_module, batches)
         sum_over_processes_(scorer.state)
         self._keep(trainer, scorer.compute())
 

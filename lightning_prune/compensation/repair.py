@@ -15,7 +15,8 @@ from lightning_prune.criteria.channel_contributions import is_computable
 from lightning_prune.errors import CompensationError, NoEffectWarning
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.readers import readers_of
-from lightning_prune.model_state.preservation import deep_copy, knows_shapes, random_state, set_random_state
+from lightning_prune.model_state.copying import copied
+from lightning_prune.model_state.preservation import knows_shapes, random_state, set_random_state
 from lightning_prune.model_state.recomputing import weight_hooks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.masks import masked_entries
@@ -68,7 +69,7 @@ def repairable(
 @contextmanager
 def repairing(model: nn.Module) -> Iterator[nn.Module]:
     """A frozen dense copy to compare with; no gradients, eval mode, and all or nothing for the model's tensors."""
-    dense = deep_copy(model)
+    dense = copied(model)
     modes = [(module, module.training) for module in model.modules()]
     before = random_state(model)
     model.eval()

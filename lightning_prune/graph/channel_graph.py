@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
+from lightning_prune.graph.model_checks import check_eager
 from lightning_prune.graph.unreached import Unreached, warn_of_unreached
 from lightning_prune.model_state.cutting import Cut, NewSize
 
@@ -86,8 +87,9 @@ class ChannelGraph:
         """Refuse a model that is not the traced one.
 
         Raises:
-            PlanError: names or shapes differ.
+            PlanError: names or shapes differ, or it is scripted.
         """
+        check_eager(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         for name, shape in self.shapes.items():
             if name not in shapes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +17,19 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
 from lightning_prune.graph.resolve import Resolved, resolve
 from lightning_prune.graph.running import (
     RunningModules,
     normalise_mode,
+    remembered,
     tensors_in,
     untouched,
     watch_training_flag,
 )
+from lightning_prune.graph.trial_runs import Ran
 from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
 from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
@@ -59,11 +62,19 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
+    check_traceable(model)
     copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     tracer = _Tracer(copied, statistics)
     entries = entry_points(example_inputs, also)
+    forward = [entry for entry in entries if is_forward(entry)]
     with untouched(copied):
-        ran = [(entry, modes) for entry in entries if (modes := tracer.run(entry))]
+        before = remembered(copied)
+        ran = tracer.run_all(forward)
+        new = {name for name, _ in copied.named_buffers()} - {name for name, _ in model.named_buffers()}
+        if remembered(copied) != before and not new:  # the next runs take other paths: those count
+            model, tracer = copied, _Tracer(copied, statistics)
+            ran = tracer.run_all(forward)
+        ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
     tracer.meet_unreached()
     with torch.inference_mode(False):
         return settle(model, ran, tracer.draft).graph
@@ -94,6 +105,10 @@ class _Tracer:
             self.names[id(tensor)] = name
             dims = 2 if id(tensor) in kernels else None
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
+
+    def run_all(self, entries: Iterable[EntryPoint]) -> list[Ran]:
+        """Those that ran, with the train flags with which they did."""
+        return [(entry, modes) for entry in entries if (modes := self.run(entry))]
 
     def run(self, entry: EntryPoint) -> list[bool]:
         """Run an entry point in its modes; those in which it ran."""

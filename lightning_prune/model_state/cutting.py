@@ -43,6 +43,7 @@ class NewSize:
     value: int
 
 
+@torch.inference_mode(False)  # what is cut can be trained
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
     """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along."""
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}

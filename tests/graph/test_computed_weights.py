@@ -17,7 +17,7 @@ import lightning_prune as lp
 from lightning_prune.errors import PlanError, PruningError, ScoreError
 from lightning_prune.graph import trace
 from lightning_prune.graph.computed_weights import effective_weight, owner
-from lightning_prune.model_state.preservation import deep_copy
+from lightning_prune.model_state.copying import copied
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -232,7 +232,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_gradients_by_weights_count_masks_and_refuse_weight_norm() -> None:
     criterion = lp.criteria.TaylorFO(form="weight")
     model = network(unstructured)
-    plain = deep_copy(model)
+    plain = copied(model)
     for module in plain.modules():
         if torch_prune.is_pruned(module) and not list(module.children()):
             torch_prune.remove(module, "weight")

@@ -103,8 +103,11 @@ class ActivationWatcher(Watcher):
         return self._see(self._ports[path, False], output)
 
     def _enter(self, port: _Port, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = first_input(args, kwargs)
         if not recomputing():
-            self._see(port, first_input(args, kwargs))
+            self._see(port, tensor)
+        elif torch.is_grad_enabled() and any(tap.gradient for tap in port.audience):
+            tensor.requires_grad_()  # as it was made to in the forward pass
 
     def _see(self, port: _Port, tensor: Any) -> Tensor | None:
         if not port.checked:

@@ -104,9 +104,15 @@ def calls_of(model: nn.Module, paths: Iterable[str], see: Callable[[str, nn.Modu
     What ``see`` returns goes on in place of the output, unless it is None. It comes before anything works on the
     output in place.
     """
+    replaced: set[str] = set()
 
     def show(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return None if recomputing() else see(path, module, first_input(args, kwargs), output)
+        if recomputing():  # what goes on has to require a gradient where it did before
+            return tracked(output)[1] if path in replaced else None
+        replacement = see(path, module, first_input(args, kwargs), output)
+        if replacement is not None:
+            replaced.add(path)
+        return replacement
 
     with ExitStack() as hooks:
         for path in paths:
