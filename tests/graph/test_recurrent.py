@@ -160,7 +160,7 @@ class Summed(Speech):
     """The hidden states are added to the channels that made them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = self.b(self.a(x).relu()).relu().transpose(1, 2)
+        steps = self.norm(self.b(self.a(x).relu())).relu().transpose(1, 2)
         return self.head((self.recurrent(steps)[0] + steps)[:, -1])
 
 

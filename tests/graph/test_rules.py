@@ -32,7 +32,6 @@ class Between(nn.Module):
     def __init__(self, operator: Operator, first: nn.Module | None = None) -> None:
         super().__init__()
         self.a = first or nn.Conv2d(3, 8, 3, padding=1)
-        self.b = nn.Conv2d(3, 8, 3, padding=1)
         self.operator = operator
         with torch.no_grad():
             channels = operator(self.a.double()(images())).shape[1]
