@@ -81,7 +81,7 @@ class NoEffectWarning(UserWarning):
 
 
 class UnreachedWarning(UserWarning):
-    """Channels go although no trace has reached some modules that may read or make channels."""
+    """Channels go although no trace has reached some modules or code that may read or make channels."""
 
 
 def check_choice(name: str, value: object, literal: Any, error: type[PruningError]) -> None:

@@ -25,6 +25,7 @@ class EntryPoint:
         modes: the train flags to run it with; empty: eval, and train if the code asks for the flag.
         required: a failure is an error, else only noted.
         deployed: what the pruned model is for; layers that only other entry points run stay whole.
+        borrowed: the inputs are another one's, so that a failure says little.
         varied: the one that it was made of, with inputs of another size.
     """
 
@@ -34,6 +35,7 @@ class EntryPoint:
     modes: tuple[bool, ...] = ()
     required: bool = True
     deployed: bool = True
+    borrowed: bool = False
     varied: EntryPoint | None = None
 
     @property

@@ -90,6 +90,7 @@ class _Tracer:
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.unreached: tuple[Unreached, ...] = ()
+        self.untraced: list[str] = []
         self.widths = Widths(model)
         self.deployed: set[str] = set()
         self.runs = 0
@@ -137,7 +138,10 @@ class _Tracer:
             mode = "train" if training else "eval"
             if not required:
                 what = "not traced" if entry.name == "forward" else f"{entry.name} is not traced to its end"
-                self.notes[f"{what} in {mode} mode: {first_line(error)}"] = None
+                note = f"{what} in {mode} mode: {first_line(error)}"
+                self.notes[note] = None
+                if entry.modes and not entry.borrowed:
+                    self.untraced.append(note)
                 return False
             raise TraceError(self._failure(entry, error, recorder.module)) from error
         finally:
@@ -196,7 +200,7 @@ class _Tracer:
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
         told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
         notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached, tuple(self.untraced))
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
         guessed |= {size.site.kind for size in widths}
