@@ -72,12 +72,16 @@ class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 
 
+class EvalModeWarning(UserWarning):
+    """Fine-tuning starts with batch norms or dropouts in eval mode, as they were before fitting."""
+
+
 class NoEffectWarning(UserWarning):
     """A step that was asked for changed nothing."""
 
 
 class UnreachedWarning(UserWarning):
-    """Channels go although no trace has reached some modules that may read or make channels."""
+    """Channels go although no trace has reached some modules or code that may read or make channels."""
 
 
 def check_choice(name: str, value: object, literal: Any, error: type[PruningError]) -> None:

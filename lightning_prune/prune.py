@@ -96,7 +96,7 @@ def prune(
         example_inputs,
         criterion=criterion,
         ratio=ratio,
-        selection=selection,
+        selection=selection.named(model) if isinstance(selection, Selection) else selection,
         coupling=coupling,
         batch_norm=batch_norm,
         statistics=statistics,

@@ -39,7 +39,7 @@ class PruningSession:
             called whenever they are needed.
         criterion: an instance, or a name such as "jre".
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
-        selection: for example ``Budget(flops=0.5)``.
+        selection: for example ``Budget(flops=0.5)``; modules in it are those of ``model``.
         schedule: `lightning_prune.schedule.Rounds`, ``Gradual`` or ``Soft``: several steps; None: one.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
@@ -88,7 +88,7 @@ class PruningSession:
         check_coupling(coupling)
         self.model = model
         self.criterion = criterion_from(criterion)
-        self.selection = GlobalRatio(ratio) if selection is None else selection
+        self.selection = GlobalRatio(ratio) if selection is None else selection.named(model)
         self.schedule = schedule
         self.coupling: Coupling = coupling
         self.batch_norm = batch_norm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.run import RUNS, check_before_pruning
 from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
+from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.reconstruction.checkpoint import load_dense
 
@@ -75,7 +75,7 @@ class DistillationCallback(Callback):
         self.module = module
         self.teacher: nn.Module | None = None
         if isinstance(teacher, nn.Module):
-            self.teacher = _frozen(copy.deepcopy(teacher))  # now: resuming may reshape the user's own
+            self.teacher = _frozen(copied(teacher))  # now: resuming may reshape the user's own
         self._path = None if teacher is None or isinstance(teacher, nn.Module) else Path(teacher)
         self._given = teacher is not None
         self._module: LightningModule | None = None
@@ -96,7 +96,7 @@ class DistillationCallback(Callback):
         same_module(self, self._module or pl_module, pl_module)
         self._module = pl_module
         if self._path is not None and self.teacher is None:
-            self.teacher = self._load(self._path, copy.deepcopy(pl_module))  # resuming may reshape the module
+            self.teacher = self._load(self._path, copied(pl_module))  # resuming may reshape the module
         # On the strategy, not on the module: copies of the module would bring the Trainer and the teacher along, and
         # the scoring pass, which calls the module, is to see the task's loss.
         vars(trainer.strategy).pop("training_step", None)

@@ -12,6 +12,7 @@ from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import check_same_plan, check_strategy
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
+from lightning_prune.callbacks.train_mode import EvalModeCheck
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.errors import CallbackError, NoEffectWarning
 from lightning_prune.plan import Coupling, Plan, check_coupling
@@ -54,6 +55,7 @@ class MaskingCallback(Callback):
         self.batch_norm = batch_norm
         self.schedule = schedule
         self.run: PruningRun | None = None
+        self._modes = EvalModeCheck()
 
     @property
     def plan(self) -> Plan | None:
@@ -85,10 +87,11 @@ class MaskingCallback(Callback):
             check_strategy(trainer, type(self).__name__)
         self.run = join(trainer, self, after="ScoringCallback")
         session = self.run.session
-        session.selection, session.schedule = self.selection, self.schedule
+        session.selection, session.schedule = self.selection.named(pl_module), self.schedule
         session.coupling, session.batch_norm = self.coupling, self.batch_norm
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._modes.note(pl_module)
         self._mask_when_scored(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +100,8 @@ class MaskingCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._mask_when_due(trainer, pl_module, batch_idx)
+        if self.plan is not None:
+            self._modes.warn(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask_when_scored(trainer, pl_module)  # it is not fine-tuned any more

@@ -47,7 +47,7 @@ class RandomStateCallback(Callback):
 
 
 def _plain(module: torch.nn.Module) -> dict[str, Any]:
-    (version, words, gauss), (kind, keys, *rest), cpu, cuda = random_state(module)
+    (version, words, gauss), (kind, keys, *rest), cpu, cuda, _ = random_state(module)
     return {
         "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -62,4 +62,4 @@ def _set(state: dict[str, Any], module: torch.nn.Module) -> None:
     devices = [device for device, _ in random_state(module)[3]]
     cuda = [(device, values.cpu()) for device, values in zip(devices, state["cuda"], strict=False)]
     numpy = (kind, keys.numpy().astype(np.uint32), *rest)
-    set_random_state(((version, tuple(words), gauss), numpy, state["torch"].cpu(), cuda))
+    set_random_state(((version, tuple(words), gauss), numpy, state["torch"].cpu(), cuda, []))

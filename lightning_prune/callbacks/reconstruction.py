@@ -145,5 +145,5 @@ class ReconstructionCallback(EpochTimerCallback):
         rank_zero_info(
             f"Reconstructed in {seconds:.2f} s: {before:,} to {count_params(pl_module):,} parameters; "
             f"{'lossless' if report.passed else 'NOT lossless'}, relative error {report.max_rel_error:.1e} against the "
-            f"masked model in {report.dtype}"
+            f"masked model in {report.dtype} ({', '.join(report.compared)})"
         )

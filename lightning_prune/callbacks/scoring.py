@@ -17,7 +17,7 @@ from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
     checked_amount,
-    loss_of,
+    see_batches,
     training_batches,
 )
 from lightning_prune.callbacks.user_steps import run_step
@@ -25,6 +25,7 @@ from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.describe import nothing_to_prune
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.session import PruningSession
 
@@ -247,7 +248,7 @@ class ScoringCallback(Callback):
         with uncompiled(pl_module):
             graph = session.graph
         if not graph.prunable_groups:
-            reasons = "; ".join(f"{group.name} {group.reason}" for group in graph.groups) or "no layer was found"
+            reasons = nothing_to_prune(graph.groups, graph.notes)
             raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
         if self.given is not None:
             self._keep(trainer, self.given if isinstance(self.given, Scores) else Scores.load(self.given, graph))
@@ -276,10 +277,10 @@ class ScoringCallback(Callback):
                 title = f"Scoring ({type(self.criterion).__name__})"
                 with attached(copied, trainer, RunningStage.TRAINING), scorer:
                     for see in scorer.passes:
-                        for batch_idx, batch in training_batches(
+                        batches = training_batches(
                             trainer, copied, self.score_batches, self.score_epochs, title
-                        ):
-                            see(lambda: loss_of(run_step(trainer, copied, batch, batch_idx), copied))  # noqa: B023
+                        )
+                        see_batches(see, partial(run_step, trainer, copied), copied, batches)
         sum_over_processes_(scorer.state)
         self._keep(trainer, scorer.compute())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -66,8 +66,39 @@ def training_batches(
             yield index, transferred(trainer, module, batch)
 
 
+class SkippedBatchError(Exception):
+    """A training_step returned None: the user skips this batch."""
+
+
+def see_batches(
+    see: Callable[[Callable[[], Any]], None],
+    step: Callable[[Any, int], Any],
+    pl_module: LightningModule,
+    batches: Iterable[tuple[int, Any]],
+) -> None:
+    """Show every batch that the training_step does not skip.
+
+    Raises:
+        ScoreError: it skips all of them.
+    """
+    shown = skipped = 0
+    for batch_idx, batch in batches:
+        try:
+            see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+            shown += 1
+        except SkippedBatchError:
+            skipped += 1
+    if skipped and not shown and pl_module.trainer.world_size == 1:  # else another process may have seen some
+        raise ScoreError(
+            f"{type(pl_module).__name__}.training_step returned NoneType, not a loss, for all {skipped} batches: it "
+            "skips them all, or lacks a return; there is nothing to score on"
+        )
+
+
 def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
-    """What a training_step returned, as a loss."""
+    """What a training_step returned, as a loss; `SkippedBatchError` where it returned none."""
+    if output is None:
+        raise SkippedBatchError
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise ScoreError(

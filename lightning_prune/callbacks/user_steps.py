@@ -49,7 +49,17 @@ def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -
             step = Step(trainer, pl_module, name, position if several else None)
             title = f"{name} on loader {position}" if several else name
             modes = (name == "training_step",)
-            found.append(EntryPoint(title, step, inputs, modes, required=False, deployed=name == "predict_step"))
+            found.append(
+                EntryPoint(
+                    title,
+                    step,
+                    inputs,
+                    modes,
+                    required=False,
+                    deployed=name == "predict_step",
+                    borrowed=name not in batches,
+                )
+            )
     set_random_state(before)  # augmentation draws numbers
     return found
 

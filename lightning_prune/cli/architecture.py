@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from lightning_prune.cli.build_model import build_model
 from lightning_prune.errors import ModelError
 from lightning_prune.measure import samples_in, with_samples
+from lightning_prune.model_state.copying import copied
 from lightning_prune.reconstruction.checkpoint import FORMAT, KEY, load, load_dense, read_file
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Architecture:
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """A copy in eval mode with the weights of a checkpoint."""
-        model = copy.deepcopy(self.dense).eval()
+        model = copied(self.dense).eval()
         (load if checkpoint.pruned else load_dense)(checkpoint.path, model)
         return model
 

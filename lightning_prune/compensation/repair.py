@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from lightning_prune.criteria.channel_contributions import is_computable
 from lightning_prune.errors import CompensationError, NoEffectWarning
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.readers import readers_of
+from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.preservation import knows_shapes, random_state, set_random_state
+from lightning_prune.model_state.recomputing import weight_hooks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.masks import masked_entries
 
@@ -52,6 +53,8 @@ def repairable(
     for path, kept in kept_inputs(model, graph, plan).items():
         module = model.get_submodule(path)
         reason = unfit(path, module) if is_computable(module) else f"a {type(module).__name__} of its own"
+        if reason is None and weight_hooks(module):
+            reason = "its weight is computed from other parameters"
         if reason is None:
             fit[path] = kept
         else:
@@ -66,7 +69,7 @@ def repairable(
 @contextmanager
 def repairing(model: nn.Module) -> Iterator[nn.Module]:
     """A frozen dense copy to compare with; no gradients, eval mode, and all or nothing for the model's tensors."""
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     modes = [(module, module.training) for module in model.modules()]
     before = random_state(model)
     model.eval()

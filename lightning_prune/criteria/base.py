@@ -95,7 +95,7 @@ class Member:
     Attributes:
         group: name of its channel group.
         layer: the layer.
-        weight: its weight, in the model's layout.
+        weight: what it computes with, in the model's layout (under weight norm, say, not what that is made from).
         means: per tap, mean over samples or batches, (channels,) float64; (channels, width) for `Tap.joint`.
         scales: gamma of every batch norm that normalises the channels, (channels, k); see `batch_norm_scales`.
     """

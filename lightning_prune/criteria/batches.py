@@ -18,6 +18,8 @@ def each_batch(model: nn.Module, batches: Iterable[Any], none: PruningError) -> 
     """Batches on the model's device, one after the other; raises ``none`` if there was not a single one."""
     if isinstance(batches, Tensor):
         raise type(none)("batches must be an iterable of batches such as a DataLoader, got one tensor")
+    if not isinstance(batches, Iterable):
+        raise type(none)(f"batches must be an iterable of batches such as a DataLoader, got {type(batches).__name__}")
     empty = True
     for batch in batches:
         empty = False

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
-from lightning_prune.graph.readers import Reader, readers_of
+from lightning_prune.graph.readers import Reader, other_reader, readers_of
 
 _ELEMENTS = 2**21  # of the largest tensor that sampling makes at once: 16 MiB in float64
 _KINDS = (
@@ -24,13 +24,11 @@ _KINDS = (
 
 def next_layers(model: nn.Module, group: Group) -> dict[str, Reader]:
     """The readers of a group, by module path."""
-    for part in group.slices:
-        computed = part.tensor.rpartition(".")[2] == "weight_v" or ".parametrizations." in part.tensor
-        if part.layer is None and part.dim == 1 and computed:
-            raise ScoreError(
-                f"{part.tensor}: a layer whose weight is computed from other parameters reads channels, which is not "
-                "supported here; remove the parametrisation, or use another criterion, such as Taylor"
-            )
+    if (other := other_reader(model, group)) is not None:
+        raise ScoreError(
+            f"{other} reads channels, which is not supported here; use another criterion, such as Taylor, or remove "
+            "what computes the weight"
+        )
     found = readers_of(model, group)
     if not found:
         raise ScoreError(

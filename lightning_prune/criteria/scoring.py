@@ -19,8 +19,10 @@ from lightning_prune.criteria.observe.auxiliary_classifiers import AuxiliaryClas
 from lightning_prune.criteria.observe.observer import Observer
 from lightning_prune.criteria.observe.watcher import key_of
 from lightning_prune.criteria.scores import Scores
-from lightning_prune.errors import ScoreError
+from lightning_prune.errors import ScoreError, first_line
 from lightning_prune.graph import ChannelGraph, call_model
+from lightning_prune.graph.computed_weights import effective_weight
+from lightning_prune.graph.model_checks import check_trainable, without_values
 from lightning_prune.model_state.preservation import preserved, random_state, set_random_state, without_masks
 
 __all__ = ["BatchNormMode", "Scorer", "Scores", "score"]
@@ -181,7 +183,7 @@ class Scorer:
                     continue
                 means = {name: found[key] for name, key in keys.items() if key in found}
                 scales = batch_norm_scales(self.model, group, layer)
-                members.append(Member(group.name, layer, self.model.get_parameter(layer.weight), means, scales))
+                members.append(Member(group.name, layer, effective_weight(self.model, layer.weight), means, scales))
         layers: dict[str, dict[str, Tensor]] = {group: {} for group, _, _ in left_out}
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
@@ -235,6 +237,8 @@ def score(
     with torch.inference_mode(False), torch.enable_grad():
         scorer = Scorer(model, graph, criterion, baseline=baseline, bn_mode=bn_mode)
         criterion = scorer.criterion
+        if (name := without_values(model)) is not None:
+            return _without_values(scorer, name)
         if not criterion.needs_forward:
             return scorer.compute()
         if batches is None:
@@ -243,13 +247,41 @@ def score(
             raise ScoreError(
                 f"{criterion!r} needs gradients: pass loss=..., a function of (model, batch) returning a scalar"
             )
+        if criterion.needs_backward:
+            check_trainable(model)
         again = ", several times" if len(scorer.passes) > 1 else ""
         none = ScoreError(f"{criterion!r} needs data{again}, but batches was empty (a used-up generator?)")
         with scorer:
             for see in scorer.passes:
                 for batch in each_batch(model, batches, none):
-                    see(partial(loss or call_model, model, batch))
+                    see(partial(loss or _call, model, batch))
         return scorer.compute()
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    try:
+        return call_model(model, batch)
+    except ScoreError:
+        raise
+    except Exception as error:
+        raise ScoreError(
+            f"the model does not run on a batch of type {type(batch).__name__}: {first_line(error)}. Pass "
+            "loss=lambda model, batch: ..., which runs it on what it takes, such as model(batch[0])"
+        ) from error
+
+
+def _without_values(scorer: Scorer, name: str) -> Scores:
+    """Scores of a model on the meta device, where the criterion can do without weights and data."""
+    needs = ScoreError(
+        f"{name!r} is on the meta device, where nothing has a value, and {scorer.criterion!r} needs weights or data: "
+        "load the weights first, use the criterion Random, or select by scores from elsewhere (Scores.load)"
+    )
+    if scorer.criterion.needs_forward:
+        raise needs
+    try:
+        return scorer.compute()
+    except (NotImplementedError, RuntimeError) as error:
+        raise needs from error
 
 
 def _fit_baseline(model: nn.Module, baseline: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lightning_prune.experiments.predictions import check_predictions, draw_pred
 from lightning_prune.experiments.runner import Precision, Runner, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
 from lightning_prune.measure import compare_latency, count_params, flops_by_convention, state_size
+from lightning_prune.model_state.copying import copied
 from lightning_prune.plan import Coupling, Plan
 from lightning_prune.reconstruction.checkpoint import load_dense, save
 from lightning_prune.reconstruction.masks import mask_
@@ -122,7 +122,7 @@ def compare_orders(
         assert graph is not None
         assert plan is not None
         _announce("Measuring")
-        masked, small = copy.deepcopy(task), reconstruct(task, graph, plan)
+        masked, small = copied(task), reconstruct(task, graph, plan)
         mask_(masked, graph, plan)
         lossless, changed = check_predictions(runner, masked, small)
         stages = {
@@ -175,7 +175,7 @@ def _prune_and_tune(
 ) -> tuple[_Stage, PruneCallback]:
     """Prune a copy of the dense task inside a fit of its own."""
     _announce(f"Order {order}: {ORDERS[order]}", settings.finetune_epochs)
-    task = copy.deepcopy(dense)
+    task = copied(dense)
     prune = PruneCallback(
         criterion,
         selection=settings.selection or GlobalRatio(settings.ratio),

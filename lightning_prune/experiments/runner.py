@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import time
@@ -22,6 +21,7 @@ from lightning_prune.criteria import Criterion
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.model_state.copying import copied
 
 METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
@@ -71,7 +71,7 @@ class Runner:
         """Trace a task, left as it is, and score it on its training data, as a fit does before its first step."""
         seed_everything(seed, verbose=False)
         scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
-        self.fit(copy.deepcopy(task), 1, [scoring], max_steps=0)
+        self.fit(copied(task), 1, [scoring], max_steps=0)
         assert scoring.dense_graph is not None
         assert scoring.scores is not None
         return scoring.dense_graph, scoring.scores
@@ -97,7 +97,7 @@ class Runner:
 
     def predict(self, task: LightningModule, batches: int | None = None) -> list[Any]:
         """What ``predict_step`` gives for batches of the test part, in float64; forward's results without one."""
-        exact = copy.deepcopy(task).double().eval()
+        exact = copied(task).double().eval()
         if is_overridden("predict_step", exact, LightningModule):
             with self._trainer(exact, precision="64-true", limit_predict_batches=batches) as trainer:
                 return trainer.predict(exact, self.data.test_dataloader()) or []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.computed_weights import source_of
 from lightning_prune.graph.groups import Group, Layer, Slice
 from lightning_prune.graph.label_space import Contraction, Freeze, LabelSpace, Span
 
@@ -21,6 +22,7 @@ class Classes:
         self.allow_statistics = allow_statistics
         self.filters = space.marked("filter")
         self.masked = ~space.marked("reader") | self.filters | space.marked("must_mask")
+        self.masked &= ~space.marked("unmasked")
         for span in space.spans:
             if span.buffer:
                 self.masked[span.ids] = False
@@ -188,7 +190,7 @@ class _LayerFinder:
         reader = next((one for one in readers if one.when > order and one.when[0] == order[0]), None)
         index = None if reader is None else self._reader_index(reader, channels)
         return Layer(
-            span.module or span.tensor,
+            span.module or source_of(span.tensor) or span.tensor,
             span.tensor,
             span.dim,
             span.size,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
+from lightning_prune.graph.model_checks import check_eager
 from lightning_prune.graph.unreached import Unreached, warn_of_unreached
 from lightning_prune.model_state.cutting import Cut, NewSize
 
@@ -42,6 +43,7 @@ class ChannelGraph:
         notes: what the trace could not see or follow (operators without a rule, unused parameters).
         sizes: integer attributes of modules that change with the channels.
         unreached: modules and parameters that no trace has used.
+        untraced: the user's own steps of which not everything ran while tracing, and why.
 
     Example:
         >>> import torch, lightning_prune as lp
@@ -56,6 +58,7 @@ class ChannelGraph:
     notes: tuple[str, ...] = ()
     sizes: tuple[SizeAttribute, ...] = ()
     unreached: tuple[Unreached, ...] = ()
+    untraced: tuple[str, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
     _told: list[bool] = field(init=False, repr=False, default_factory=list)
 
@@ -86,8 +89,9 @@ class ChannelGraph:
         """Refuse a model that is not the traced one.
 
         Raises:
-            PlanError: names or shapes differ.
+            PlanError: names or shapes differ, or it is scripted.
         """
+        check_eager(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         for name, shape in self.shapes.items():
             if name not in shapes:
@@ -99,10 +103,10 @@ class ChannelGraph:
                 )
 
     def warn_of_unreached(self) -> None:
-        """Warn once, before channels go, of modules that no trace has used; see `UnreachedWarning`."""
-        if self.unreached and not self._told:
+        """Warn once, before channels go, of code that no trace has reached; see `UnreachedWarning`."""
+        if not self._told:
             self._told.append(True)
-            warn_of_unreached(self.unreached)
+            warn_of_unreached(self.unreached, self.untraced)
 
     def warns_with(self, earlier: ChannelGraph) -> None:
         """Count what was said of an earlier graph of the same model as said."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lightning_prune.graph.computed_weights import is_mask
 from lightning_prune.graph.groups import Group
 
 Shapes = Mapping[str, Sequence[int]]  # of every parameter and buffer
@@ -37,6 +38,13 @@ def totals(groups: Sequence[Group]) -> str:
     )
 
 
+def nothing_to_prune(groups: Sequence[Group], notes: Sequence[str]) -> str:
+    """Say why no channel can go: of every group, and of layers that make no group; with the ways out."""
+    reasons = [f"{group.name} {group.reason or 'is ignored'}" for group in groups]
+    hints = [note for note in notes if not note.startswith(("never used", "not traced", "no rule"))]
+    return "; ".join([*reasons, *hints]) or "it has no layer to prune"
+
+
 def percent(part: int, whole: int) -> str:
     """A share as people say it; all and nothing are said only where they are exact."""
     if part in (0, whole):
@@ -49,7 +57,7 @@ def parameters(group: Group, shapes: Shapes) -> tuple[int, int]:
     touched: dict[str, dict[int, list[torch.Tensor]]] = {}
     for part in group.slices:
         # Running statistics are the only flat tensors that masking leaves alone; they are no parameters.
-        if part.tensor in shapes and (part.masked or len(shapes[part.tensor]) > 1):
+        if part.tensor in shapes and (part.masked or len(shapes[part.tensor]) > 1) and not is_mask(part.tensor, shapes):
             touched.setdefault(part.tensor, {}).setdefault(part.dim, []).append(part.index)
 
     def count(channels: slice) -> int:

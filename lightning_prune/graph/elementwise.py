@@ -90,7 +90,8 @@ def _merge(
 
     data = [k for k, index in enumerate(present) if operands[index].info.data]
     own = len(data) <= 1
-    lead = data[0] if data else 0
+    # Of a weight and its mask, the weight is the layer's: a buffer is live.
+    lead = data[0] if data else next((k for k, one in enumerate(labels) if not one.live.any()), 0)
     for k in range(len(ids)):
         if k != lead:
             space.tie(ids[lead][labelled], ids[k][labelled], own=own)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.running import RunningModules, call_model
+from lightning_prune.graph.running import RunningModules, call_model, map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class EntryPoint:
         modes: the train flags to run it with; empty: eval, and train if the code asks for the flag.
         required: a failure is an error, else only noted.
         deployed: what the pruned model is for; layers that only other entry points run stay whole.
-        varied: made of another one, at other sizes.
+        borrowed: the inputs are another one's, so that a failure says little.
+        varied: the one that it was made of, with inputs of another size.
     """
 
     name: str
@@ -35,7 +35,8 @@ class EntryPoint:
     modes: tuple[bool, ...] = ()
     required: bool = True
     deployed: bool = True
-    varied: bool = False
+    borrowed: bool = False
+    varied: EntryPoint | None = None
 
     @property
     def opaque(self) -> bool:
@@ -49,9 +50,14 @@ class EntryPoint:
         with running.inside(model):
             return self.call(model, self.inputs)
 
+    @property
+    def samples(self) -> int:
+        """How many its batch has: the leading size of its first tensor."""
+        return next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim()), 0)
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> EntryPoint:
         """The same with other input tensors."""
-        return replace(self, inputs=tree_map_only(Tensor, function, self.inputs))
+        return replace(self, inputs=map_tensors(function, self.inputs))
 
 
 def entry_points(example_inputs: Any, also: Sequence[Any] = ()) -> list[EntryPoint]:
@@ -84,8 +90,8 @@ def is_forward(entry: EntryPoint) -> bool:
 
 
 def head(entry: EntryPoint, samples: int) -> EntryPoint:
-    """The same on the first few samples of its batch, by the leading size of its first tensor."""
-    leading = next((t.shape[0] for t in tree_leaves(entry.inputs) if isinstance(t, Tensor) and t.dim()), 0)
+    """The same on the first few samples of its batch."""
+    leading = entry.samples
     return entry if leading <= samples else replace(entry, inputs=_head(entry.inputs, leading, samples))
 
 

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.computed_weights import owner
 from lightning_prune.graph.constraints import CodeSize, Constraint
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo, ids_of
 
@@ -33,7 +34,7 @@ class Span:
     @property
     def module(self) -> str:
         """Path of the module that owns the tensor."""
-        return self.tensor.rpartition(".")[0]
+        return owner(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class LabelSpace:
             self.frozen.append(Freeze(ids, reason, statistics))
 
     def mark(self, role: str, ids: Tensor) -> None:
-        """Remember a role of slices: ``filter``, ``reader`` or ``must_mask``."""
+        """Remember a role of slices: ``filter``, ``reader``, ``must_mask`` or ``unmasked``."""
         self._marks.setdefault(role, []).append(ids_of(ids))
 
     def marked(self, role: str) -> Tensor:

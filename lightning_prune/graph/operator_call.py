@@ -96,11 +96,17 @@ class OperatorCall:
         """These channels go at the price of a statistic that changes."""
         self.space.freeze(labels.ids, f"{what} over channels in {self.where}", statistics=True)
 
-    def freeze_inputs(self, reason: str) -> TensorInfo:
-        """Freeze every label that enters; the output has none."""
+    def freeze_inputs(self, reason: str, *, keep: bool = False) -> TensorInfo:
+        """Freeze every label that enters; the output has none.
+
+        keep: what is computed from a weight alone, in its shape, keeps the weight's, so that the layer is named.
+        """
         infos = [self.info(tensor) for tensor in self.tensors]
         self.freeze([labels for info in infos for labels in info.labels], reason)
-        return TensorInfo(data=any(info.data for info in infos))
+        data = any(info.data for info in infos)
+        if keep and not data and infos and infos[0].labels and self.outputs[0].shape == self.tensors[0].shape:
+            return infos[0]
+        return TensorInfo(data=data)
 
 
 class OperatorRecorder(TorchDispatchMode):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.graph.entry_points import EntryPoint
+from lightning_prune.graph.running import map_tensors, tensors_in
 
 Change = Callable[[Tensor], Tensor]
 
@@ -21,7 +21,7 @@ def other_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
 
     Samples and pixels are not those of the example: images are resized, what is new is made of what was there.
     """
-    tensors = [leaf for leaf in tree_leaves(entry.inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(entry.inputs)
     images = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 3]
     grown = [_resized(tuple(first.shape[max(first.dim() - 2, 2) :])) for first in images[:1]]
     leading = {len(tensor) for tensor in tensors if tensor.dim()}
@@ -37,8 +37,18 @@ def _varied(entry: EntryPoint, changes: list[Change]) -> EntryPoint:
             tensor = change(tensor)
         return tensor
 
-    inputs: Any = tree_map_only(Tensor, changed, entry.inputs)
-    return replace(entry, inputs=inputs, varied=True)
+    inputs: Any = map_tensors(changed, entry.inputs)
+    return replace(entry, name=f"{entry.name} at another size", inputs=inputs, varied=entry)
+
+
+def takes_size(other: EntryPoint, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether a model that ran on another size also means it, by the leading sizes of its outputs then and now.
+
+    ``view(-1, 400)`` runs on every image size whose elements can be divided so, and makes other rows than samples.
+    """
+    assert other.varied is not None
+    rows = [new for old, new in zip(before, after, strict=False) if old == other.varied.samples]
+    return len(before) == len(after) and all(row == other.samples for row in rows)
 
 
 def _one_more(samples: int) -> Change:

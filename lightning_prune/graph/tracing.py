@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError, first_line
-from lightning_prune.graph import rules, sizes
+from lightning_prune.graph import computed_weights, rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
 from lightning_prune.graph.resolve import Resolved, resolve
 from lightning_prune.graph.running import (
     RunningModules,
     normalise_mode,
+    remembered,
     tensors_in,
     untouched,
     watch_training_flag,
 )
+from lightning_prune.graph.trial_runs import Ran
 from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
 from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
@@ -60,11 +62,19 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
         [('0', 8, True), ('3', 4, False)]
     """
+    check_traceable(model)
     copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     tracer = _Tracer(copied, statistics)
     entries = entry_points(example_inputs, also)
+    forward = [entry for entry in entries if is_forward(entry)]
     with untouched(copied):
-        ran = [(entry, modes) for entry in entries if (modes := tracer.run(entry))]
+        before = remembered(copied)
+        ran = tracer.run_all(forward)
+        new = {name for name, _ in copied.named_buffers()} - {name for name, _ in model.named_buffers()}
+        if remembered(copied) != before and not new:  # the next runs take other paths: those count
+            model, tracer = copied, _Tracer(copied, statistics)
+            ran = tracer.run_all(forward)
+        ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
     tracer.meet_unreached()
     with torch.inference_mode(False):
         return settle(model, ran, tracer.draft).graph
@@ -80,13 +90,15 @@ class _Tracer:
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.unreached: tuple[Unreached, ...] = ()
+        self.untraced: list[str] = []
         self.widths = Widths(model)
         self.deployed: set[str] = set()
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
-        kernels = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, _ConvNd)}
+        self.computed = computed_weights.computed_weights(model)
+        kernels = computed_weights.kernels(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
             if is_lazy(tensor):
@@ -94,6 +106,10 @@ class _Tracer:
             self.names[id(tensor)] = name
             dims = 2 if id(tensor) in kernels else None
             self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
+
+    def run_all(self, entries: Iterable[EntryPoint]) -> list[Ran]:
+        """Those that ran, with the train flags with which they did."""
+        return [(entry, modes) for entry in entries if (modes := self.run(entry))]
 
     def run(self, entry: EntryPoint) -> list[bool]:
         """Run an entry point in its modes; those in which it ran."""
@@ -122,7 +138,10 @@ class _Tracer:
             mode = "train" if training else "eval"
             if not required:
                 what = "not traced" if entry.name == "forward" else f"{entry.name} is not traced to its end"
-                self.notes[f"{what} in {mode} mode: {first_line(error)}"] = None
+                note = f"{what} in {mode} mode: {first_line(error)}"
+                self.notes[note] = None
+                if entry.modes and not entry.borrowed:
+                    self.untraced.append(note)
                 return False
             raise TraceError(self._failure(entry, error, recorder.module)) from error
         finally:
@@ -179,8 +198,9 @@ class _Tracer:
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        notes = (*self.notes, *([note_of(self.unreached)] if self.unreached else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached)
+        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
+        notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached, tuple(self.untraced))
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
         guessed |= {size.site.kind for size in widths}
@@ -218,7 +238,7 @@ class _Tracer:
         else:
             if any(call.info(tensor).labels for tensor in call.tensors):
                 self.notes[f"no rule for {call.where}: the channels that reach it are not pruned"] = None
-            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}")
+            result = call.freeze_inputs(f"passes an operator without a rule, {call.where}", keep=True)
         infos = result if isinstance(result, list) else [result]
         infos += [TensorInfo(data=infos[0].data)] * (len(call.outputs) - len(infos))
         if call.func._schema.is_mutable:
@@ -234,6 +254,9 @@ class _Tracer:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
             self._check_pattern(call, after)
+            if after.data and not before.data:  # a new tensor is filled in by and by
+                for alias in call.recorder.aliases(call.outputs[0]):
+                    call.recorder.set_info(alias, replace(call.info(alias), data=True, uniform=False))
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)

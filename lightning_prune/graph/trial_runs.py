@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
-from lightning_prune.graph.other_sizes import other_sizes
+from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
@@ -55,7 +55,9 @@ class _Trial:
     entry: EntryPoint
     modes: Sequence[bool]
     by_values: bool = False  # it looks at values, and plain numbers change with them
+    warm: bool = False
     numbers: list[PlainNumber] | Failure = field(init=False)
+    leading: list[int] = field(default_factory=list)  # sizes of the outputs of the last run
 
     def __post_init__(self) -> None:
         self.numbers = self.plain_numbers()
@@ -68,8 +70,20 @@ class _Trial:
     def plain_numbers(self) -> list[PlainNumber] | Failure:
         """Those that operators get, all modes in a row, or why it does not run."""
         numbers: list[PlainNumber] = []
-        outputs = (_run(self.model, self.entry, training, numbers) for training in self.modes)
-        return next((output for output in outputs if isinstance(output, Failure)), numbers)
+        self.leading = []
+        for training in self.modes:
+            outputs = _run(self.model, self.entry, training, numbers)
+            if isinstance(outputs, Failure):
+                return outputs
+            self.leading += [len(output) for output in outputs if output.dim()]
+        return numbers
+
+    def warmed(self) -> bool:
+        """Run the model with all its channels once more, if it was run once; whether the path was another."""
+        if self.warm or not self.runs:
+            return False
+        cold, self.numbers, self.warm = self.numbers, self.plain_numbers(), True
+        return repr(cold) != repr(self.numbers)
 
     def failure(self) -> Failure | None:
         """What goes wrong now that the model has fewer channels."""
@@ -126,7 +140,8 @@ class TrialRuns:
             real = self._real_trial(entry, modes)
             return [real] if real.runs else []
         for other in other_sizes(entry):
-            if (varied := self._meta_trial(other, modes)) is not None:
+            varied = self._meta_trial(other, modes)
+            if varied is not None and takes_size(other, trial.leading, varied.leading):
                 self._compared.append((other, modes))
                 return [trial, varied]
         return [trial]
@@ -143,13 +158,21 @@ class TrialRuns:
     def failure(self, graph: ChannelGraph, removed: Removed, *, beyond_forward: bool = False) -> Failure | None:
         """Why the model does not run without these channels, None if it does."""
         trials = self._beyond_forward if beyond_forward else self._forward
+        failure = self._failure(trials, graph, removed)
+        if failure is None or not any([trial.warmed() for trial in trials]):  # noqa: C419  # all of them
+            return failure
+        # A run leaves something behind, such as an lru_cache, that the next one finds: both are run warm, and since
+        # what was made from sizes is not made again, results have to tell.
+        return self._failure(trials, graph, removed) or self.difference(graph, removed)
+
+    def _failure(self, trials: Sequence[_Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
         undo = [Undo(model) for model in (self._meta, self._real) if model is not None]
         try:
             for model in {id(trial.model): trial.model for trial in trials}.values():
                 _remove_(model, graph, removed)
             for trial in trials:
                 if (failure := trial.failure()) is not None:
-                    return replace(failure, other_size=trial.entry.varied)
+                    return replace(failure, other_size=trial.entry.varied is not None)
             return None
         finally:
             for put_back in undo:
@@ -171,7 +194,7 @@ class TrialRuns:
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
-                return Failure((), "its results change", other_size=entry.varied)
+                return Failure((), "its results change", other_size=entry.varied is not None)
         return None
 
 

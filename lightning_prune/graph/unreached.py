@@ -234,14 +234,22 @@ def note_of(unreached: Sequence[Unreached]) -> str:
     return f"no trace has reached the parameters {'; '.join(said)}"
 
 
-def warn_of_unreached(unreached: Sequence[Unreached]) -> None:
+def warn_of_unreached(unreached: Sequence[Unreached], untraced: Sequence[str] = ()) -> None:
     """Say before anything is removed what may meet it unseen, and what to do; at the line of the user's code."""
     frame, level = sys._getframe(), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lightning_prune", "contextlib"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
-        "functions that call it. If it never does, remove it from the model",
-        UnreachedWarning,
-        stacklevel=level,
-    )
+    if unreached:
+        warnings.warn(
+            f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
+            "functions that call it. If it never does, remove it from the model",
+            UnreachedWarning,
+            stacklevel=level,
+        )
+    if untraced:
+        warnings.warn(
+            f"{'; '.join(untraced)}. Channels that only the rest of it needs may go. Let it run on a copy of the "
+            "module before training, on the first batch, or trace what it calls: also=[...]",
+            UnreachedWarning,
+            stacklevel=level,
+        )

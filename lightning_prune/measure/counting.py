@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from lightning_prune.errors import PruningError, TraceError, check_choice
 from lightning_prune.graph import call_model
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.running import untouched
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
@@ -75,6 +76,7 @@ class Observer(TorchDispatchMode, ABC):
 
     def watch(self, model: nn.Module, example_inputs: Any) -> Self:
         """One forward pass in eval mode; the model is left as it is."""
+        check_traceable(model)
         with untouched(model):
             model.eval()
             with self:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.model_state.optimizer_state import change_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
+from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
 CHANGED = "_sizes_changed_by_pruning"
 DENSE = "_shapes_before_pruning"
@@ -42,6 +43,7 @@ class NewSize:
     value: int
 
 
+@torch.inference_mode(False)  # what is cut can be trained
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
     """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along."""
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -118,8 +120,9 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def update_attributes_(model: nn.Module) -> None:
     """Make the size attributes of torch's own layers say what their weights are; ``groups`` must be right already."""
+    recompute_(model)
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
+        weight = value_of(module, "weight")
         if isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, _ConvNd):
@@ -139,6 +142,7 @@ def update_attributes_(model: nn.Module) -> None:
             module.num_embeddings, module.embedding_dim = weight.shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
+    update_recurrent_(model)
 
 
 class Undo:
@@ -148,6 +152,7 @@ class Undo:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.places = places_of(model)
         self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
     def __call__(self) -> None:
@@ -160,6 +165,8 @@ class Undo:
         for module, sizes in self.attributes:
             vars(module).pop(CHANGED, None)
             vars(module).update(sizes)
+        for module, name, value in self.computed:
+            setattr(module, name, value)
         for state, before in self.states:
             state.update(before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+
+from lightning_prune.model_state.copying import copied
+from lightning_prune.model_state.recomputing import update_recurrent_
 
 M = TypeVar("M", bound=nn.Module)
 Places = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -52,7 +54,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:  # inference tensors refuse to be told what they are
+                parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
         for own, name, buffer, value in buffers:
             own[name] = buffer
@@ -81,20 +84,24 @@ def put_back(places: Places) -> None:
 
 
 def random_state(model: nn.Module) -> tuple[Any, ...]:
-    """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices."""
+    """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices, and of its own."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    own = [(generator, generator.get_state()) for generator in attributes if isinstance(generator, torch.Generator)]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, own
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
     """Put back what `random_state` returned."""
-    python, numpy, cpu, cuda = state
+    python, numpy, cpu, cuda, own = state
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
     for device, device_state in cuda:
         torch.cuda.set_rng_state(device_state, device)
+    for generator, generator_state in own:
+        generator.set_state(generator_state)
 
 
 @contextmanager
@@ -116,29 +123,32 @@ def without_masks(model: nn.Module) -> Iterator[None]:
 def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     """A deep copy whose masked entries may change again. replaced: by an object's id, what stands in its place."""
     with without_masks(model):
-        return copy.deepcopy(model, dict(replaced or {}))
+        return copied(model, replaced)
 
 
+@torch.inference_mode(False)
 def copy_sharing_tensors(model: M) -> M:
     """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
     twins: dict[int, Any] = {id(b): b.detach() for b in model.buffers() if type(b) is torch.Tensor}
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
+        if type(parameter) is nn.Parameter and not parameter.is_inference():
             twins[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             twin.grad = parameter.grad
     return copy_without_masks(model, twins)
 
 
-def own_tensors_(copied: nn.Module, model: nn.Module) -> None:
+@torch.inference_mode(False)
+def own_tensors_(twin: nn.Module, model: nn.Module) -> None:
     """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
     tensors = (*model.parameters(), *model.buffers())
     gradients = (tensor.grad for tensor in tensors if tensor.grad is not None)
     shared = {tensor.untyped_storage()._cdata for tensor in (*tensors, *gradients)}
-    for tensor in (*copied.parameters(), *copied.buffers()):
+    for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.untyped_storage()._cdata in shared:
             tensor.data = tensor.data.clone()
         if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:
             tensor.grad = tensor.grad.clone()
+    update_recurrent_(twin)
 
 
 def knows_shapes(model: nn.Module) -> bool:

@@ -77,14 +77,14 @@ def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
-    """Turn a freshly built dense model, in place, into the reconstructed one that was saved.
+    """Turn a freshly built dense model, or one that was pruned alike, in place, into the one that was saved.
 
     No trace is needed: the shapes are those of the saved tensors. On failure the model is as it was.
 
     Args:
         path: file written by `save`, or a Lightning checkpoint written while a `lightning_prune.PruneCallback` ran;
             then the model is the LightningModule.
-        dense_model: the same architecture, unpruned.
+        dense_model: the same architecture, unpruned or with the shapes of the file.
 
     Returns:
         The plan that the saved model was built with; without groups if a Lightning checkpoint is of the dense model.
@@ -154,6 +154,8 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     smaller = {name: state[name] for name in _other_shapes(own, state, source)}
     for name in {**smaller, **dense}:
         saved = state.get(name)
+        if name in tensors and saved is not None and _shape(saved) == _shape(own[name]):
+            continue  # it has the pruned shape already
         expected = dense.get(name, _shape(saved))
         if name not in tensors or expected != _shape(own[name]):
             found = _shape(own[name]) if name in own else "not there"

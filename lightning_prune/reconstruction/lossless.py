@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,7 +13,10 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, double_by_default, entry_points
+from lightning_prune.graph.model_checks import without_values
+from lightning_prune.graph.other_sizes import takes_size
 from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
+from lightning_prune.model_state.copying import copied
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -71,7 +73,7 @@ def check_lossless(
 
     Raises:
         ReconstructionError: the second model does not run, the models return different numbers or shapes of tensors, or
-            none at all.
+            none at all; or there are no values to compare, on the meta device.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -96,11 +98,16 @@ class Side:
         self.model = model
         self.own = own
         self._copies: dict[torch.dtype | None, nn.Module] = {}
+        self._leading: dict[str, list[int]] = {}  # sizes of what entry points returned
 
     def outputs(self, entry: EntryPoint, training: bool, dtype: torch.dtype | None, seed: int = 0) -> list[Tensor]:
         """The tensors that it returns."""
         with self._running(training, dtype, seed) as (model, running):
-            return tensors_in(_run(model, entry, dtype, running))
+            outputs = tensors_in(_run(model, entry, dtype, running))
+        sizes = self._leading[entry.name] = [len(output) for output in outputs if output.dim()]
+        if entry.varied is not None and not takes_size(entry, self._leading.get(entry.varied.name, []), sizes):
+            raise CannotRunError(": it makes other rows than samples")
+        return outputs
 
     def inner_outputs(
         self, entry: EntryPoint, training: bool, dtype: torch.dtype | None
@@ -128,7 +135,7 @@ class Side:
             # Buffers too: float32 statistics under float64 weights would round both sides.
             floating = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
             same_type = dtype is None or all(t.dtype == dtype for t in floating)
-            model = self.model if same_type and not self.own else copy.deepcopy(self.model)
+            model = self.model if same_type and not self.own else copied(self.model)
             self._copies[dtype] = model if same_type else model.to(dtype)
         return self._copies[dtype]
 
@@ -167,6 +174,12 @@ def compare(
         CannotRunError: the first model does not run.
         ReconstructionError: the second does not, or returns other numbers or shapes of tensors.
     """
+    for side in (model, small):
+        if (name := without_values(side.model)) is not None:
+            raise ReconstructionError(
+                f"{name!r} is on the meta device, where there are no values to compare: load the weights first, or "
+                "build the smaller model unchecked, by reconstruct(model, graph, plan) without example_inputs"
+            )
     try:
         reference = model.outputs(entry, training, dtype)
     except CannotRunError:

@@ -15,6 +15,7 @@ from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Slice
 from lightning_prune.model_state.cutting import refold_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
+from lightning_prune.model_state.recomputing import recompute_
 from lightning_prune.plan import GroupPlan, Plan
 
 
@@ -155,7 +156,8 @@ class MaskHandle:
         for module in self.model.modules():
             owned = {name: held[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in held}
             if owned:
-                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned)))
+                # First: others compute the weight from these parameters (weight norm, torch's own masks).
+                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned), prepend=True))
 
     def apply_(self) -> None:
         """Set every masked entry, its gradient and its optimizer state to zero now."""
@@ -190,6 +192,7 @@ class MaskHandle:
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
         refold_(self.model)
+        recompute_(self.model)
 
     def forget(self) -> None:
         """Drop the values from before masking, and their memory."""
@@ -222,6 +225,7 @@ class MaskHandle:
 def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
     for parameter, item in _present(model, zeros):
         item.clear_(parameter.data)
+    recompute_(model)
 
 
 def _present(model: nn.Module, zeros: Iterable[Zeros]) -> Iterator[tuple[nn.Parameter, Zeros]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
+from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
@@ -180,7 +180,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
             if entries:
-                masked = copy.deepcopy(model)
+                masked = copied(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         if masked is None:
@@ -191,6 +191,7 @@ def _attempt(
         raise
 
 
+@torch.inference_mode(False)
 def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> None:
     """Zero entries in new tensors, so that what shares the old ones is not changed."""
     parameters = dict(model.named_parameters())

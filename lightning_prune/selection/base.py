@@ -6,8 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,7 +15,9 @@ from typing_extensions import Self
 
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group
+from lightning_prune.graph.describe import nothing_to_prune
 from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
+from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, matches, names_in
 
 ByLayer = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ""
 
@@ -69,7 +70,8 @@ class Selection(ABC):
     Args:
         min_channels: channels that every group (every layer under union) keeps: a count, or a share in (0, 1).
         round_to: kept channels are rounded up to a multiple (8 fills SIMD lanes); the best of the condemned stay.
-        ignore: name patterns (``layer4.*``); a group with a matching layer is left as it is.
+        ignore: layers, by name, by pattern (``layer4.*``) or as modules; of a module around some, all inside. A group
+            with one of them is left as it is.
 
     Raises:
         PlanError: a constraint that makes no sense.
@@ -79,7 +81,7 @@ class Selection(ABC):
 
     min_channels: float = 1
     round_to: int = 1
-    ignore: Iterable[str] = ()
+    ignore: LayerName | Iterable[LayerName] = ()
 
     def __post_init__(self) -> None:
         share = isinstance(self.min_channels, float) and 0 < self.min_channels < 1
@@ -88,7 +90,7 @@ class Selection(ABC):
         if not is_count(self.round_to):
             raise PlanError(f"round_to must be an integer >= 1, got {self.round_to!r}")
         self.round_to = int(self.round_to)
-        self.ignore = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        self.ignore = as_names("ignore", self.ignore)
 
     def __repr__(self) -> str:
         shared = {field.name for field in fields(Selection)}
@@ -102,6 +104,16 @@ class Selection(ABC):
             PlanError: it cannot be asked for less.
         """
         raise PlanError(f"{self!r} cannot be spread over several steps; use LayerRatio, GlobalRatio or Budget")
+
+    def named(self, model: nn.Module | None) -> Self:
+        """The same selection with the names of its modules in this model, which hold in its copies too.
+
+        Raises:
+            PlanError: a module that is not in the model, or any if there is no model.
+        """
+        ignored = as_names("ignore", self.ignore)
+        names = tuple(name for item in ignored for name in names_in("ignore", item, model))
+        return self if names == ignored else replace(self, ignore=names)
 
     @final
     def select(
@@ -122,7 +134,8 @@ class Selection(ABC):
             coupling: ``joint``: a group's layers go together; ``union``: each layer chooses, and what any keeps
                 survives; ``intersection``: what all keep survives (lossy, for comparison only).
             batch_norm: mask batch norms with their filters; False is lossy, for comparison only.
-            model: the traced model; only a selection with ``needs_model`` looks at it, and leaves it as it is.
+            model: the traced model, left as it is; a selection with ``needs_model`` looks at it, and one that was
+                given modules.
             example_inputs: as for `lightning_prune.trace`; for the same selections.
 
         Raises:
@@ -137,6 +150,10 @@ class Selection(ABC):
             >>> plan.groups["0"].keep
             (1, 3)
         """
+        if (named := self.named(model)) is not self:
+            return named.select(
+                graph, scores, coupling=coupling, batch_norm=batch_norm, model=model, example_inputs=example_inputs
+            )
         question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
         if not question.groups:
             return Plan({}, coupling, batch_norm)
@@ -154,15 +171,14 @@ class Selection(ABC):
         return True
 
     def _candidates(self, graph: ChannelGraph) -> list[Group]:
-        check_patterns("ignore", self.ignore, graph)
+        ignored = check_patterns("ignore", as_names("ignore", self.ignore), graph)
         groups = [
             group
             for group in graph.prunable_groups
-            if not any(fnmatchcase(layer.name, pattern) for layer in group.layers for pattern in self.ignore)
+            if not any(matches(pattern, layer.name) for layer in group.layers for pattern in ignored)
         ]
         if not groups:
-            reasons = [f"{group.name} {group.reason or 'is ignored'}" for group in graph.groups]
-            message = f"nothing to prune in this model: {'; '.join(reasons) or 'it has no layer to prune'}"
+            message = f"nothing to prune in this model: {nothing_to_prune(graph.groups, graph.notes)}"
             # What other inputs or sizes may need stays without an error, unless a cost has to be met.
             if self.needs_model or not any(group.withheld for group in graph.groups):
                 raise PlanError(message)
@@ -211,14 +227,6 @@ def check_ratio(ratio: float) -> float:
     if not is_number(ratio) or not 0 <= ratio < 1:
         raise PlanError(f"ratio is the share of channels to remove and must be in [0, 1), got {ratio!r}")
     return float(ratio)
-
-
-def check_patterns(name: str, patterns: Iterable[str], graph: ChannelGraph) -> None:
-    """Refuse name patterns, of the setting of that name, that match no layer."""
-    layers = [layer.name for group in graph.groups for layer in group.layers]
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise PlanError(f"{name}: no layer matches {pattern!r}; layers are {', '.join(layers)}")
 
 
 def is_number(value: object) -> bool:

@@ -103,8 +103,9 @@ class Budget(Selection):
             PlanError: nothing to prune.
             ScoreError: scores are missing, of wrong length, NaN or infinite.
         """
-        question = Question(graph, self._candidates(graph), scores, coupling, True, model, example_inputs)
-        return Search(self, question).reach()
+        named = self.named(model)
+        question = Question(graph, named._candidates(graph), scores, coupling, True, model, example_inputs)
+        return Search(named, question).reach()
 
     def _kept(self, question: Question) -> ByLayer:
         search = Search(self, question)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph, Group
-from lightning_prune.selection.base import ByLayer, Question, Selection, check_patterns, check_ratio
+from lightning_prune.selection.base import ByLayer, Question, Selection, check_ratio
+from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, matches, names_in
 
 Over = Literal["all", "inner", "groups"]
 Rounding = Literal["round", "floor"]
@@ -28,7 +28,8 @@ class LayerRatio(Selection):
     Args:
         ratio: share removed, in [0, 1).
         rounding: ``round`` (half to even, as the LR paper's code on ResNet) or ``floor`` (on YOLOv3).
-        overrides: ratio by name pattern, the first match counts; under joint coupling one matching layer is enough.
+        overrides: ratio by name, pattern or module, as ``ignore`` takes them; the first match counts, and under joint
+            coupling one matching layer is enough.
         min_channels, round_to, ignore: see `Selection`.
 
     Raises:
@@ -42,13 +43,30 @@ class LayerRatio(Selection):
     ratio: float = 0.5
     _: KW_ONLY
     rounding: Rounding = "round"
-    overrides: Mapping[str, float] = field(default_factory=dict)
+    overrides: Mapping[LayerName, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("rounding", self.rounding, Rounding, PlanError)
+        if isinstance(self.ratio, Mapping):
+            raise PlanError(
+                "ratio is one number, for the layers that nothing else is said of; ratios of single layers go to "
+                f"overrides: LayerRatio(0.5, overrides={self.ratio!r})"
+            )
         self.ratio = check_ratio(self.ratio)
+        if not isinstance(self.overrides, Mapping):
+            raise PlanError(f"overrides takes ratios by layer, {{'layer4.*': 0.7}}, got {self.overrides!r}")
+        as_names("overrides", self.overrides)
         self.overrides = {pattern: check_ratio(ratio) for pattern, ratio in self.overrides.items()}
+
+    @override
+    def named(self, model: nn.Module | None) -> LayerRatio:
+        found: dict[LayerName, float] = {}
+        for given, ratio in self.overrides.items():
+            for name in names_in("overrides", given, model):
+                found.setdefault(name, ratio)
+        changed = super().named(model)
+        return changed if found == self.overrides else replace(changed, overrides=found)
 
     @override
     def part(self, share: float) -> LayerRatio:
@@ -70,7 +88,7 @@ class LayerRatio(Selection):
 
     def _strongest(self, group: Group, layer: str, scores: Tensor) -> Tensor:
         names = [layer] if layer else [member.name for member in group.layers]
-        matching = (v for p, v in self.overrides.items() if any(fnmatchcase(n, p) for n in names))
+        matching = (v for p, v in self.overrides.items() if any(matches(str(p), n) for n in names))
         wanted = next(matching, self.ratio) * group.size
         count = round(wanted) if self.rounding == "round" else math.floor(wanted)
         mask = torch.ones(group.size, dtype=torch.bool)

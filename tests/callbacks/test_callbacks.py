@@ -215,3 +215,13 @@ def test_a_budget_that_cannot_be_met_stops_fit_before_any_weight_is_touched() ->
     with pytest.raises(PlanError, match="The nearest that can be met is"):
         trainer(PruneCallback("l1", selection=Budget(flops=0.001))).fit(task, loader(), loader(shuffle=False))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items())
+
+
+def test_modules_of_the_task_may_be_ignored():
+    task = Task()
+    selection = LayerRatio(0.5, ignore=[task.net.stem], overrides={task.net.a1: 0.25})
+    callback = PruneCallback("l1", selection=selection, reconstruct="never")
+    fit(task, callback, epochs=1)
+    plan = callback.masking.plan
+    assert plan.groups
+    assert not any("stem" in layer for group in plan.groups.values() for layer in group.layers)

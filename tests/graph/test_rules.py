@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import deform_conv2d, roi_align, roi_pool
 
@@ -30,7 +32,6 @@ class Between(nn.Module):
     def __init__(self, operator: Operator, first: nn.Module | None = None) -> None:
         super().__init__()
         self.a = first or nn.Conv2d(3, 8, 3, padding=1)
-        self.b = nn.Conv2d(3, 8, 3, padding=1)
         self.operator = operator
         with torch.no_grad():
             channels = operator(self.a.double()(images())).shape[1]
@@ -268,7 +269,35 @@ class Embedded(nn.Module):
         return x + self.table(torch.arange(64)).view(8, 8, -1).permute(2, 0, 1)
 
 
+class Scored(nn.Module):
+    """Every position weighed by its product with a vector, channels last: pooling by attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.permute(0, 2, 3, 1) @ self.query).sigmoid()[:, None]
+
+
+class Recurrent(nn.Module):
+    """Rows as time steps."""
+
+    def __init__(self, layer: nn.RNNBase, *, packed: bool = False) -> None:
+        super().__init__()
+        self.layer, self.packed = layer, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.mean(3).transpose(1, 2)
+        if self.packed:
+            steps = pack_padded_sequence(steps, [8, 7], batch_first=True)
+        return self.layer(steps)[1][0].movedim(0, -1)[..., None]
+
+
 CONTRACTION |= {
+    "product with a vector": Scored(),
+    "lstm": Recurrent(nn.LSTM(8, 6, batch_first=True)),
+    "packed gru": Recurrent(nn.GRU(8, 6, batch_first=True), packed=True),
     "deformable convolution": Deformable(),
     "embedding": Embedded(),
     "matrix": lambda x: (x.mean((2, 3)).t() @ x.mean((2, 3))).sum(1)[None, :, None, None].expand(2, -1, -1, -1),
@@ -317,8 +346,49 @@ REFUSED: dict[str, tuple[Operator, str]] = {
         "pools",
     ),
     "written through a view": (lambda x: _written(x), "written through a view"),
+    "weight norm": (weight_norm(nn.Conv2d(8, 6, 3).double()), "statistic over channels in aten._weight_norm_interface"),
+    "spectral norm": (spectral_norm(nn.Conv2d(8, 6, 3).double()), "statistic of the whole weight in aten.mv"),
+    "old spectral norm": (
+        nn.utils.spectral_norm(nn.Conv2d(8, 6, 3).double()),
+        "statistic of the whole weight in aten.mv",
+    ),
+    "fake quantizer": (
+        lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, 0, 255).double(),
+        "quantizer",
+    ),
+    "with its scale": (
+        lambda x: torch.fake_quantize_per_tensor_affine(
+            x.float(), torch.ones(1), torch.zeros(1).int(), 0, 255
+        ).double(),
+        "quantizer",
+    ),
+    "per channel": (
+        lambda x: torch.fake_quantize_per_channel_affine(
+            x.float(), torch.ones(8), torch.zeros(8).int(), 1, 0, 255
+        ).double(),
+        "quantizer",
+    ),
+    "learnt scale": (
+        lambda x: torch._fake_quantize_learnable_per_tensor_affine(
+            x.float(), torch.ones(1), torch.zeros(1), 0, 255, 1.0
+        ).double(),
+        "quantizer",
+    ),
+    "learnt scales": (
+        lambda x: torch._fake_quantize_learnable_per_channel_affine(
+            x.float(), torch.ones(8), torch.zeros(8), 1, 0, 255, 1.0
+        ).double(),
+        "quantizer",
+    ),
+    "observed": (lambda x: observed(x.float()).double(), "quantizer"),
     "unknown": (lambda x: x.renorm(2, 1, 1.0), "without a rule, aten.renorm"),
 }
+
+
+def observed(x: Tensor) -> Tensor:
+    """The fused operator of a quantizer that watches the range."""
+    switch, bound, scale, zero = torch.ones(1).long(), torch.ones(1), torch.ones(1), torch.zeros(1).int()
+    return torch.fused_moving_avg_obs_fake_quant(x, switch, switch, -bound, bound, scale, zero, 0.1, 0, 255, 0)
 
 
 def _written(x: Tensor) -> Tensor:
@@ -369,7 +439,8 @@ def test_every_rule_is_exercised_here() -> None:
 # Reached on other devices only, or where another torch version decomposes differently.
 OTHER_DEVICES = set(
     "cudnn_convolution cudnn_batch_norm miopen_convolution miopen_depthwise_convolution miopen_batch_norm "
-    "mkldnn_convolution mkldnn_max_pool2d convolution_overrideable".split()
+    "mkldnn_convolution mkldnn_max_pool2d convolution_overrideable mkldnn_rnn_layer _cudnn_rnn "
+    "_thnn_fused_lstm_cell _thnn_fused_gru_cell".split()
 )
 OTHER_VERSIONS = set(
     "_convolution _batch_norm_no_update _batch_norm_with_update _native_batch_norm_legit batch_norm relu6 selu square "

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_prune as lp
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.graph import trace
 from lightning_prune.plan import Plan
@@ -275,3 +276,21 @@ def test_dense_weights_of_another_model_leave_it_as_it_was(tmp_path: Path) -> No
         with pytest.raises(CheckpointError, match=message):
             load_dense(tmp_path / "other.pt", fresh)
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def test_a_model_that_has_the_pruned_shapes_already_is_loaded_too(tmp_path):
+    def dense():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+    images = torch.randn(2, 3, 8, 8)
+    result = lp.prune(dense(), images)
+    lp.save(tmp_path / "small.pt", result.model, result.plan)
+    fresh, alike = dense(), lp.prune(dense(), images).model
+    for model in (fresh, fresh, alike):
+        assert lp.load(tmp_path / "small.pt", model) == result.plan
+        assert torch.equal(model(images), result.model(images))
+        with torch.no_grad():
+            model[0].weight.zero_()
+    other = lp.prune(dense(), images, ratio=0.25).model
+    with pytest.raises(CheckpointError, match=r"another model: '0.weight' is \[4, 3, 3, 3\] in the file"):
+        lp.load(tmp_path / "small.pt", other)

@@ -26,6 +26,7 @@ from lightning_prune.criteria.observe.watcher import (
     first_input,
     key_of,
     recomputing,
+    samples_first,
     tracked,
 )
 from lightning_prune.errors import ScoreError
@@ -102,13 +103,16 @@ class ActivationWatcher(Watcher):
         return self._see(self._ports[path, False], output)
 
     def _enter(self, port: _Port, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = first_input(args, kwargs)
         if not recomputing():
-            self._see(port, first_input(args, kwargs))
+            self._see(port, tensor)
+        elif torch.is_grad_enabled() and any(tap.gradient for tap in port.audience):
+            tensor.requires_grad_()  # as it was made to in the forward pass
 
     def _see(self, port: _Port, tensor: Any) -> Tensor | None:
         if not port.checked:
             port.check(tensor)
-        value = tensor.detach()
+        value = samples_first(port.module, tensor.detach())
         now = [tap for tap in port.audience if not tap.gradient]
         later = [tap for tap in port.audience if tap.gradient]
         if not torch.is_grad_enabled():
@@ -133,7 +137,8 @@ class ActivationWatcher(Watcher):
         dim = channel_dim(port.module)
         for tap in taps:
             maps = functional.by_position(value, dim)
-            found = tap.partial(maps, None if gradient is None else functional.by_position(gradient, dim))
+            slope = None if gradient is None else functional.by_position(samples_first(port.module, gradient), dim)
+            found = tap.partial(maps, slope)
             for key, index in port.audience[tap]:
                 channels = functional.gather_channels(found, index)
                 self.seen[key].add(channels, maps.shape[-1], differentiated=gradient is not None)

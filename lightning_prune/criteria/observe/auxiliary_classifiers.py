@@ -15,6 +15,7 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.observe.watcher import calls_of
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.running import saved_checkpoints
 
 _SHRINKAGE = 0.1
 _TINY = 1e-12
@@ -39,7 +40,12 @@ class AuxiliaryClassifiers:
     def fit(self, step: Callable[[], Any]) -> None:
         """Learn from one batch; ``step`` runs the model and its loss."""
         seen: dict[str, Tensor] = {}
-        with self._watched(self.moments, seen.setdefault), _Labels() as labels, torch.no_grad():
+
+        def keep(path: str, output: Tensor) -> None:
+            if path not in seen:
+                seen[path] = _features(output)
+
+        with self._watched(self.moments, keep), _Labels() as labels, torch.no_grad():
             step()
         shares = labels.shares()
         if not self.moments:
@@ -66,16 +72,19 @@ class AuxiliaryClassifiers:
         classifiers = self._classifiers
 
         def run() -> Any:
-            logits: dict[str, Tensor] = {}
+            outputs: dict[str, Tensor] = {}
 
-            def classify(path: str, features: Tensor) -> None:
-                logits.setdefault(path, classifiers[path](features))
+            def keep(path: str, output: Tensor) -> None:
+                # A copy, which may not be overwritten; classified later, as a checkpoint would run this a second time.
+                if path not in outputs:
+                    outputs[path] = output.clone()
 
-            with self._watched(classifiers, classify), _Labels() as labels:
+            with self._watched(classifiers, keep), _Labels() as labels:
                 loss = step()
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 shares = labels.shares()
-                for found in logits.values():
+                for path, output in outputs.items():
+                    found = classifiers[path](_features(output))
                     entropy = -(shares.to(found) * F.log_softmax(found, 1)).sum() / shares.sum().clamp(min=1).to(found)
                     loss = loss + self._weight * entropy
             return loss
@@ -84,16 +93,21 @@ class AuxiliaryClassifiers:
 
     @contextmanager
     def _watched(self, only: Iterable[str], look: Callable[[str, Tensor], Any]) -> Iterator[None]:
-        """Show relu(z), averaged over positions, of these layers, or of all if none are named."""
+        """Show the output z of these layers, or of all if none are named."""
 
         def see(path: str, module: nn.Module, _value: Any, output: Any) -> None:
             if isinstance(output, Tensor) and (output.ndim == 2 or not isinstance(module, nn.Linear)):
-                with torch.autocast(output.device.type, enabled=False):
-                    z = functional.widened(output).relu()
-                    look(path, z.flatten(2).mean(2) if z.ndim > 2 else z)
+                look(path, output)
 
-        with calls_of(self._model, only or self._candidates, see):
+        with saved_checkpoints(), calls_of(self._model, only or self._candidates, see):
             yield
+
+
+def _features(output: Tensor) -> Tensor:
+    """relu(z), averaged over positions."""
+    with torch.autocast(output.device.type, enabled=False):
+        z = functional.widened(output).relu()
+        return z.flatten(2).mean(2) if z.ndim > 2 else z
 
 
 class Moments:

@@ -17,6 +17,7 @@ from lightning_prune.criteria.observe.watcher import Watcher, key_of
 from lightning_prune.criteria.observe.weights import WeightWatcher
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer
+from lightning_prune.graph.running import saved_checkpoints
 
 _WATCHERS: dict[TapSite, type[Watcher]] = {
     "conv": ActivationWatcher,
@@ -74,6 +75,8 @@ class Observer:
         if self._batch is not None:
             raise ScoreError("a batch is already open; call end_batch first")
         with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code knows nothing of the hooks
+            stack.enter_context(saved_checkpoints())
             for watcher in self._watchers:
                 stack.enter_context(watcher)
             self._batch = stack.pop_all()

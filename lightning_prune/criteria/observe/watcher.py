@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import Self
 
 from lightning_prune.criteria.base import Tap
@@ -103,9 +104,15 @@ def calls_of(model: nn.Module, paths: Iterable[str], see: Callable[[str, nn.Modu
     What ``see`` returns goes on in place of the output, unless it is None. It comes before anything works on the
     output in place.
     """
+    replaced: set[str] = set()
 
     def show(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return None if recomputing() else see(path, module, first_input(args, kwargs), output)
+        if recomputing():  # what goes on has to require a gradient where it did before
+            return tracked(output)[1] if path in replaced else None
+        replacement = see(path, module, first_input(args, kwargs), output)
+        if replacement is not None:
+            replaced.add(path)
+        return replacement
 
     with ExitStack() as hooks:
         for path in paths:
@@ -141,14 +148,29 @@ def tracked(output: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def check_batch(path: str, end: str, module: nn.Module, tensor: Tensor) -> None:
     """Refuse an input or output without a batch dimension."""
-    dims = getattr(getattr(module, "weight", None), "ndim", 0)
+    dims = 3 if isinstance(module, nn.RNNBase) else _rank(module)
     if tensor.ndim < 2 or (dims > 2 and tensor.ndim != dims):
         raise ScoreError(f"{path}: its {end} has shape {list(tensor.shape)}; a batch dimension is needed")
 
 
 def channel_dim(module: nn.Module) -> int:
-    """Where the channels lie in what a module takes and returns: last at linear layers."""
-    return -1 if getattr(getattr(module, "weight", None), "ndim", 0) == 2 else 1
+    """Where the channels lie in what a module takes and returns: last at linear and recurrent layers."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return -1
+    return -1 if _rank(module) == 2 else 1
+
+
+def _rank(module: nn.Module) -> int:
+    """Of its weight, 0 without; one that is computed at every look is not looked at."""
+    if is_parametrized(module, "weight"):
+        sources = module.get_submodule("parametrizations.weight")
+        return max(parameter.ndim for parameter in sources.parameters(recurse=False))
+    return getattr(getattr(module, "weight", None), "ndim", 0)
+
+
+def samples_first(module: nn.Module, tensor: Tensor) -> Tensor:
+    """What a module takes, samples in the first dimension: recurrent layers may have time steps there."""
+    return tensor.transpose(0, 1) if isinstance(module, nn.RNNBase) and not module.batch_first else tensor
 
 
 def key_of(group: Group, layer: Layer, tap: Tap) -> str:

@@ -10,6 +10,8 @@ from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
 from lightning_prune.criteria.channel_contributions import next_layers
 from lightning_prune.criteria.observe.watcher import Watcher, key_of
+from lightning_prune.errors import ScoreError
+from lightning_prune.graph.computed_weights import effective_weight, follows_elementwise
 from lightning_prune.graph.groups import Group
 
 
@@ -26,6 +28,12 @@ class WeightWatcher(Watcher):
         readers = () if tap.site == "weight" else next_layers(self.model, group).values()
         looks = [(key_of(group, layer, tap), source) for layer in group.layers for source in readers or (layer,)]
         for key, source in dict.fromkeys(looks):
+            if not follows_elementwise(self.model, source.weight):
+                raise ScoreError(
+                    f"{source.weight}: its layer's weight is computed from it and others, so that its gradient is not "
+                    "that of the weight; use a criterion that looks at activations, such as Taylor, or remove what "
+                    "computes the weight"
+                )
             parameter = self.model.get_parameter(source.weight)
             start = self.shapes.get(key, (0, 0))[1] if tap.joint else 0
             width = source.index.shape[1] * (parameter.numel() // parameter.shape[source.dim])
@@ -42,7 +50,8 @@ class WeightWatcher(Watcher):
             for key, tap, _, index, _ in listeners:
                 rows, columns = self.shapes[key] if tap.joint else (1, len(index))
                 self.open(name, key, tap, (rows, columns), parameter.device)
-            self.await_gradient(name, parameter, parameter.detach(), partial(self._arrive, name))
+            weight = effective_weight(self.model, name)
+            self.await_gradient(name, parameter, weight, partial(self._arrive, name))
 
     def _arrive(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         for key, tap, dim, index, start in self.audience[name]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
-from lightning_prune.graph.rules import contractions, movement, pointwise, spatial, statistics
+from lightning_prune.graph.rules import contractions, movement, pointwise, recurrent, spatial, statistics, weights
 
 Rule = Callable[[OperatorCall], "TensorInfo | list[TensorInfo]"]
 
@@ -57,6 +57,16 @@ _GROUPS: dict[Rule, str] = {
     ),
     contractions.deformable_convolution: "torchvision.deform_conv2d",
     contractions.matrix_product: "mm addmm bmm baddbmm",
+    contractions.vector_product: "mv dot vdot",
+    recurrent.gates: "unsafe_split _thnn_fused_lstm_cell _thnn_fused_gru_cell",
+    recurrent.fused: "mkldnn_rnn_layer _cudnn_rnn",
+    recurrent.pack: "_pack_padded_sequence",
+    weights.weight_norm: "_weight_norm_interface",
+    weights.fake_quantization: (
+        "_fused_moving_avg_obs_fq_helper fake_quantize_per_tensor_affine_cachemask "
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams fake_quantize_per_channel_affine_cachemask "
+        "_fake_quantize_learnable_per_tensor_affine _fake_quantize_learnable_per_channel_affine"
+    ),
     statistics.batch_norm: (
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
         "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution
 from lightning_prune.graph.elementwise import Operand, combine, parameter_operand
@@ -45,7 +45,9 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
         makes = _along(call, [labels for labels in l_free if labels.dims == (row,)], left.shape[row])
     one_weight = l_info.data != r_info.data
     _contract(call, reads, weight, reads_weight=one_weight)
-    if one_weight:
+    if call.recorder.modules.stack and isinstance(call.recorder.modules.stack[-1], (nn.RNNBase, nn.RNNCellBase)):
+        call.freeze([makes], f"is the hidden state of a recurrent layer in {call.where}")
+    elif one_weight:
         call.space.mark("filter", makes.ids)
     _record(call, reads, makes)
     operands = []
@@ -54,6 +56,31 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
         operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
     info = TensorInfo(combine(call, operands, any).labels, l_info.data or r_info.data)
     return _add_bias(call, info, added, channel_dim=column)
+
+
+def vector_product(call: OperatorCall) -> TensorInfo:
+    """mv, dot: of data like a matrix product; of weights alone (spectral norm) a number that all of them make."""
+    left, right = call.args[:2]
+    l_info, r_info = call.info(left), call.info(right)
+    if not (l_info.data or r_info.data):
+        reason = f"enters a statistic of the whole weight in {call.where}"
+        call.freeze((labels for info in (l_info, r_info) for labels in info.labels), reason)
+        return TensorInfo()
+    matrix, column = left if left.dim() == 2 else left[None], right[:, None]
+    call.recorder.set_info(matrix, l_info if left.dim() == 2 else l_info.moved(lambda tensor: tensor[None]))
+    call.recorder.set_info(column, r_info.moved(lambda tensor: tensor[:, None]))
+    args = (matrix, column)
+    product = OperatorCall(call.space, call.recorder, torch.ops.aten.mm.default, args, {}, matrix @ column)
+    found = matrix_product(product)
+    return found.moved(lambda tensor: tensor.reshape(call.output.shape))
+
+
+def reads_input(call: OperatorCall, data: Tensor, weight: Tensor) -> None:
+    """A matrix (rows, channels) reads data whose last dimension are channels; nothing is said of its rows."""
+    reads = _along(call, call.by_channel(f"varies over the steps of {call.where}", (data.dim() - 1,)), data.shape[-1])
+    w_in = _along(call, [one for one in call.info(weight).labels if one.dims == (1,)], weight.shape[1])
+    _contract(call, reads, w_in, reads_weight=True)
+    _record(call, reads, Labels(torch.full((1,), NO_LABEL)))
 
 
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:

@@ -35,7 +35,7 @@ def view(call: OperatorCall) -> TensorInfo:
 
 _SIZES_FROM_INPUT = tuple(
     f"torch.nn.modules.{name}"
-    for name in ("linear.", "flatten.Flatten", "conv.", "batchnorm.", "instancenorm.", "pooling.")
+    for name in ("linear.", "flatten.Flatten", "conv.", "batchnorm.", "instancenorm.", "pooling.", "rnn.")
 )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_prune.graph.constraints import CodeSize, Grid
 from lightning_prune.graph.elementwise import Operand, combine, parameter_operand
 from lightning_prune.graph.labels import Labels, TensorInfo, region
 from lightning_prune.graph.operator_call import OperatorCall
+from lightning_prune.model_state.recomputing import weight_hooks
 
 
 def batch_norm(call: OperatorCall) -> TensorInfo:
@@ -91,7 +93,7 @@ def reduction(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
     for labels in info.labels:
         left = set(labels.dims) - reduced
         if not left:
-            _reduce_channels(call, labels, exact=call.name in EXACT)
+            _reduce_channels(call, labels, exact=call.name in EXACT and (info.data or not _inside_weight(call)))
             continue
         folded = call.fold(labels, tuple(left))
         if folded is None:
@@ -102,6 +104,12 @@ def reduction(call: OperatorCall) -> TensorInfo | list[TensorInfo]:
         kept.append(folded.constant() if call.name in ZEROS_BECOME_CONSTANTS else folded)
     first = TensorInfo(tuple(kept), info.data)
     return [first, first] if call.name in ("var_mean", "std_mean") else first
+
+
+def _inside_weight(call: OperatorCall) -> bool:
+    """Whether a layer's weight is being computed: what is left of it would change with a norm that counts fewer."""
+    stack = call.recorder.modules.stack
+    return any(isinstance(module, ParametrizationList) for module in stack) or bool(stack and weight_hooks(stack[-1]))
 
 
 def _reduce_channels(call: OperatorCall, labels: Labels, *, exact: bool) -> None:

@@ -1,0 +1,95 @@
+"""Copies of a model that keep the rest of the world: what cannot be copied (locks, files, pools) is shared."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import PruningError, first_line
+from lightning_prune.model_state.recomputing import without_history
+
+M = TypeVar("M", bound=nn.Module)
+CONTAINERS = (list, tuple, set, frozenset, dict)
+
+
+def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
+    """A deep copy, masks included, of normal tensors even under `torch.inference_mode`; results of autograd as values.
+
+    replaced: by an object's id, what stands in its place.
+    """
+    with torch.inference_mode(False):
+        replaced = {**without_history(model), **(replaced or {})}
+        try:
+            return copy.deepcopy(model, dict(replaced))
+        except Exception as error:  # noqa: BLE001  # whatever an object says when it refuses
+            shared = _uncopyable(model, replaced)
+            try:
+                return copy.deepcopy(model, {**shared, **replaced})
+            except Exception as again:  # noqa: BLE001
+                raise PruningError(
+                    f"the model cannot be copied: {first_line(again)}; keep the object that refuses out of the module, "
+                    "or give it a __deepcopy__"
+                ) from error
+
+
+def _uncopyable(model: nn.Module, replaced: Mapping[int, Any]) -> dict[int, Any]:
+    """{id: object} of what refuses to be copied; of an object that is part of no module, the whole object."""
+    own: dict[int, Any] = {id(item): item for item in (*model.modules(), *model.parameters(), *model.buffers())}
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {**own, **replaced}
+
+    def refuses(item: Any) -> bool:
+        if id(item) in seen or isinstance(item, (Tensor, type)):
+            return False
+        seen[id(item)] = item
+        parts = _parts(item)
+        if parts is None:
+            found[id(item)] = item
+            return True
+        refused = sum(map(refuses, parts)) > 0  # not any(...), which would stop at the first
+        if refused and not isinstance(item, (*CONTAINERS, MethodType)) and not _reaches(item, own):
+            found[id(item)] = item  # half a thread pool is none
+        return refused
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                refuses(value)
+    return found
+
+
+def _parts(item: Any) -> list[Any] | None:
+    """What `copy.deepcopy` would copy next, None if it would refuse the object itself."""
+    if isinstance(item, MethodType):
+        return [item.__self__]
+    kind = type(item)
+    if kind in CONTAINERS:
+        return [*item, *item.values()] if isinstance(item, dict) else list(item)
+    if kind in copy._deepcopy_dispatch or hasattr(kind, "__deepcopy__"):  # type: ignore[attr-defined]
+        return []
+    try:
+        reduce = copyreg.dispatch_table.get(kind)
+        how = reduce(item) if reduce else item.__reduce_ex__(4)
+    except Exception:  # noqa: BLE001  # whatever an object says when it refuses
+        return None
+    inside = [*item, *item.values()] if isinstance(item, dict) else list(item) if isinstance(item, list) else []
+    return inside if isinstance(how, str) else [*how[1:3], *inside]
+
+
+def _reaches(item: Any, own: Mapping[int, Any]) -> bool:
+    """Whether an object leads to a module or tensor of the model, which a copy must have for itself."""
+    seen: dict[int, Any] = {}
+    to_do: list[Any] = [item]
+    while to_do:
+        if id(part := to_do.pop()) in own:
+            return True
+        if id(part) not in seen:
+            seen[id(part)] = part
+            to_do += _parts(part) or ()
+    return False
