@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_prune.callbacks.first_batches import LIGHTNING, Batches, overrides, own_tensors, transferred
+from lightning_prune.callbacks.first_batches import Batches, overrides, own_tensors, transferred
+from lightning_prune.callbacks.users_callbacks import copies_for, weight_keepers
 from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.model_state.preservation import copy_sharing_tensors, random_state, set_random_state
@@ -22,7 +22,6 @@ STAGES = {
     "test_step": RunningStage.TESTING,
     "predict_step": RunningStage.PREDICTING,
 }
-OURS = (*LIGHTNING, "lightning_prune.")
 # Hooks in which people average weights or keep books; they are given nothing or what Lightning gives them.
 BEFORE = {
     "training_step": ("on_fit_start", "on_train_start", "on_train_epoch_start"),
@@ -85,6 +84,7 @@ class Step:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, name: str, dataloader_idx: int | None) -> None:
         self.trainer, self.pl_module, self.name = trainer, pl_module, name
         self.extra = {} if dataloader_idx is None else {"dataloader_idx": dataloader_idx}
+        self.callbacks = weight_keepers(trainer, pl_module)
         self.left_out: set[str] = set()
         self._first = True
 
@@ -92,7 +92,7 @@ class Step:
         """What the step returns, after a backward pass if gradients are on."""
         batch = own_tensors(batch)
         with attached(model, self.trainer, STAGES[self.name]):
-            callbacks = self._users_callbacks(model)
+            callbacks = copies_for(model, self.pl_module, self.callbacks, self.trainer)
             self._hooks(model, callbacks, BEFORE)
             start, end = f"on_{NAMES[self.name]}_batch_start", f"on_{NAMES[self.name]}_batch_end"
             for callback in callbacks:
@@ -140,33 +140,3 @@ class Step:
             if not self._first:
                 raise
             self.left_out.add(key)
-
-    def _users_callbacks(self, model: Any) -> list[Callback]:
-        """Copies of the callbacks of the user's own that have hooks around this step, with this copy of the module."""
-        hooks = [f"on_{NAMES[self.name]}_batch_{when}" for when in ("start", "end")] + ["on_before_zero_grad"]
-        hooks += [*BEFORE.get(self.name, ()), *AFTER.get(self.name, ())]
-        own = [
-            callback
-            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-            if not _is_ours(callback) and any(overrides(callback, hook) for hook in hooks)
-        ]
-        if not own:
-            return []
-        pairs = zip(self.pl_module.modules(), model.modules(), strict=True)
-        twins = {id(mine): theirs for mine, theirs in pairs}
-        named = dict(model.named_parameters()) | dict(model.named_buffers())
-        mine = (*self.pl_module.named_parameters(), *self.pl_module.named_buffers())
-        twins |= {id(tensor): named[name] for name, tensor in mine} | {id(self.trainer): self.trainer}
-        copies = []
-        for callback in own:
-            try:
-                copies.append(copy.deepcopy(callback, dict(twins)))
-            except Exception:  # noqa: BLE001 - whatever a copy may raise
-                self.left_out.add(type(callback).__qualname__)
-        return copies
-
-
-def _is_ours(callback: Callback) -> bool:
-    """Whether it is one of Lightning's or of this package, or made of one: what they do in hooks is no user's code."""
-    bases = (base for base in type(callback).__mro__ if base.__name__ not in ("Callback", "object"))
-    return any(f"{base.__module__}.".startswith(OURS) for base in bases)

@@ -174,7 +174,8 @@ class Scorer:
         """
         found = {**self._observer.means(), **self._dense.means()}
         unseen = {**self._observer.unseen(), **self._dense.unseen()}
-        members, left_out = [], []
+        members: list[Member] = []
+        left_out: list[tuple[str, str, ScoreError]] = []
         for group in self.graph.prunable_groups:
             for layer in group.layers:
                 keys = {tap.name: key_of(group, layer, tap) for tap in self.criterion.taps}
@@ -188,13 +189,13 @@ class Scorer:
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
             layers.setdefault(member.group, {})[member.layer.name] = scores.detach().to("cpu", torch.float64)
-        for group, _, error in left_out:
-            if not layers[group]:
+        for name, _, error in left_out:
+            if not layers[name]:
                 raise error
         how = self.criterion.combine
-        whole = {group: functional.combine(list(of.values()), how) for group, of in layers.items()}
-        for group, layer_name, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
-            layers[group][layer_name] = whole[group]
+        whole = {name: functional.combine(list(of.values()), how) for name, of in layers.items()}
+        for name, of_layer, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
+            layers[name][of_layer] = whole[name]
         return Scores(whole, layers)
 
 

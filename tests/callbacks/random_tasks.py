@@ -386,7 +386,11 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor]:
         several = [unpack(part) for part in batch.values() if part is not None]
         return torch.cat([x for x, _ in several]), torch.cat([y for _, y in several])
     if isinstance(batch, dict):
-        return (batch["image"], batch["label"]) if "image" in batch else (batch["views"]["image"], batch["target"]["class"])
+        return (
+            (batch["image"], batch["label"])
+            if "image" in batch
+            else (batch["views"]["image"], batch["target"]["class"])
+        )
     if not isinstance(batch[0], Tensor):
         several = [unpack(part) for part in batch]
         return torch.cat([x for x, _ in several]), torch.cat([y for _, y in several])

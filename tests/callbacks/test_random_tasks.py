@@ -73,9 +73,7 @@ def compare(masked: RandomTask, small: RandomTask) -> float:
 
 
 def _double(batch: Any) -> Any:
-    return tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, copy.deepcopy(batch)
-    )
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, copy.deepcopy(batch))
 
 
 def fit(own: Spec, callback: PruneCallback | None, pairs: list[Any] | None = None) -> tuple[Any, ...]:
