@@ -63,8 +63,10 @@ def _holds_tensors(value: Any, depth: int = DEPTH) -> bool:
 
 def _writes(callback: type, module: type) -> bool:
     """Whether a hook, or what it calls, works in place, as an average of weights does."""
-    hooks = [value for value in vars(callback).values() if isinstance(value, FunctionType)]
-    names = {name for hook in hooks for name in _names(hook, (callback, module), DEPTH)}
+    owners = tuple(base for base in (*callback.__mro__, *module.__mro__) if not f"{base.__module__}.".startswith(OURS))
+    own = [base for base in owners if issubclass(callback, base)]
+    hooks = [value for base in own for value in vars(base).values() if isinstance(value, FunctionType)]
+    names = {name for hook in hooks for name in _names(hook, owners, DEPTH)}
     return any(name in WRITES or name.startswith("_foreach_") or _in_place(name) for name in names)
 
 

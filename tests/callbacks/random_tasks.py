@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import random
 from dataclasses import dataclass, fields
@@ -10,19 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import WeightAveraging
-from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_prune import PruneCallback
-from lightning_prune.schedule import Gradual, Rounds
-from lightning_prune.selection import GlobalRatio, LayerRatio
-from tests.callbacks.random_parts import CLASSES, PARTS, Backbone, Branch, DomainNorm, Teacher, average_
+from tests.callbacks.random_data import unpack
+from tests.callbacks.random_parts import CLASSES, PARTS, Backbone, Branch, DomainNorm, Teacher
 
-Pair = collections.namedtuple("Pair", "image label")
 STEPS = ("on_train_batch_end", "on_before_zero_grad", "on_train_epoch_end", "optimizer_step", "on_train_batch_start")
 CONDITIONS = ("epoch", "batch_idx", "values", "size", "flag")
 AVERAGES = ("data", "lerp", "state_dict", "state_dict_copy", "copy", "foreach", "assign", "mul_add", "buffers")
@@ -158,7 +151,7 @@ class RandomTask(LightningModule):
         return nn.Sequential(self.backbone, self.fc) if self.spec.teacher == "whole" else self.backbone
 
     def forward(self, x):
-        inner, maps = self.backbone(x)
+        maps = self.backbone(x)[1]
         if self.spec.forward == "maps":
             return maps
         vector = maps.mean((2, 3))
@@ -264,236 +257,60 @@ class RandomTask(LightningModule):
 BOOKS = ("dict", "logger", "metric", "collect", "rates", "schedulers", "clip", "hooks", "test", "predict")
 
 
+def validation_step(self, batch, batch_idx, dataloader_idx=0):
+    self.keep_books("val", batch, self.losses(batch, batch_idx, False, self.current_epoch))
+
+
+def final_step(self, batch, batch_idx, dataloader_idx=0):
+    self.log("test_loss", self.losses(batch, batch_idx, False), batch_size=4)
+
+
+def predict_step(self, batch, batch_idx):
+    return self(unpack(batch)[0])
+
+
+def on_train_epoch_start(self):
+    self.flag = self.current_epoch > 0
+    self.calls += 1
+
+
+def on_train_epoch_end(self):
+    if self.collected:
+        self.log("collected", torch.stack(self.collected).mean())
+    self.collected.clear()
+    if self.spec.teacher and self.spec.updated == "on_train_epoch_end":
+        self.teacher.follow_(self.student(), self.spec.average)
+
+
+def on_after_batch_transfer(self, batch, dataloader_idx):
+    if not isinstance(batch, Tensor) and self.trainer.training:
+        x = unpack(batch)[0]
+        x += torch.randn_like(x) * 0.05 * random.random()
+    return batch
+
+
+def follow(self, *_):
+    self.teacher.follow_(self.student(), self.spec.average)
+
+
+def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+    optimizer.step(closure=optimizer_closure)
+    self.teacher.follow_(self.student(), self.spec.average)
+
+
 def build(spec: Spec) -> RandomTask:
     """A new task with the same weights every time, in a class that overrides what it needs and nothing else."""
     hooks: dict[str, Any] = {}
-
-    if spec.validations:
-
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            self.keep_books("val", batch, self.losses(batch, batch_idx, False, self.current_epoch))
-
-        hooks["validation_step"] = validation_step
-    if "test" in spec.books:
-
-        def test_step(self, batch, batch_idx, dataloader_idx=0):
-            self.log("test_loss", self.losses(batch, batch_idx, False), batch_size=4)
-
-        hooks["test_step"] = test_step
-    if "predict" in spec.books:
-        hooks["predict_step"] = lambda self, batch, batch_idx: self(unpack(batch)[0])
     if spec.teacher and spec.updated in STEPS:
-        hooks[spec.updated] = _updating(spec)
-    if spec.condition == "flag" or "hooks" in spec.books:
-
-        def on_train_epoch_start(self):
-            self.flag = self.current_epoch > 0
-            self.calls += 1
-
-        hooks["on_train_epoch_start"] = on_train_epoch_start
-    if "collect" in spec.books:
-
-        def on_train_epoch_end(self):
-            if self.collected:
-                self.log("collected", torch.stack(self.collected).mean())
-            self.collected.clear()
-            if spec.teacher and spec.updated == "on_train_epoch_end":
-                self.teacher.follow_(self.student(), spec.average)
-
-        hooks["on_train_epoch_end"] = on_train_epoch_end
-    if spec.augmented:
-
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            if isinstance(batch, Tensor) or not self.trainer.training:
-                return batch
-            x = unpack(batch)[0]
-            x += torch.randn_like(x) * 0.05 * random.random()
-            return batch
-
-        hooks["on_after_batch_transfer"] = on_after_batch_transfer
+        hooks[spec.updated] = optimizer_step if spec.updated == "optimizer_step" else follow
+    wanted = {
+        "validation_step": (validation_step, spec.validations),
+        "test_step": (final_step, "test" in spec.books),
+        "predict_step": (predict_step, "predict" in spec.books),
+        "on_train_epoch_start": (on_train_epoch_start, spec.condition == "flag" or "hooks" in spec.books),
+        "on_train_epoch_end": (on_train_epoch_end, "collect" in spec.books),
+        "on_after_batch_transfer": (on_after_batch_transfer, spec.augmented),
+    }
+    hooks |= {name: function for name, (function, is_wanted) in wanted.items() if is_wanted}
     torch.manual_seed(spec.seed)
     return type("Task", (RandomTask,), hooks | {"__module__": "users.own"})(spec)
-
-
-def _updating(spec: Spec) -> Any:
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.step(closure=optimizer_closure)
-        self.teacher.follow_(self.student(), spec.average)
-
-    def other(self, *_):
-        self.teacher.follow_(self.student(), spec.average)
-
-    return optimizer_step if spec.updated == "optimizer_step" else other
-
-
-class Follower(Callback):
-    """A user's callback that keeps an average of its own."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.average = spec, None
-
-    def on_fit_start(self, trainer, pl_module):
-        self.average = Teacher(pl_module.student(), self.spec.held_by)
-
-    def _follow(self, pl_module):
-        self.average.follow_(pl_module.student(), self.spec.average)
-
-
-class FollowsBatches(Follower):
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self._follow(pl_module)
-
-
-class FollowsEpochs(Follower):
-    def on_train_epoch_end(self, trainer, pl_module):
-        self._follow(pl_module)
-
-
-Follower.__module__ = FollowsBatches.__module__ = FollowsEpochs.__module__ = "users.own"
-
-
-# --- data -----------------------------------------------------------------------------------------------------
-
-
-class Images(Dataset):
-    def __init__(self, count: int, form: str, seed: int, size: int = 8) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(count, 3, size, size, generator=generator)
-        self.labels = torch.randint(0, CLASSES, (count,), generator=generator)
-        self.form = form
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return packed(self.form, self.images[index], self.labels[index])
-
-
-def packed(form: str, x: Any, y: Any) -> Any:
-    forms = {
-        "tuple": lambda: (x, y),
-        "list": lambda: [x, y],
-        "dict": lambda: {"image": x, "label": y},
-        "nested": lambda: {"views": {"image": x}, "target": {"class": y, "name": "a"}},
-        "named": lambda: Pair(x, y),
-    }
-    return forms[form]()
-
-
-def unpack(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels of whatever a loader made; of several loaders all together."""
-    if isinstance(batch, dict) and "a" in batch:
-        several = [unpack(part) for part in batch.values() if part is not None]
-        return torch.cat([x for x, _ in several]), torch.cat([y for _, y in several])
-    if isinstance(batch, dict):
-        return (
-            (batch["image"], batch["label"])
-            if "image" in batch
-            else (batch["views"]["image"], batch["target"]["class"])
-        )
-    if not isinstance(batch[0], Tensor):
-        several = [unpack(part) for part in batch]
-        return torch.cat([x for x, _ in several]), torch.cat([y for _, y in several])
-    return batch[0], batch[1]
-
-
-class Batches:
-    """Made once, in a container that is no list: Lightning takes that for several loaders."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
-def training_data(spec: Spec) -> Any:
-    def one(seed: int) -> Any:
-        data = Images(8, spec.batch, seed)
-        if spec.shuffle == "kept batches":
-            return Batches(list(DataLoader(data, 4)))
-        generator = torch.Generator().manual_seed(seed) if spec.shuffle == "generator" else None
-        return DataLoader(data, 4, shuffle=spec.shuffle != "no", generator=generator)
-
-    several = {"list": lambda: [one(1), one(2)], "dict": lambda: {"a": one(1), "b": one(2)}}
-    return several.get(spec.loaders, lambda: one(1))()
-
-
-def validation_data(spec: Spec) -> Any:
-    sizes = [12 if spec.sizes else 8, 8][: spec.validations]
-    loaders = [DataLoader(Images(6, spec.batch, 5 + k, size), 3) for k, size in enumerate(sizes)]
-    return loaders[0] if len(loaders) == 1 else loaders or None
-
-
-# --- the run --------------------------------------------------------------------------------------------------
-
-
-class Memory(Logger):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logged: list[tuple[int | None, dict[str, float]]] = []
-
-    @property
-    def name(self):
-        return "memory"
-
-    @property
-    def version(self):
-        return 0
-
-    def log_hyperparams(self, *_, **__):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.logged.append((step, {name: float(value) for name, value in metrics.items()}))
-
-
-class Watcher(Callback):
-    """What training sees: batches, the random state at their start, and how far it came."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[float, ...]] = []
-        self.random: list[bytes] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append(tuple(unpack(batch)[0].flatten()[:5].tolist()))
-        self.random.append(torch.get_rng_state().numpy().tobytes() + repr(random.getstate()).encode())
-
-
-def prune_callback(spec: Spec, ratio: float | None = None) -> PruneCallback:
-    ratio = spec.ratio if ratio is None else ratio
-    schedules = {"rounds": Rounds(6, epochs=1), "gradual": Gradual(2)}
-    return PruneCallback(
-        spec.criterion,
-        selection=(LayerRatio if spec.layerwise else GlobalRatio)(ratio),
-        coupling=spec.coupling,
-        schedule=schedules.get(spec.schedule) if ratio else None,
-        reconstruct=spec.reconstruct,
-        track=False,
-        update_weights=spec.update_weights,
-    )
-
-
-def trainer(spec: Spec, *callbacks: Callback) -> Trainer:
-    more: list[Callback] = []
-    if spec.teacher and spec.updated.startswith("callback."):
-        more.append({"b": FollowsBatches, "e": FollowsEpochs}[spec.updated[len("callback.on_train_")]](spec))
-    if spec.averaged:
-        more.append(WeightAveraging())
-    return Trainer(
-        max_epochs=spec.epochs,
-        callbacks=[*more, *callbacks] if spec.seed % 3 else [*callbacks, *more],
-        logger=Memory(),
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        accumulate_grad_batches=spec.accumulate,
-        gradient_clip_val=spec.clip or None,
-    )
