@@ -207,8 +207,8 @@ def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
     if not lost:
         return lowered
     values = [value for of in (lowered, *lowered.layers.values()) for value in of.values()]
-    lowest = min(float(value.min()) for value in values)
-    highest = max(float(value.max()) for value in values)
+    lowest = min((float(value.min()) for value in values), default=0.0)
+    highest = max((float(value.max()) for value in values), default=0.0)
     whole, layers = dict(lowered.items()), dict(lowered.layers)
     for name, planned in lost:
         full = torch.full((planned.size,), lowest, dtype=torch.float64)
@@ -218,7 +218,8 @@ def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
 
 
 def _lowered(scores: Scores, plan: Plan, kept_by: Callable[[GroupPlan, str | None], Iterable[int]]) -> Scores:
-    lowest = min(float(values.min()) for of in (scores, *scores.layers.values()) for values in of.values()) - 1
+    every = (float(values.min()) for of in (scores, *scores.layers.values()) for values in of.values())
+    lowest = min(every, default=0.0) - 1
 
     def lowered(group: str, layer: str | None, values: Tensor) -> Tensor:
         if group not in plan.groups:
