@@ -89,6 +89,8 @@ class _Tracer:
         self.space = LabelSpace()
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
+        self.reached: set[str] = set()  # not merely averaged, or counted in a penalty on weights
+        self._derived: dict[int, tuple[Tensor, set[str]]] = {}
         self.unreached: tuple[Unreached, ...] = ()
         self.untraced: list[str] = []
         self.widths = Widths(model)
@@ -130,6 +132,7 @@ class _Tracer:
         for tensor in tensors_in(entry.inputs):
             recorder.set_info(tensor, TensorInfo(data=True))
         before, self.used = self.used, set()
+        self._derived.clear()
         try:
             with self.widths.noting(running.stack, recorder), running, recorder:
                 normalise_mode(self.model, training=training)  # what it folds or drops is recorded too
@@ -146,6 +149,7 @@ class _Tracer:
             raise TraceError(self._failure(entry, error, recorder.module)) from error
         finally:
             self.used |= recorder.assignments.paths
+            self.reached |= recorder.assignments.paths if is_forward(entry) else set()  # steps only average
             self.deployed |= self.used if entry.deployed else set()
             self.used |= before
         for tensor in tensors_in(output):
@@ -155,7 +159,8 @@ class _Tracer:
 
     def meet_unreached(self) -> None:
         """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
-        self.unreached = meet_unreached(self.space, self.model, self.names, self.used, self.widths.ends)
+        averaged = self.used - self.reached
+        self.unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
         for one in self.unreached:
             if one.twin is not None:
                 self.widths.repeat(one.path, one.twin)
@@ -249,6 +254,22 @@ class _Tracer:
         for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
                 call.recorder.set_info(tensor, info)
+        self._note_reached(call, infos)
+
+    def _note_reached(self, call: OperatorCall, infos: list[TensorInfo]) -> None:
+        """Parameters that meet data, or are used by their own module; else what is computed of them is remembered."""
+        found = {self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names}
+        found |= {name for tensor in call.tensors for name in self._derived.get(id(tensor), (None, ()))[1]}
+        if not found:
+            return
+        if any(call.info(tensor).data for tensor in call.tensors):
+            self.reached |= found
+            return
+        here = call.recorder.module
+        self.reached |= {name for name in found if here and name.startswith(f"{here}.")}
+        for tensor, info in zip(call.outputs, infos, strict=True):
+            if info.labels and id(tensor) not in self.names:
+                self._derived[id(tensor)] = tensor, found
 
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""

@@ -47,11 +47,17 @@ class Unreached:
 
 
 def meet_unreached(
-    space: LabelSpace, model: nn.Module, names: Mapping[int, str], used: Collection[str], ends: Ends
+    space: LabelSpace,
+    model: nn.Module,
+    names: Mapping[int, str],
+    used: Collection[str],
+    averaged: Collection[str],
+    ends: Ends,
 ) -> tuple[Unreached, ...]:
     """Tie or freeze what unreached modules may meet.
 
-    names: by identity of the tensor. used: names of tensors. ends: the channels that entered or left a module.
+    names: by identity of the tensor. used: names of tensors that meet data. averaged: of those
+    that an operator saw, but no data met. ends: the channels that entered or left a module.
     """
     known = {span.tensor for span in space.spans}
     if not used or not (known - {*used}):
@@ -59,8 +65,11 @@ def meet_unreached(
     tied = torch.zeros(space.count, dtype=torch.bool)
     for first, second in (*space.pairs, *space.own_pairs):
         tied[first] = tied[second] = True
-    # Some are seen under another identity only, through ``.data``.
-    used = {*used, *(span.tensor for span in space.spans if bool(tied[span.ids].any()))}
+    seen = {span.tensor for span in space.spans if bool(tied[span.ids].any())}
+    used = {*used, *(seen - {*averaged})}  # some are seen under another identity only, through ``.data``
+    joint = resolve(space, {}).joint  # averages follow those that are used
+    met = torch.cat([span.ids for span in space.spans if span.tensor in used])
+    used = {*used, *(span.tensor for span in space.spans if bool(torch.isin(joint[span.ids], joint[met]).any()))}
     tree = Parts(model, names, known, used)
     found = list(tree.unreached(""))
     return _Meeting(space, tree, found, ends).settled() if found else ()

@@ -286,7 +286,7 @@ def test_order_a_is_rehearsed_once_and_before_training(monkeypatch) -> None:
     assert calls == [1, "batch", "batch"]
 
 
-# --- nothing else shows ------------------------------------------------------------------------------------------------
+# --- nothing else shows ---------------------------------------------------------------------------------------------
 
 
 class Bookkeeper(Auxiliary):

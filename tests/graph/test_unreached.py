@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import UnreachedWarning
 from lightning_prune.schedule import Rounds
-from tests.zoo import randomise_
+from tests.zoo import images, randomise_
 
 WIDTH = 8
 
@@ -306,3 +306,30 @@ def test_norms_without_parameters() -> None:
 def test_a_leftover_head_of_another_size_changes_nothing() -> None:
     model = Net(lambda net, x, deep: net.conv(x), conv=conv(), leftover=nn.Linear(5 * WIDTH + 1, 3))
     assert [group.name for group in pruned(model).graph.prunable_groups] == ["stem", "conv"]
+
+
+def test_a_penalty_on_weights_or_an_average_of_them_does_not_reach_a_branch() -> None:
+    """What runs over all parameters says nothing about the paths that they lie on."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.side, self.b = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 4, 1)
+            self.taken = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x + self.side(x) if self.taken else x)
+
+    def step(model: nn.Module) -> Tensor:
+        penalty = sum(p.abs().sum() for p in model.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5).add_(p * 0.5)
+        return model(x).sum() + penalty
+
+    model, x = Late().double(), images()
+    graph = lp.trace(model, x, also=[step])
+    (group,) = (group for group in graph.groups if group.name == "a")
+    assert not group.prunable or any(part.tensor == "side.0.weight" for part in group.slices)
+    assert [one for one in graph.notes if "side" in one]
