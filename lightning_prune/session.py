@@ -170,7 +170,8 @@ class PruningSession:
 
     def scorer(self, bn_mode: BatchNormMode = "eval", model: nn.Module | None = None) -> Scorer:
         """What scores the model as it is, or a copy of it, batch by batch; set `scores` to the result."""
-        return Scorer(self.model if model is None else model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
+        model = self.model if model is None else model
+        return Scorer(model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
 
     def score(
         self,

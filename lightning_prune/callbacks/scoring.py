@@ -277,9 +277,7 @@ class ScoringCallback(Callback):
                 title = f"Scoring ({type(self.criterion).__name__})"
                 with attached(copied, trainer, RunningStage.TRAINING), scorer:
                     for see in scorer.passes:
-                        batches = training_batches(
-                            trainer, copied, self.score_batches, self.score_epochs, title
-                        )
+                        batches = training_batches(trainer, copied, self.score_batches, self.score_epochs, title)
                         see_batches(see, partial(run_step, trainer, copied), copied, batches)
         sum_over_processes_(scorer.state)
         self._keep(trainer, scorer.compute())

@@ -142,7 +142,12 @@ class Step:
             self.left_out.add(key)
 
     def _users_callbacks(self, model: Any) -> list[Callback]:
-        """Copies of the callbacks of the user's own that have hooks around this step, with this copy of the module."""
+        """Copies of the callbacks of the user's own that have hooks around this step, with this copy of the module.
+
+        None if all parameters are trained: only what averages weights matters here, and others are left in peace.
+        """
+        if not _averages(self.trainer, self.pl_module):
+            return []
         hooks = [f"on_{NAMES[self.name]}_batch_{when}" for when in ("start", "end")] + ["on_before_zero_grad"]
         hooks += [*BEFORE.get(self.name, ()), *AFTER.get(self.name, ())]
         own = [
@@ -164,6 +169,14 @@ class Step:
             except Exception:  # noqa: BLE001 - whatever a copy may raise
                 self.left_out.add(type(callback).__qualname__)
         return copies
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether some parameters are in no optimizer, so that code of the user's own may update them."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    parameters = [*pl_module.parameters()]
+    return not all(p.requires_grad and (not trained or id(p) in trained) for p in parameters)
 
 
 def _is_ours(callback: Callback) -> bool:

@@ -188,13 +188,13 @@ class Scorer:
         for member, scores in zip(members, self.criterion.scores(members), strict=True):
             _check_finite(member, scores)
             layers.setdefault(member.group, {})[member.layer.name] = scores.detach().to("cpu", torch.float64)
-        for group, _, error in left_out:
-            if not layers[group]:
+        for name, _, error in left_out:
+            if not layers[name]:
                 raise error
         how = self.criterion.combine
         whole = {group: functional.combine(list(of.values()), how) for group, of in layers.items()}
-        for group, layer_name, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
-            layers[group][layer_name] = whole[group]
+        for name, layer_name, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
+            layers[name][layer_name] = whole[name]
         return Scores(whole, layers)
 
 
