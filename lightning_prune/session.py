@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class PruningSession:
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
         self._steps: list[Step] | None = None
-        self._rehearsed: Plan | None = None
+        self._rehearsal: _Rehearsal | None = None
 
     @property
     def example_inputs(self) -> Any:
@@ -170,9 +170,8 @@ class PruningSession:
 
     def scorer(self, bn_mode: BatchNormMode = "eval", model: nn.Module | None = None) -> Scorer:
         """What scores the model as it is, or a copy of it, batch by batch; set `scores` to the result."""
-        return Scorer(
-            self.model if model is None else model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode
-        )
+        model = self.model if model is None else model
+        return Scorer(model, self.graph, self.criterion, baseline=self.baseline, bn_mode=bn_mode)
 
     def score(
         self,
@@ -236,15 +235,17 @@ class PruningSession:
         copies = list(copies)
         for copy in copies:
             self.graph.check(copy)
+        compared: tuple[str, ...] = ()
         with self._taking(self.select() if plan is None else plan) as left:
             hold = self.done or self.schedule is None or self.schedule.hold
             if not hold:
                 left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
             if rehearsed and (self.done or self.schedule is None or not self.schedule.soft):
-                self._rehearse(left)
+                compared = self._rehearse(left).compared
             handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
         for copy in copies:
             handle.clear_(copy)
+        self._rehearsal = _Rehearsal(left, compared, _versions(self.model)) if compared else None
         self.release()
         self.handle = handle
         if not hold:
@@ -268,8 +269,11 @@ class PruningSession:
         for copy in copies:
             graph.check(copy)
         inputs, *also = self.entries
-        if left == self._rehearsed:  # on whole batches
-            also = [head(entry, SAMPLES) for entry in also]
+        before: tuple[str, ...] = ()
+        if self._rehearsal is not None and self._rehearsal.plan == left:
+            # Steps were taken on whole batches; as long as no weight has changed they need not be compared again.
+            before = self._rehearsal.compared if self._rehearsal.weights == _versions(self.model) else ()
+            also = [head(entry, SAMPLES) for entry in also if entry.required or not before]
         self.remember_dense()
         if handle is not None:
             handle.remove()
@@ -286,7 +290,7 @@ class PruningSession:
             reconstruct_(copy, graph, left.keeping(report.left))
         self.built = plan.keeping(report.left, self.built)
         self.handle = self._graph = None
-        return report
+        return replace(report, compared=tuple(dict.fromkeys((*report.compared, *before))))
 
     def step(
         self,
@@ -378,11 +382,11 @@ class PruningSession:
             assert left is not None
             self.handle = mask_(self.model, self.graph, left, undoable=False)
 
-    def _rehearse(self, left: Plan) -> None:
+    def _rehearse(self, left: Plan) -> LosslessReport:
         masked = copy_without_masks(self.model)
         mask_once_(masked, self.graph, left)
-        reconstruct_masked(masked, self.graph, left, self.entries)
-        self._rehearsed = left
+        _, report = reconstruct_masked(masked, self.graph, left, self.entries)
+        return report
 
     def _is_dense(self) -> bool:
         """Whether the model has the shapes of the dense graph, or was never traced."""
@@ -403,3 +407,17 @@ class PruningSession:
         except BaseException:
             self.plan, self.taken = before
             raise
+
+
+@dataclass(frozen=True)
+class _Rehearsal:
+    """What was run on a smaller model before the same channels were masked, and the state of the weights then."""
+
+    plan: Plan
+    compared: tuple[str, ...]
+    weights: list[int]
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """How often each weight was written to, masks aside."""
+    return [parameter._version for parameter in model.parameters()]

@@ -193,9 +193,9 @@ class Scorer:
             if not layers[name]:
                 raise error
         how = self.criterion.combine
-        whole = {name: functional.combine(list(of.values()), how) for name, of in layers.items()}
-        for name, of_layer, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
-            layers[name][of_layer] = whole[name]
+        whole = {group: functional.combine(list(of.values()), how) for group, of in layers.items()}
+        for name, layer_name, _ in left_out:  # a teacher without gradients, a branch not taken: as the others say
+            layers[name][layer_name] = whole[name]
         return Scores(whole, layers)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules import module as torch_module
 
 from lightning_prune.graph.constraints import CallSite, CodeSize
 from lightning_prune.graph.label_space import Pairs
@@ -51,11 +51,12 @@ class Widths:
                 noted += [(labels, IN if owner is module else INSIDE) for labels in entering]
                 noted += [(labels, OUT if owner is module else INSIDE) for labels in leaving]
 
-        hook = register_module_forward_hook(note, with_kwargs=True)
+        hook = torch_module.register_module_forward_hook(note, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
+            torch_module._global_forward_hooks_with_kwargs.pop(hook.id, None)  # which torch leaves there
 
     def repeat(self, path: str, twin: str) -> None:
         """Count a module that no run called as called where its twin was."""

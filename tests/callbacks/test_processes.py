@@ -25,6 +25,7 @@ def read(folder: Path, name: str, processes: int, rank: int = 0) -> dict[str, An
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:no trace has reached the parameters of unused")
 def test_two_processes_prune_train_and_resume_as_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.scripts.processes", str(tmp_path), "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -24,8 +24,10 @@ class Branch(nn.Module):
         size = 1 if kind == "point" else 3
         self.conv = nn.Conv2d(into, out, size, padding=size // 2, bias=kind != "norm")
         self.norm = nn.BatchNorm2d(out) if kind == "norm" else None
-        self.scale = nn.Parameter(torch.rand(out) + 0.5)
-        self.down, self.up = nn.Parameter(torch.randn(4, into)), nn.Parameter(torch.randn(out, 4))
+        if kind == "scaled":
+            self.scale = nn.Parameter(torch.rand(out) + 0.5)
+        elif kind == "low rank":
+            self.down, self.up = nn.Parameter(torch.randn(4, into)), nn.Parameter(torch.randn(out, 4))
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.conv.weight, self.conv.bias

@@ -179,7 +179,7 @@ class RepBlock(nn.Module):
         self.dense, self.dense_norm = nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
         self.point, self.point_norm = nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out)
         self.norm = nn.BatchNorm2d(out) if identity else None
-        self.deploy, self.how = nn.Conv2d(channels, out, 3, padding=1), how
+        self.deploy, self.how = (None if how.startswith("attribute") else nn.Conv2d(channels, out, 3, padding=1)), how
         self.kernel: Tensor | None = None
         self.bias: Tensor | None = None
 
