@@ -149,7 +149,7 @@ class _Tracer:
             raise TraceError(self._failure(entry, error, recorder.module)) from error
         finally:
             self.used |= recorder.assignments.paths
-            self.reached |= recorder.assignments.paths if is_forward(entry) else set()  # steps only average
+            self.reached |= self.used if is_forward(entry) else set()  # steps also average and penalise weights
             self.deployed |= self.used if entry.deployed else set()
             self.used |= before
         for tensor in tensors_in(output):
