@@ -242,7 +242,7 @@ class PruningSession:
                 left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
             if rehearsed and (self.done or self.schedule is None or not self.schedule.soft):
                 report = self._rehearse(left)
-                compared = () if report.left else report.compared  # what stays is found out again
+                compared = () if report.left else report.compared  # else it has to be found out again which stay
             handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
         for copy in copies:
             handle.clear_(copy)

@@ -40,7 +40,7 @@ class FollowsEpochs(Follower):
         self._follow(pl_module)
 
 
-Follower.__module__ = FollowsBatches.__module__ = FollowsEpochs.__module__ = "users.own"
+Follower.__module__ = FollowsBatches.__module__ = FollowsEpochs.__module__ = "tests.helpers"
 
 
 class Memory(Logger):

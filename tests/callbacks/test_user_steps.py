@@ -158,7 +158,7 @@ def test_a_callback_of_the_users_that_moves_the_teacher_counts(hook: str) -> Non
         task.follow()
 
     task = Averaged()
-    pruned(task, type("Moves", (Callback,), {hook: move, "__module__": "users.own"})())
+    pruned(task, type("Moves", (Callback,), {hook: move, "__module__": "tests.helpers"})())
     assert task.teacher[0].out_channels == task.features[0].out_channels < 8
 
 
@@ -173,7 +173,7 @@ def test_an_average_that_nobody_can_cut_keeps_the_channels(hook: str) -> None:
                 self.shadow[name] = 0.9 * self.shadow[name] + 0.1 * p.detach()
 
     task = Plain()
-    kind = type("Own", (Keeps,), {hook: Keeps.follow, "__module__": "users.own"})
+    kind = type("Own", (Keeps,), {hook: Keeps.follow, "__module__": "tests.helpers"})
     with pytest.raises(CallbackError, match=r"features\.0 meets a tensor of fixed size"):
         fit(task, kind(task), PruneCallback("l1", 0.5, track=False))
 
