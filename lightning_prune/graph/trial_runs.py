@@ -124,7 +124,7 @@ class TrialRuns:
         if self._others is None:
             self._others = []
             for entry, modes in self._ran:
-                if not is_forward(entry):
+                if not is_forward(entry) and not entry.borrowed:
                     few = head(entry, 2)
                     trial = self._meta_trial(few, modes) or self._real_trial(few, modes)
                     trial = trial if trial.runs else self._real_trial(entry, modes)

@@ -40,7 +40,7 @@ def rehearse(masked: nn.Module, small: nn.Module, entries: Sequence[EntryPoint],
         report = found if report is None else _united(report, found)
     assert report is not None, "the forward comes first"
     for entry in entries:
-        for training in entry.modes:
+        for training in () if entry.borrowed else entry.modes:
             _take_step(masked, small, entry, training)
     return report
 
