@@ -17,6 +17,7 @@ from lightning_prune.criteria.observe.watcher import Watcher, key_of
 from lightning_prune.criteria.observe.weights import WeightWatcher
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer
+from lightning_prune.graph.describe import shortened
 from lightning_prune.graph.running import saved_checkpoints
 
 _WATCHERS: dict[TapSite, type[Watcher]] = {
@@ -93,7 +94,8 @@ class Observer:
             arrived = {key for key, found in seen.items() if found.differentiated}
             if not arrived and any(tap.gradient for tap in self.taps):
                 raise ScoreError(
-                    f"{self._criterion!r} needs gradients, but no backward pass reached a layer in this batch"
+                    f"{self._criterion!r} needs gradients, but no backward pass reached a layer in this batch; "
+                    f"{self._scored_on()}"
                 )
             self._differentiated |= arrived
             for key, found in seen.items():
@@ -113,9 +115,13 @@ class Observer:
         if not loss.requires_grad or not edges:
             raise ScoreError(
                 "the loss does not depend on any layer that is scored through autograd: run the model inside "
-                "the batch, without torch.no_grad, inference_mode or detach"
+                f"the batch, without torch.no_grad, inference_mode or detach; {self._scored_on()}"
             )
         torch.autograd.grad(loss.sum(), edges, allow_unused=True)
+
+    def _scored_on(self) -> str:
+        layers = list(dict.fromkeys(layer.name for layer, _ in self._seen_as.values()))
+        return f"scored are {shortened(layers)}, where they or their norms run as they did while tracing"
 
     def means(self) -> dict[str, Tensor]:
         """Mean of every key over what was seen so far."""
