@@ -21,10 +21,13 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
     inner = [module for module in model.modules() if hasattr(module, "log_dict")]  # of either namespace of Lightning
     own = _stand_ins(model)
     loggers, before, stopping = trainer.loggers, trainer.state.stage, trainer.should_stop
+    strategy: Any = trainer.strategy
+    connected = strategy._lightning_module
     settings = [(group, {k: v for k, v in group.items() if k != "params"}) for group in _parameter_groups(trainer)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.state.stage = stage
     trainer.save_checkpoint = nowhere  # type: ignore[method-assign]
+    strategy._lightning_module = model  # trainer.lightning_module
     for module in inner:
         module._trainer = trainer
         vars(module).update(own)
@@ -34,6 +37,7 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
             yield
     finally:
         trainer.loggers, trainer.state.stage, trainer.should_stop = loggers, before, stopping
+        strategy._lightning_module = connected
         vars(trainer).pop("save_checkpoint", None)
         for group, values in settings:
             group.update(values)  # a learning rate that the step sets

@@ -448,3 +448,34 @@ def test_a_group_of_which_one_channel_is_left_is_no_obstacle_to_later_steps() ->
     fit(task, callback, epochs=4)
     assert task.fc.in_features == 1
     assert task.features[0].out_channels < 8
+
+
+def test_a_callback_that_takes_the_module_from_the_trainer_meets_the_copy() -> None:
+    class Averages(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            module = trainer.lightning_module
+            for mine, theirs in zip(module.teacher.parameters(), module.features.parameters(), strict=True):
+                mine.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.append(copy.deepcopy(pl_module.teacher.state_dict()))
+
+    class Task(Auxiliary):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = copy.deepcopy(self.features).requires_grad_(False)
+            with torch.no_grad():
+                for parameter in self.teacher.parameters():
+                    parameter.add_(1)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * self.teacher(batch[0]).mean()
+
+    found: list[dict[str, Tensor]] = []
+    task = Task()
+    before = copy.deepcopy(task.teacher.state_dict())
+    fit(task, PruneCallback("l1", 0.5, reconstruct="after", track=False), Averages(), Start())
+    for key, value in found[0].items():
+        kept = value != 0  # the others are masked along with the student's
+        assert torch.equal(value[kept], before[key][kept]), key
