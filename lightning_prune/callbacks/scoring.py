@@ -273,7 +273,7 @@ class ScoringCallback(Callback):
         with uncompiled(pl_module):
             copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
             scorer = self._run.session.scorer(self.bn_mode, copied)
-            if self.criterion.needs_forward:
+            if self.criterion.needs_forward and self._run.session.graph.prunable_groups:  # a later step may leave none
                 title = f"Scoring ({type(self.criterion).__name__})"
                 with attached(copied, trainer, RunningStage.TRAINING), scorer:
                     for see in scorer.passes:

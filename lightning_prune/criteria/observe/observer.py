@@ -121,6 +121,8 @@ class Observer:
 
     def _scored_on(self) -> str:
         layers = list(dict.fromkeys(layer.name for layer, _ in self._seen_as.values()))
+        if not layers:
+            return "no channels are left that could be scored"
         return f"scored are {shortened(layers)}, where they or their norms run as they did while tracing"
 
     def means(self) -> dict[str, Tensor]:
