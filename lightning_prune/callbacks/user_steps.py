@@ -113,7 +113,7 @@ class Step:
         """The backward pass and what hangs on an optimizer; without a change of weights."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if model.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
-            loss.sum().backward(retain_graph=True)  # also the one who called may want to
+            loss.sum().backward()
         wanted = [part for part in (*callbacks, model) if overrides(part, "on_before_zero_grad")]
         if not wanted and not overrides(model, "optimizer_step"):
             return

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
@@ -118,12 +117,4 @@ def _step(model: nn.Module, entry: EntryPoint, training: bool, running: RunningM
     running.names = {id(module): name for name, module in copied.named_modules()}
     with preserved(copied), torch.inference_mode(False), torch.set_grad_enabled(training), running:
         copied.train(training)
-        loss = loss_in(entry.run(copied, running))
-        if training and loss is not None and loss.requires_grad:
-            loss.sum().backward()
-
-
-def loss_in(output: Any) -> Tensor | None:
-    """What a training step returned, as a loss."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+        entry.run(copied, running)  # which takes its backward pass itself, where gradients are on
