@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
-from lightning_prune.model_state.cutting import CHANGED, set_data_, sizes_of, update_attributes_
+from lightning_prune.model_state.cutting import CHANGED, numbers_of, set_data_, update_attributes_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
 from lightning_prune.session import PruningSession
@@ -45,7 +45,7 @@ class CheckpointShapes:
         """Note the dense shapes, before the first reconstruction."""
         if self._dense is None:
             self._dense = {name: tensor.shape for name, tensor in _tensors(module).items()}
-            self._sizes = {path: sizes_of(part) for path, part in module.named_modules()}
+            self._sizes = {path: numbers_of(part) for path, part in module.named_modules()}
 
     def save(self, module: LightningModule, built: Plan | None, checkpoint: dict[str, Any]) -> None:
         """Add the plan that the module was built with, and its sizes: plain data."""

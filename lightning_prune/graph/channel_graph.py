@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
+from lightning_prune.graph.means import Form
 from lightning_prune.graph.model_checks import check_eager
 from lightning_prune.graph.unreached import Unreached, warn_of_unreached
-from lightning_prune.model_state.cutting import Cut, NewSize
+from lightning_prune.model_state.cutting import Cut, NewSize, Rescaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,23 @@ class SizeAttribute:
 
 
 @dataclass(frozen=True, eq=False)
+class RescaledMean:
+    """A mean over channels that are zero when masked: an eps and a weight of its module make up for fewer of them."""
+
+    counted: SizeAttribute  # over how many it is
+    form: Form
+
+    def without(self, removed: Mapping[str, Tensor]) -> Rescaling | None:
+        """What changes once these channels ({group: indices}) are gone."""
+        before, after = (self.counted.without(gone).value for gone in ({}, removed))
+        if before == after or self.form.weight is None:
+            return None
+        path, (eps_factor, factor) = self.counted.module, self.form.factors(before, after)
+        weight = f"{path}.{self.form.weight}" if path else self.form.weight
+        return Rescaling(path, self.form.eps, eps_factor, weight, factor, self.form.offset)
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """All channel groups of a model, from `lightning_prune.trace`.
 
@@ -44,6 +62,7 @@ class ChannelGraph:
         sizes: integer attributes of modules that change with the channels.
         unreached: modules and parameters that no trace has used.
         untraced: the user's own steps of which not everything ran while tracing, and why.
+        means: means over channels that stay exact, since their module's eps and weight change with the channels.
 
     Example:
         >>> import torch, lightning_prune as lp
@@ -59,6 +78,7 @@ class ChannelGraph:
     sizes: tuple[SizeAttribute, ...] = ()
     unreached: tuple[Unreached, ...] = ()
     untraced: tuple[str, ...] = ()
+    means: tuple[RescaledMean, ...] = ()
     _by_name: dict[str, Group] = field(init=False, repr=False)
     _told: list[bool] = field(init=False, repr=False, default_factory=list)
 
@@ -137,6 +157,10 @@ class ChannelGraph:
     def new_sizes(self, removed: Mapping[str, Tensor]) -> list[NewSize]:
         """Integer attributes that change when these channels go."""
         return [size.without(removed) for size in self.sizes]
+
+    def rescalings(self, removed: Mapping[str, Tensor]) -> list[Rescaling]:
+        """What makes up for means that count fewer when these channels go."""
+        return [found for mean in self.means if (found := mean.without(removed)) is not None]
 
     def describe(self) -> str:
         """A table of the groups, with the totals and the notes of the trace below.

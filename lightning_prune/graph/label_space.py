@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_prune.graph.computed_weights import owner
 from lightning_prune.graph.constraints import CodeSize, Constraint
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo, ids_of
+from lightning_prune.graph.means import Mean
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -75,6 +76,7 @@ class LabelSpace:
     sizes: list[CodeSize] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)  # module path, ids of its output's channels
+    means: dict[str, Mean] = field(default_factory=dict)  # by module path; decided once everything is recorded
     seen: set[tuple[object, ...]] = field(default_factory=set)  # sizes that some line of code passed
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
 

@@ -16,7 +16,8 @@ from lightning_prune.graph.assignments import Assignments
 from lightning_prune.graph.constraints import CallSite
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
-from lightning_prune.graph.running import RunningModules
+from lightning_prune.graph.means import Mean
+from lightning_prune.graph.running import RunningModules, tensors_in
 from lightning_prune.model_state.journal import Journal
 
 
@@ -96,6 +97,14 @@ class OperatorCall:
         """These channels go at the price of a statistic that changes."""
         self.space.freeze(labels.ids, f"{what} over channels in {self.where}", statistics=True)
 
+    def mean_over(self, labels: Labels) -> None:
+        """A mean over these channels (n,): their module may make up for fewer, if they are zero when masked."""
+        running = self.recorder.modules
+        if bool(labels.live.any()) or not running.stack or id(running.stack[-1]) not in running.names:
+            self.freeze_statistic(labels)
+        else:
+            self.space.means.setdefault(self.recorder.module, Mean()).add(labels.ids, self.where)
+
     def freeze_inputs(self, reason: str, *, keep: bool = False) -> TensorInfo:
         """Freeze every label that enters; the output has none.
 
@@ -161,10 +170,18 @@ class OperatorRecorder(TorchDispatchMode):
             register = nn.modules.module
             self._hooks = (
                 register.register_module_forward_pre_hook(lambda module, _: self.assignments.meet(module)),
-                register.register_module_forward_hook(lambda module, *_: self.assignments.meet(module)),
+                register.register_module_forward_hook(self._leave),
             )
         self._depth += 1
         return super().__enter__()
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.assignments.meet(module)
+        mean = self.space.means.get(self.modules.path(module)) if self.space.means else None
+        if mean is not None and mean.call is None:
+            outputs = tensors_in(output)
+            tensors = (*(value for value in args if isinstance(value, Tensor)), *outputs)
+            mean.met(args, outputs, [self.info(tensor) for tensor in tensors])
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_prune.errors import TraceError, first_line
@@ -100,6 +101,16 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
         for hook in self._hooks:
             hook.remove()
         self._filters.__exit__(None, None, None)
+
+
+class KeepsDouble(TorchDispatchMode):
+    """Inside, code that casts to a shorter floating type gets float64: what it rounds would hide what is compared."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and getattr(kwargs.get("dtype"), "is_floating_point", False):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def normalise_mode(model: nn.Module, *, training: bool) -> None:

@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import TraceError, first_line
 from lightning_prune.graph import computed_weights, rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
+from lightning_prune.graph.rescaled_means import Rescaled, decide, only_averages
 from lightning_prune.graph.resolve import Resolved, resolve
 from lightning_prune.graph.running import (
     RunningModules,
@@ -95,6 +96,8 @@ class _Tracer:
         self.untraced: list[str] = []
         self.widths = Widths(model)
         self.deployed: set[str] = set()
+        self.users: dict[str, set[str]] = {}  # of a parameter, the modules whose code met it, not only averaged it
+        self.rescaled: list[Rescaled] = []
         self.runs = 0
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
@@ -158,12 +161,13 @@ class _Tracer:
         return True
 
     def meet_unreached(self) -> None:
-        """Once everything is recorded: tie or freeze what parts of the model that no run used may meet."""
+        """Once everything is recorded: tie or freeze what parts that no run used may meet, and decide on means."""
         averaged = self.used - self.reached
         self.unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
         for one in self.unreached:
             if one.twin is not None:
                 self.widths.repeat(one.path, one.twin)
+        self.rescaled = decide(self.space, self.model, self.names, self.users)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""
@@ -203,9 +207,12 @@ class _Tracer:
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
         shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
         attributes = tuple(sizes.attributes(found, resolved.joint, free))
+        counted = sizes.attributes({(r.module, "", None): [r.ids] for r in self.rescaled}, resolved.joint, free)
+        how = {one.module: one.form for one in self.rescaled}
+        means = tuple(RescaledMean(one, how[one.module]) for one in counted)
         told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
         notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached, tuple(self.untraced))
+        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached, tuple(self.untraced), means)
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
         guessed |= {size.site.kind for size in widths}
@@ -229,7 +236,7 @@ class _Tracer:
         return [Freeze(alone, "makes channels that forward never reads")]
 
     def _observe(self, call: OperatorCall) -> None:
-        self.used.update(self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names)
+        self._note_used(call)
         if not call.outputs:
             if call.func._schema.is_mutable:
                 call.freeze_inputs(f"passes an operator without a rule, {call.where}")
@@ -255,6 +262,13 @@ class _Tracer:
             if id(tensor) not in self.names:
                 call.recorder.set_info(tensor, info)
         self._note_reached(call, infos)
+
+    def _note_used(self, call: OperatorCall) -> None:
+        named = [self.names[id(tensor)] for tensor in call.tensors if id(tensor) in self.names]
+        self.used.update(named)
+        if named and not only_averages(call, named):
+            for name in named:
+                self.users.setdefault(name, set()).add(call.recorder.module)
 
     def _note_reached(self, call: OperatorCall, infos: list[TensorInfo]) -> None:
         """Parameters that meet data, or are used by their own module; else what is computed of them is remembered."""

@@ -17,8 +17,8 @@ from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
-from lightning_prune.graph.running import RunningModules, normalise_mode, tensors_in, untouched
-from lightning_prune.model_state.cutting import Undo, cut_, resize_
+from lightning_prune.graph.running import KeepsDouble, RunningModules, normalise_mode, tensors_in, untouched
+from lightning_prune.model_state.cutting import Undo, cut_, rescale_, resize_
 from lightning_prune.model_state.journal import WritesUndone
 from lightning_prune.model_state.preservation import copy_without_masks
 
@@ -185,12 +185,13 @@ class TrialRuns:
         _mask_(trial, graph, removed)
         double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
         runs = [(entry, training) for entry, modes in double for training in modes]
-        masked = [_run(trial, entry, training) for entry, training in runs]
+        masked = [_run(trial, entry, training, keeps=bool(graph.means)) for entry, training in runs]
         _remove_(trial, graph, removed)
+        rescale_(trial, graph.rescalings(removed))
         for (entry, training), before in zip(runs, masked, strict=True):
             if isinstance(before, Failure):
                 continue  # does not run in float64 at all: nothing to compare with
-            after = _run(trial, entry, training)
+            after = _run(trial, entry, training, keeps=bool(graph.means))
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
@@ -203,13 +204,19 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _run(
-    model: nn.Module, entry: EntryPoint, training: bool, numbers: list[PlainNumber] | None = None
+    model: nn.Module,
+    entry: EntryPoint,
+    training: bool,
+    numbers: list[PlainNumber] | None = None,
+    *,
+    keeps: bool = False,
 ) -> list[Tensor] | Failure:
-    """The tensors that a model returns. numbers: takes down the plain numbers that operators get."""
+    """The tensors that a model returns. numbers: takes down the plain numbers that operators get. keeps: no casts."""
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
     with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
         torch.manual_seed(0)
-        with RunningModules(model) as running, nullcontext() if numbers is None else _PlainNumbers(running, numbers):
+        casts = KeepsDouble() if keeps else nullcontext()
+        with RunningModules(model) as running, casts if numbers is None else _PlainNumbers(running, numbers):
             try:
                 normalise_mode(model, training=training)
                 return tensors_in(entry.run(model, running))

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from lightning_prune.model_state.optimizer_state import change_state_
+from lightning_prune.model_state.optimizer_state import change_state_, rescale_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
@@ -41,6 +41,21 @@ class NewSize:
     attribute: str
     position: int | None
     value: int
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What makes up for the channels that a mean no longer counts: an eps and a weight of the module that takes it.
+
+    eps * ``eps_factor``; (weight + ``offset``) * ``factor`` - ``offset``.
+    """
+
+    module: str
+    eps: str | None  # its attribute
+    eps_factor: float
+    weight: str
+    factor: float
+    offset: float
 
 
 @torch.inference_mode(False)  # what is cut can be trained
@@ -81,6 +96,31 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
     drop_caches_(model)
 
 
+@torch.inference_mode(False)
+def rescale_(
+    model: nn.Module, rescalings: Sequence[Rescaling], optimizers: Sequence[Optimizer] = ()
+) -> dict[str, Tensor]:
+    """Let means over fewer channels come to the same; once after each cut. Gradients and optimizer state follow.
+
+    Returns the weights before they are rounded to their type.
+    """
+    parameters = dict(model.named_parameters())
+    precise: dict[str, Tensor] = {}
+    for one in rescalings:
+        if one.eps is not None:
+            module = model.get_submodule(one.module)
+            set_size_(module, one.eps, getattr(module, one.eps) * one.eps_factor)
+        parameter = parameters[one.weight]
+        precise[one.weight] = (parameter.data.double() + one.offset) * one.factor - one.offset
+        set_data_(parameter, precise[one.weight].to(parameter.dtype))
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad / one.factor
+        rescale_state_(optimizers, parameter, one.factor)
+    if rescalings:
+        drop_caches_(model)
+    return precise
+
+
 def drop_caches_(model: nn.Module) -> None:
     """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay.
 
@@ -104,18 +144,23 @@ def refold_(model: nn.Module) -> None:
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:
-    """Set one size attribute and remember that it was set, for `changed_sizes`."""
+    """Set one size attribute, or an eps, and remember that it was set, for `changed_sizes`."""
     setattr(module, name, value)
     vars(module)[CHANGED] = tuple(sorted({*getattr(module, CHANGED, ()), name}))
 
 
 def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{module path: {attribute: value}} of the size attributes that reconstruction set and no tensor's shape tells."""
+    """{module path: {attribute: value}} of what reconstruction set and no tensor tells: sizes, and eps."""
     return {
         path: {name: getattr(module, name) for name in getattr(module, CHANGED)}
         for path, module in model.named_modules()
         if hasattr(module, CHANGED)
     }
+
+
+def is_rescaled(model: nn.Module) -> bool:
+    """Whether an eps was multiplied, see `rescale_`, and with it a weight, which its type rounds."""
+    return any(isinstance(value, float) for values in changed_sizes(model).values() for value in values.values())
 
 
 def update_attributes_(model: nn.Module) -> None:
@@ -136,7 +181,7 @@ def update_attributes_(model: nn.Module) -> None:
                 module.num_features = len(sized)
         elif isinstance(module, nn.GroupNorm) and weight is not None:
             module.num_channels = len(weight)
-        elif isinstance(module, nn.LayerNorm) and weight is not None:
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = weight.shape
@@ -146,12 +191,12 @@ def update_attributes_(model: nn.Module) -> None:
 
 
 class Undo:
-    """Puts back submodules, parameters, buffers, integer attributes and optimizer state of a model."""
+    """Puts back submodules, parameters, buffers, numbers in attributes and optimizer state of a model."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.places = places_of(model)
-        self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.attributes = [(module, numbers_of(module)) for module in model.modules()]
         self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
@@ -162,9 +207,9 @@ class Undo:
             tensor.grad = None
             set_data_(tensor, data)
             tensor.grad = gradient
-        for module, sizes in self.attributes:
+        for module, numbers in self.attributes:
             vars(module).pop(CHANGED, None)
-            vars(module).update(sizes)
+            vars(module).update(numbers)
         for module, name, value in self.computed:
             setattr(module, name, value)
         for state, before in self.states:
@@ -184,6 +229,11 @@ def remember_dense_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> No
 def sizes_of(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes that are integers, or lists or tuples of integers."""
     return {name: value for name, value in vars(module).items() if _is_size(value) or name == CHANGED}
+
+
+def numbers_of(module: nn.Module) -> dict[str, Any]:
+    """All of a module's own attributes that pruning may change: its sizes, and numbers such as an eps."""
+    return {**sizes_of(module), **{name: value for name, value in vars(module).items() if isinstance(value, float)}}
 
 
 def _is_size(value: Any) -> bool:

@@ -24,6 +24,20 @@ def change_state_(optimizers: Iterable[Optimizer], parameter: Tensor, shape: tor
                 state[key] = change(value)
 
 
+POWERS = {  # what optimizers keep, in which power of the gradient
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "exp_inf", "grad_avg", "prev"), 1),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
+}
+
+
+def rescale_state_(optimizers: Iterable[Optimizer], parameter: Tensor, factor: float) -> None:
+    """A parameter was multiplied by ``factor``: its gradient is as many times smaller, and what is made of that."""
+    for optimizer in optimizers:
+        for key, value in (state := optimizer.state.get(parameter, {})).items():
+            if key in POWERS and isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = value / factor ** POWERS[key]
+
+
 def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
     """Refuse optimizers whose state, after one step on a parameter of their own, is neither scalar nor of its shape.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
@@ -18,16 +18,24 @@ from lightning_prune.reconstruction.lossless import CannotRunError, LosslessRepo
 SAMPLES = 2  # of a user's batch, in the comparison in float64
 
 
-def rehearse(masked: nn.Module, small: nn.Module, entries: Sequence[EntryPoint], *, lossless: bool) -> LosslessReport:
+def rehearse(
+    masked: nn.Module,
+    small: nn.Module,
+    entries: Sequence[EntryPoint],
+    *,
+    lossless: bool,
+    precise: Mapping[str, Tensor] | None = None,
+) -> LosslessReport:
     """Compare both models in float64 on everything that can be run, then take the user's own steps, gradients and all.
 
     The forward is compared on the example inputs and at another batch and image size, if the masked model takes it;
-    steps on the first samples of their batch. lossless: a difference is an error.
+    steps on the first samples of their batch. lossless: a difference is an error. precise: weights of the smaller
+    model before they were rounded to its type.
 
     Raises:
         ReconstructionError: the smaller model does not run, or is not equal.
     """
-    sides = Side(masked, own=True), Side(small, own=True)
+    sides = Side(masked, own=True), Side(small, own=True, precise=precise)
     report: LosslessReport | None = None
     for found in _comparisons(sides, entries):
         if lossless and not found.passed:

@@ -15,7 +15,7 @@ from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.model_state.copying import copied
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
@@ -183,9 +183,10 @@ def _attempt(
                 masked = copied(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
+        precise = rescale_(model, graph.rescalings(removed), optimizers)
         if masked is None:
             return None
-        return rehearse(masked, model, entries, lossless=plan.lossless and not _lossy(graph, plan))
+        return rehearse(masked, model, entries, lossless=plan.lossless and not _lossy(graph, plan), precise=precise)
     except BaseException:
         undo()
         raise

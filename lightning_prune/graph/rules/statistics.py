@@ -41,8 +41,12 @@ def layer_norm(call: OperatorCall) -> TensorInfo:
     info = call.info(x)
     normalised = set(range(x.dim() - len(call.argument("normalized_shape")), x.dim()))
     over = [labels for labels in info.labels if set(labels.dims) <= normalised]
+    centred = call.name == "native_layer_norm"
     for labels in over:
-        call.freeze_statistic(labels)
+        if centred:
+            call.freeze_statistic(labels)
+        else:
+            _take_mean(call, labels.flat())
     kept = [one if one in over else call.fold(one, set(one.dims) - normalised) for one in info.labels]
     affine = _affine(call)
     own = Operand(x.shape, TensorInfo(tuple(one for one in kept if one is not None), info.data))
@@ -50,7 +54,7 @@ def layer_norm(call: OperatorCall) -> TensorInfo:
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         if all(zeros[1:]) and affine:
             return True
-        return zeros[0] and not over and call.argument("bias") is None
+        return zeros[0] and not (centred and over) and call.argument("bias") is None
 
     return combine(call, [own, *affine], is_zero)
 
@@ -116,11 +120,19 @@ def _reduce_channels(call: OperatorCall, labels: Labels, *, exact: bool) -> None
     """A reduction over all the channels: what it takes in must be exactly zero when masked."""
     flat = labels.flat()
     live = torch.broadcast_to(flat.live, flat.ids.shape)
-    if not exact:
+    if not exact and call.name == "mean" and call.info(call.args[0]).data:
+        _take_mean(call, flat)
+    elif not exact:
         call.freeze_statistic(flat)
     elif live.any():
         call.freeze_statistic(flat.where(live), "is a constant that enters a sum")
     call.space.mark("must_mask", flat.ids[~live])
+
+
+def _take_mean(call: OperatorCall, flat: Labels) -> None:
+    """A mean over all the channels: exact if they are zero when masked and the module can make up for fewer."""
+    call.mean_over(flat)
+    call.space.mark("must_mask", flat.ids[~torch.broadcast_to(flat.live, flat.ids.shape)])
 
 
 def loss(call: OperatorCall) -> TensorInfo:
