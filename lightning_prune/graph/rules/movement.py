@@ -118,7 +118,8 @@ def pick(call: OperatorCall) -> TensorInfo:
     """``index_select``, ``roll``, ``embedding``, ``unfold``: executed, unless channels themselves are picked."""
     rank = call.args[0].dim()
     if call.name == "embedding":
-        return _picked(call, {0})
+        # What words say depends on the input, unlike a table of positions.
+        return replace(_picked(call, {0}), data=call.info(call.args[0]).data or call.info(call.args[1]).data)
     if call.name == "roll":
         return _picked(call, {d % rank for d in call.argument("dims") or range(rank)})
     return _picked(call, {call.argument("dimension" if call.name == "unfold" else "dim") % rank})
@@ -154,8 +155,8 @@ def unfold_depth(call: OperatorCall) -> TensorInfo:
 
 def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
-    parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
     dim = call.argument("dim", 0) % call.output.dim()
+    parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim() and part.shape[dim]]
     return _join(call, [Operand(part.shape, call.info(part)) for part in parts], dim)
 
 
