@@ -216,10 +216,12 @@ def test_an_unreached_twin_is_rescaled_along() -> None:
 
 
 def test_a_penalty_on_the_weight_in_a_step_leaves_the_group_whole() -> None:
-    def step(model: nn.Module) -> Tensor:
-        return model(tokens()).square().mean() + model.norm.weight.square().sum()
+    x = tokens()
 
-    result = lp.prune(made(Tokens(Rms)), tokens(), ratio=0.5, also=[step])
+    def step(model: nn.Module) -> Tensor:
+        return model(x).square().mean() + model.norm.weight.square().sum()
+
+    result = lp.prune(made(Tokens(Rms)), x, ratio=0.5, also=[step])
     assert result.model.stem.out_features == WIDTH
     assert re.search("whose weight other code uses too", str(result.graph.group("stem").reason))
 
