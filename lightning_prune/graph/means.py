@@ -22,6 +22,11 @@ class Form:
     power: float
     offset: float = 0.0
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is multiplied at all."""
+        return self.eps is not None or self.weight is not None
+
     def factors(self, before: int, after: int) -> tuple[float, float]:
         """Of the eps and of the weight, if ``after`` of ``before`` channels are left."""
         return (before / after) ** self.eps_power, (before / after) ** self.power
@@ -45,15 +50,20 @@ class Call:
 
 @dataclass
 class Mean:
-    """The means that one module takes over channels: over which ids (n,), and where; its first call."""
+    """The means that one module takes over channels: over which ids (n,), and where; its first call.
+
+    sums: it takes sums only, which its code may divide by the number of channels.
+    """
 
     ids: list[Tensor] = field(default_factory=list)
     where: str = ""
     call: Call | None = None
+    sums: bool = True
 
-    def add(self, ids: Tensor, where: str) -> None:
+    def add(self, ids: Tensor, where: str, *, is_sum: bool) -> None:
         """One more, if not over the same."""
-        self.where = self.where or where
+        self.where = self.where if self.where and (is_sum or not self.sums) else where
+        self.sums = self.sums and is_sum
         if not any(torch.equal(ids, other) for other in self.ids):
             self.ids.append(ids)
 

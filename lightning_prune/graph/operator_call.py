@@ -97,13 +97,19 @@ class OperatorCall:
         """These channels go at the price of a statistic that changes."""
         self.space.freeze(labels.ids, f"{what} over channels in {self.where}", statistics=True)
 
-    def mean_over(self, labels: Labels) -> None:
-        """A mean over these channels (n,): their module may make up for fewer, if they are zero when masked."""
+    def mean_over(self, labels: Labels, *, is_sum: bool = False) -> None:
+        """A mean over these channels (n,): their module may make up for fewer, if they are zero when masked.
+
+        is_sum: a sum, which needs nothing, unless code divides it by the number of channels.
+        """
         running = self.recorder.modules
-        if bool(labels.live.any()) or not running.stack or id(running.stack[-1]) not in running.names:
+        known = bool(running.stack) and id(running.stack[-1]) in running.names
+        if not bool(labels.live.any()) and known:
+            if not is_sum or any(parameter is not None for parameter in running.stack[-1]._parameters.values()):
+                mean = self.space.means.setdefault(self.recorder.module, Mean())
+                mean.add(labels.ids, self.where, is_sum=is_sum)
+        elif not is_sum:
             self.freeze_statistic(labels)
-        else:
-            self.space.means.setdefault(self.recorder.module, Mean()).add(labels.ids, self.where)
 
     def freeze_inputs(self, reason: str, *, keep: bool = False) -> TensorInfo:
         """Freeze every label that enters; the output has none.

@@ -24,6 +24,7 @@ AVERAGING = ("lerp", "add", "sub", "copy", "detach", "clone", "alias")  # and mu
 EPS_IN_CODE = "whose eps is a number in its code: keep it in an attribute of the module, self.eps"
 EPS_OF_TYPE = "whose eps is None, that of the data type: set it to a number"
 NO_WEIGHT = "which has no weight that could make up for their number"
+NOTHING = Form(None, 0.0, None, 0.0)
 SHARED = "whose weight other code uses too"
 
 
@@ -71,15 +72,15 @@ class _Deciding:
         found: list[Rescaled] = []
         for path, mean in self.space.means.items():
             form = self._form(path, mean)
-            alike = list(self._alike(path, mean, form)) if isinstance(form, Form) else []
-            if isinstance(form, str) or None in alike:
+            alike = list(self._alike(path, mean, form)) if isinstance(form, Form) and form.changes else []
+            if isinstance(form, Form) and None not in alike:
+                found += [Rescaled(path, mean.ids[0], form), *(one for one in alike if one is not None)]
+            elif not mean.sums:
                 told = f", {form}" if isinstance(form, str) and form else ""
                 for ids in mean.ids:
                     reason = f"enters a statistic over channels in {mean.where}{told}"
                     self.space.freeze(ids, reason, statistics=True)
-            else:
-                found += [Rescaled(path, mean.ids[0], form), *(one for one in alike if one is not None)]
-        return found
+        return [one for one in found if one.form.changes]
 
     def _form(self, path: str, mean: Mean) -> Form | str:
         """How the module makes up for fewer channels, or why it cannot."""
@@ -94,7 +95,11 @@ class _Deciding:
         if signature not in self._known:
             self._known[signature] = self._tried(module, mean, over, weights)
         form = self._known[signature]
-        if isinstance(form, Form) and self._others_use(path, f"{path}.{form.weight}" if path else str(form.weight)):
+        if (
+            isinstance(form, Form)
+            and form.changes
+            and self._others_use(path, f"{path}.{form.weight}" if path else str(form.weight))
+        ):
             return SHARED
         return form
 
@@ -110,8 +115,8 @@ class _Deciding:
         ]
         alone = CutAlone(module, mean.call, slots, self.joint, over)
         epsilons = [name for name, value in vars(module).items() if type(value) is float and value > 0]
-        if (form := alone.first(forms(epsilons, weights))) is not None:
-            return form
+        if (form := alone.first([NOTHING, *forms(epsilons, weights)])) is not None or mean.sums:
+            return form or ""
         if alone.first(forms((), weights), LARGE) is not None:
             return EPS_OF_TYPE if "eps" in vars(module) and module.eps is None else EPS_IN_CODE
         bare = [Form(None, 0.0, None, power) for power in (0.5, 1.0)]

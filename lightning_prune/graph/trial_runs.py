@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,8 +85,8 @@ class _Trial:
         cold, self.numbers, self.warm = self.numbers, self.plain_numbers(), True
         return repr(cold) != repr(self.numbers)
 
-    def failure(self) -> Failure | None:
-        """What goes wrong now that the model has fewer channels."""
+    def failure(self, rescaled: Collection[str] = ()) -> Failure | None:
+        """What goes wrong now that the model has fewer channels. rescaled: modules that make up for other numbers."""
         found = self.plain_numbers()
         if isinstance(found, Failure):
             return found
@@ -95,7 +95,7 @@ class _Trial:
         for before, after in zip(self.numbers, found, strict=False):
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
-            if repr(before.values) != repr(after.values):  # NaN is not equal to itself
+            if repr(before.values) != repr(after.values) and not {*after.stack[:1]} & {*rescaled}:  # NaN is not NaN
                 return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
         return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
 
@@ -171,7 +171,7 @@ class TrialRuns:
             for model in {id(trial.model): trial.model for trial in trials}.values():
                 _remove_(model, graph, removed)
             for trial in trials:
-                if (failure := trial.failure()) is not None:
+                if (failure := trial.failure([mean.counted.module for mean in graph.means])) is not None:
                     return replace(failure, other_size=trial.entry.varied is not None)
             return None
         finally:

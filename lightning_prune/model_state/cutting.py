@@ -17,6 +17,7 @@ from lightning_prune.model_state.preservation import folding, places_of, put_bac
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
 CHANGED = "_sizes_changed_by_pruning"
+RESCALED = "_weight_rescaled_by_pruning"
 DENSE = "_shapes_before_pruning"
 
 
@@ -107,8 +108,9 @@ def rescale_(
     parameters = dict(model.named_parameters())
     precise: dict[str, Tensor] = {}
     for one in rescalings:
+        module = model.get_submodule(one.module)
+        vars(module)[RESCALED] = 1
         if one.eps is not None:
-            module = model.get_submodule(one.module)
             set_size_(module, one.eps, getattr(module, one.eps) * one.eps_factor)
         parameter = parameters[one.weight]
         precise[one.weight] = (parameter.data.double() + one.offset) * one.factor - one.offset
@@ -159,8 +161,11 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def is_rescaled(model: nn.Module) -> bool:
-    """Whether an eps was multiplied, see `rescale_`, and with it a weight, which its type rounds."""
-    return any(isinstance(value, float) for values in changed_sizes(model).values() for value in values.values())
+    """Whether a weight was multiplied, see `rescale_`, which its type rounds; of a loaded model its eps tells."""
+    marked = any(RESCALED in vars(module) for module in model.modules())
+    return marked or any(
+        isinstance(value, float) for values in changed_sizes(model).values() for value in values.values()
+    )
 
 
 def update_attributes_(model: nn.Module) -> None:
@@ -208,7 +213,8 @@ class Undo:
             set_data_(tensor, data)
             tensor.grad = gradient
         for module, numbers in self.attributes:
-            vars(module).pop(CHANGED, None)
+            for mark in (CHANGED, RESCALED):
+                vars(module).pop(mark, None)
             vars(module).update(numbers)
         for module, name, value in self.computed:
             setattr(module, name, value)

@@ -82,6 +82,32 @@ class Normalised(Rms):
         return F.normalize(x, dim=-1) * self.weight
 
 
+class NormalisedByShape(Rms):
+    """The root of the number of channels in front of it, as lucidrains has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * self.weight
+
+
+class SumByShape(Rms):
+    """The mean is a sum, divided in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.pow(2).sum(-1, keepdim=True) / x.shape[-1]
+        return x * torch.rsqrt(mean + self.variance_epsilon) * self.weight
+
+
+class ByAttribute(Rms):
+    """The number of channels is an attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.dim = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.dim,), self.weight, self.variance_epsilon)
+
+
 class EpsInCode(Rms):
     """Nothing that could follow."""
 
@@ -135,7 +161,10 @@ def torch_rms(channels: int) -> nn.Module:
     return nn.RMSNorm(channels, eps=1e-3)
 
 
-EXACT = (Rms, InFloat32, OnePlus, EpsOutside, NoEps, Gated, Grn, torch_rms)
+EXACT = (
+    *(Rms, InFloat32, OnePlus, EpsOutside, NoEps, Gated, Grn, torch_rms),
+    *(NormalisedByShape, SumByShape, ByAttribute),
+)
 STAY = {  # and what is said of them
     EpsInCode: "whose eps is a number in its code",
     nn.RMSNorm: "whose eps is None, that of the data type",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.reconstruction.lossless import check_lossless
-from tests.graph.norms_over_channels import EXACT, STAY, InFloat32, Normalised, OnePlus, Rms
+from tests.graph.norms_over_channels import EXACT, STAY, InFloat32, Normalised, NormalisedByShape, OnePlus, Rms
 from tests.helpers import random_plan
 from tests.zoo import randomise_
 
@@ -226,8 +226,9 @@ def test_a_penalty_on_the_weight_in_a_step_leaves_the_group_whole() -> None:
     assert re.search("whose weight other code uses too", str(result.graph.group("stem").reason))
 
 
-def test_a_float32_model_is_compared_before_its_weights_are_rounded() -> None:
-    model = made(Tokens(InFloat32)).float()
+@pytest.mark.parametrize("norm", [InFloat32, NormalisedByShape])
+def test_a_float32_model_is_compared_before_its_weights_are_rounded(norm: Norm) -> None:
+    model = made(Tokens(norm)).float()
     result = lp.prune(model, tokens().float(), ratio=0.5)
     assert result.model.norm.weight.dtype == torch.float32
     assert (result.lossless.dtype, result.lossless.passed) == ("float64", True)

@@ -126,6 +126,8 @@ def _reduce_channels(call: OperatorCall, labels: Labels, *, exact: bool) -> None
         call.freeze_statistic(flat)
     elif live.any():
         call.freeze_statistic(flat.where(live), "is a constant that enters a sum")
+    elif call.info(call.args[0]).data:
+        call.mean_over(flat, is_sum=True)
     call.space.mark("must_mask", flat.ids[~live])
 
 
