@@ -185,13 +185,13 @@ class TrialRuns:
         _mask_(trial, graph, removed)
         double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
         runs = [(entry, training) for entry, modes in double for training in modes]
-        masked = [_run(trial, entry, training, keeps=bool(graph.means)) for entry, training in runs]
+        masked = [_run(trial, entry, training, keeps=True) for entry, training in runs]
         _remove_(trial, graph, removed)
         rescale_(trial, graph.rescalings(removed))
         for (entry, training), before in zip(runs, masked, strict=True):
             if isinstance(before, Failure):
                 continue  # does not run in float64 at all: nothing to compare with
-            after = _run(trial, entry, training, keeps=bool(graph.means))
+            after = _run(trial, entry, training, keeps=True)
             if isinstance(after, Failure):
                 return after
             if not _close(before, after):
@@ -211,7 +211,9 @@ def _run(
     *,
     keeps: bool = False,
 ) -> list[Tensor] | Failure:
-    """The tensors that a model returns. numbers: takes down the plain numbers that operators get. keeps: no casts."""
+    """The tensors that a model returns. numbers: takes down the plain numbers that operators get. keeps: casts
+    to a shorter type are left out, where that works: they round other sums otherwise.
+    """
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
     with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
         torch.manual_seed(0)
@@ -222,7 +224,8 @@ def _run(
                 return tensors_in(entry.run(model, running))
             except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                 message = str(error).strip().partition("\n")[0]
-                return Failure(running.paths, f"{type(error).__name__}: {message}")
+                failure = Failure(running.paths, f"{type(error).__name__}: {message}")
+    return _run(model, entry, training) if keeps else failure
 
 
 class _PlainNumbers(TorchDispatchMode):
