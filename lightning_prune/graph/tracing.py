@@ -22,6 +22,7 @@ from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
 from lightning_prune.graph.rescaled_means import Rescaled, decide, only_averages
 from lightning_prune.graph.resolve import Resolved, resolve
+from lightning_prune.graph.rules.movement import nothing_of
 from lightning_prune.graph.running import (
     RunningModules,
     normalise_mode,
@@ -242,7 +243,8 @@ class _Tracer:
                 call.freeze_inputs(f"passes an operator without a rule, {call.where}")
             return
         if not call.outputs[0].numel():
-            if call.name == "slice":  # no prefix tokens: nothing comes of it
+            if call.name == "slice":  # no prefix tokens
+                call.recorder.set_info(call.outputs[0], nothing_of(call))
                 return
             call.freeze_inputs(f"meets an empty tensor in {call.where}: trace with other example inputs")
             return

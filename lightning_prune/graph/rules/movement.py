@@ -7,6 +7,7 @@ are recorded as constraints, see `lightning_prune.graph.constraints`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -156,8 +157,17 @@ def unfold_depth(call: OperatorCall) -> TensorInfo:
 def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
     dim = call.argument("dim", 0) % call.output.dim()
-    parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim() and part.shape[dim]]
-    return _join(call, [Operand(part.shape, call.info(part)) for part in parts], dim)
+    parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
+    empty = [Operand(_one_slice(part.shape, dim), call.info(part)) for part in parts if not part.shape[dim]]
+    return _join(call, [Operand(part.shape, call.info(part)) for part in parts if part.shape[dim]], dim, empty)
+
+
+def nothing_of(call: OperatorCall) -> TensorInfo:
+    """A slice without elements: its labels are those of one position, as far as what it is joined with has to fit."""
+    dim = call.argument("dim", 0) % call.output.dim()
+    info = call.info(call.args[0])
+    across = (labels for labels in info.labels if dim not in labels.dims)
+    return info.with_labels(labels.moved(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in across)
 
 
 def stack(call: OperatorCall) -> TensorInfo:
@@ -171,16 +181,16 @@ def stack(call: OperatorCall) -> TensorInfo:
     return _join(call, parts, dim)
 
 
-def _join(call: OperatorCall, parts: list[Operand], dim: int) -> TensorInfo:
-    """Parts that follow each other along ``dim``."""
+def _join(call: OperatorCall, parts: list[Operand], dim: int, empty: Sequence[Operand] = ()) -> TensorInfo:
+    """Parts that follow each other along ``dim``. empty: those without elements, which only have to fit."""
     data = any(part.info.data for part in parts)
     single = [part.info.labels[0] for part in parts if len(part.info.labels) == 1]
-    if len(single) == len(parts) and any(dim in one.dims and len(one.dims) > 1 for one in single):
+    if len(single) == len(parts) and not empty and any(dim in one.dims and len(one.dims) > 1 for one in single):
         return TensorInfo(data=data).with_labels([Labels.joined(single, dim)])
 
     # Labels along ``dim`` follow each other; those across it are what all parts have in common.
     follow: list[Labels] = []
-    across: list[Operand] = []
+    across: list[Operand] = [*empty]
     for part in parts:
         own = [labels for labels in part.info.labels if dim in labels.dims]
         lead = next((labels for labels in own if labels.dims == (dim,)), None)

@@ -21,7 +21,7 @@ def batch_norm(call: OperatorCall) -> TensorInfo:
     own_statistics = bool(call.argument("training")) or vectors["running_mean"] is None
     for labels in info.labels:
         if own_statistics and labels.dims != (1,):
-            call.freeze_statistic(labels, "enters a statistic" if info.data else OF_WEIGHT)
+            _freeze_statistic(call, labels)
         if not present:
             # Instance norm without parameters: no tensor says how many channels it has, only its attribute.
             call.space.sizes.append(CodeSize(labels.flat().ids, call.site, attribute="num_features"))
@@ -82,7 +82,6 @@ def group_norm(call: OperatorCall) -> TensorInfo:
     return combine(call, [own, *affine], lambda zeros: all(zeros[1:]) if affine else zeros[0] and groups > 1)
 
 
-OF_WEIGHT = "enters a statistic of a weight"  # standardisation: some of its inputs have another mean than all
 EXACT = ("sum", "linalg_vector_norm", "norm")  # zeros add nothing to them, however many there are
 ZEROS_BECOME_CONSTANTS = ("logsumexp", "argmax", "argmin", "all", "var_mean", "std_mean")
 
@@ -124,12 +123,22 @@ def _reduce_channels(call: OperatorCall, labels: Labels, *, exact: bool) -> None
     if not exact and call.name == "mean" and call.info(call.args[0]).data:
         _take_mean(call, flat)
     elif not exact:
-        call.freeze_statistic(flat, "enters a statistic" if call.info(call.args[0]).data else OF_WEIGHT)
+        _freeze_statistic(call, flat)
     elif live.any():
         call.freeze_statistic(flat.where(live), "is a constant that enters a sum")
     elif call.info(call.args[0]).data:
         call.mean_over(flat, is_sum=True)
     call.space.mark("must_mask", flat.ids[~live])
+
+
+def _freeze_statistic(call: OperatorCall, labels: Labels) -> None:
+    """A weight that is standardised over its inputs has mean zero over all of them, not over some."""
+    if call.info(call.args[0]).data:
+        call.freeze_statistic(labels)
+    else:
+        way_out = "a plain layer with the weight that comes out would be free"
+        reason = f"enters a statistic of a weight over channels in {call.where}; {way_out}"
+        call.space.freeze(labels.ids, reason, statistics=True)
 
 
 def _take_mean(call: OperatorCall, flat: Labels) -> None:
