@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.callbacks import PruneCallback
@@ -212,3 +212,40 @@ def test_a_dense_checkpoint_is_loaded_and_then_pruned(tmp_path: Path) -> None:
     assert params(task) < params(dense)
     assert [record.epoch for record in callback.reconstruction.records] == [2, 3]
     assert callback.reconstruction.lossless.passed
+
+
+class Rms(nn.Module):
+    """An RMS norm over maps, whose eps and weight make up for the channels that go."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps, self.weight = 1e-3, nn.Parameter(torch.ones(channels, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.eps) * self.weight.view(1, -1, 1, 1)
+
+
+def rms_task() -> Task:
+    task = Task("adamw")
+    layers = nn.Conv2d(3, 8, 3), Rms(8), nn.ReLU(), nn.Conv2d(8, 6, 3), Rms(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    torch.manual_seed(5)
+    task.net = nn.Sequential(*layers, nn.Linear(6, 5)).double()
+    return task
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("kind", ["ramp, each", "ramp, after", "before"])
+def test_a_run_whose_norms_are_rescaled_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    whole = rms_task()
+    runner = run(whole, prune(**RUNS[kind]), tmp_path / "whole")
+    broken = rms_task()
+    with pytest.raises(Stop):
+        run(broken, prune(**RUNS[kind]), tmp_path / "broken", Interrupt(3))
+    resumed = rms_task()
+    run(resumed, prune(**RUNS[kind]), tmp_path / "broken", ckpt=tmp_path / "broken" / "last.ckpt")
+    assert resumed.net[1].eps == whole.net[1].eps == pytest.approx(1e-3 * 8 / whole.net[0].out_channels, rel=1e-12)
+    assert whole.net[0].out_channels < 8
+    assert all(torch.equal(value, state(whole)[name]) for name, value in state(resumed).items())
+    for epoch in (0, 4):  # and back
+        runner.validate(whole, loader(8, shuffle=False), ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert whole.net[1].eps == pytest.approx(1e-3 * 8 / whole.net[0].out_channels, rel=1e-12)
