@@ -65,12 +65,16 @@ class _Deciding:
         for span in space.spans:
             masked = not span.buffer and bool(self._masked[span.ids].any())
             self._spans.setdefault(span.tensor, []).append(Slot(span.tensor, span, masked))
+        frozen = [item.ids for item in space.frozen if not item.statistics]
+        self._frozen = self.joint[torch.cat([*frozen, torch.arange(0)])].unique()
         self._known: dict[tuple[object, ...], Form | str] = {}
 
     def settled(self) -> list[Rescaled]:
         """One for each module that can make up for its mean, and for those that lose channels along with it."""
         found: list[Rescaled] = []
         for path, mean in self.space.means.items():
+            if self._stays(mean):
+                continue
             form = self._form(path, mean)
             alike = list(self._alike(path, mean, form)) if isinstance(form, Form) and form.changes else []
             if isinstance(form, Form) and None not in alike:
@@ -81,6 +85,10 @@ class _Deciding:
                     reason = f"enters a statistic over channels in {mean.where}{told}"
                     self.space.freeze(ids, reason, statistics=True)
         return [one for one in found if one.form.changes]
+
+    def _stays(self, mean: Mean) -> bool:
+        """Whether all its channels stay anyway, so that nothing needs to be tried."""
+        return bool(torch.isin(self._sorted(torch.cat(mean.ids)), self._frozen).all())
 
     def _form(self, path: str, mean: Mean) -> Form | str:
         """How the module makes up for fewer channels, or why it cannot."""
