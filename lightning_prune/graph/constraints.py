@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.code_arguments import Call
+
 
 @dataclass(frozen=True)
 class CallSite:
@@ -33,6 +35,7 @@ class CodeSize:
     attribute: str | None = None  # of the module that holds it; None: any attribute of that value
     position: int | None = None  # its place in a list or tuple of sizes
     listed: tuple[int, ...] = ()  # the whole list, if it is one of a list
+    key: str | None = None  # of the place in the code that gives it
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,9 @@ class Grid:
     site: CallSite
     exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
     attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
+    call: Call | None = None  # the call in the code that lays them out
+    dims: tuple[int | None, ...] = ()  # of its result, for each of the grid's; None: each size is that of a piece
+    rank: int = 0  # how many dimensions the result has
 
     @property
     def order(self) -> list[int]:
@@ -71,6 +77,14 @@ class Grid:
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]
         return sizes
 
+    def sizes_in_code(self, axis: int) -> list[CodeSize]:
+        """The numbers that the code passes along and that follow if the axis is shortened."""
+        if self.call is None or self.exact or axis >= len(self.dims):
+            return []
+        slices, dim = self.rows(axis)[0][:, 0], self.dims[axis]
+        keys = self.call.keys().values() if dim is None else [self.call.key(dim, self.rank)]
+        return [CodeSize(slices, self.site, key=key) for key in keys if key is not None]
+
 
 @dataclass(frozen=True, eq=False)
 class GroupedConvolution:
@@ -97,6 +111,10 @@ class GroupedConvolution:
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
 
+    def sizes_in_code(self, axis: int) -> list[CodeSize]:  # noqa: ARG002
+        """None: its layer counts them."""
+        return []
+
 
 @dataclass(eq=False)
 class Split:
@@ -106,13 +124,22 @@ class Split:
     site: CallSite
     intervals: list[tuple[int, int]]  # (start, end) of every piece that was taken
     listed: bool = False  # they were given as one list of sizes
+    call: Call | None = None  # the call in the code that gives it
     exact: ClassVar[bool] = False
 
     def grid(self) -> Grid | None:
         """The same as a grid, if the pieces divide the dimension evenly."""
         bounds = sorted({0, len(self.ids), *itertools.chain(*self.intervals)})
         lengths = {end - start for start, end in itertools.pairwise(bounds)}
-        return Grid(self.ids.view(len(bounds) - 1, -1), (1,), self.site) if len(lengths) == 1 else None
+        if len(lengths) > 1:
+            return None
+        return Grid(self.ids.view(len(bounds) - 1, -1), (1,), self.site, call=self.call, dims=(None, None))
+
+    def sizes_in_code(self) -> list[CodeSize]:
+        """The numbers that the code passes along."""
+        keys = self.call.keys() if self.call is not None and self.listed else {}
+        pieces = [self.ids[start:end] for start, end in self.intervals]
+        return [CodeSize(ids, self.site, key=keys[k]) for k, ids in enumerate(pieces) if k in keys]
 
     def sizes(self) -> list[CodeSize]:
         """The numbers that may say where the pieces lie."""

@@ -69,9 +69,17 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
         if not classes.may_go(constraint.ids):
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
-        if isinstance(constraint, Split) or constraint.ids.dim() > 1 or choices.get(kind, Choice.AS_IS).repairs:
+        if (
+            isinstance(constraint, Split)
+            or constraint.ids.dim() > 1
+            or _changes_numbers(choices.get(kind, Choice.AS_IS))
+        ):
             guessed.add(kind)
     return places, guessed
+
+
+def _changes_numbers(choice: Choice) -> bool:
+    return choice.repairs or choice.replaces_code
 
 
 def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]) -> Draft:

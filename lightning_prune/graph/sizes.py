@@ -11,9 +11,10 @@ from lightning_prune.graph.channel_graph import SizeAttribute
 from lightning_prune.graph.constraints import CodeSize, Split, piece_and_lead
 from lightning_prune.graph.label_space import Freeze
 from lightning_prune.graph.labels import NO_LABEL, ids_of
+from lightning_prune.model_state.code_sizes import SIZES
 from lightning_prune.model_state.cutting import sizes_of
 
-Key = tuple[str, str, int | None]  # module path, attribute, position
+Key = tuple[str, str, int | str | None]  # module path, attribute, position
 
 
 def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[Key, list[Tensor]]:
@@ -29,6 +30,8 @@ def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[K
 
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:
     stack = size.site.stack
+    if size.key is not None:
+        return [((stack[0], SIZES, size.key), size.ids)] if stack[0] in modules else []
     if size.attribute is not None:
         path = stack[0] if stack else ""
         value = getattr(modules.get(path), size.attribute, None)

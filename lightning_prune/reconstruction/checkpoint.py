@@ -16,6 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic
+from lightning_prune.model_state.code_sizes import SIZES, following, own_class
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
@@ -167,7 +168,9 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     modules = dict(dense_model.named_modules())
     for module, values in sizes.items():
         for name, value in values.items():
-            if not isinstance(getattr(modules.get(module), name, None), type(value)):
+            if name == SIZES and module in modules:
+                following(own_class(modules[module]), frozenset(value))
+            elif not isinstance(getattr(modules.get(module), name, None), type(value)):
                 raise CheckpointError(
                     f"{source} belongs to another model: {module!r} has no size {name!r} in the dense one"
                 )
