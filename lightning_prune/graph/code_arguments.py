@@ -99,13 +99,14 @@ def _arguments(code: CodeType, instruction: int) -> tuple[tuple[int | None, ast.
 
 def _sizes(values: list[ast.expr], function: ast.FunctionDef) -> list[tuple[int | None, ast.expr]]:
     if len(values) == 1:
-        one = _assigned(values[0], function)
+        given = values[0].value if isinstance(values[0], ast.Starred) else values[0]
+        one = _assigned(given, function)
         if isinstance(one, (ast.Tuple, ast.List)):
             return _sizes(one.elts, function) if len(one.elts) != 1 else [(0, one.elts[0])]
         if isinstance(one, ast.BinOp) and isinstance(one.op, ast.Add) and isinstance(one.right, (ast.Tuple, ast.List)):
             items = one.right.elts
             return [(k - len(items), item) for k, item in enumerate(items)] if not _starred(items) else []
-        return [] if isinstance(one, ast.Starred) else [(None, values[0])]
+        return [] if given is not values[0] else [(None, given)]
     if not _starred(values):
         return list(enumerate(values))
     last = max(k for k, value in enumerate(values) if isinstance(value, ast.Starred))

@@ -98,7 +98,9 @@ def _merge(
     out = ids[lead]
     if not own and any(not torch.equal(out, ids[k]) for k in data):
         # An addition's result is no layer's own: what normalises it belongs to the whole group.
-        out = space.fresh(out.numel()).view(out.shape)
+        # What was one channel in several places (a head in every window) stays one.
+        different, place = out.unique(return_inverse=True)
+        out = space.fresh(len(different))[place]
         space.tie(out[labelled], ids[lead][labelled])
     merged = Labels(out if labelled is ... else torch.where(labelled, out, NO_LABEL), False if live is None else live)
     return merged.expand(shape)

@@ -7,6 +7,7 @@ follow, is chosen per module type by a `Choice`, tried out in `lightning_prune.g
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -71,17 +72,20 @@ def resolve(
     choices: Mapping[str, Choice],
     sized: Collection[str] = (),
     pairs: Sequence[tuple[Tensor, Tensor]] = (),
+    left: AbstractSet[str] = frozenset(),
 ) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 
     choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
-    pairs: what else goes together.
+    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type.
     """
     state = Resolved(_joined(space.classes(), pairs))
     grids: list[tuple[Layout, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
         choice = choices.get(constraint.site.kind, Choice.AS_IS)
+        if left and not left.isdisjoint(constraint.site.stack[:1]):
+            choice = Choice.FROZEN
         if choice is Choice.FROZEN:
             untouched += 1
             if not isinstance(constraint, GroupedConvolution) and not constraint.exact:

@@ -181,7 +181,7 @@ class _Tracer:
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
-        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs)
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left)
         found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes, *widths])
         outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
