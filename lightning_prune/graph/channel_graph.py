@@ -27,12 +27,6 @@ class SizeAttribute:
     sources: dict[str, Tensor]  # per group, channel indices that count 1 each (a channel may count several times)
     fixed: int  # what never goes
 
-    def counts(self, removed: Mapping[str, Tensor]) -> bool:
-        """Whether any of these channels ({group: indices}) is counted."""
-        return any(
-            torch.isin(channels, removed[group]).any() for group, channels in self.sources.items() if group in removed
-        )
-
     def without(self, removed: Mapping[str, Tensor]) -> NewSize:
         """The number once these channels ({group: indices}) are gone."""
         gone = (torch.isin(channels, removed.get(group, channels[:0])) for group, channels in self.sources.items())
@@ -143,9 +137,8 @@ class ChannelGraph:
 
     def new_sizes(self, removed: Mapping[str, Tensor]) -> list[NewSize]:
         """Integer attributes that change when these channels go."""
-        # Sizes in the code are left there as long as they stay what they are.
-        changing = (size for size in self.sizes if size.attribute != SIZES or size.counts(removed))
-        return [size.without(removed) for size in changing]
+        anything = any(len(channels) for channels in removed.values())
+        return [size.without(removed) for size in self.sizes if anything or size.attribute != SIZES]
 
     def describe(self) -> str:
         """A table of the groups, with the totals and the notes of the trace below.

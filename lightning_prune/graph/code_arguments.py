@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lightning_prune
-from lightning_prune.model_state.code_sizes import Place, definition, own_class
+from lightning_prune.model_state.code_sizes import Place, can_follow, definition, own_class
 
 CALLS = ("reshape", "view", "expand", "split", "split_with_sizes")
 _OURS = tuple(Path(lightning_prune.__file__).parent / room for room in ("graph", "model_state"))
@@ -32,19 +32,20 @@ class Call:
     code: CodeType
     instruction: int
 
-    def keys(self) -> dict[int | None, str]:
-        """The keys of the sizes that it passes, by position; None: it passes one that is no tuple."""
+    def places(self) -> dict[int | None, Place]:
+        """Where the sizes that it passes stand, by position; None: it passes one that is no tuple."""
         found = {}
         for position, expression in _arguments(self.code, self.instruction):
             line = expression.lineno - self.code.co_firstlineno
             here = Place(self.method, self.function, line, expression.col_offset, ast.unparse(expression))
-            found[position] = here.key
+            if here.text != "-1":
+                found[position] = here
         return found
 
-    def key(self, dim: int, rank: int) -> str | None:
-        """That of the size of one dimension of so many."""
-        keys = self.keys()
-        return keys.get(dim, keys.get(dim - rank, keys.get(None) if rank == 1 else None))
+    def place(self, dim: int, rank: int) -> Place | None:
+        """Where the size of one dimension of so many stands."""
+        places = self.places()
+        return places.get(dim, places.get(dim - rank, places.get(None) if rank == 1 else None))
 
 
 def running_call(module: nn.Module) -> Call | None:
@@ -55,7 +56,7 @@ def running_call(module: nn.Module) -> Call | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
         frame = frame.f_back
-    if frame is None:
+    if frame is None or not can_follow(module):
         return None
     code, method, function = frame.f_code, frame.f_code, ""
     if not _is_method(module, code):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.code_arguments import Call
+from lightning_prune.graph.labels import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,24 @@ class Grid:
         return sizes
 
     def sizes_in_code(self, axis: int) -> list[CodeSize]:
-        """The numbers that the code passes along and that follow if the axis is shortened."""
-        if self.call is None or self.exact or axis >= len(self.dims):
+        """The numbers that the code passes along, if the axis is shortened: that one follows, the others stay."""
+        if self.call is None or self.exact:
             return []
-        slices, dim = self.rows(axis)[0][:, 0], self.dims[axis]
-        keys = self.call.keys().values() if dim is None else [self.call.key(dim, self.rank)]
-        return [CodeSize(slices, self.site, key=key) for key in keys if key is not None]
+        slices = self.rows(axis)[0][:, 0]
+        if None in self.dims:
+            return [CodeSize(slices, self.site, key=place.key) for place in self.call.places().values()]
+        found = []
+        for k, dim in enumerate(self.dims):
+            place = None if dim is None else self.call.place(dim, self.rank)
+            along = self.rows(k)[0][:, 0]
+            if place is None or (k != axis and not place.is_computed):
+                continue
+            # ``c * h * w``, ``n * heads``: a channel is there once for each position, or sample, whose number is free.
+            if place.is_computed and (k != axis or "*" in place.text) and len(along.unique()) < len(along):
+                continue
+            ids = slices if k == axis else torch.full_like(along, NO_LABEL)
+            found.append(CodeSize(ids, self.site, key=place.key))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +150,9 @@ class Split:
 
     def sizes_in_code(self) -> list[CodeSize]:
         """The numbers that the code passes along."""
-        keys = self.call.keys() if self.call is not None and self.listed else {}
+        places = self.call.places() if self.call is not None and self.listed else {}
         pieces = [self.ids[start:end] for start, end in self.intervals]
-        return [CodeSize(ids, self.site, key=keys[k]) for k, ids in enumerate(pieces) if k in keys]
+        return [CodeSize(ids, self.site, key=places[k].key) for k, ids in enumerate(pieces) if k in places]
 
     def sizes(self) -> list[CodeSize]:
         """The numbers that may say where the pieces lie."""

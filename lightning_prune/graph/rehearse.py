@@ -215,8 +215,14 @@ def _follow_widths(decisions: Decisions, draft: Draft, failure: Failure) -> bool
     """Whether attributes of the module, or of its caller, may have to follow what enters or leaves it."""
     for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][:2]:
         choice = decisions.choices.get(kind, Choice.AS_IS)
+        if kind in decisions.cleared:
+            continue
         if choice < Choice.WIDTHS:
             decisions.choices[kind] = Choice(max(choice + 1, Choice.INPUTS))
+            return True
+        if choice is Choice.WIDTHS:  # in vain, or for the worse: a list of numbers that are no widths
+            decisions.choices[kind] = Choice.AS_IS
+            decisions.cleared.add(kind)
             return True
     return False
 

@@ -25,6 +25,7 @@ from torch import nn
 from lightning_prune.errors import PruningError
 
 SIZES = "sizes_in_code"
+_ORIGINALS: dict[CodeType, CodeType] = {}  # of functions compiled here
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Place:
         called = f">{self.function}" if self.function else ""
         return f"{self.method}{called}+{self.line}:{self.column} {self.text}"
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether names stand there, and not numbers alone."""
+        return any(character.isalpha() for character in self.text)
+
     @classmethod
     def read(cls, key: str) -> Place:
         """From its key."""
@@ -50,6 +56,8 @@ class Place:
         names, _, position = where.rpartition("+")
         method, _, function = names.partition(">")
         line, _, column = position.partition(":")
+        if not (line.isdecimal() and column.isdecimal()):
+            raise PruningError(f"{key!r} names no place in the code")
         return cls(method, function, int(line), int(column), text)
 
 
@@ -70,13 +78,13 @@ def unfollow_(module: nn.Module) -> None:
         module.__class__ = own_class(module)
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> Any:
     """The class that the user gave it."""
     return getattr(type(module), "_own_class", type(module))
 
 
 @functools.cache
-def following(own: type[nn.Module], keys: frozenset[str]) -> type[nn.Module]:
+def following(own: Any, keys: frozenset[str]) -> Any:
     """A class whose code reads the sizes of these keys from an attribute."""
     body: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     body |= {"_own_class": own, "__reduce_ex__": _reduce, "__prepare_scriptable__": _refuse_script}
@@ -86,13 +94,18 @@ def following(own: type[nn.Module], keys: frozenset[str]) -> type[nn.Module]:
     return type(own.__name__, (own,), body)
 
 
+def can_follow(module: nn.Module) -> bool:
+    """Whether a class can be made of its own: none that would be registered somewhere in place of the user's."""
+    return not any("__init_subclass__" in vars(kind) for kind in own_class(module).__mro__[:-1])
+
+
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:  # noqa: ARG001
     own, state = own_class(module), vars(module)
-    state = own.__getstate__(module) if hasattr(own, "__getstate__") else state  # type: ignore[attr-defined]
+    state = own.__getstate__(module) if hasattr(own, "__getstate__") else state
     return _made, (own, tuple(sorted(vars(module)[SIZES]))), state
 
 
-def _made(own: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
+def _made(own: Any, keys: tuple[str, ...]) -> Any:
     kind = following(own, frozenset(keys))
     return kind.__new__(kind)
 
@@ -112,15 +125,31 @@ def _tree(filename: str) -> ast.Module | None:
         return None
 
 
-@functools.cache
 def definition(code: CodeType) -> ast.FunctionDef | None:
-    """The definition in the source; None where there is no source, or it is decorated or of another file."""
+    """The definition in the source; None where there is none that compiles to this code, or it is decorated."""
+    found = _defined(_ORIGINALS.get(code, code))
+    return found and found[0]
+
+
+@functools.cache
+def _defined(code: CodeType) -> tuple[ast.FunctionDef, str] | None:
+    """The definition, and the name of the class around it."""
     tree = _tree(code.co_filename)
-    found = [
-        node for node in (ast.walk(tree) if tree else ())
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name and node.lineno == code.co_firstlineno
-    ]  # fmt: skip
-    return found[0] if len(found) == 1 else None
+    for scope in ast.walk(tree) if tree else ():
+        for node in ast.iter_child_nodes(scope):
+            if isinstance(node, ast.FunctionDef) and (node.name, node.lineno) == (code.co_name, code.co_firstlineno):
+                owner = scope.name if isinstance(scope, ast.ClassDef) else "_"
+                return (node, owner) if _same(_compile(node, code, owner), code) else None
+    return None
+
+
+def _same(first: CodeType, second: CodeType) -> bool:
+    """Whether both do the same; a file may have been edited since it was imported."""
+    one, other = (
+        (code.co_code, code.co_names, code.co_varnames, [c for c in code.co_consts if not isinstance(c, CodeType)])
+        for code in (first, second)
+    )
+    return one == other
 
 
 class _Replaces(ast.NodeTransformer):
@@ -177,10 +206,10 @@ def _compiled(
     becomes_method: bool,
 ) -> FunctionType:
     """The function compiled anew, with sizes replaced."""
-    code, found = original.__code__, definition(original.__code__)
+    code, found = original.__code__, _defined(original.__code__)
     if found is None:
         raise PruningError(f"the source of {original.__qualname__}, whose code holds sizes, is not to be found")
-    tree = copy.deepcopy(found)
+    tree, owner = copy.deepcopy(found)
     arguments = tree.args.posonlyargs or tree.args.args
     me = "self" if becomes_method else arguments[0].arg
     replaces = _Replaces(code.co_firstlineno, me, places, functions)
@@ -191,16 +220,41 @@ def _compiled(
         )
     if becomes_method:
         arguments.insert(0, ast.copy_location(ast.arg("self"), tree))
-    # Names like __x are another's outside of the class, and cells are those of the function around it.
-    owner = original.__qualname__.rpartition(".")[0].rpartition(".")[2]
-    around = ast.parse(f"def around({', '.join(set(code.co_freevars) - {'__class__'})}):\n class {owner or '_'}: pass")
-    around.body[0].body[0].body = [tree]  # type: ignore[attr-defined]
-    new = _nested(compile(around, code.co_filename, "exec", dont_inherit=True), code)
+    new = _compile(tree, code, owner)
     cells = dict(zip(code.co_freevars, original.__closure__ or (), strict=True))
     closure = tuple(cells[name] for name in new.co_freevars)
     made = FunctionType(new, original.__globals__, original.__name__, original.__defaults__, closure)
     made.__kwdefaults__ = original.__kwdefaults__
-    return functools.update_wrapper(made, original, updated=())
+    _ORIGINALS[new] = code
+    functools.update_wrapper(made, original, updated=())
+    return made
+
+
+def _compile(tree: ast.FunctionDef, code: CodeType, owner: str) -> CodeType:
+    """The code of a definition in the place of another.
+
+    In a class, for names like ``__x``, with the same free names, and below the imports of its file, whose names Python
+    compiles in another way.
+    """
+    free = ", ".join(sorted(set(code.co_freevars) - {"__class__"}))
+    around = ast.parse(f"def around({free}):\n class {owner}: pass")
+    around.body[0].body[0].body = [tree]  # type: ignore[attr-defined]
+    around.body[:0] = _imports(code.co_filename)
+    return _nested(compile(around, code.co_filename, "exec", dont_inherit=True), code)
+
+
+@functools.cache
+def _imports(filename: str) -> list[ast.stmt]:
+    """Those at the top of a file, also under conditions."""
+    found: list[ast.stmt] = []
+    to_do: list[ast.AST] = [_tree(filename) or ast.Module([], [])]
+    while to_do:
+        for node in ast.iter_child_nodes(to_do.pop()):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found.append(node)
+            elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+                to_do.append(node)
+    return sorted(found, key=lambda node: node.lineno)
 
 
 def _nested(code: CodeType, wanted: CodeType) -> CodeType:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from lightning_prune.model_state.attention import fit_attention_
 from lightning_prune.model_state.code_sizes import SIZES, follow_, unfollow_
 from lightning_prune.model_state.optimizer_state import change_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
@@ -150,15 +151,18 @@ def update_attributes_(model: nn.Module) -> None:
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
     update_recurrent_(model)
+    fit_attention_(model)
 
 
 class Undo:
     """Puts back submodules, parameters, buffers, integer attributes and optimizer state of a model."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        self.model = model
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.places = places_of(model)
         self.attributes = [(module, sizes_of(module), vars(module).get(SIZES)) for module in model.modules()]
+        self.nested = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
         self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
@@ -175,6 +179,9 @@ class Undo:
             if in_code is not None:
                 follow_(module, in_code)
             vars(module).update(sizes)
+        for encoder, nested in self.nested:
+            encoder.use_nested_tensor = nested
+        fit_attention_(self.model)
         for module, name, value in self.computed:
             setattr(module, name, value)
         for state, before in self.states:

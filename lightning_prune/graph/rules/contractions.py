@@ -10,6 +10,7 @@ from lightning_prune.graph.elementwise import Operand, combine, parameter_operan
 from lightning_prune.graph.label_space import Contraction
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
+from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
 def convolution(call: OperatorCall) -> TensorInfo:
@@ -33,6 +34,8 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
     l_info, r_info = call.info(left), call.info(right)
+    if left.dim() == 3 and isinstance(next(iter(call.recorder.modules.stack[-1:]), None), NarrowMultiheadAttention):
+        l_info, r_info = (_across_heads(call, info) for info in (l_info, r_info))
     row, column = left.dim() - 2, left.dim() - 1
     alone = any(labels.dims == (dim,) for info, dim in ((l_info, column), (r_info, row)) for labels in info.labels)
     l_inner, l_free = _inner_and_free(call, l_info, left.shape, column, alone)
@@ -56,6 +59,11 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
         operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
     info = TensorInfo(combine(call, operands, any).labels, l_info.data or r_info.data)
     return _add_bias(call, info, added, channel_dim=column)
+
+
+def _across_heads(call: OperatorCall, info: TensorInfo) -> TensorInfo:
+    """All heads, (batch * heads, n, m), get narrower alike: what lies at the same place of each goes together."""
+    return info.with_labels(folded for one in info.labels if (folded := call.fold(one, (1, 2))) is not None)
 
 
 def vector_product(call: OperatorCall) -> TensorInfo:
