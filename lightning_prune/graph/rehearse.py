@@ -170,8 +170,8 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
     own = failure.stack[:1] or ("",)
     for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
         kind = draft.places.get(path)
-        if kind is not None and failure.other_size:
-            decisions.sized.add(kind)
+        if kind is not None:
+            (decisions.sized.add if failure.other_size else decisions.sized.discard)(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
             decisions.advance(kind, path, draft, model)
             return

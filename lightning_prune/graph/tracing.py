@@ -76,6 +76,11 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         if remembered(copied) != before and not new:  # the next runs take other paths: those count
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
+        if (
+            narrow := tracer.space.whole & tracer.space.met
+        ):  # the number of these heads is fixed, perhaps not their width
+            tracer = _Tracer(copied, statistics, frozenset(narrow))
+            ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
     tracer.meet_unreached()
     with torch.inference_mode(False):
@@ -85,10 +90,10 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
 class _Tracer:
     """One label space filled by one or several runs of the same model."""
 
-    def __init__(self, model: nn.Module, statistics: bool) -> None:
+    def __init__(self, model: nn.Module, statistics: bool, narrow: frozenset[str] = frozenset()) -> None:
         self.model = model
         self.statistics = statistics
-        self.space = LabelSpace()
+        self.space = LabelSpace(narrow=narrow)
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.reached: set[str] = set()  # not merely averaged, or counted in a penalty on weights

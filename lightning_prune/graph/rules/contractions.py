@@ -34,7 +34,7 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
     l_info, r_info = call.info(left), call.info(right)
-    if left.dim() == 3 and isinstance(next(iter(call.recorder.modules.stack[-1:]), None), NarrowMultiheadAttention):
+    if left.dim() == 3 and _narrows_heads(call):
         l_info, r_info = (_across_heads(call, info) for info in (l_info, r_info))
     row, column = left.dim() - 2, left.dim() - 1
     alone = any(labels.dims == (dim,) for info, dim in ((l_info, column), (r_info, row)) for labels in info.labels)
@@ -61,9 +61,15 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     return _add_bias(call, info, added, channel_dim=column)
 
 
+def _narrows_heads(call: OperatorCall) -> bool:
+    """Whether the heads of an attention get narrower, instead of fewer."""
+    inside = call.recorder.modules.stack[-1:]
+    return call.site.kind in call.space.narrow or any(isinstance(one, NarrowMultiheadAttention) for one in inside)
+
+
 def _across_heads(call: OperatorCall, info: TensorInfo) -> TensorInfo:
     """All heads, (batch * heads, n, m), get narrower alike: what lies at the same place of each goes together."""
-    return info.with_labels(folded for one in info.labels if (folded := call.fold(one, (1, 2))) is not None)
+    return info.with_labels(call.fold(one, (1, 2)) or one for one in info.labels)
 
 
 def vector_product(call: OperatorCall) -> TensorInfo:
@@ -204,6 +210,8 @@ def _inner_and_free(
     free: list[Labels] = []
     for labels in info.labels:
         summed = inner in labels.dims and (alone or labels.dims == (inner,))
+        if inner in labels.dims and not summed:
+            call.space.whole.add(call.site.kind)
         folded = call.fold(labels, {inner} if summed else {*labels.dims} - {inner})
         if folded is not None:
             (along if summed else free).append(folded)
