@@ -79,10 +79,10 @@ def _beside_fixed(call: OperatorCall, operands: Sequence[Operand], part: Indexed
     }  # fmt: skip
     if not fixed:
         return [part]
-    held = [one for _, one in part if fixed.issuperset(one.dims)]
-    if held:
+    held = [(index, one) for index, one in part if fixed.issuperset(one.dims)]
+    if any(operands[index].info.data for index, _ in held):
         call.space.met.add(call.site.kind)
-    call.freeze(held, f"meets a tensor of fixed size in {call.where}")
+    call.freeze([one for _, one in held], f"meets a tensor of fixed size in {call.where}")
     free = [(index, call.fold(one, {*one.dims} - fixed)) for index, one in part if not fixed.issuperset(one.dims)]
     return _overlapping([(index, one) for index, one in free if one is not None])
 
