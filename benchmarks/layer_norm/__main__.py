@@ -144,7 +144,9 @@ def _shares(pair: list[float]) -> str:
 
 
 def _error(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.0e}"
+    if value is None:
+        return MISSING
+    return f"{value:.0e}" if value < 1e-3 else f"{value:.2f}"
 
 
 def _spread(row: Row) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from benchmarks.layer_norm import __main__ as script
 from benchmarks.layer_norm import families
 from benchmarks.layer_norm.accuracy import FILES, Letters, network
 from benchmarks.zoo.models import randomise_
+
+ROOT = Path(__file__).parents[2]
 
 
 class OneGroup(nn.Sequential):
@@ -135,3 +139,15 @@ def test_a_family_whose_library_is_missing_is_passed_over(
     assert "Other" not in (tmp_path / "page.md").read_text("utf-8")
     script.main(["page", *argv])
     assert "| ConvNeXt | 0.2 |" in (tmp_path / "page.md").read_text("utf-8")
+
+
+def test_the_page_shows_the_figures_of_the_results() -> None:
+    def table_rows(path: str) -> list[list[str]]:
+        lines = (ROOT / path).read_text("utf-8").splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| [^-]", line)]
+
+    measured = table_rows("benchmarks/results/layer_norm.md")
+    shown = table_rows("docs/layer-norm.md")
+    assert len(shown) >= 20
+    for cells in shown[1:]:
+        assert any(cells[0] == row[0] and not Counter(cells) - Counter(row) for row in measured), cells
