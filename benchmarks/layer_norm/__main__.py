@@ -2,7 +2,7 @@
 
 Run from the repository's root: ``python -m benchmarks.layer_norm families`` (three minutes; timm and transformers where
 they are installed), ``python -m benchmarks.layer_norm accuracy --data runs/data/letters`` (fifteen minutes on one
-thread). Rows that ``--rows`` holds already are not measured again; ``--out`` is written from all of them.
+thread). Rows that ``--rows`` holds already are not measured again, but with ``--redo``; ``--out`` is written from all.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lightning_prune.report.table import MISSING, Table
 
 
 class Rows:
-    """Rows by key, each on disk as soon as it is measured."""
+    """Rows by key, the last one of each; on disk as soon as they are measured."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, redo: bool = False) -> None:
+        self.path, self.redo = path, redo
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         self.found: dict[str, Row] = {row["key"]: row for row in map(json.loads, lines)}
 
     def measure(self, key: str, function: Callable[[], Row]) -> None:
         """Unless the row is there."""
-        if key not in self.found:
+        if self.redo or key not in self.found:
             self.found[key] = {"key": key, **function()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
@@ -56,7 +56,7 @@ def measure_families(rows: Rows, only: str) -> None:
 def measure_accuracy(rows: Rows, options: argparse.Namespace) -> None:
     """The dense network's row and one per criterion, budget and way."""
     letters, dense = Letters.read(options.data), network()
-    weights = options.rows.with_name(f"{options.rows.stem}_dense.pt")
+    weights = options.weights
     if weights.exists():
         dense.load_state_dict(torch.load(weights, weights_only=True))
     else:
@@ -157,7 +157,9 @@ def _spread(row: Row) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("families", "accuracy", "page"))
-    parser.add_argument("--rows", type=Path, default=Path("runs/layer_norm.jsonl"))
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/layer_norm.jsonl"))
+    parser.add_argument("--redo", action="store_true")
+    parser.add_argument("--weights", type=Path, default=Path("runs/layer_norm_dense.pt"), help="of the dense network")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layer_norm.md"))
     parser.add_argument("--only", default="", help="families whose name contains this")
     parser.add_argument("--data", type=Path, default=Path("runs/data/letters"), help="EMNIST Letters as four IDX files")
@@ -170,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    rows = Rows(options.rows)
+    rows = Rows(options.rows, redo=options.redo)
     if options.part == "families":
         measure_families(rows, options.only)
     elif options.part == "accuracy":

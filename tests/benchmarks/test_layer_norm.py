@@ -102,7 +102,17 @@ def test_missing_letters_are_named(tmp_path: Path) -> None:
 def test_accuracy_from_end_to_end_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, out, data = tmp_path / "made" / "rows.jsonl", tmp_path / "page.md", write_letters(tmp_path / "letters")
     sizes = ["--epochs", "1", "--tune-epochs", "1", "--seeds", "2", "--budgets", "0.5", "0.1", "--criteria", "l1"]
-    argv = ["accuracy", "--data", str(data), "--rows", str(rows), "--out", str(out), *sizes]
+    files = [
+        "--data",
+        str(data),
+        "--rows",
+        str(rows),
+        "--out",
+        str(out),
+        "--weights",
+        str(tmp_path / "made" / "dense.pt"),
+    ]
+    argv = ["accuracy", *files, *sizes]
     script.main(argv)
     found = {row["key"]: row for row in map(json.loads, rows.read_text("utf-8").splitlines())}
     exact, lossy = found["accuracy l1 0.5 exact"], found["accuracy l1 0.5 statistics"]
@@ -137,6 +147,11 @@ def test_a_family_whose_library_is_missing_is_passed_over(
     assert "Other: No module named 'timm'" in capsys.readouterr().out
     assert "| ConvNeXt | 0.2 |" in (tmp_path / "page.md").read_text("utf-8")
     assert "Other" not in (tmp_path / "page.md").read_text("utf-8")
+    monkeypatch.setattr(script, "family", lambda build: families.family(build, side=8) | {"params": 9_900_000})
+    script.main(["families", *argv, "--only", "ConvNeXt"])
+    assert "| ConvNeXt | 0.2 |" in (tmp_path / "page.md").read_text("utf-8")
+    script.main(["families", *argv, "--only", "Net", "--redo"])
+    assert "| Net | 9.9 |" in (tmp_path / "page.md").read_text("utf-8")
     script.main(["page", *argv])
     assert "| ConvNeXt | 0.2 |" in (tmp_path / "page.md").read_text("utf-8")
 
