@@ -6,7 +6,7 @@
     python -m benchmarks.zoo --part 1/4 --limit-seconds 3000
     python -m benchmarks.zoo report                       # Markdown from the results file
     python -m benchmarks.zoo report --only torchvision/
-    python -m benchmarks.zoo --suite users --write benchmarks/results/users_zoo.md    # the users' zoo, see below
+    python -m benchmarks.zoo --suite users --workers 2 --write benchmarks/results/users_zoo.md    # the users' zoo
     python -m benchmarks.zoo list --suite users
 
 The models' libraries are no dependencies of the project. In an environment of their own: ``pip install -e . --group zoo
@@ -15,12 +15,8 @@ without a display), and ``pip install torch-pruning==1.6.1`` for ``--peer``. A s
 and reporting need none.
 
 ``--suite all`` is torchvision and timm. ``--suite users`` is the users' zoo: a suite for each library in
-`benchmarks.zoo.users`, of which a model may be one that people write themselves (audio). Both cores of a small machine
-are kept busy by two parts, which may share the results file::
-
-    for i in 1 2; do
-        python -m benchmarks.zoo --suite users --part $i/2 --write benchmarks/results/users_zoo.md &
-    done; wait
+`benchmarks.zoo.users`, of which audio has models that people write themselves. Several runs, each with its ``--part``,
+may share a results file.
 
 Every model gets random weights, and random batch-norm statistics, biases and layer scales (`models.randomise_`).
 Then: trace; L1 scores, half of every layer (``--ratio``), joint; reconstruct; copy, pickle, state dict into a second

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--write", type=Path, metavar="FILE", help="the report goes there, after a run too")
     add("--seconds-per-model", type=float, default=300.0)
     add("--seconds-for-peer", type=float, default=120.0, help="for the peer, in addition")
+    add("--workers", type=int, default=1, help="models at a time, each on one core")
     add("--limit-seconds", type=float, help="start no new model after this time")
     add("--memory-gib", type=float, default=12.0, help="memory limit of the worker")
     given = parser.parse_args(argv)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.zoo import measure, users
+from benchmarks.zoo import measure, runner, users
 from benchmarks.zoo.__main__ import main
 from benchmarks.zoo.families import SUITES, Entry, entries
 from benchmarks.zoo.measure import Options, sweep_one
@@ -131,6 +133,39 @@ def test_an_error_at_the_other_size_is_wrong(of_our_own, monkeypatch) -> None:
     found = sweep_one(of_our_own(Paired), Options())
     assert found["outcome"] == "wrong: relative error 5.0e-01"
     assert found["prune"] == "pruned"  # what the user would get
+
+
+class Slow:
+    """In place of a worker process."""
+
+    def __init__(self, *_: object) -> None:
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.thread == threading.get_ident()
+
+    def run(self, entry: Entry, *_: object) -> dict:
+        time.sleep(0.02)
+        return {**row(entry.name), "key": entry.key, "thread": self.thread}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_the_models(workers: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Worker", Slow)
+    path = tmp_path / "rows.jsonl"
+    main(["--suite", "audio", "--results", str(path), "--workers", str(workers)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(found["key"] for found in rows) == sorted(entry.key for entry in entries("audio"))
+    assert len({found["thread"] for found in rows}) == workers
+
+
+def test_no_model_is_begun_when_time_is_up(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(runner, "Worker", Slow)
+    main(["--suite", "audio", "--results", str(tmp_path / "rows.jsonl"), "--limit-seconds", "0", "--workers", "2"])
+    assert f"time is up; {len(entries('audio'))} models left" in capsys.readouterr().out
 
 
 def test_report_says_how_much_went_and_what_holds_the_rest() -> None:

@@ -50,7 +50,6 @@ MODELS = {
     "FBCNN": _cnn("FBCNN.__arch.FBCNN", "FBCNN", LARGE, nb=1),
     "MoSR": _cnn("MoSR.__arch.mosr_arch", "MoSR", n_block=6),
     "MoESR": _cnn("MoESR.__arch.MoESR", "MoESR", n_blocks=3, n_block=2),
-    "SeemoRe": _cnn("SeemoRe.__arch.seemore_arch", "SeemoRe", scale=2, num_layers=3),
     "SwiftSRGAN": _cnn("SwiftSRGAN.__arch.SwiftSRGAN", "Generator", num_blocks=6),
     "RealCUGAN-2x": _cnn("RealCUGAN.__arch.upcunet_v3", "UpCunet2x", LARGE),
     "RealCUGAN-4x": _cnn("RealCUGAN.__arch.upcunet_v3", "UpCunet4x", LARGE),

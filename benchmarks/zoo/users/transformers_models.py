@@ -147,8 +147,8 @@ MODELS = {
                   num_labels=10),
     "hiera": _model("Hiera", "HieraForImageClassification", "transformer", PIXELS, image_size=[64, 64], embed_dim=48,
                     depths=[1, 2, 3, 2], num_labels=10),
-    "dpt": _model("DPT", "DPTForSemanticSegmentation", "hybrid", **VIT, is_hybrid=False, backbone_out_indices=[0, 2, 4, 5],
-                  neck_hidden_sizes=[48, 96, 192, 192], fusion_hidden_size=64),
+    "dpt": _model("DPT", "DPTForSemanticSegmentation", "hybrid", **VIT, is_hybrid=False,
+                  backbone_out_indices=[0, 2, 4, 5], neck_hidden_sizes=[48, 96, 192, 192], fusion_hidden_size=64),
     "depth_anything": _model(
         "DepthAnything", "DepthAnythingForDepthEstimation", "hybrid", patch_size=8, reassemble_hidden_size=192,
         neck_hidden_sizes=[48, 96, 192, 192], fusion_hidden_size=64, head_in_index=-1,
