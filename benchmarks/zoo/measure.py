@@ -177,7 +177,8 @@ def _trace(session: Session, model: nn.Module, inputs: Any, before: list[torch.T
 def _state(model: nn.Module) -> list[Any]:
     """Modes, hooks, gradients, flags, random state and buffers' values, comparable."""
     hooks = [
-        sum(len(value) for name, value in vars(module).items() if name.endswith("_hooks")) for module in model.modules()
+        sum(len(value or ()) for name, value in vars(module).items() if name.endswith("_hooks"))
+        for module in model.modules()
     ]
     hooks += [len(p._backward_hooks or ()) for p in model.parameters()]
     buffers = [b.detach().double().nan_to_num().sum().item() for b in model.buffers()]

@@ -35,7 +35,8 @@ def _build(decoder: str, encoder: str) -> nn.Module:
 
 def _model(decoder: str, encoder: str) -> Model:
     kind = "hybrid" if encoder.startswith(TRANSFORMERS) else "cnn"
-    return Model(partial(_build, decoder, encoder), decoder, kind)
+    sizes = ((128, 128), (160, 128), (192, 192)) if decoder == "PAN" else ((64, 64), (96, 64), (96, 96))
+    return Model(partial(_build, decoder, encoder), decoder, kind, sizes)
 
 
 MODELS = {
