@@ -38,5 +38,6 @@ function makes of it.
 Rows go to ``benchmarks/results/zoo.jsonl`` (``--results``), one JSON object a line, and what models print to
 ``zoo.log`` beside it; ``--write`` writes the report of all rows of the suite. Models run in a worker process with time
 limits (``--seconds-per-model``, then ``--seconds-for-peer``) and a memory limit (``--memory-gib``); after a crash a new
-one goes on with the next model. A model with a row is not run again.
+one goes on with the next model. A model with a row is not run again, unless ``--redo``, or ``--retry`` if it was not
+pruned.
 """

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=1, help="rounds of the timing against the peer")
     add("--ratio", type=float, default=0.5, help="share of every layer that is removed")
     add("--redo", action="store_true", help="also models that have a row")
+    add("--retry", action="store_true", help="also models whose row says that they were not pruned")
     add("--results", type=Path, default=RESULTS)
     add("--write", type=Path, metavar="FILE", help="the report goes there, after a run too")
     add("--seconds-per-model", type=float, default=300.0)

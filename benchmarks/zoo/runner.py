@@ -53,6 +53,8 @@ def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace)
     path, limit = given.results, given.limit_seconds
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {} if given.redo else read_rows(path)
+    if given.retry:
+        known = {key: row for key, row in known.items() if row["outcome"] == "pruned"}
     todo = [entry for entry in entries if not is_done(known.get(entry.key), options)]
     print(f"{len(todo)} models to do; results in {path}", flush=True)
     start, lock, left = time.monotonic(), threading.Lock(), enumerate(todo, 1)

@@ -46,6 +46,7 @@ class Paired(nn.Module):
     def __init__(self, *, strict: bool = False, single: bool = False) -> None:
         super().__init__()
         self.first, self.second, self.strict, self.single = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), strict, single
+        self.feature_hooks = None  # as in timm's features
 
     def forward(self, image: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.strict and image.shape[2] != 8:
@@ -160,6 +161,17 @@ def test_workers_share_the_models(workers: int, tmp_path: Path, monkeypatch) -> 
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(found["key"] for found in rows) == sorted(entry.key for entry in entries("audio"))
     assert len({found["thread"] for found in rows}) == workers
+
+
+def test_what_was_not_pruned_is_tried_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Worker", Slow)
+    path = tmp_path / "rows.jsonl"
+    outcomes = {entry.key: "error: x" if entry.name == "M5" else "pruned" for entry in entries("audio")}
+    path.write_text("".join(json.dumps({"key": k, "outcome": v}) + "\n" for k, v in outcomes.items()))
+    main(["--suite", "audio", "--results", str(path)])
+    assert len(path.read_text().splitlines()) == len(outcomes)
+    main(["--suite", "audio", "--results", str(path), "--retry"])
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()[len(outcomes) :]] == ["audio/M5"]
 
 
 def test_no_model_is_begun_when_time_is_up(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
