@@ -249,7 +249,8 @@ def _in_double(session: Session, case: Case) -> nn.Module:
     """The model in float64; as it is if it does not run in that type, which the row then says."""
     model = copy.deepcopy(case.model).double()
     try:
-        outputs(model, to_double(case.inputs))
+        for inputs in (case.inputs, *case.others.values()):
+            outputs(model, to_double(inputs))
     except Exception:  # noqa: BLE001 - whatever it raises
         session.row["dtype"] = "float32"
         return case.model
