@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import benchmarks.zoo
 from benchmarks.zoo import runner
-from benchmarks.zoo.families import SUITES, entries
+from benchmarks.zoo.families import SUITES, entries, suites_of
 from benchmarks.zoo.report import report
+from benchmarks.zoo.users import LIBRARIES
 
 RESULTS = runner.ROOT / "benchmarks" / "results" / "zoo.jsonl"
 
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("command", nargs="?", default="run", choices=("run", "report", "list", "worker"))
     add("--report", action="store_true", help="the same as the command report")
-    add("--suite", default="all", choices=(*SUITES, "all"))
+    add("--suite", default="all", choices=(*SUITES, "all", *LIBRARIES, "users"))
     add("--only", metavar="TEXT", help="models whose key (suite/name) contains this text")
     add("--part", metavar="I/N", help="the i-th of n interleaved parts")
     add("--peer", action="store_true", help="Torch-Pruning 1.6.1 beside it")
@@ -31,9 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=1, help="rounds of the timing against the peer")
     add("--ratio", type=float, default=0.5, help="share of every layer that is removed")
     add("--redo", action="store_true", help="also models that have a row")
+    add("--retry", action="store_true", help="also models whose row says that they were not pruned")
     add("--results", type=Path, default=RESULTS)
+    add("--write", type=Path, metavar="FILE", help="the report goes there, after a run too")
     add("--seconds-per-model", type=float, default=300.0)
     add("--seconds-for-peer", type=float, default=120.0, help="for the peer, in addition")
+    add("--workers", type=int, default=1, help="models at a time, each on one core")
     add("--limit-seconds", type=float, help="start no new model after this time")
     add("--memory-gib", type=float, default=12.0, help="memory limit of the worker")
     given = parser.parse_args(argv)
@@ -41,9 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         runner.work(given.memory_gib)
         return
     if given.report or given.command == "report":
-        rows = runner.read_rows(given.results).values()
-        chosen = [row for row in rows if given.suite in ("all", row["suite"]) and (given.only or "") in row["key"]]
-        print(report(chosen))
+        _write(report(_chosen(given)), given.write)
         return
     found = entries(given.suite, given.only, given.part)
     if given.command == "list":
@@ -53,6 +56,23 @@ def main(argv: list[str] | None = None) -> None:
 
     options = Options(given.peer, given.export, given.memory, given.repeats, given.ratio)
     runner.sweep(found, options, given)
+    if given.write:
+        _write(report(_chosen(given)), given.write)
+
+
+def _chosen(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the suites and models asked for."""
+    suites = suites_of(given.suite)
+    rows = runner.read_rows(given.results).values()
+    return [row for row in rows if row["suite"] in suites and (given.only or "") in row["key"]]
+
+
+def _write(text: str, path: Path | None) -> None:
+    """To a file, or to standard output."""
+    if path is None:
+        print(text)
+    else:
+        path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.zoo import users
+
 SUITES = ("torchvision", "segmentation", "detection", "timm")
 
 #: Convolutional networks: no attention over tokens. Some normalise over channels (convnext, focalnet).
@@ -170,10 +172,20 @@ def _torchvision_kind(name: str) -> str:
 
 def entries(suite: str = "all", only: str | None = None, part: str | None = None) -> list[Entry]:
     """Models of a suite (or all), whose key contains ``only``, the i-th of n interleaved parts."""
-    suites = SUITES if suite == "all" else (suite,)
-    found = [entry for name in suites for entry in (timm_entries() if name == "timm" else torchvision_entries(name))]
+    found = [entry for name in suites_of(suite) for entry in _entries(name)]
     found = [entry for entry in found if only is None or only in entry.key]
     return _part(found, part)
+
+
+def suites_of(suite: str) -> tuple[str, ...]:
+    """The suites that a word of the command line stands for."""
+    return {"all": SUITES, "users": users.LIBRARIES}.get(suite, (suite,))
+
+
+def _entries(suite: str) -> list[Entry]:
+    if suite in users.LIBRARIES:
+        return [Entry(suite, name, model.family, model.kind) for name, model in users.models(suite).items()]
+    return timm_entries() if suite == "timm" else torchvision_entries(suite)
 
 
 def _part(found: Iterable[Entry], part: str | None) -> list[Entry]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
-import io
-import pickle
 import re
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +18,21 @@ from torch import nn
 
 import lightning_prune as lp
 from benchmarks.zoo import peer
+from benchmarks.zoo.checks import copies, export, memory
 from benchmarks.zoo.families import Entry
-from benchmarks.zoo.models import Case, RawHeads, call, equal, outputs, prepare, to_double, told, train_step
+from benchmarks.zoo.models import (
+    Case,
+    RawHeads,
+    call,
+    equal,
+    is_users,
+    label,
+    outputs,
+    prepare,
+    to_double,
+    told,
+    train_step,
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -81,7 +91,7 @@ def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lamb
         except Exception as error:  # noqa: BLE001
             row["outcome"] = f"error: the dense model: {told(error)}"
             return row
-        row |= {"size": case.size, "dense_trains": case.trains}
+        row |= {"size": list(case.size) if isinstance(case.size, tuple) else case.size, "dense_trains": case.trains}
         try:
             row["outcome"] = _ours(session, case)
         except RefusedError as error:
@@ -90,6 +100,9 @@ def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lamb
             row["outcome"] = f"refused: {told(error)}"
         except Exception as error:  # noqa: BLE001
             row["outcome"] = f"error: {told(error)}"
+            row["traceback"] = traceback.format_exc(limit=-6)
+        if row["outcome"].startswith(("wrong", "error")):
+            row["prune"] = _as_users_see_it(entry, options)
         if options.peer:
             emit({**row, "peer": {"outcome": "error: crashed or ran out of time"}})
             del case
@@ -100,18 +113,31 @@ def sweep_one(entry: Entry, options: Options, emit: Callable[[Row], None] = lamb
     return row
 
 
+def _as_users_see_it(entry: Entry, options: Options) -> str:
+    """What `lightning_prune.prune`, which checks its own result, makes of a model that is wrong or fails here."""
+    case = prepare(entry)
+    try:
+        lp.prune(case.model, case.inputs, criterion=lp.L1(), ratio=options.ratio)
+    except lp.PruningError as error:
+        return f"refused: {told(error)}"
+    except Exception as error:  # noqa: BLE001
+        return f"error: {told(error)}"
+    return "pruned"
+
+
 def _ours(session: Session, case: Case) -> str:
     """Fill the row; returns the outcome."""
     row, model, inputs = session.row, case.model, case.inputs
     row["params"] = lp.measure.count_params(model, trainable=False)
     before = session.timed("forward", lambda: outputs(model, inputs))
     graph = _trace(session, model, inputs, before)
-    _describe(row, graph)
+    _describe(row, model, graph)
     scores = session.timed("score", lambda: lp.score(model, graph, lp.L1()))
     plan = session.timed("select", lambda: lp.LayerRatio(session.options.ratio).select(graph, scores))
     _check_small(session, case, session.timed("reconstruct", lambda: lp.reconstruct(model, graph, plan)), graph, plan)
+    row["removed"] = round(1 - row["params_after"] / row["params"], 4)
     row["shrunk_channels"] = round(plan.ratio, 4)
-    return session.timed("verify", lambda: _verify(session, model.double(), graph, plan, to_double(inputs)))
+    return session.timed("verify", lambda: _verify(session, case, graph, plan))
 
 
 def _check_small(session: Session, case: Case, small: nn.Module, graph: lp.ChannelGraph, plan: Any) -> None:
@@ -119,15 +145,15 @@ def _check_small(session: Session, case: Case, small: nn.Module, graph: lp.Chann
     model, inputs = case.model, case.inputs
     session.row["params_after"] = lp.measure.count_params(small, trainable=False)
     after = outputs(small, inputs)
-    session.check("copies", lambda: _copies(model, small, inputs, after, lambda: lp.reconstruct(model, graph, plan)))
+    session.check("copies", lambda: copies(model, small, inputs, after, lambda: lp.reconstruct(model, graph, plan)))
     # A detector's own count depends on how many boxes it happens to find.
     session.check("flops", lambda: [lp.measure.count_flops(session.heads(m), inputs) for m in (model, small)])
     session.check("train_step", lambda: train_step(small, inputs) if case.trains else None)
     small.zero_grad(set_to_none=True)
     if session.options.export:
-        session.check("export", lambda: _export(model, small.eval(), inputs))
+        session.check("export", lambda: export(model, small.eval(), inputs))
     if session.options.memory:
-        session.check("memory", lambda: _memory(model, inputs))
+        session.check("memory", lambda: memory(model, inputs))
 
 
 def _trace(session: Session, model: nn.Module, inputs: Any, before: list[torch.Tensor]) -> lp.ChannelGraph:
@@ -152,7 +178,8 @@ def _trace(session: Session, model: nn.Module, inputs: Any, before: list[torch.T
 def _state(model: nn.Module) -> list[Any]:
     """Modes, hooks, gradients, flags, random state and buffers' values, comparable."""
     hooks = [
-        sum(len(value) for name, value in vars(module).items() if name.endswith("_hooks")) for module in model.modules()
+        sum(len(value or ()) for name, value in vars(module).items() if name.endswith("_hooks"))
+        for module in model.modules()
     ]
     hooks += [len(p._backward_hooks or ()) for p in model.parameters()]
     buffers = [b.detach().double().nan_to_num().sum().item() for b in model.buffers()]
@@ -162,15 +189,27 @@ def _state(model: nn.Module) -> list[Any]:
     return [modes, hooks, buffers, flags, everywhere, torch.get_rng_state().tolist(), torch.is_grad_enabled()]
 
 
-def _describe(row: Row, graph: lp.ChannelGraph) -> None:
+def _describe(row: Row, model: nn.Module, graph: lp.ChannelGraph) -> None:
     prunable = [group for group in graph.groups if group.prunable]
     channels = sum(group.size for group in graph.groups)
     row["groups"], row["prunable_groups"] = len(graph.groups), len(prunable)
     row["prunable_share"] = round(sum(group.size for group in prunable) / channels, 4) if channels else 0.0
     row["reasons"] = dict(Counter(_kind_of(group.reason) for group in graph.groups if not group.prunable))
+    row["kept_by_reason"] = _kept(model, graph)
     row["notes"] = [note[:300] for note in graph.notes][:8]
     if not prunable:
         raise RefusedError(f"no group can be pruned: {row['reasons']}")
+
+
+def _kept(model: nn.Module, graph: lp.ChannelGraph) -> dict[str, float]:
+    """Share of the parameters in layers whose channels stay, by reason: the five largest."""
+    kept: Counter[str] = Counter()
+    for group in graph.groups:
+        if not group.prunable:
+            modules = [model.get_submodule(name) for name in {layer.name for layer in group.layers}]
+            kept[_kind_of(group.reason)] += sum(p.numel() for m in modules for p in m.parameters(recurse=False))
+    whole = sum(p.numel() for p in model.parameters())
+    return {reason: round(count / whole, 4) for reason, count in kept.most_common(5)}
 
 
 def _kind_of(reason: str | None) -> str:
@@ -179,81 +218,42 @@ def _kind_of(reason: str | None) -> str:
     return " ".join(text.split())[:160]
 
 
-def _copies(
-    model: nn.Module, small: nn.Module, inputs: Any, after: list[torch.Tensor], again: Callable[[], nn.Module]
-) -> bool | str:
-    """Deep copy, pickle, and a state dict loaded into a second reconstruction: the same outputs each."""
-    second = again()
-    for parameter in second.parameters():
-        parameter.data.fill_(0.1)
-    buffer = io.BytesIO()
-    torch.save(small.state_dict(), buffer)
-    buffer.seek(0)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    others = {"deep copy": copy.deepcopy(small), "state dict": second}
-    if _pickles(model):
-        others["pickle"] = pickle.loads(pickle.dumps(small))
-    differ = [f"{name} differs" for name, other in others.items() if not equal(after, outputs(other, inputs))]
-    return "; ".join(differ) or True
-
-
-def _pickles(model: nn.Module) -> bool:
-    """Whether the dense model can be pickled; only its structure matters."""
-    try:
-        pickle.dumps(model)
-    except Exception:  # noqa: BLE001
-        return False
-    return True
-
-
-def _export(model: nn.Module, small: nn.Module, inputs: Any) -> bool | None:
-    """True if the reconstructed model exports; None if the dense one does not either."""
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    try:
-        torch.export.export(model.eval(), args, strict=False)
-    except Exception:  # noqa: BLE001
-        return None
-    program = torch.export.export(small, args, strict=False)
-    with torch.no_grad():
-        return len(list(program.graph.nodes)) > 0
-
-
-def _memory(model: nn.Module, inputs: Any) -> list[float]:
-    """MiB above the start at the peak of a forward, and of a trace (Linux: peak of the resident set).
-
-    The worker's allocator is told to hand memory back at once (`runner.RETURN_MEMORY`), or reuse would hide it.
-    """
-    found = []
-    for run in (lambda: outputs(model, inputs), lambda: lp.trace(model, inputs)):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-        start = _status("VmRSS")
-        run()
-        found.append(round((_status("VmHWM") - start) / 1024, 1))
-    return found
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def _verify(session: Session, model: nn.Module, graph: lp.ChannelGraph, plan: Any, inputs: Any) -> str:
-    """Masked against reconstructed in float64, raw heads for detection."""
-    row = session.row
+def _verify(session: Session, case: Case, graph: lp.ChannelGraph, plan: Any) -> str:
+    """Masked against reconstructed in float64, raw heads for detection, on the traced inputs and on others."""
+    row, model = session.row, _in_double(session, case)
     small = lp.reconstruct(model, graph, plan)
+    traced = label(2, case.size) if is_users(session.entry) else "traced"
+    given = {traced: case.inputs, **case.others}
+    if "dtype" not in row:
+        given = {name: to_double(inputs) for name, inputs in given.items()}
     with torch.no_grad():
-        if not all(bool(t.isfinite().all()) for t in outputs(session.heads(small), inputs)):
+        if not all(bool(t.isfinite().all()) for t in outputs(session.heads(model), given[traced])):
             return "error: outputs are not finite, nothing can be compared"
+    heads, small_heads, row["checked"], passed = session.heads(model), session.heads(small), {}, True
+    with suppress(lp.PruningError):  # other outputs in number or shape: an effect without doubt
+        row["effect"] = lp.check_lossless(heads, small_heads, given[traced]).max_rel_error
     try:
-        row["effect"] = lp.check_lossless(session.heads(model), session.heads(small), inputs).max_rel_error
         with lp.mask_(model, graph, plan):
-            report = lp.check_lossless(session.heads(model), session.heads(small), inputs)
+            for name, inputs in given.items():
+                report = lp.check_lossless(heads, small_heads, inputs)
+                row["checked"][name] = report.max_rel_error
+                passed = passed and report.passed
     except lp.PruningError as error:
         return f"wrong: {told(error)}"
-    row["max_rel_error"] = report.max_rel_error
+    row["max_rel_error"] = max(row["checked"].values())
     if session.entry.suite == "detection":
         with torch.no_grad():  # to the boxes; Keypoint R-CNN accepts no targets in float64
-            call(small.eval(), inputs[:1])
-    return "pruned" if report.passed else f"wrong: relative error {report.max_rel_error:.1e}"
+            call(small.eval(), given[traced][:1])
+    return "pruned" if passed else f"wrong: relative error {row['max_rel_error']:.1e}"
+
+
+def _in_double(session: Session, case: Case) -> nn.Module:
+    """The model in float64; as it is if it does not run in that type, which the row then says."""
+    model = copy.deepcopy(case.model).double()
+    try:
+        for inputs in (case.inputs, *case.others.values()):
+            outputs(model, to_double(inputs))
+    except Exception:  # noqa: BLE001 - whatever it raises
+        session.row["dtype"] = "float32"
+        return case.model
+    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.zoo import users
 from benchmarks.zoo.families import Entry
 
 CLASSES = {"segmentation": 21, "torchvision": 1000, "timm": 1000}
@@ -28,15 +29,21 @@ class Case:
     model: nn.Module
     inputs: Any  # a tensor, or a tuple of positional arguments (detection: images and targets)
     trains: bool  # the dense model, in train mode on these inputs
-    size: int  # side of the images
+    size: int | users.Size  # side of the images
+    others: dict[str, Any] = field(default_factory=dict)  # further inputs, of other sizes, not traced
 
 
 def prepare(entry: Entry) -> Case:
     """Build, find an input size that the dense model runs on, randomise."""
     torch.manual_seed(0)
-    case = _case(entry, build(entry))
+    case = _users_case(users.models(entry.suite)[entry.name]) if is_users(entry) else _case(entry, build(entry))
     randomise_(case.model, case.inputs)
     return case
+
+
+def is_users(entry: Entry) -> bool:
+    """Whether the model is of a library of the users' zoo."""
+    return entry.suite in users.LIBRARIES
 
 
 def build(entry: Entry) -> nn.Module:
@@ -94,6 +101,36 @@ def _case(entry: Entry, model: nn.Module) -> Case:
     raise RuntimeError("the dense model runs on no size tried; " + "; ".join(failures)[:600])
 
 
+def _users_case(spec: users.Model) -> Case:
+    """Traced at one batch and size; another batch, and another size if the model takes one, are only checked."""
+    model, size = spec.build().eval(), spec.sizes[0]
+    inputs = spec.inputs(2, size)
+    with torch.no_grad():
+        call(model, inputs)
+    trains = _runs(model.train(), inputs)
+    others = {}
+    for batch, sizes in ((3, [size]), (1, spec.sizes[1:])):
+        for other in sizes:
+            if _runs(model.eval(), further := spec.inputs(batch, other)):
+                others[label(batch, other)] = further
+                break
+    return Case(model.eval(), inputs, trains, size, others)
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    try:
+        call(model, inputs)
+    except Exception:  # noqa: BLE001 - whatever the dense model raises, it does not take them
+        return False
+    return True
+
+
+def label(batch: int, size: users.Size) -> str:
+    """How a row names inputs."""
+    return f"{batch} of {'x'.join(map(str, size))}"
+
+
 def detection_inputs(name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Two images of different size and two boxes in each."""
     generator = torch.Generator().manual_seed(1)
@@ -124,7 +161,7 @@ def randomise_(model: nn.Module, inputs: Any = None, seed: int = 0) -> None:
     def noise(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
 
-    for parameter in model.parameters():
+    for parameter in filter(Tensor.numel, model.parameters()):
         fan_in = parameter.numel() / max(1, len(parameter)) if parameter.dim() else 1
         if parameter.dim() <= 1 or parameter.min() == parameter.max():
             parameter.add_(noise(parameter), alpha=0.3)
@@ -165,6 +202,8 @@ def told(error: BaseException) -> str:
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """The model's output on example inputs as the library takes them."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 

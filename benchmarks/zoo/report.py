@@ -8,21 +8,28 @@ from statistics import median
 from typing import Any
 
 from benchmarks.zoo.families import SUITES, TIMM_KINDS
+from benchmarks.zoo.users import LIBRARIES
 
 Row = dict[str, Any]
 HEADER = (
-    "model", "kind", "params (M)", "FLOPs (G)", "groups", "prunable", "error", "forward", "trace",
-    "plan", "rec.", "verify", "checks", "Torch-Pruning", "time ratio", "outcome",
+    "model", "kind", "params (M)", "removed", "FLOPs (G)", "groups", "prunable", "error", "checked on", "forward",
+    "trace", "plan", "rec.", "verify", "checks", "Torch-Pruning", "time ratio", "outcome",
 )  # fmt: skip
+ALL_SUITES = (*SUITES, *LIBRARIES)
+#: Attention somewhere: hybrids and transformers.
+KINDS = {"cnn": ("cnn",), "hybrid": ("hybrid",), "transformer": ("transformer",), "mlp": ("mlp",), "other": ("other",),
+         "hybrid or transformer": ("hybrid", "transformer")}  # fmt: skip
+LITTLE = 0.35  # share of the parameters at ratio 0.5, below which a model is named with its reasons
 CHECKS = {"no_trace_left": "trace left", "copies": "copies", "train_step": "train", "export": "export"}
 VACUOUS = 1e-8  # an error of 1e-10 says nothing if pruning half of all channels changes the output by less
 
 
 def report(rows: Iterable[Row]) -> str:
     """Tables per suite, totals, comparison with the peer, refusals."""
-    rows = sorted(rows, key=lambda row: (SUITES.index(row["suite"]), row["name"]))
-    parts = ["# Zoo", totals(rows), peer_summary(rows), problems(rows), reasons(rows), LEGEND]
-    for suite in SUITES:
+    rows = sorted(rows, key=lambda row: (ALL_SUITES.index(row["suite"]), row["name"]))
+    parts = ["# Zoo", totals(rows), removed(rows), sizes(rows), peer_summary(rows), problems(rows), little(rows)]
+    parts += [reasons(rows), LEGEND]
+    for suite in ALL_SUITES:
         of_suite = [row for row in rows if row["suite"] == suite]
         if of_suite:
             parts += [f"## {suite}", table(HEADER, [_cells(row) for row in of_suite])]
@@ -30,10 +37,12 @@ def report(rows: Iterable[Row]) -> str:
 
 
 LEGEND = (
-    "How to read the tables below. Params, and FLOPs (multiply-accumulates of one image): before > after. Prunable: "
-    "share of the channels. Error: masked against reconstructed in float64. Forward (two images), trace, plan (scores "
-    "and selection), rec(onstruct) and verify in seconds. Checks: nothing left by the trace, copies, train step, "
-    "export; what failed is named. Time ratio: trace + plan + reconstruct against Torch-Pruning's build + step."
+    "How to read the tables below. Params, and FLOPs (multiply-accumulates of one image): before > after. Removed: "
+    "share of the parameters. Prunable: share of the channels. Error: masked against reconstructed in float64, the "
+    "largest over the inputs it was checked on (batch and size; the first was traced). Forward (two images), trace, "
+    "plan (scores and selection), rec(onstruct) and verify in seconds. Checks: nothing left by the trace, copies, "
+    "train step, export; what failed is named. Time ratio: trace + plan + reconstruct against Torch-Pruning's build + "
+    "step."
 )
 
 
@@ -62,12 +71,12 @@ def time_ratio(row: Row) -> float | None:
 
 def totals(rows: list[Row]) -> str:
     """One line per suite, and the share of timm's families by kind."""
-    parts = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
+    parts = {suite: [row for row in rows if row["suite"] == suite] for suite in ALL_SUITES}
     parts |= {f"timm: {kind}": [row for row in parts["timm"] if row["kind"] == kind] for kind in TIMM_KINDS}
     lines = [_total(name, chosen) for name, chosen in {**parts, "all": rows}.items() if chosen]
     head = ("suite", "models", "pruned", "all checks pass", "refused", "wrong", "error", "worst error", "families")
     families = "Families: timm's model files of which every model tried was pruned and passed all checks."
-    return "\n\n".join(["## Totals", table(head, lines), families])
+    return "\n\n".join(["## Totals", table(head, lines), *([families] if parts["timm"] else [])])
 
 
 def _total(name: str, rows: list[Row]) -> tuple[str, ...]:
@@ -88,6 +97,49 @@ def family_share(rows: list[Row]) -> str:
         fine = verdict(row) == "pruned" and not failed_checks(row)
         families[row["family"]] = families.get(row["family"], True) and fine
     return f"{sum(families.values())} / {len(families)} = {sum(families.values()) / len(families):.1%}"
+
+
+def _share(row: Row) -> float:
+    """Share of the parameters that went; none where the model was not pruned."""
+    return row.get("removed", 0.0) if verdict(row) == "pruned" else 0.0
+
+
+def removed(rows: list[Row]) -> str:
+    """Share of the parameters that went, by kind."""
+    lines = []
+    for name, kinds in KINDS.items():
+        shares = sorted(_share(row) for row in rows if row["kind"] in kinds)
+        if shares:
+            lines.append((name, str(len(shares)), *(f"{x:.2f}" for x in (median(shares), shares[len(shares) // 4])),
+                          f"{shares[0]:.2f}", str(sum(share < LITTLE for share in shares))))  # fmt: skip
+    head = ("kind", "models", "median", "lower quartile", "least", f"below {LITTLE}")
+    note = "Models that were not pruned count as 0."
+    return f"## Share of parameters removed\n\n{table(head, lines)}\n\n{note}" if lines else ""
+
+
+def sizes(rows: list[Row]) -> str:
+    """On how many inputs the models were compared."""
+    checked = [row for row in rows if row["suite"] in LIBRARIES and "checked" in row]
+    if not checked:
+        return ""
+    count = Counter(len(row["checked"]) for row in checked)
+    return (
+        f"## Sizes\n\nOf {len(checked)} models compared, {count[3]} take another batch and another size than was "
+        f"traced, {count[2]} only one of them, {count[1]} neither. Each was compared on all that it takes; "
+        f"{sum('dtype' in row for row in checked)} in float32, since the dense model does not run in float64."
+    )
+
+
+def little(rows: list[Row]) -> str:
+    """Models that lost little, and which reasons hold how much of their parameters."""
+    found = sorted((row for row in rows if verdict(row) == "pruned" and row.get("removed", 1.0) < LITTLE), key=_share)
+    lines = [
+        f"- {row['key']} ({row['kind']}) {row['removed']:.2f}: "
+        + "; ".join(f"{share:.0%} {reason}" for reason, share in row.get("kept_by_reason", {}).items() if share >= 0.05)
+        for row in found
+    ]
+    head = f"## Losing less than {LITTLE} of the parameters, with the share that each reason holds"
+    return "\n\n".join([head, "\n".join(lines)]) if lines else ""
 
 
 def peer_summary(rows: list[Row]) -> str:
@@ -119,7 +171,7 @@ def peer_summary(rows: list[Row]) -> str:
 def problems(rows: list[Row]) -> str:
     """Models that were not pruned, checks that failed, tests without teeth."""
     lines = [
-        f"- {row['key']} ({row['kind']}): {row['outcome']}"
+        f"- {row['key']} ({row['kind']}): {row['outcome']}" + (f"; prune(): {row['prune']}" if "prune" in row else "")
         for name in ("wrong", "error", "refused")
         for row in rows
         if verdict(row) == name
@@ -162,10 +214,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         row["name"],
         row["kind"],
         _before_after((row["params"], row["params_after"]), 1e6) if "params_after" in row else "",
+        f"{row['removed']:.2f}" if "removed" in row else "",
         _before_after(flops, 1e9) if flops else "",
         f"{row['prunable_groups']}/{row['groups']}" if "groups" in row else "",
         f"{row['prunable_share']:.0%}" if "prunable_share" in row else "",
         "" if error is None else f"{error:.0e}",
+        ", ".join(row.get("checked", ())),
         *(f"{seconds[name]:.2f}" if name in seconds else "" for name in ("forward", "trace")),
         f"{sum(plan):.2f}" if plan else "",
         *(f"{seconds[name]:.2f}" if name in seconds else "" for name in ("reconstruct", "verify")),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -52,23 +53,36 @@ def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace)
     path, limit = given.results, given.limit_seconds
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {} if given.redo else read_rows(path)
+    if given.retry:
+        known = {key: row for key, row in known.items() if row["outcome"] == "pruned"}
     todo = [entry for entry in entries if not is_done(known.get(entry.key), options)]
     print(f"{len(todo)} models to do; results in {path}", flush=True)
-    start = time.monotonic()
-    worker = Worker(path.with_suffix(".log"), given.memory_gib, RETURN_MEMORY if options.memory else {})
-    with path.open("a", encoding="utf-8") as results, worker:
-        for number, entry in enumerate(todo, 1):
-            if limit is not None and time.monotonic() - start > limit:
-                print(f"time is up; {len(todo) - number + 1} models left")
-                break
-            began = time.monotonic()
-            row = worker.run(entry, options, given.seconds_per_model, given.seconds_for_peer)
-            row |= {"seconds_in_all": round(time.monotonic() - began, 2), "revision": revision()}
-            results.write(json.dumps(row) + "\n")
-            results.flush()
-            took = f"{number:4}/{len(todo)} {row['seconds_in_all']:7.1f} s"
-            peer = f"  peer: {row['peer'].get('outcome')}" if row.get("peer") else ""
-            print(f"{took}  {entry.key:<52} {row['outcome'][:90]}{peer[:60]}", flush=True)
+    start, lock, left = time.monotonic(), threading.Lock(), enumerate(todo, 1)
+
+    def one_after_the_other(results: IO[str]) -> None:
+        with Worker(path.with_suffix(".log"), given.memory_gib, RETURN_MEMORY if options.memory else {}) as worker:
+            while limit is None or time.monotonic() - start <= limit:
+                with lock:
+                    number, entry = next(left, (0, None))
+                if entry is None:
+                    return
+                began = time.monotonic()
+                row = worker.run(entry, options, given.seconds_per_model, given.seconds_for_peer)
+                row |= {"seconds_in_all": round(time.monotonic() - began, 2), "revision": revision()}
+                with lock:
+                    results.write(json.dumps(row) + "\n")
+                    results.flush()
+                    print(_told(row, f"{number:4}/{len(todo)}"), flush=True)
+
+    with path.open("a", encoding="utf-8") as results, ThreadPoolExecutor(given.workers) as threads:
+        list(threads.map(one_after_the_other, [results] * given.workers))
+    if not_begun := sum(1 for _ in left):
+        print(f"time is up; {not_begun} models left")
+
+
+def _told(row: Row, number: str) -> str:
+    peer = f"  peer: {row['peer'].get('outcome')}" if row.get("peer") else ""
+    return f"{number} {row['seconds_in_all']:7.1f} s  {row['key']:<52} {row['outcome'][:90]}{peer[:60]}"
 
 
 def revision() -> str:

@@ -110,8 +110,9 @@ def _sizes(values: list[ast.expr], function: ast.FunctionDef) -> list[tuple[int 
         return [] if given is not values[0] else [(None, given)]
     if not _starred(values):
         return list(enumerate(values))
-    last = max(k for k, value in enumerate(values) if isinstance(value, ast.Starred))
-    return [(k - len(values), value) for k, value in enumerate(values) if k > last]
+    starred = [k for k, value in enumerate(values) if isinstance(value, ast.Starred)]
+    before: list[tuple[int | None, ast.expr]] = [(k, value) for k, value in enumerate(values) if k < starred[0]]
+    return [*before, *((k - len(values), value) for k, value in enumerate(values) if k > starred[-1])]
 
 
 def _starred(values: list[ast.expr]) -> bool:

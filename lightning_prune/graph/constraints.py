@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_prune.graph.code_arguments import Call
 from lightning_prune.graph.labels import NO_LABEL
+from lightning_prune.model_state.code_sizes import Place
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ class Grid:
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]
         return sizes
 
-    def sizes_in_code(self, axis: int) -> list[CodeSize]:
-        """The numbers that the code passes along, if the axis is shortened: that one follows, the others stay."""
+    def sizes_in_code(self, axis: int, *, attributes: bool) -> list[CodeSize]:
+        """The numbers that the code passes along, if the axis is shortened: that one follows, the others stay.
+
+        attributes: an attribute of the module that the code passes gets the new number itself.
+        """
         if self.call is None or self.exact:
             return []
         slices = self.rows(axis)[0][:, 0]
         if None in self.dims:
-            return [CodeSize(slices, self.site, key=place.key) for place in self.call.places().values()]
+            return [size_at(place, slices, self.site, attributes) for place in self.call.places().values()]
         found = []
         for k, dim in enumerate(self.dims):
             place = None if dim is None else self.call.place(dim, self.rank)
@@ -94,8 +98,9 @@ class Grid:
             # ``c * h * w``, ``n * heads``: a channel is there once for each position, or sample, whose number is free.
             if place.is_computed and (k != axis or "*" in place.text) and len(along.unique()) < len(along):
                 continue
-            ids = slices if k == axis else torch.full_like(along, NO_LABEL)
-            found.append(CodeSize(ids, self.site, key=place.key))
+            if k == axis or not (attributes and place.attribute):
+                ids = slices if k == axis else torch.full_like(along, NO_LABEL)
+                found.append(size_at(place, ids, self.site, attributes))
         return found
 
 
@@ -124,7 +129,7 @@ class GroupedConvolution:
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
 
-    def sizes_in_code(self, axis: int) -> list[CodeSize]:  # noqa: ARG002
+    def sizes_in_code(self, axis: int, *, attributes: bool) -> list[CodeSize]:  # noqa: ARG002
         """None: its layer counts them."""
         return []
 
@@ -148,11 +153,11 @@ class Split:
             return None
         return Grid(self.ids.view(len(bounds) - 1, -1), (1,), self.site, call=self.call, dims=(None, None))
 
-    def sizes_in_code(self) -> list[CodeSize]:
+    def sizes_in_code(self, *, attributes: bool = False) -> list[CodeSize]:
         """The numbers that the code passes along."""
         places = self.call.places() if self.call is not None and self.listed else {}
         pieces = [self.ids[start:end] for start, end in self.intervals]
-        return [CodeSize(ids, self.site, key=places[k].key) for k, ids in enumerate(pieces) if k in places]
+        return [size_at(places[k], ids, self.site, attributes) for k, ids in enumerate(pieces) if k in places]
 
     def sizes(self) -> list[CodeSize]:
         """The numbers that may say where the pieces lie."""
@@ -161,6 +166,11 @@ class Split:
         pieces = [self.ids[start:end] for start, end in self.intervals] if self.listed else []
         sizes = [CodeSize(ids, self.site, position=k, listed=lengths) for k, ids in enumerate(pieces)]
         return sizes + [CodeSize(self.ids[start:end], self.site) for start, end in ranges]
+
+
+def size_at(place: Place, ids: Tensor, site: CallSite, attributes: bool) -> CodeSize:
+    """The number that the code passes there: of an attribute, or to be replaced in the code."""
+    return CodeSize(ids, site, place.attribute if attributes else None, key=place.key)
 
 
 def piece_and_lead(start: int, end: int) -> list[tuple[int, int]]:

@@ -111,8 +111,10 @@ def _changes_numbers(choice: Choice) -> bool:
     return choice.repairs or choice.replaces_code
 
 
-def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]) -> Draft:
-    """The graph whose channels can be removed without the model's code breaking.
+def settle(
+    model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]
+) -> tuple[ChannelGraph, frozenset[str]]:
+    """The graph whose channels can be removed without the model's code breaking; types whose layout had to stay.
 
     ``draft`` returns the same object if decisions come to the same.
     """
@@ -124,7 +126,8 @@ def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Dr
         while current is before:  # some choices come to the same
             _decide(decisions, current, failure, model)
             current = draft(decisions)
-    return current
+    stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
+    return current.graph, frozenset(stuck)
 
 
 def _first(found: Iterable[Failure | None]) -> Failure | None:

@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution, Split
+from lightning_prune.graph.constraints import CodeSize, Constraint, Grid, GroupedConvolution, Split
 from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
 from lightning_prune.graph.labels import NO_LABEL, ids_of
 
@@ -29,11 +29,13 @@ class Choice(IntEnum):
     REPAIR = 1  # integer attributes of the module that equal an old size get the new one
     OTHER_AXIS = 2
     OTHER_AXIS_REPAIR = 3
-    CODE = 4  # numbers that the code passes along are read from an attribute instead
-    OTHER_AXIS_CODE = 5
-    INPUTS = 6  # attributes that equal the number of channels that enter the module, too
-    WIDTHS = 7  # and those that equal any that it sees, all of which then go together
-    FROZEN = 8
+    CODE_REPAIR = 4  # attributes that the code passes along get the new number, other numbers in it are replaced
+    OTHER_AXIS_CODE_REPAIR = 5
+    CODE = 6  # all numbers that the code passes along are replaced
+    OTHER_AXIS_CODE = 7
+    INPUTS = 8  # attributes that equal the number of channels that enter the module, too
+    WIDTHS = 9  # and those that equal any that it sees, all of which then go together
+    FROZEN = 10
 
     @property
     def repairs(self) -> bool:
@@ -43,7 +45,12 @@ class Choice(IntEnum):
     @property
     def replaces_code(self) -> bool:
         """Whether numbers in the code are replaced, see `lightning_prune.model_state.code_sizes`."""
-        return self in (Choice.CODE, Choice.OTHER_AXIS_CODE)
+        return Choice.CODE_REPAIR <= self <= Choice.OTHER_AXIS_CODE
+
+    @property
+    def sets_attributes(self) -> bool:
+        """Whether attributes that stand in the code are set, instead of replaced."""
+        return self in (Choice.CODE_REPAIR, Choice.OTHER_AXIS_CODE_REPAIR)
 
     @property
     def follows_widths(self) -> bool:
@@ -53,7 +60,7 @@ class Choice(IntEnum):
     @property
     def rank(self) -> int:
         """Which axis is taken: 0, the one that leaves most channels free, or 1, the next."""
-        return int(self in (Choice.OTHER_AXIS, Choice.OTHER_AXIS_REPAIR, Choice.OTHER_AXIS_CODE))
+        return int(self.name.startswith("OTHER_AXIS"))
 
 
 @dataclass
@@ -83,9 +90,7 @@ def resolve(
     grids: list[tuple[Layout, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
-        choice = choices.get(constraint.site.kind, Choice.AS_IS)
-        if left and not left.isdisjoint(constraint.site.stack[:1]):
-            choice = Choice.FROZEN
+        choice = _choice(constraint, choices, left)
         if choice is Choice.FROZEN:
             untouched += 1
             if not isinstance(constraint, GroupedConvolution) and not constraint.exact:
@@ -100,7 +105,8 @@ def resolve(
         elif isinstance(constraint, Split):
             # Uneven pieces lose channels freely, but only where their sizes are attributes that can follow.
             state.splits.append(constraint)
-            state.sizes += constraint.sizes_in_code() if choice.replaces_code else constraint.sizes()
+            in_code = choice.replaces_code and constraint.sizes_in_code(attributes=choice.sets_attributes)
+            state.sizes += in_code or constraint.sizes()
     axes = _settle(state, grids)
     while pairs := _counted_together(state, grids, axes):
         state.joint = _joined(state.joint, pairs)
@@ -112,21 +118,30 @@ def resolve(
             if gaps.any():
                 reason = f"goes together with channels that stay in {grid.site.where}"
                 state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
-        state.sizes += grid.sizes_in_code(axis) if choice.replaces_code else grid.sizes(axis, repairs=choice.repairs)
+        state.sizes += _sizes(grid, choice, axis)
     return state
+
+
+def _choice(constraint: Constraint, choices: Mapping[str, Choice], left: AbstractSet[str]) -> Choice:
+    if left and not left.isdisjoint(constraint.site.stack[:1]):
+        return Choice.FROZEN
+    return choices.get(constraint.site.kind, Choice.AS_IS)
+
+
+def _sizes(grid: Layout, choice: Choice, axis: int) -> list[CodeSize]:
+    """The numbers that follow if a grid is shortened along the axis."""
+    if not choice.replaces_code or isinstance(grid, GroupedConvolution) or grid.exact:
+        return grid.sizes(axis, repairs=choice.repairs)
+    return grid.sizes_in_code(axis, attributes=choice.sets_attributes)
 
 
 def _counted_together(state: Resolved, grids: list[tuple[Layout, Choice]], axes: list[int]) -> Pairs:
     """What one number in the code counts that does not go together yet."""
-    found = [size for size in state.sizes if size.key is not None]
-    found += [
-        size for (grid, choice), axis in zip(grids, axes, strict=True) if choice.replaces_code
-        for size in grid.sizes_in_code(axis)
-    ]  # fmt: skip
+    found = [size for (grid, choice), axis in zip(grids, axes, strict=True) for size in _sizes(grid, choice, axis)]
     first: dict[tuple[str, str, int], Tensor] = {}
     pairs: Pairs = []
-    for size in found:
-        ids = first.setdefault((size.site.stack[0], str(size.key), len(size.ids)), size.ids)
+    for size in (size for size in (*state.sizes, *found) if size.key is not None):
+        ids = first.setdefault((size.site.stack[0], str(size.attribute or size.key), len(size.ids)), size.ids)
         both = (ids != NO_LABEL) & (size.ids != NO_LABEL)
         if not torch.equal(state.joint[ids[both]], state.joint[size.ids[both]]):
             pairs.append((ids[both], size.ids[both]))

@@ -31,7 +31,10 @@ def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[K
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:
     stack = size.site.stack
     if size.key is not None:
-        return [((stack[0], SIZES, size.key), size.ids)] if stack[0] in modules else []
+        own = sizes_of(modules[stack[0]]) if stack[0] in modules else {}
+        if size.attribute is None:
+            return [((stack[0], SIZES, size.key), size.ids)] if stack[0] in modules else []
+        return [((stack[0], size.attribute, None), size.ids)] if own.get(size.attribute) == len(size.ids) else []
     if size.attribute is not None:
         path = stack[0] if stack else ""
         value = getattr(modules.get(path), size.attribute, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,24 +78,25 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         if remembered(copied) != before and not new:  # the next runs take other paths: those count
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
-        if (
-            narrow := tracer.space.whole & tracer.space.met
-        ):  # the number of these heads is fixed, perhaps not their width
-            tracer = _Tracer(copied, statistics, frozenset(narrow))
-            ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
-    tracer.meet_unreached()
-    with torch.inference_mode(False):
-        return settle(model, ran, tracer.draft).graph
+    graph, stuck = tracer.settled(model, ran)
+    # The number of these heads cannot change, but their width perhaps can.
+    if narrow := tracer.space.whole & (tracer.space.met | stuck):
+        tracer = _Tracer(copied, statistics, narrow)
+        with untouched(copied):
+            ran = tracer.run_all(entries)
+        other, _ = tracer.settled(model, ran)
+        graph = max(graph, other, key=lambda one: sum(group.size * len(group.layers) for group in one.prunable_groups))
+    return graph
 
 
 class _Tracer:
     """One label space filled by one or several runs of the same model."""
 
-    def __init__(self, model: nn.Module, statistics: bool, narrow: frozenset[str] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, statistics: bool, narrow: Collection[str] = ()) -> None:
         self.model = model
         self.statistics = statistics
-        self.space = LabelSpace(narrow=narrow)
+        self.space = LabelSpace(narrow=frozenset(narrow))
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.reached: set[str] = set()  # not merely averaged, or counted in a penalty on weights
@@ -167,6 +168,12 @@ class _Tracer:
             for labels in recorder.info(tensor).labels:
                 self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
+
+    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str]]:
+        """The graph, and types of modules whose layout had to stay."""
+        self.meet_unreached()
+        with torch.inference_mode(False):
+            return settle(model, ran, self.draft)
 
     def meet_unreached(self) -> None:
         """Once everything is recorded: tie or freeze what parts that no run used may meet, and decide on means."""

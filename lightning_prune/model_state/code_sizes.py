@@ -49,6 +49,12 @@ class Place:
         """Whether names stand there, and not numbers alone."""
         return any(character.isalpha() for character in self.text)
 
+    @property
+    def attribute(self) -> str | None:
+        """The attribute of the module that stands there, and nothing else."""
+        owner, _, name = self.text.partition(".")
+        return name if owner == "self" and name.isidentifier() and not self.function else None
+
     @classmethod
     def read(cls, key: str) -> Place:
         """From its key."""

@@ -121,7 +121,8 @@ def test_whole_heads_go_and_their_number_follows() -> None:
 def test_heads_computed_from_the_inputs_channels_keep_their_width() -> None:
     graph, small = smaller(net(Heads(derived=True)))
     assert graph.group("middle.qkv").size == 4
-    assert sorted(small.middle.sizes_in_code.values()) == [2, 2]  # heads, and the width that c // 4 no longer is
+    assert small.middle.num_heads == 2
+    assert list(small.middle.sizes_in_code.values()) == [2]  # the width that c // num_heads no longer is
 
 
 def test_an_attribute_with_a_second_meaning_is_not_changed() -> None:
