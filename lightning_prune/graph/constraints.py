@@ -33,6 +33,7 @@ class CodeSize:
     attribute: str | None = None  # of the module that holds it; None: any attribute of that value
     position: int | None = None  # its place in a list or tuple of sizes
     listed: tuple[int, ...] = ()  # the whole list, if it is one of a list
+    item: bool = False  # any item of any list may be it, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Grid:
     site: CallSite
     exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
     attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
+    made: CallSite | None = None  # of channels that the code made of nothing: where it did
 
     @property
     def order(self) -> list[int]:
@@ -66,6 +68,7 @@ class Grid:
         if not repairs:
             return []
         sizes = [CodeSize(slices, self.site), CodeSize(self.ids.flatten(), self.site)]
+        sizes += [CodeSize(slices, self.made, item=True)] if self.made else []
         if 0 < axis == self.ids.dim() - 1:
             listed = (len(slices),) * (self.ids.numel() // len(slices))
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]

@@ -46,6 +46,7 @@ class Decisions:
     held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
     held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
     sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
+    spared: set[str] = field(default_factory=set)  # module types whose sizes were frozen once, and did not help
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
             decisions.choices.pop(draft.places.get(path, ""), None)
+            for kind in {draft.kinds[place] for place in failure.stack if place in draft.kinds} - decisions.spared:
+                if decisions.choices.get(kind) is Choice.FROZEN:  # to no avail
+                    del decisions.choices[kind]
+                    decisions.spared.add(kind)
             return
         if touched and path not in decisions.held_whole:
             decisions.held_whole.add(path)

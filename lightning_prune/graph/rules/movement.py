@@ -156,7 +156,10 @@ def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
     parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
     dim = call.argument("dim", 0) % call.output.dim()
-    return _join(call, [Operand(part.shape, call.info(part)) for part in parts], dim)
+    infos = [call.info(part) for part in parts]
+    if any(dim in labels.dims for info in infos for labels in info.labels):
+        infos = [call.labelled(part, dim) for part in parts]
+    return _join(call, [Operand(part.shape, info) for part, info in zip(parts, infos, strict=True)], dim)
 
 
 def stack(call: OperatorCall) -> TensorInfo:
@@ -218,4 +221,4 @@ def padding(call: OperatorCall) -> TensorInfo:
         live = torch.constant_pad_nd(core.live, around) if core.live.dim() else core.live
         padded = Labels(torch.constant_pad_nd(core.ids, around, NO_LABEL), live).expand(call.output.shape)
         found.append(padded if call.argument("value", 0) == 0 else padded.constant())
-    return info.with_labels(found)
+    return replace(info.with_labels(found), zeros=info.zeros if call.argument("value", 0) == 0 else None)
