@@ -24,6 +24,7 @@ from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
 FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
+MOST_NUMBERS = 8  # in a tensor of numbers that the code wrote or computed
 ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 Removed = Mapping[str, Tensor]  # group, its channels
 Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
@@ -239,6 +240,8 @@ class _PlainNumbers(TorchDispatchMode):
             numbers = tuple(value for value in arguments if isinstance(value, (int, float)))
             if numbers:
                 self._found.append(PlainNumber(name, numbers, self._running.paths))
+        if name == "aten.lift_fresh" and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
+            self._found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), self._running.paths))
         if rule is elementwise and _keeps_form(name, args[0], tensors):
             return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
         if rule is batch_norm and args[0].is_meta:

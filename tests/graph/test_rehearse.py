@@ -159,9 +159,17 @@ class Counted(nn.Module):
         return x / x.shape[1] ** 0.5
 
 
-def test_a_number_computed_from_the_channels_is_noticed() -> None:
-    graph = trace(net(Counted()), images())
-    assert "aten.div gets" in graph.group("stem.0").reason
+class CountedInATensor(nn.Module):
+    """The same, as torchvision's RAFT computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt(torch.tensor(x.shape[1]))
+
+
+@pytest.mark.parametrize(("middle", "where"), [(Counted, "aten.div gets"), (CountedInATensor, "torch.tensor gets")])
+def test_a_number_computed_from_the_channels_is_noticed(middle: type[nn.Module], where: str) -> None:
+    graph = trace(net(middle()), images())
+    assert where in graph.group("stem.0").reason
 
 
 class Branches(nn.Module):
