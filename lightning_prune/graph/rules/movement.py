@@ -144,12 +144,16 @@ def shuffle(call: OperatorCall) -> TensorInfo:
 
 def unfold_depth(call: OperatorCall) -> TensorInfo:
     """``pixel_shuffle``: the channels that become one channel's positions go together."""
-    for labels in call.info(call.args[0]).labels:
+    info, found = call.info(call.args[0]), []
+    for labels in info.labels:
         if labels.dims != (1,):
             return call.freeze_inputs(f"varies over more than the channels in {call.where}")
-        ids = labels.flat().ids.reshape(-1, call.argument("upscale_factor") ** 2)
-        call.space.constraints.append(Grid(ids, (0,), call.site, exact=True))
-    return movement(call)
+        positions = labels.flat().map(lambda tensor: tensor.reshape(-1, call.argument("upscale_factor") ** 2))
+        if (folded := call.fold(positions, (0,))) is None:
+            call.freeze([positions], f"makes a single channel in {call.where}")
+        else:
+            found.append(Labels.along(folded.flat(), call.output.shape, 1))
+    return info.with_labels(found)
 
 
 def concatenation(call: OperatorCall) -> TensorInfo:
