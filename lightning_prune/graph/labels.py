@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.constraints import CallSite
+if TYPE_CHECKING:
+    from lightning_prune.graph.constraints import CallSite
 
 NO_LABEL = -1
 _FLAGS = {flag: torch.tensor(flag) for flag in (False, True)}

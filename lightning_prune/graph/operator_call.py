@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
+from lightning_prune.graph.code_arguments import Call, running_call
 from lightning_prune.graph.constraints import CallSite, Grid
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
@@ -51,6 +52,12 @@ class OperatorCall:
     def _site(self, stack: list[nn.Module]) -> CallSite:
         kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in stack[-1:])
         return CallSite(tuple(map(self.recorder.modules.path, reversed(stack))), kind, self.where)
+
+    @property
+    def made_by(self) -> Call | None:
+        """The call in the source of the innermost module that ran it."""
+        stack = self.recorder.modules.stack
+        return running_call(stack[-1]) if stack else None
 
     @cached_property
     def outputs(self) -> list[Tensor]:
