@@ -47,6 +47,8 @@ class Decisions:
     held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
     held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
     sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
+    suspects: dict[str, frozenset[int]] = field(default_factory=dict)  # per type, numbers that its code computed with
+    counted: set[tuple[str, int]] = field(default_factory=set)  # types, with a number of channels that has to stay
     spared: set[str] = field(default_factory=set)  # module types whose sizes were frozen once, and did not help
     left: set[str] = field(default_factory=set)  # paths of modules whose sizes stay, though others of their type go
     cleared: set[str] = field(default_factory=set)  # types that were suspected of a failure elsewhere for nothing
@@ -56,7 +58,7 @@ class Decisions:
         """Try the next choice for a type.
 
         Once the layouts are through, modules built as the one that fails most are left alone and the others begin
-        anew; if none of them gets on, all of the type go on together.
+        anew; if none of them gets on, channels whose number the code computes with are; then all go on together.
         """
         self.failed[path] += 1
         choice = Choice(self.choices.get(kind, Choice.AS_IS) + 1)
@@ -69,6 +71,9 @@ class Decisions:
                 choice = Choice.AS_IS
             else:
                 self.left -= {other for other, of in draft.kinds.items() if of == kind}
+                suspects = {(kind, n) for n in self.suspects.get(kind, ())} - self.counted
+                self.counted |= suspects
+                choice = Choice.AS_IS if suspects else choice
             for other in paths:
                 del self.failed[other]
         self.choices[kind] = choice
@@ -174,6 +179,8 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
         if kind is not None:
             (decisions.sized.add if failure.other_size else decisions.sized.discard)(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
+            if failure.counts:
+                decisions.suspects.setdefault(kind, failure.counts)
             decisions.advance(kind, path, draft, model)
             return
     if not failure.other_size and (_lay_out(decisions, draft, failure) or _follow_widths(decisions, draft, failure)):

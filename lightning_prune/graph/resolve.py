@@ -73,11 +73,13 @@ def resolve(
     sized: Collection[str] = (),
     pairs: Sequence[tuple[Tensor, Tensor]] = (),
     left: AbstractSet[str] = frozenset(),
+    counted: AbstractSet[tuple[str, int]] = frozenset(),
 ) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 
     choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
-    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type.
+    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type. counted:
+    numbers of channels that code of a type computes with, so that they stay.
     """
     state = Resolved(_joined(space.classes(), pairs))
     grids: list[tuple[Layout, Choice]] = []
@@ -85,6 +87,8 @@ def resolve(
     for constraint in space.constraints:
         choice = choices.get(constraint.site.kind, Choice.AS_IS)
         if left and not left.isdisjoint(constraint.site.stack[:1]):
+            choice = Choice.FROZEN
+        if counted and any((constraint.site.kind, n) in counted for n in _extents(constraint)):
             choice = Choice.FROZEN
         if choice is Choice.FROZEN:
             untouched += 1
@@ -114,6 +118,12 @@ def resolve(
                 state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
         state.sizes += grid.sizes_in_code(axis) if choice.replaces_code else grid.sizes(axis, repairs=choice.repairs)
     return state
+
+
+def _extents(constraint: Layout | Split) -> Sequence[int]:
+    if isinstance(constraint, Split):
+        return [end - start for start, end in constraint.intervals]
+    return () if isinstance(constraint, GroupedConvolution) else constraint.ids.shape
 
 
 def _counted_together(state: Resolved, grids: list[tuple[Layout, Choice]], axes: list[int]) -> Pairs:

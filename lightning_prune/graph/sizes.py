@@ -41,15 +41,23 @@ def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[
     wanted = len(size.ids) if size.position is None else size.listed
     own_code = [path for path in stack if path in modules and not is_torch(modules[path])]
     for path in own_code[:2]:  # the module whose code ran, or the one that called it
-        known = {name: tuple(of) if isinstance(of, list) else of for name, of in sizes_of(modules[path]).items()}
-        known = {name: value for name, value in known.items() if not name.startswith("_")}
-        keys: list[Key] = [(path, name, size.position) for name, value in known.items() if value == wanted]
-        if size.item:
-            lists = [(name, value) for name, value in known.items() if isinstance(value, tuple)]
-            keys += [(path, name, k) for name, value in lists for k, item in enumerate(value) if item == wanted]
-        if keys:
+        if keys := _holding(modules[path], path, size, wanted):
             return [(key, size.ids) for key in keys]
-    return []
+    children = [
+        (f"{path}.{name}".lstrip("."), of) for path in own_code[:1] for name, of in modules[path].named_children()
+    ]
+    held = (_holding(child, path, size, wanted) for path, child in children if path in modules and not is_torch(child))
+    return [(key, size.ids) for keys in held for key in keys]
+
+
+def _holding(module: nn.Module, path: str, size: CodeSize, wanted: int | tuple[int, ...]) -> list[Key]:
+    known = {name: tuple(of) if isinstance(of, list) else of for name, of in sizes_of(module).items()}
+    known = {name: value for name, value in known.items() if not name.startswith("_")}
+    keys: list[Key] = [(path, name, size.position) for name, value in known.items() if value == wanted]
+    if size.item:
+        lists = [(name, value) for name, value in known.items() if isinstance(value, tuple)]
+        keys += [(path, name, k) for name, value in lists for k, item in enumerate(value) if item == wanted]
+    return keys
 
 
 def counted_together(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> Pairs:
@@ -103,6 +111,7 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
 
     result = []
     for key, several in found.items():
+        several = [ids for ids in several if sources(ids)] or several  # what stays is no reason to tell them apart
         counts = [sources(ids) for ids in several]
         fixed = [len(ids) - sum(map(len, counted.values())) for ids, counted in zip(several, counts, strict=True)]
         alike = [{name: places.sort().values.tolist() for name, places in counted.items()} for counted in counts]

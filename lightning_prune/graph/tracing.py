@@ -194,11 +194,11 @@ class _Tracer:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
         modules = dict(self.model.named_modules())
-        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left)
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
         shared = [size for size in resolved.sizes if decisions.choices.get(size.site.kind) is Choice.WIDTHS]
         if together := sizes.counted_together(modules, shared):
             pairs = [*pairs, *together]
-            resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left)
+            resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
         found = sizes.match(modules, [*self.space.sizes, *resolved.sizes, *widths])
         uncounted = sizes.match_splits(modules, resolved.splits, found)
         outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
