@@ -79,10 +79,10 @@ def _beside_fixed(call: OperatorCall, operands: Sequence[Operand], part: Indexed
     }  # fmt: skip
     if not fixed:
         return [part]
-    held = [one for _, one in part if fixed.issuperset(one.dims)]
-    if held:
+    held = [(index, one) for index, one in part if fixed.issuperset(one.dims)]
+    if any(operands[index].info.data for index, _ in held):
         call.space.met.add(call.site.kind)
-    call.freeze(held, f"meets a tensor of fixed size in {call.where}")
+    call.freeze([one for _, one in held], f"meets a tensor of fixed size in {call.where}")
     free = [(index, call.fold(one, {*one.dims} - fixed)) for index, one in part if not fixed.issuperset(one.dims)]
     return _overlapping([(index, one) for index, one in free if one is not None])
 
@@ -108,9 +108,8 @@ def _merge(
     own = len(data) <= 1
     # Of a weight and its mask, the weight is the layer's: a buffer is live.
     lead = data[0] if data else next((k for k, one in enumerate(labels) if not one.live.any()), 0)
-    several = sum(size > 1 for size in ids.shape[1:]) > 1
-    if several:  # where whole heads go, those of every channel in them
-        lead = max(data, key=lambda k: len(ids[k].unique())) if data else lead
+    if len(data) > 1 and sum(size > 1 for size in ids.shape[1:]) > 1:
+        lead = max(data, key=lambda k: len(ids[k].unique()))  # of whole heads, every channel in them
     for k in range(len(ids)):
         if k != lead:
             space.tie(ids[lead][labelled], ids[k][labelled], own=own)
@@ -118,8 +117,8 @@ def _merge(
     if not own and any(not torch.equal(out, ids[k]) for k in data):
         # An addition's result is no layer's own: what normalises it belongs to the whole group.
         # What was one channel in several places (a head in every window) stays one.
-        different, place = out.unique(return_inverse=True) if several else (out, torch.arange(out.numel()))
-        out = space.fresh(different.numel())[place].view(out.shape)
+        different, place = out.unique(return_inverse=True)
+        out = space.fresh(len(different))[place]
         space.tie(out[labelled], ids[lead][labelled])
     merged = Labels(out if labelled is ... else torch.where(labelled, out, NO_LABEL), False if live is None else live)
     return merged.expand(shape)

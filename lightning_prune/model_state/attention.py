@@ -6,6 +6,8 @@ while the input keeps its width. This class computes the same of the same parame
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,11 +40,13 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise RuntimeError("need attn_mask if specifying the is_causal hint")
         batched, first = query.dim() == 3, self.batch_first and query.dim() == 3
-        q, k, v = self._projected(query, key, value)
+        same = query is key and key is value
+        given = [query] if same else [query, key, value]
         if not batched:
-            q, k, v = (tensor.unsqueeze(0) for tensor in (q, k, v))
+            given = [tensor.unsqueeze(0) for tensor in given]
         elif not first:
-            q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+            given = [tensor.transpose(0, 1) for tensor in given]
+        q, k, v = self._projected(given * 3 if same else given)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], 1)
@@ -65,15 +69,15 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         return out if batched else out.squeeze(1), weights
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _projected(self, given: list[Tensor]) -> list[Tensor]:
         biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if self.in_proj_weight is None:
             matrices = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        elif query is key and key is value:
-            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        elif given[0] is given[1] and given[1] is given[2]:
+            return list(F.linear(given[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
             matrices = list(self.in_proj_weight.chunk(3))
-        return [F.linear(*each) for each in zip((query, key, value), matrices, biases, strict=True)]
+        return [F.linear(*each) for each in zip(given, matrices, biases, strict=True)]
 
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """(batch or 1, heads or 1, queries or 1, keys): what is added to the scores."""
@@ -99,6 +103,16 @@ def narrow_(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:
             module.__class__ = NarrowMultiheadAttention
+
+
+@contextmanager
+def narrowed(model: nn.Module) -> Iterator[None]:
+    """Let every attention run code in which its projections can be seen."""
+    narrow_(model)
+    try:
+        yield
+    finally:
+        fit_attention_(model)
 
 
 def fit_attention_(model: nn.Module) -> None:
