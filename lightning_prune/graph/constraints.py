@@ -37,6 +37,7 @@ class CodeSize:
     attribute: str | None = None  # of the module that holds it; None: any attribute of that value
     position: int | None = None  # its place in a list or tuple of sizes
     listed: tuple[int, ...] = ()  # the whole list, if it is one of a list
+    item: bool = False  # any item of any list may be it, too
     key: str | None = None  # of the place in the code that gives it
 
 
@@ -49,6 +50,7 @@ class Grid:
     site: CallSite
     exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
     attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
+    made: CallSite | None = None  # of channels that the code made of nothing: where it did
     call: Call | None = None  # the call in the code that lays them out
     dims: tuple[int | None, ...] = ()  # of its result, for each of the grid's; None: each size is that of a piece
     rank: int = 0  # how many dimensions the result has
@@ -74,6 +76,7 @@ class Grid:
         if not repairs:
             return []
         sizes = [CodeSize(slices, self.site), CodeSize(self.ids.flatten(), self.site)]
+        sizes += [CodeSize(slices, self.made, item=True)] if self.made else []
         if 0 < axis == self.ids.dim() - 1:
             listed = (len(slices),) * (self.ids.numel() // len(slices))
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]

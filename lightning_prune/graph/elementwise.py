@@ -99,8 +99,9 @@ def _merge(
     if int(ids.min()) == NO_LABEL:  # where only some operands are labelled (padding, concatenation), nothing can go
         labelled = (ids != NO_LABEL).all(0)
         space.freeze(ids[:, ~labelled], f"meets channels of fixed number in {where}")
-    live = _live(call, labels, ids, lambda zeros: is_zero(_by_operand(zeros, present, len(operands))))
-    if len(part) == 1 and live is None:
+    empty = {index for index, operand in enumerate(operands) if operand.info.zeros}
+    live = _live(call, labels, ids, lambda zeros: is_zero(_by_operand(zeros, present, empty, len(operands))))
+    if len(part) == 1 and live is None and not labels[0].live.any():
         return part[0][1]  # as it came in
 
     data = [k for k, index in enumerate(present) if operands[index].info.data]
@@ -123,9 +124,9 @@ def _merge(
     return merged.expand(shape)
 
 
-def _by_operand(zeros: Sequence[bool], present: Sequence[int], operands: int) -> tuple[bool, ...]:
-    """Two labels of one operand on the same channels: zero if either is."""
-    zero = set(itertools.compress(present, zeros))
+def _by_operand(zeros: Sequence[bool], present: Sequence[int], empty: set[int], operands: int) -> tuple[bool, ...]:
+    """Two labels of one operand on the same channels: zero if either is. empty: operands that are zero anyway."""
+    zero = empty.union(itertools.compress(present, zeros))
     return tuple(k in zero for k in range(operands))
 
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_prune.graph.constraints import CallSite
 
 NO_LABEL = -1
 _FLAGS = {flag: torch.tensor(flag) for flag in (False, True)}
@@ -85,20 +89,33 @@ class Labels:
 
 
 @dataclass(frozen=True, eq=False)
+class Zeros:
+    """Where the code made a tensor of zeros, and the labels of that whose shape it has, if any."""
+
+    site: CallSite
+    like: tuple[Labels, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class TensorInfo:
     """What is known of one tensor while the model runs."""
 
     labels: tuple[Labels, ...] = ()  # each varies along other dimensions
     data: bool = False  # it depends on the model's input, not on parameters alone
     uniform: bool = False  # made by a factory (zeros, empty, ...): extents follow those of the tensor it was made for
+    zeros: Zeros | None = None  # all of it is zero
 
     def with_labels(self, labels: Iterable[Labels]) -> TensorInfo:
         """The same with other labels; any that do not vary are left out."""
-        return replace(self, labels=tuple(one for one in labels if one.dims))
+        zeros = self.zeros and Zeros(self.zeros.site)
+        return replace(self, labels=tuple(one for one in labels if one.dims), zeros=zeros)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> TensorInfo:
         """After an operator that only moves elements."""
-        return self.with_labels(one.moved(move) for one in self.labels)
+        found = self.with_labels(one.moved(move) for one in self.labels)
+        if self.zeros is None or not self.zeros.like:
+            return found
+        return replace(found, zeros=replace(self.zeros, like=tuple(one.moved(move) for one in self.zeros.like)))
 
 
 def varying(tensor: Tensor) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
 from lightning_prune.graph.code_arguments import Call, running_call
-from lightning_prune.graph.constraints import CallSite
+from lightning_prune.graph.constraints import CallSite, Grid
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.means import Mean
 from lightning_prune.graph.running import RunningModules, tensors_in
+from lightning_prune.graph.sizes import is_torch
 from lightning_prune.model_state.journal import Journal
 
 
@@ -47,9 +48,11 @@ class OperatorCall:
     @cached_property
     def site(self) -> CallSite:
         """Where it ran, for constraints."""
-        running = self.recorder.modules
-        kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in running.stack[-1:])
-        return CallSite(tuple(map(running.path, reversed(running.stack))), kind, self.where)
+        return self._site(self.recorder.modules.stack)
+
+    def _site(self, stack: list[nn.Module]) -> CallSite:
+        kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in stack[-1:])
+        return CallSite(tuple(map(self.recorder.modules.path, reversed(stack))), kind, self.where)
 
     @property
     def made_by(self) -> Call | None:
@@ -73,6 +76,27 @@ class OperatorCall:
     def info(self, value: Any) -> TensorInfo:
         """What is known of an argument."""
         return self.recorder.info(value) if isinstance(value, Tensor) else TensorInfo(uniform=True)
+
+    def labelled(self, tensor: Tensor, dim: int) -> TensorInfo:
+        """What is known of an argument with channels along ``dim``; zeros that the code made get labels."""
+        info = self.info(tensor)
+        if info.zeros is None or tensor.shape[dim] == 1 or any(dim in one.dims for one in info.labels):
+            return info
+        ids = next((one.flat().ids for one in info.zeros.like if one.dims == (dim,)), None)
+        if ids is None:
+            ids = self.space.fresh(tensor.shape[dim])
+            self.counted_by_code(ids, info.zeros.site)
+        info = replace(info, labels=(*info.labels, Labels.along(Labels(ids), tensor.shape, dim)), data=True)
+        self.recorder.set_info(tensor, info)
+        self.recorder.labelled_zeros = True
+        return info
+
+    def counted_by_code(self, ids: Tensor, made: CallSite) -> None:
+        """These channels are as many as the code said where it made a tensor of nothing."""
+        stack = self.recorder.modules.stack
+        code = next((len(stack) - k for k, module in enumerate(reversed(stack)) if not is_torch(module)), 0)
+        site = replace(self._site(stack[:code]), where=made.where)  # a choice of those who read them
+        self.space.constraints.append(Grid(ids[None], (1,), site, made=made))
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -150,6 +174,7 @@ class OperatorRecorder(TorchDispatchMode):
         self.before: Tensor | None = None
         self.journal = Journal(modules.model)
         self.assignments = Assignments(space, known, self.journal, self.info)
+        self.labelled_zeros = False
         self.unknown = TensorInfo()  # of tensors that no operator made
         self._info = WeakIdKeyDictionary(dict(known))
         self._observe = observe

@@ -47,6 +47,9 @@ class Decisions:
     held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
     held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
     sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
+    suspects: dict[str, frozenset[int]] = field(default_factory=dict)  # per type, numbers that its code computed with
+    counted: set[tuple[str, int]] = field(default_factory=set)  # types, with a number of channels that has to stay
+    spared: set[str] = field(default_factory=set)  # module types whose sizes were frozen once, and did not help
     left: set[str] = field(default_factory=set)  # paths of modules whose sizes stay, though others of their type go
     cleared: set[str] = field(default_factory=set)  # types that were suspected of a failure elsewhere for nothing
     failed: Counter[str] = field(default_factory=Counter)  # module paths, how often they did under another choice
@@ -55,7 +58,7 @@ class Decisions:
         """Try the next choice for a type.
 
         Once the layouts are through, modules built as the one that fails most are left alone and the others begin
-        anew; if none of them gets on, all of the type go on together.
+        anew; if none of them gets on, channels whose number the code computes with are; then all go on together.
         """
         self.failed[path] += 1
         choice = Choice(self.choices.get(kind, Choice.AS_IS) + 1)
@@ -68,6 +71,9 @@ class Decisions:
                 choice = Choice.AS_IS
             else:
                 self.left -= {other for other, of in draft.kinds.items() if of == kind}
+                suspects = {(kind, n) for n in self.suspects.get(kind, ())} - self.counted
+                self.counted |= suspects
+                choice = Choice.AS_IS if suspects else choice
             for other in paths:
                 del self.failed[other]
         self.choices[kind] = choice
@@ -176,6 +182,8 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
         if kind is not None:
             (decisions.sized.add if failure.other_size else decisions.sized.discard)(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
+            if failure.counts:
+                decisions.suspects.setdefault(kind, failure.counts)
             decisions.advance(kind, path, draft, model)
             return
     if not failure.other_size and (_lay_out(decisions, draft, failure) or _follow_widths(decisions, draft, failure)):
@@ -188,6 +196,10 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
             decisions.choices.pop(draft.places.get(path, ""), None)
+            for kind in {draft.kinds[place] for place in failure.stack if place in draft.kinds} - decisions.spared:
+                if decisions.choices.get(kind) is Choice.FROZEN:  # to no avail
+                    del decisions.choices[kind]
+                    decisions.spared.add(kind)
             return
         if touched and path not in decisions.held_whole:
             decisions.held_whole.add(path)

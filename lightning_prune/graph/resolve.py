@@ -80,17 +80,19 @@ def resolve(
     sized: Collection[str] = (),
     pairs: Sequence[tuple[Tensor, Tensor]] = (),
     left: AbstractSet[str] = frozenset(),
+    counted: AbstractSet[tuple[str, int]] = frozenset(),
 ) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 
     choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
-    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type.
+    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type. counted:
+    numbers of channels that code of a type computes with, so that they stay.
     """
     state = Resolved(_joined(space.classes(), pairs))
     grids: list[tuple[Layout, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
-        choice = _choice(constraint, choices, left)
+        choice = _choice(constraint, choices, left, counted)
         if choice is Choice.FROZEN:
             untouched += 1
             if not isinstance(constraint, GroupedConvolution) and not constraint.exact:
@@ -122,8 +124,12 @@ def resolve(
     return state
 
 
-def _choice(constraint: Constraint, choices: Mapping[str, Choice], left: AbstractSet[str]) -> Choice:
+def _choice(
+    constraint: Constraint, choices: Mapping[str, Choice], left: AbstractSet[str], counted: AbstractSet[tuple[str, int]]
+) -> Choice:
     if left and not left.isdisjoint(constraint.site.stack[:1]):
+        return Choice.FROZEN
+    if counted and any((constraint.site.kind, n) in counted for n in _extents(constraint)):
         return Choice.FROZEN
     return choices.get(constraint.site.kind, Choice.AS_IS)
 
@@ -133,6 +139,12 @@ def _sizes(grid: Layout, choice: Choice, axis: int) -> list[CodeSize]:
     if not choice.replaces_code or isinstance(grid, GroupedConvolution) or grid.exact:
         return grid.sizes(axis, repairs=choice.repairs)
     return grid.sizes_in_code(axis, attributes=choice.sets_attributes)
+
+
+def _extents(constraint: Layout | Split) -> Sequence[int]:
+    if isinstance(constraint, Split):
+        return [end - start for start, end in constraint.intervals]
+    return () if isinstance(constraint, GroupedConvolution) else constraint.ids.shape
 
 
 def _counted_together(state: Resolved, grids: list[tuple[Layout, Choice]], axes: list[int]) -> Pairs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import SizeAttribute
 from lightning_prune.graph.constraints import CodeSize, Split, piece_and_lead
-from lightning_prune.graph.label_space import Freeze
+from lightning_prune.graph.label_space import Freeze, Pairs
 from lightning_prune.graph.labels import NO_LABEL, ids_of
 from lightning_prune.model_state.code_sizes import SIZES
 from lightning_prune.model_state.cutting import sizes_of
@@ -44,11 +44,30 @@ def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[
     wanted = len(size.ids) if size.position is None else size.listed
     own_code = [path for path in stack if path in modules and not is_torch(modules[path])]
     for path in own_code[:2]:  # the module whose code ran, or the one that called it
-        known = {name: tuple(of) if isinstance(of, list) else of for name, of in sizes_of(modules[path]).items()}
-        names = [name for name, value in known.items() if value == wanted and not name.startswith("_")]
-        if names:
-            return [((path, name, size.position), size.ids) for name in names]
-    return []
+        if keys := _holding(modules[path], path, size, wanted):
+            return [(key, size.ids) for key in keys]
+    children = [
+        (f"{path}.{name}".lstrip("."), of) for path in own_code[:1] for name, of in modules[path].named_children()
+    ]
+    held = (_holding(child, path, size, wanted) for path, child in children if path in modules and not is_torch(child))
+    return [(key, size.ids) for keys in held for key in keys]
+
+
+def _holding(module: nn.Module, path: str, size: CodeSize, wanted: int | tuple[int, ...]) -> list[Key]:
+    known = {name: tuple(of) if isinstance(of, list) else of for name, of in sizes_of(module).items()}
+    known = {name: value for name, value in known.items() if not name.startswith("_")}
+    keys: list[Key] = [(path, name, size.position) for name, value in known.items() if value == wanted]
+    if size.item:
+        lists = [(name, value) for name, value in known.items() if isinstance(value, tuple)]
+        keys += [(path, name, k) for name, value in lists for k, item in enumerate(value) if item == wanted]
+    return keys
+
+
+def counted_together(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> Pairs:
+    """What has to go together so that each attribute counts the same channels wherever it is one of these sizes."""
+    several = match(modules, sizes).values()
+    pairs = [(ids[0], other) for ids in several for other in ids[1:]]
+    return [(a[both], b[both]) for a, b in pairs if len(both := (a != NO_LABEL) & (b != NO_LABEL))]
 
 
 def is_torch(module: nn.Module) -> bool:
@@ -95,6 +114,7 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
 
     result = []
     for key, several in found.items():
+        several = [ids for ids in several if sources(ids)] or several  # what stays is no reason to tell them apart
         counts = [sources(ids) for ids in several]
         fixed = [len(ids) - sum(map(len, counted.values())) for ids, counted in zip(several, counts, strict=True)]
         alike = [{name: places.sort().values.tolist() for name, places in counted.items()} for counted in counts]

@@ -16,12 +16,12 @@ from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
-from lightning_prune.graph.labels import Labels, TensorInfo
+from lightning_prune.graph.labels import Labels, TensorInfo, Zeros
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
 from lightning_prune.graph.rescaled_means import Rescaled, decide, only_averages
-from lightning_prune.graph.resolve import Resolved, resolve
+from lightning_prune.graph.resolve import Choice, Resolved, resolve
 from lightning_prune.graph.rules.movement import nothing_of
 from lightning_prune.graph.running import (
     RunningModules,
@@ -75,7 +75,9 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         before = remembered(copied)
         ran = tracer.run_all(forward)
         new = {name for name, _ in copied.named_buffers()} - {name for name, _ in model.named_buffers()}
-        if remembered(copied) != before and not new:  # the next runs take other paths: those count
+        if (remembered(copied) != before or tracer.kept) and not new:  # the next runs take other paths: those count
+            for own, name, value in tracer.kept:
+                own[name] = value
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
@@ -108,6 +110,7 @@ class _Tracer:
         self.users: dict[str, set[str]] = {}  # of a parameter, the modules whose code met it, not only averaged it
         self.rescaled: list[Rescaled] = []
         self.runs = 0
+        self.kept: list[tuple[dict[str, Any], str, Any]] = []  # states that a run leaves in attributes
         self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
@@ -149,6 +152,8 @@ class _Tracer:
             with self.widths.noting(running.stack, recorder), running, recorder:
                 normalise_mode(self.model, training=training)  # what it folds or drops is recorded too
                 output = entry.run(self.model, running)
+                if recorder.labelled_zeros:
+                    self.kept += [item for item in recorder.journal.kept() if tensors_in(item[2])]
         except Exception as error:
             mode = "train" if training else "eval"
             if not required:
@@ -200,8 +205,12 @@ class _Tracer:
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
-        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left)
         modules = dict(self.model.named_modules())
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
+        shared = [size for size in resolved.sizes if decisions.choices.get(size.site.kind) is Choice.WIDTHS]
+        if together := sizes.counted_together(modules, shared):
+            pairs = [*pairs, *together]
+            resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
         found = sizes.match(modules, [*self.space.sizes, *resolved.sizes, *widths])
         uncounted = sizes.match_splits(modules, resolved.splits, found)
         outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
@@ -307,6 +316,9 @@ class _Tracer:
 
     def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
         """A write through one view changes the others: they get the labels, or those cannot be followed."""
+        if before.zeros and not after.zeros:
+            for alias in call.recorder.aliases(call.outputs[0]):
+                call.recorder.set_info(alias, replace(call.info(alias), zeros=None))
         if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
             self._check_pattern(call, after)
             if after.data and not before.data:  # a new tensor is filled in by and by
@@ -315,9 +327,10 @@ class _Tracer:
             return
         for alias in call.recorder.aliases(call.outputs[0]):
             info = call.info(alias)
-            dims = {d for labels in after.labels for d in labels.dims}
-            if _same_layout(alias, call.outputs[0], dims) and (info.labels or info.uniform):
-                call.recorder.set_info(alias, self._written(alias, info, after))
+            found = [_placed(labels, alias, call.outputs[0]) for labels in after.labels]
+            placed = [labels for labels in found if labels is not None]
+            if len(placed) == len(found) and (info.labels or info.uniform):
+                call.recorder.set_info(alias, self._written(call, info, placed, before.zeros))
             else:
                 call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
 
@@ -331,15 +344,18 @@ class _Tracer:
             if info.uniform and len(_dims(alias) - _dims(view)) > 1:
                 call.recorder.set_info(alias, replace(info, uniform=False))
 
-    def _written(self, alias: Tensor, info: TensorInfo, after: TensorInfo) -> TensorInfo:
+    def _written(self, call: OperatorCall, info: TensorInfo, came: list[Labels], zeros: Zeros | None) -> TensorInfo:
         """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
         written = []
-        for new in after.labels:
+        for new in came:
             core = new.region()
-            for old in (labels.region() for labels in info.labels if labels.dims == new.dims):
+            there = [labels.region() for labels in info.labels if labels.dims == new.dims]
+            for old in there:
                 self.space.tie(old.ids, core.ids)
                 core = Labels(core.ids, core.live | old.live)
-            written.append(core.expand(alias.shape))
+            if zeros is not None and len(new.dims) == 1 and not there:
+                call.counted_by_code(new.flat().ids, zeros.site)
+            written.append(core.expand(new.ids.shape))
         kept = [old for old in info.labels if old.dims not in {new.dims for new in written}]
         return TensorInfo((*written, *kept), data=True)
 
@@ -349,8 +365,13 @@ def _dims(tensor: Tensor) -> set[tuple[int, int]]:
     return {(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1}
 
 
-def _same_layout(alias: Tensor, view: Tensor, dims: set[int]) -> bool:
-    """Whether two views of one storage have the same channels: they differ in positions only."""
-    return alias.dim() == view.dim() and all(
-        alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in dims
-    )
+def _placed(labels: Labels, alias: Tensor, view: Tensor) -> Labels | None:
+    """A view's labels on another view of the same storage; None unless it has all these channels."""
+    if alias.dim() == view.dim():
+        same = all(alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in labels.dims)
+        return labels.region().expand(alias.shape) if same else None
+    if len(labels.dims) > 1:
+        return None
+    form = view.shape[labels.dims[0]], view.stride(labels.dims[0])
+    found = [d for d in range(alias.dim()) if (alias.shape[d], alias.stride(d)) == form]
+    return Labels.along(labels.flat(), alias.shape, found[0]) if len(found) == 1 else None

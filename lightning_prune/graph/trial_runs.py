@@ -24,6 +24,8 @@ from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
 FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
+MOST_CHANNELS = 1e6
+MOST_NUMBERS = 8  # in a tensor of numbers that the code wrote or computed
 ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 Removed = Mapping[str, Tensor]  # group, its channels
 Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
@@ -36,6 +38,7 @@ class Failure:
     stack: tuple[str, ...]
     message: str
     other_size: bool = False  # at the traced size all is well
+    counts: frozenset[int] = frozenset()  # numbers of channels of which it may have been computed
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,16 @@ class _Trial:
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
             if repr(before.values) != repr(after.values) and not {*after.stack[:1]} & {*rescaled}:  # NaN is not NaN
-                return Failure(after.stack, f"{before.operator} gets {before.values}, then {after.values}")
+                message = f"{before.operator} gets {before.values}, then {after.values}"
+                return Failure(after.stack, message, counts=_counted(before.values, after.values))
         return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
+
+
+def _counted(before: Sequence[Any], after: Sequence[Any]) -> frozenset[int]:
+    """Integers of which a number that changed may have been computed: itself, its root, its reciprocal, or 1 / root."""
+    changed = [abs(a) for a, b in zip(before, after, strict=False) if a != b and isinstance(a, (int, float)) and a]
+    of = (n for value in changed for n in (value, value**2, 1 / value, value**-2))
+    return frozenset(round(n) for n in of if 1 < n < MOST_CHANNELS and abs(n - round(n)) < 1e-6 * n)
 
 
 class TrialRuns:
@@ -249,6 +260,8 @@ class _PlainNumbers(TorchDispatchMode):
             numbers = tuple(value for value in arguments if isinstance(value, (int, float)))
             if numbers:
                 self._found.append(PlainNumber(name, numbers, self._running.paths))
+        if name == "aten.lift_fresh" and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
+            self._found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), self._running.paths))
         if rule is elementwise and _keeps_form(name, args[0], tensors):
             return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
         if rule is batch_norm and args[0].is_meta:

@@ -93,6 +93,8 @@ class _Meeting:
         frozen = [item.ids for item in space.frozen if not item.statistics]
         self._frozen = torch.zeros(space.count, dtype=torch.bool)
         self._frozen[self.joint[torch.cat([*frozen, torch.arange(0)])]] = True
+        self._unread = torch.ones(space.count, dtype=torch.bool)  # made for an unreached module, maybe
+        self._unread[self.joint[space.marked("reader")]] = False
         self._changed: list[Tensor] = []
 
     def settled(self) -> tuple[Unreached, ...]:
@@ -164,11 +166,20 @@ class _Meeting:
         reads = _input_size(part.module)
         if reads is not None:
             sizes.add(reads)
-            if reads not in there:  # flattened, cut in pieces, or joined with others
+            if reads not in there and not self._made_before(part, reads):  # flattened, cut, or joined with others
                 sizes |= {size for size in there if reads % size == 0 or size % reads == 0 or reads - size in there}
         for ids in met:
             if len(ids) in sizes:
                 self.space.freeze(ids, f"may be read or made by {part.path!r}, which no trace has reached")
+
+    def _made_before(self, part: Part, size: int) -> bool:
+        """Whether another unreached part, called by the same code and right before, may make so many channels."""
+        before = self.parts[: self.parts.index(part)][-1:]
+        return any(
+            self.tree.owner(other) == self.tree.owner(part)
+            and size in (of for sizes in self._sizes(other) for of in sizes)
+            for other in before
+        )
 
     def _tie_or_freeze(self, first: Tensor, second: Tensor) -> None:
         both = (first != NO_LABEL) & (second != NO_LABEL)
@@ -177,14 +188,14 @@ class _Meeting:
             self.space.freeze(ids[~both], "is of the size of channels that stay and that an unreached module may read")
 
     def _boundary(self, part: Part, *, frozen: bool = False) -> list[Tensor]:
-        """The channels that a part has in common with others; ``frozen``: also those that stay anyway."""
+        """The channels that a part has in common with others; ``frozen``: also those that stay or that nobody reads."""
         spans = self._all_spans(part)
         inside = torch.zeros(self.space.count, dtype=torch.bool)
         inside[torch.cat([span.ids for span in spans])] = True
         meets = torch.zeros(self.space.count, dtype=torch.bool)
         meets[self.joint[self._reached & ~inside]] = True
         if frozen:
-            meets |= self._frozen
+            meets |= self._frozen | self._unread
         found = [span.ids for span in spans if bool(meets[self.joint[span.ids]].any())]
         # The weight of a grouped convolution lists the channels of one group only.
         return [self._grouped.get(int(ids[0]), ids) for ids in found]
@@ -251,7 +262,7 @@ def warn_of_unreached(unreached: Sequence[Unreached], untraced: Sequence[str] = 
     if unreached:
         warnings.warn(
             f"{note_of(unreached)}. If it runs somewhere, trace that too: also=[...] takes inputs that reach it, or "
-            "functions that call it. If it never does, remove it from the model",
+            "functions that call it. If it never does, remove it from the model (put an Identity or None in its place)",
             UnreachedWarning,
             stacklevel=level,
         )

@@ -51,6 +51,15 @@ class Journal:
             for data in self._by_storage.pop(storage_of(tensor), ()):
                 self._saved.append((data, data.clone()))
 
+    def kept(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Plain attributes that now have another value: (attributes of the module, name, value)."""
+        return [
+            (own, name, value)
+            for own, before in self._attributes
+            for name, value in own.items()
+            if value is not before.get(name) and name not in ("_parameters", "_buffers", "_modules", "training")
+        ]
+
     def restore(self) -> None:
         """Put back values, memory and the tensors that were replaced by others."""
         with torch.no_grad():

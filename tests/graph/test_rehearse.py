@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lightning_prune as lp
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.reconstruction.checkpoint import load, save
 from lightning_prune.reconstruction.lossless import check_lossless
@@ -165,9 +166,55 @@ class Counted(nn.Module):
         return x / x.shape[1] ** 0.5
 
 
-def test_a_number_computed_from_the_channels_is_noticed() -> None:
-    graph = trace(net(Counted()), images())
-    assert "aten.div gets" in graph.group("stem.0").reason
+class CountedInATensor(nn.Module):
+    """The same, as torchvision's RAFT computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt(torch.tensor(x.shape[1]))
+
+
+@pytest.mark.parametrize(("middle", "where"), [(Counted, "aten.div gets"), (CountedInATensor, "torch.tensor gets")])
+def test_a_number_computed_from_the_channels_is_noticed(middle: type[nn.Module], where: str) -> None:
+    graph = trace(net(middle()), images())
+    assert where in graph.group("stem.0").reason
+
+
+class Update(nn.Module):
+    def __init__(self, hidden: int, inputs: int) -> None:
+        super().__init__()
+        self.hidden_size, self.conv = hidden, nn.Conv2d(inputs, hidden, 3, padding=1)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return h * self.conv(torch.cat([h, x], 1)).tanh()
+
+
+class Flow(nn.Module):
+    """RAFT: products of features are divided by the root of their number; a child knows where context is cut."""
+
+    def __init__(self, hidden: int, context: int) -> None:
+        super().__init__()
+        self.features, self.context = nn.Conv2d(3, 12, 1), nn.Conv2d(3, hidden + context, 1)
+        self.update, self.head = Update(hidden, hidden + context), nn.Conv2d(hidden, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        n, c, height, width = features.shape
+        flat = features.view(n, c, height * width)
+        alike = torch.matmul(flat.transpose(1, 2), flat).mean(2).view(n, 1, height, width)
+        context = self.context(x)
+        size = self.update.hidden_size
+        h, context = torch.split(context, [size, context.shape[1] - size], dim=1)
+        return self.head(self.update(h.tanh() * alike / torch.sqrt(torch.tensor(c)), context.relu()))
+
+
+@pytest.mark.parametrize(("hidden", "context"), [(8, 6), (8, 8)])
+def test_channels_that_the_code_counts_stay_and_other_sizes_of_it_follow(hidden: int, context: int) -> None:
+    model = randomise_(Flow(hidden, context)).double().eval()
+    result = lp.prune(model, images(), selection=lp.LayerRatio(0.5))
+    assert "fixed in the Python code" in str(result.graph.group("features").reason)
+    assert result.model.update.hidden_size == hidden // 2
+    assert result.model.context.out_channels == (hidden + context) // 2
+    assert check_lossless(result.masked, result.model, images(3, size=12)).passed
 
 
 class Branches(nn.Module):

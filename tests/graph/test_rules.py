@@ -448,3 +448,26 @@ OTHER_VERSIONS = set(
     "max_pool1d max_pool2d max_pool3d alias contiguous narrow norm reshape _reshape_alias isfinite scalar_tensor "
     "empty_strided new_empty_strided native_channel_shuffle native_dropout tril_indices triu_indices".split()
 )
+
+
+class NormAfterShuffle(nn.Module):
+    """Channels become positions, and a norm is taken over those that are left (AutoencoderDC)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 24, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_shuffle(self.a(x), 2)
+        return self.b(x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1))
+
+
+def test_a_statistic_over_shuffled_channels_does_not_join_them() -> None:
+    group = trace(NormAfterShuffle(), torch.randn(2, 3, 4, 4), statistics=True).group("a")
+    assert (group.size, group.prunable) == (6, True)
+    assert "enters a statistic over channels" in str(group.statistics)
+
+
+def test_what_is_shuffled_into_a_single_channel_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PixelShuffle(2), nn.Conv2d(1, 2, 1))
+    assert "makes a single channel" in str(trace(model, torch.randn(2, 3, 4, 4)).group("0").reason)

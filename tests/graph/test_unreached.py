@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import warnings
 from collections.abc import Callable
@@ -306,6 +307,41 @@ def test_norms_without_parameters() -> None:
 def test_a_leftover_head_of_another_size_changes_nothing() -> None:
     model = Net(lambda net, x, deep: net.conv(x), conv=conv(), leftover=nn.Linear(5 * WIDTH + 1, 3))
     assert [group.name for group in pruned(model).graph.prunable_groups] == ["stem", "conv"]
+
+
+def stages(*widths: int) -> nn.ModuleList:
+    """Each reads what the one before makes."""
+    return nn.ModuleList(nn.Sequential(conv(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths))
+
+
+def up_to(depth: int, *, read: int) -> Callable[[Any, Tensor, bool], Tensor]:
+    """An encoder of which the decoder wants some stages only."""
+
+    def path(net: Any, x: Tensor, deep: bool) -> Tensor:
+        made = [x]
+        for stage in net.stages[: None if deep else depth]:
+            made.append(stage(made[-1]))
+        return net.decoder(made[read]) * (made[-1].mean() if deep else 1)
+
+    return path
+
+
+def test_a_stage_after_another_that_never_runs_says_nothing_of_those_that_do() -> None:
+    # The last reads 4 times as many channels as the stem makes, but those of the stage before it.
+    net = Net(up_to(2, read=2), stages=stages(WIDTH, 12, 16, 4 * WIDTH, 40), decoder=nn.Conv2d(16, WIDTH, 1))
+    result = pruned(net)
+    assert [group.name for group in result.graph.prunable_groups] == ["stem", "stages.0.0", "decoder"]
+    assert "may be read or made by 'stages.2'" in str(result.graph.group("stages.1.0").reason)
+    assert_same(result)
+    assert_same(result, deep=True)
+
+
+def test_what_nobody_reads_may_be_for_a_stage_that_never_ran() -> None:
+    net = Net(up_to(2, read=1), stages=stages(WIDTH, 12, 16, 20), decoder=nn.Conv2d(12, WIDTH, 1))
+    result = pruned(net)
+    assert [group.name for group in result.graph.prunable_groups] == ["stem", "stages.0.0", "decoder"]
+    assert_same(result)
+    assert_same(result, deep=True)
 
 
 def test_a_penalty_on_weights_or_an_average_of_them_does_not_reach_a_branch() -> None:

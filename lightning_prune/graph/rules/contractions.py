@@ -33,7 +33,7 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     """mm, bmm and their variants that add a tensor: (n, k) @ (k, m) or (b, n, k) @ (b, k, m)."""
     adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
-    l_info, r_info = call.info(left), call.info(right)
+    l_info, r_info = call.labelled(left, left.dim() - 1), call.info(right)
     if left.dim() == 3 and _narrows_heads(call):
         l_info, r_info = (_across_heads(call, info) for info in (l_info, r_info))
     row, column = left.dim() - 2, left.dim() - 1
@@ -100,7 +100,7 @@ def reads_input(call: OperatorCall, data: Tensor, weight: Tensor) -> None:
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
     space, (x, weight), w_info = call.space, call.args[:2], call.info(call.args[1])
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    x_info = call.info(x)
+    x_info = call.labelled(x, 1)
     found = call.by_channel(f"varies over the positions that {call.where} slides over", (0, 1))
     # Kernels that are folded into one another stand for a batch: its samples may go.
     batch = [one for one in found if one.dims == (0,)]

@@ -148,20 +148,28 @@ def shuffle(call: OperatorCall) -> TensorInfo:
 
 def unfold_depth(call: OperatorCall) -> TensorInfo:
     """``pixel_shuffle``: the channels that become one channel's positions go together."""
-    for labels in call.info(call.args[0]).labels:
+    info, found = call.info(call.args[0]), []
+    for labels in info.labels:
         if labels.dims != (1,):
             return call.freeze_inputs(f"varies over more than the channels in {call.where}")
-        ids = labels.flat().ids.reshape(-1, call.argument("upscale_factor") ** 2)
-        call.space.constraints.append(Grid(ids, (0,), call.site, exact=True))
-    return movement(call)
+        positions = labels.flat().map(lambda tensor: tensor.reshape(-1, call.argument("upscale_factor") ** 2))
+        if (folded := call.fold(positions, (0,))) is None:
+            call.freeze([positions], f"makes a single channel in {call.where}")
+        else:
+            found.append(Labels.along(folded.flat(), call.output.shape, 1))
+    return info.with_labels(found)
 
 
 def concatenation(call: OperatorCall) -> TensorInfo:
     """``cat``: along the channels labels follow each other; across them the parts are tied."""
     dim = call.argument("dim", 0) % call.output.dim()
     parts = [part for part in call.argument("tensors") if part.dim() == call.output.dim()]
-    empty = [Operand(_one_slice(part.shape, dim), call.info(part)) for part in parts if not part.shape[dim]]
-    return _join(call, [Operand(part.shape, call.info(part)) for part in parts if part.shape[dim]], dim, empty)
+    infos = [call.info(part) for part in parts]
+    if any(dim in labels.dims for info in infos for labels in info.labels):
+        infos = [call.labelled(part, dim) for part in parts]
+    both = list(zip(parts, infos, strict=True))
+    empty = [Operand(_one_slice(part.shape, dim), info) for part, info in both if not part.shape[dim]]
+    return _join(call, [Operand(part.shape, info) for part, info in both if part.shape[dim]], dim, empty)
 
 
 def nothing_of(call: OperatorCall) -> TensorInfo:
@@ -231,4 +239,4 @@ def padding(call: OperatorCall) -> TensorInfo:
         live = torch.constant_pad_nd(core.live, around) if core.live.dim() else core.live
         padded = Labels(torch.constant_pad_nd(core.ids, around, NO_LABEL), live).expand(call.output.shape)
         found.append(padded if call.argument("value", 0) == 0 else padded.constant())
-    return info.with_labels(found)
+    return replace(info.with_labels(found), zeros=info.zeros if call.argument("value", 0) == 0 else None)

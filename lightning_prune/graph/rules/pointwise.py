@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_prune.graph.elementwise import Operand, combine
-from lightning_prune.graph.labels import TensorInfo
+from lightning_prune.graph.labels import NO_LABEL, TensorInfo, Zeros
 from lightning_prune.graph.operator_call import OperatorCall
 
 
@@ -80,8 +80,15 @@ def factory(call: OperatorCall) -> TensorInfo:
     """
     info = call.info(call.args[0]) if call.name in ("ones_like", "full_like", "rand_like", "randn_like") else None
     if info is None or info.data or not info.labels:
-        return TensorInfo(uniform=True)
+        return TensorInfo(uniform=True, zeros=_zeros(call))
     return info.with_labels(labels.constant() for labels in info.labels)
+
+
+def _zeros(call: OperatorCall) -> Zeros | None:
+    value = call.argument("value" if call.name == "fill" else "fill_value")
+    if "zeros" not in call.name and not (isinstance(value, (int, float)) and value == 0):
+        return None
+    return Zeros(call.site, call.info(call.args[0]).labels if call.name == "zeros_like" else ())
 
 
 def pattern(_: OperatorCall) -> TensorInfo:
@@ -92,7 +99,7 @@ def pattern(_: OperatorCall) -> TensorInfo:
 def clear(call: OperatorCall) -> TensorInfo:
     """``zero_``: what is zero anyway may keep its labels."""
     info = call.info(call.args[0])
-    return info if info.labels else TensorInfo(uniform=True)
+    return info if info.labels else TensorInfo(uniform=True, zeros=Zeros(call.site))
 
 
 def copy_into(call: OperatorCall) -> TensorInfo:
@@ -102,8 +109,15 @@ def copy_into(call: OperatorCall) -> TensorInfo:
     new = tuple(labels.expand(destination.shape) for labels in info.labels)
     if call.recorder.assignments.owns(destination):
         return replace(info, labels=new)  # a parameter's or buffer's own: tied
-    lost = [old for old in call.info(destination).labels if not any(old.equal(labels) for labels in new)]
-    call.freeze(lost, f"is overwritten in {call.where}")
+    for old in call.info(destination).labels:
+        came = next((labels.region().ids for labels in new if labels.dims == old.dims), None)
+        there = old.region().ids
+        if came is None:
+            call.freeze([old], f"is overwritten in {call.where}")
+            continue
+        both = (there != NO_LABEL) & (came != NO_LABEL)
+        call.space.tie(there[both], came[both])
+        call.space.freeze(torch.cat([there[~both], came[~both]]), f"is overwritten in {call.where}")
     return replace(info, labels=new)
 
 
