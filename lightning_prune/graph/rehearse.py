@@ -154,6 +154,10 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
             decisions.choices.pop(draft.places.get(path, ""), None)
+            # Widths that followed did not help: a number that is equal by chance (of a layer) stays what it is.
+            for kind in {draft.kinds.get(inner, "") for inner in failure.stack}:
+                if decisions.choices.get(kind, Choice.AS_IS).follows_widths:
+                    del decisions.choices[kind]
             return
         if touched and path not in decisions.held_whole:
             decisions.held_whole.add(path)

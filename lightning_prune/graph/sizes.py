@@ -19,12 +19,13 @@ Key = tuple[str, str, int | None]  # module path, attribute, position
 def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[Key, list[Tensor]]:
     """The attributes that have these values: (size,) ids that each counts, more than one if ambiguous."""
     found: dict[Key, list[Tensor]] = {}
+    called: dict[Key, list[Tensor]] = {}  # by modules without such an attribute, which may mean another number
     for size in sizes:
         for key, ids in _attributes(modules, size):
-            known = found.setdefault(key, [])
+            known = (found if key[0] in size.site.stack[:1] else called).setdefault(key, [])
             if not any(torch.equal(ids, other) for other in known):
                 known.append(ids)
-    return found
+    return {**called, **found}
 
 
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:
