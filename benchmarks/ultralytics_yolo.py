@@ -1,9 +1,9 @@
 """How much goes of ultralytics' models, and how exactly: ``python -m benchmarks.ultralytics_yolo``; about ten minutes.
 
 Needs ``pip install ultralytics`` (AGPL-3.0). Every model is built from its YAML with random weights, perturbed so that
-no error hides, and pruned by L1 with LayerRatio(0.5) and with Budget(flops=0.5). Parameters and FLOPs are those that are
-left; the error is the largest of any output of the masked and the reconstructed model in float64, at two sizes and in
-eval and train mode; seconds are those of the processor (a laden machine does not change them) at 128 pixels.
+no error hides, and pruned by L1 with LayerRatio(0.5) and with Budget(flops=0.5). Parameters and FLOPs are those left;
+the error is the largest of any output of the masked and the reconstructed model in float64, at two sizes and in eval
+and train mode; seconds are those of the processor (a laden machine hardly changes them) at 128 pixels.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,6 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 
 import lightning_prune as lp
-from lightning_prune.schedule import Schedule
 
 
 class KeepsTheModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.build_groups import Classes
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, SizeAttribute
 from lightning_prune.graph.constraints import GroupedConvolution, Split
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
@@ -56,6 +56,7 @@ class Draft:
     places: dict[str, str]  # module paths whose code holds sizes of prunable channels, with the module's type
     guessed: set[str]  # types whose layout was read off one run, so that results have to be compared
     kinds: Mapping[str, str]  # module paths whose widths were noted, with the module's type
+    unread: Callable[[], tuple[SizeAttribute, ...]]  # attributes that may count pieces, though no run has read them
     uneven: bool = False  # some channels are cut into pieces of different sizes
 
 
@@ -87,7 +88,18 @@ def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Dr
         while current is before:  # some choices come to the same
             _decide(decisions, current, failure, model)
             current = draft(decisions)
-    return current
+    return _with_unread(runs, current)
+
+
+def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
+    """Attributes that no run has read follow too, if that changes nothing of what runs."""
+    more = draft.unread()
+    if not more:
+        return draft
+    graph = replace(draft.graph, sizes=(*draft.graph.sizes, *more))
+    removed = _removed(graph.prunable_groups, "half")
+    changes = runs.failure(graph, removed) or runs.failure(graph, removed, beyond_forward=True)
+    return draft if changes or runs.difference(graph, removed) else replace(draft, graph=graph)
 
 
 def _first(found: Iterable[Failure | None]) -> Failure | None:

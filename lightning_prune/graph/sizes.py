@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[K
             if not any(torch.equal(ids, other) for other in known):
                 known.append(ids)
     return {**called, **found}
+
+
+def unread(
+    modules: Mapping[str, nn.Module], splits: Sequence[Split], found: Mapping[Key, list[Tensor]]
+) -> dict[Key, list[Tensor]]:
+    """Attributes of modules whose own code cuts pieces of that length, though no run has read them.
+
+    Code for another occasion may: ultralytics' blocks chunk in two, and for export split by ``self.c``.
+    """
+    grids = [grid for split in splits if (grid := split.grid()) is not None]
+    pieces = match(
+        modules, [CodeSize(grid.rows(1)[0][:, 0], replace(grid.site, stack=grid.site.stack[:1])) for grid in grids]
+    )
+    return {key: ids for key, ids in pieces.items() if key not in found}
 
 
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:

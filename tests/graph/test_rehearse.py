@@ -428,3 +428,39 @@ def test_a_number_that_followed_in_vain_is_put_back() -> None:
     graph, small = smaller(net(Numbered(), 6))
     assert small.middle.save == [6, 8]
     assert graph.group("middle.layers.0").prunable
+
+
+class Chunks(nn.Module):
+    """Cuts into two by a number of pieces; for export by their width (C2f of ultralytics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 4
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([piece.relu() for piece in self.first(x).chunk(2, 1)], 1))
+
+    def forward_split(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([piece.relu() for piece in self.first(x).split((self.c, self.c), 1)], 1))
+
+
+class ChunksScaled(Chunks):
+    """The same number for another purpose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.c
+
+
+def test_the_width_of_pieces_follows_where_no_run_reads_it() -> None:
+    graph, small = smaller(net(Chunks()))
+    assert graph.group("middle.first").prunable
+    assert small.middle.c == 2
+    x = torch.randn(2, small.middle.first.in_channels, 5, 5).to(small.middle.first.weight)
+    torch.testing.assert_close(small.middle.forward_split(x), small.middle(x))
+
+
+def test_a_number_that_is_read_for_another_purpose_does_not_follow() -> None:
+    graph, small = smaller(net(ChunksScaled()))
+    assert graph.group("middle.first").prunable
+    assert small.middle.c == 4
