@@ -36,7 +36,7 @@ NAMES = [
     *("yolov8n-rtdetr", "rtdetr-resnet50", "rtdetr-l"),
 ]
 HEAD = [
-    "| model | parameters (M) | layers' channels that can go | left at LayerRatio(0.5): parameters | FLOPs "
+    "| model | parameters (M) | channels that can go | left at LayerRatio(0.5): parameters | FLOPs "
     "| left at Budget(flops=0.5): parameters | FLOPs | trace (s) | worst relative error |",
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 ]
