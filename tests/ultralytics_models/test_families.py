@@ -72,3 +72,7 @@ def test_a_family_is_pruned_without_loss(name: str) -> None:
         assert difference(model, small, x, training=False) > 1e-3  # the comparison can tell
         assert difference(masked, small, x, training=False) < 1e-10
     assert difference(masked, small, torch.rand(3, 3, 96, 128), training=True) < 1e-10
+
+    x, fused = torch.rand(1, 3, 96, 64).double(), copy.deepcopy(small).eval().fuse(verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(tensors_in(fused(x))[0], tensors_in(small.eval()(x))[0], rtol=1e-6, atol=1e-6)

@@ -20,7 +20,7 @@ ultralytics = pytest.importorskip("ultralytics")
 pytestmark = [
     pytest.mark.ultralytics,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # of its exporter
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:Exporting aten..index"),  # of its exporter
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +106,9 @@ def test_from_best_to_pruned_and_back(name: str, tmp_path: Path, recipe: Any) ->
     exported = load_exported(tuned.export(format="onnx", imgsz=SIDE, batch=2, simplify=False, opset=17))
     found = first(exported(IMAGES))
     assert found.shape == expected.shape
-    if name != "yolov10n" and "rtdetr" not in name:  # whose rows are sorted by scores that are alike
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    if name == "yolov10n" or "rtdetr" in name:  # whose rows are sorted by scores, which are alike
+        found, expected = found[..., 4], expected[..., 4]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_without_the_recipe_a_dense_model_is_trained(tmp_path: Path) -> None:
