@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
+from lightning_prune.model_state.code_sizes import unfollow_
 from lightning_prune.model_state.cutting import CHANGED, set_data_, sizes_of, update_attributes_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
@@ -84,7 +85,8 @@ class CheckpointShapes:
                 tensor.grad = None
                 set_data_(tensor, tensor.new_zeros(self._dense[name]))
         for path, part in module.named_modules():
-            for name in vars(part).pop(CHANGED, ()):
+            unfollow_(part)
+            for name in set(vars(part).pop(CHANGED, ())) & set(self._sizes[path]):
                 setattr(part, name, self._sizes[path][name])
         update_attributes_(module)
 

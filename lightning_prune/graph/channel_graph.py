@@ -13,6 +13,7 @@ from lightning_prune.graph.describe import describe
 from lightning_prune.graph.groups import Group, Layer
 from lightning_prune.graph.model_checks import check_eager
 from lightning_prune.graph.unreached import Unreached, warn_of_unreached
+from lightning_prune.model_state.code_sizes import SIZES
 from lightning_prune.model_state.cutting import Cut, NewSize
 
 
@@ -22,7 +23,7 @@ class SizeAttribute:
 
     module: str
     attribute: str
-    position: int | None  # the item, if the attribute is a list or tuple
+    position: int | str | None  # the item, if the attribute is a list or tuple, or the key of a size in the code
     sources: dict[str, Tensor]  # per group, channel indices that count 1 each (a channel may count several times)
     fixed: int  # what never goes
 
@@ -136,7 +137,8 @@ class ChannelGraph:
 
     def new_sizes(self, removed: Mapping[str, Tensor]) -> list[NewSize]:
         """Integer attributes that change when these channels go."""
-        return [size.without(removed) for size in self.sizes]
+        anything = any(len(channels) for channels in removed.values())
+        return [size.without(removed) for size in self.sizes if anything or size.attribute != SIZES]
 
     def describe(self) -> str:
         """A table of the groups, with the totals and the notes of the trace below.

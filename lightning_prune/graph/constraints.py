@@ -14,6 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_prune.graph.code_arguments import Call
+from lightning_prune.graph.labels import NO_LABEL
+
 
 @dataclass(frozen=True)
 class CallSite:
@@ -33,6 +36,7 @@ class CodeSize:
     attribute: str | None = None  # of the module that holds it; None: any attribute of that value
     position: int | None = None  # its place in a list or tuple of sizes
     listed: tuple[int, ...] = ()  # the whole list, if it is one of a list
+    key: str | None = None  # of the place in the code that gives it
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,9 @@ class Grid:
     site: CallSite
     exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
     attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
+    call: Call | None = None  # the call in the code that lays them out
+    dims: tuple[int | None, ...] = ()  # of its result, for each of the grid's; None: each size is that of a piece
+    rank: int = 0  # how many dimensions the result has
 
     @property
     def order(self) -> list[int]:
@@ -71,6 +78,26 @@ class Grid:
             sizes += [CodeSize(slices, self.site, position=k, listed=listed) for k in range(len(listed))]
         return sizes
 
+    def sizes_in_code(self, axis: int) -> list[CodeSize]:
+        """The numbers that the code passes along, if the axis is shortened: that one follows, the others stay."""
+        if self.call is None or self.exact:
+            return []
+        slices = self.rows(axis)[0][:, 0]
+        if None in self.dims:
+            return [CodeSize(slices, self.site, key=place.key) for place in self.call.places().values()]
+        found = []
+        for k, dim in enumerate(self.dims):
+            place = None if dim is None else self.call.place(dim, self.rank)
+            along = self.rows(k)[0][:, 0]
+            if place is None or (k != axis and not place.is_computed):
+                continue
+            # ``c * h * w``, ``n * heads``: a channel is there once for each position, or sample, whose number is free.
+            if place.is_computed and (k != axis or "*" in place.text) and len(along.unique()) < len(along):
+                continue
+            ids = slices if k == axis else torch.full_like(along, NO_LABEL)
+            found.append(CodeSize(ids, self.site, key=place.key))
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class GroupedConvolution:
@@ -97,6 +124,10 @@ class GroupedConvolution:
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
 
+    def sizes_in_code(self, axis: int) -> list[CodeSize]:  # noqa: ARG002
+        """None: its layer counts them."""
+        return []
+
 
 @dataclass(eq=False)
 class Split:
@@ -106,13 +137,22 @@ class Split:
     site: CallSite
     intervals: list[tuple[int, int]]  # (start, end) of every piece that was taken
     listed: bool = False  # they were given as one list of sizes
+    call: Call | None = None  # the call in the code that gives it
     exact: ClassVar[bool] = False
 
     def grid(self) -> Grid | None:
         """The same as a grid, if the pieces divide the dimension evenly."""
         bounds = sorted({0, len(self.ids), *itertools.chain(*self.intervals)})
         lengths = {end - start for start, end in itertools.pairwise(bounds)}
-        return Grid(self.ids.view(len(bounds) - 1, -1), (1,), self.site) if len(lengths) == 1 else None
+        if len(lengths) > 1:
+            return None
+        return Grid(self.ids.view(len(bounds) - 1, -1), (1,), self.site, call=self.call, dims=(None, None))
+
+    def sizes_in_code(self) -> list[CodeSize]:
+        """The numbers that the code passes along."""
+        places = self.call.places() if self.call is not None and self.listed else {}
+        pieces = [self.ids[start:end] for start, end in self.intervals]
+        return [CodeSize(ids, self.site, key=places[k].key) for k, ids in enumerate(pieces) if k in places]
 
     def sizes(self) -> list[CodeSize]:
         """The numbers that may say where the pieces lie."""

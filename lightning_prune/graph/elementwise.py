@@ -49,8 +49,9 @@ def combine(
     labels = [
         (index, one.expand(shape)) for index, operand in enumerate(operands) for one in operand.info.labels if one.dims
     ]
-    combined = [_merge(call, operands, part, is_zero, shape) for part in _overlapping(labels)]
-    return TensorInfo(tuple(one for one in combined if one is not None), data, uniform and not combined)
+    parts = [free for part in _overlapping(labels) for free in _beside_fixed(call, operands, part, len(shape))]
+    combined = [_merge(call, operands, part, is_zero, shape) for part in parts]
+    return TensorInfo(tuple(combined), data, uniform and not combined)
 
 
 Indexed = list[tuple[int, Labels]]  # with the number of their operand
@@ -66,20 +67,34 @@ def _overlapping(labels: Indexed) -> list[Indexed]:
     return parts
 
 
+def _beside_fixed(call: OperatorCall, operands: Sequence[Operand], part: Indexed, rank: int) -> list[Indexed]:
+    """Labels that do not vary along dimensions in which an operand without labels has extents.
+
+    Where they also vary along others (heads, whose width meets a rotary embedding), whole slices of those may go.
+    """
+    dims, present = {d for _, one in part for d in one.dims}, {index for index, _ in part}
+    fixed = {
+        d for index, operand in enumerate(operands) if index not in present and not operand.info.uniform
+        for d, size in enumerate(operand.shape, rank - len(operand.shape)) if size > 1 and d in dims
+    }  # fmt: skip
+    if not fixed:
+        return [part]
+    held = [(index, one) for index, one in part if fixed.issuperset(one.dims)]
+    if any(operands[index].info.data for index, _ in held):
+        call.space.met.add(call.site.kind)
+    call.freeze([one for _, one in held], f"meets a tensor of fixed size in {call.where}")
+    free = [(index, call.fold(one, {*one.dims} - fixed)) for index, one in part if not fixed.issuperset(one.dims)]
+    return _overlapping([(index, one) for index, one in free if one is not None])
+
+
 def _merge(
     call: OperatorCall, operands: Sequence[Operand], part: Indexed, is_zero: IsZero, shape: torch.Size
-) -> Labels | None:
+) -> Labels:
     space, where = call.space, call.where
     dims = sorted({d for _, one in part for d in one.dims})
     present = [index for index, _ in part]
     labels = [one.region(dims) for _, one in part]
     ids = torch.stack([one.ids for one in labels])
-    for index, operand in enumerate(operands):
-        extents = enumerate(operand.shape, len(shape) - len(operand.shape))
-        fixed = any(size > 1 and d in dims for d, size in extents)
-        if fixed and index not in present and not operand.info.uniform:
-            space.freeze(ids, f"meets a tensor of fixed size in {where}")
-            return None
     labelled: Any = ...
     if int(ids.min()) == NO_LABEL:  # where only some operands are labelled (padding, concatenation), nothing can go
         labelled = (ids != NO_LABEL).all(0)
@@ -92,13 +107,17 @@ def _merge(
     own = len(data) <= 1
     # Of a weight and its mask, the weight is the layer's: a buffer is live.
     lead = data[0] if data else next((k for k, one in enumerate(labels) if not one.live.any()), 0)
+    if len(data) > 1 and sum(size > 1 for size in ids.shape[1:]) > 1:
+        lead = max(data, key=lambda k: len(ids[k].unique()))  # of whole heads, every channel in them
     for k in range(len(ids)):
         if k != lead:
             space.tie(ids[lead][labelled], ids[k][labelled], own=own)
     out = ids[lead]
     if not own and any(not torch.equal(out, ids[k]) for k in data):
         # An addition's result is no layer's own: what normalises it belongs to the whole group.
-        out = space.fresh(out.numel()).view(out.shape)
+        # What was one channel in several places (a head in every window) stays one.
+        different, place = out.unique(return_inverse=True)
+        out = space.fresh(len(different))[place]
         space.tie(out[labelled], ids[lead][labelled])
     merged = Labels(out if labelled is ... else torch.where(labelled, out, NO_LABEL), False if live is None else live)
     return merged.expand(shape)

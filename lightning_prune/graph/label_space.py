@@ -76,6 +76,9 @@ class LabelSpace:
     contractions: list[Contraction] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)  # module path, ids of its output's channels
     seen: set[tuple[object, ...]] = field(default_factory=set)  # sizes that some line of code passed
+    narrow: frozenset[str] = frozenset()  # types of modules whose heads get narrower, instead of fewer
+    whole: set[str] = field(default_factory=set)  # those whose heads go whole
+    met: set[str] = field(default_factory=set)  # those in which channels met a tensor of fixed size
     _marks: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
+from lightning_prune.graph.code_arguments import Call, running_call
 from lightning_prune.graph.constraints import CallSite
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
@@ -48,6 +49,12 @@ class OperatorCall:
         running = self.recorder.modules
         kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in running.stack[-1:])
         return CallSite(tuple(map(running.path, reversed(running.stack))), kind, self.where)
+
+    @property
+    def made_by(self) -> Call | None:
+        """The call in the source of the innermost module that ran it."""
+        stack = self.recorder.modules.stack
+        return running_call(stack[-1]) if stack else None
 
     @cached_property
     def outputs(self) -> list[Tensor]:

@@ -8,6 +8,7 @@ chunks), other shares of them go too, and results are compared, since a wrong gu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,30 @@ class Decisions:
     held: dict[str, str] = field(default_factory=dict)  # per module path, why channels that it reads stay
     held_whole: set[str] = field(default_factory=set)  # those of which the channels that they make stay too
     sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
+    left: set[str] = field(default_factory=set)  # paths of modules whose sizes stay, though others of their type go
+    cleared: set[str] = field(default_factory=set)  # types that were suspected of a failure elsewhere for nothing
+    failed: Counter[str] = field(default_factory=Counter)  # module paths, how often they did under another choice
+
+    def advance(self, kind: str, path: str, draft: Draft, model: nn.Module) -> None:
+        """Try the next choice for a type.
+
+        Once the layouts are through, modules built as the one that fails most are left alone and the others begin
+        anew; if none of them gets on, all of the type go on together.
+        """
+        self.failed[path] += 1
+        choice = Choice(self.choices.get(kind, Choice.AS_IS) + 1)
+        if choice is Choice.INPUTS:
+            paths = [other for other, of in draft.places.items() if of == kind and other not in self.left]
+            worst = max(paths, key=lambda other: self.failed[other])
+            alike = {other for other in paths if _build(model, other) == _build(model, worst)}
+            if len(alike) < len(paths):
+                self.left |= alike
+                choice = Choice.AS_IS
+            else:
+                self.left -= {other for other, of in draft.kinds.items() if of == kind}
+            for other in paths:
+                del self.failed[other]
+        self.choices[kind] = choice
 
 
 @dataclass(frozen=True)
@@ -70,9 +95,21 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
         if not classes.may_go(constraint.ids):
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
-        if isinstance(constraint, Split) or constraint.ids.dim() > 1 or choices.get(kind, Choice.AS_IS).repairs:
+        if (
+            isinstance(constraint, Split)
+            or constraint.ids.dim() > 1
+            or _changes_numbers(choices.get(kind, Choice.AS_IS))
+        ):
             guessed.add(kind)
     return places, guessed
+
+
+def _build(model: nn.Module, path: str) -> list[torch.Size]:
+    return [tensor.shape for tensor in model.get_submodule(path).parameters()]
+
+
+def _changes_numbers(choice: Choice) -> bool:
+    return choice.repairs or choice.replaces_code
 
 
 def settle(model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]) -> Draft:
@@ -145,19 +182,13 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
     own = failure.stack[:1] or ("",)
     for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
         kind = draft.places.get(path)
-        if kind is not None and failure.other_size:
-            decisions.sized.add(kind)
+        if kind is not None:
+            (decisions.sized.add if failure.other_size else decisions.sized.discard)(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
-            decisions.choices[kind] = Choice(decisions.choices.get(kind, Choice.AS_IS) + 1)
+            decisions.advance(kind, path, draft, model)
             return
-    if not failure.other_size:
-        for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][
-            :2
-        ]:  # its code or the caller's
-            choice = decisions.choices.get(kind, Choice.AS_IS)
-            if choice < Choice.WIDTHS:
-                decisions.choices[kind] = Choice(max(choice + 1, Choice.INPUTS))
-                return
+    if not failure.other_size and (_lay_out(decisions, draft, failure) or _follow_widths(decisions, draft, failure)):
+        return
     for path in failure.stack:
         touched = any(_touches(group, path) for group in draft.graph.prunable_groups)
         if touched and path not in decisions.held:
@@ -177,6 +208,39 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
     decisions.sized |= {""} if failure.other_size else set()
     decisions.held[""] = f"cannot be removed: the smaller model fails ({failure.message})"
     decisions.held_whole.add("")
+
+
+def _lay_out(decisions: Decisions, draft: Draft, failure: Failure) -> bool:
+    """Whether the channels that failed here may have been laid out elsewhere: ``view(n, -1, heads, width)`` runs."""
+    if not failure.message.startswith("RuntimeError"):
+        return False  # an assertion speaks of the code that makes it
+    touched = [group for group in draft.graph.prunable_groups if _touches(group, failure.stack[0])]
+    parents = (layer.name.rpartition(".")[0] for group in touched for layer in group.layers)
+    for kind in (draft.places[parent] for parent in parents if parent in draft.places):
+        choice = decisions.choices.get(kind, Choice.AS_IS)
+        if choice < Choice.OTHER_AXIS_CODE and kind not in decisions.cleared:
+            decisions.choices[kind] = Choice(choice + 1)
+            return True
+        if choice is Choice.OTHER_AXIS_CODE:
+            decisions.choices[kind] = Choice.AS_IS
+            decisions.cleared.add(kind)
+    return False
+
+
+def _follow_widths(decisions: Decisions, draft: Draft, failure: Failure) -> bool:
+    """Whether attributes of the module, or of its caller, may have to follow what enters or leaves it."""
+    for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][:2]:
+        choice = decisions.choices.get(kind, Choice.AS_IS)
+        if kind in decisions.cleared:
+            continue
+        if choice < Choice.WIDTHS:
+            decisions.choices[kind] = Choice(max(choice + 1, Choice.INPUTS))
+            return True
+        if choice is Choice.WIDTHS:  # in vain, or for the worse: a list of numbers that are no widths
+            decisions.choices[kind] = Choice.AS_IS
+            decisions.cleared.add(kind)
+            return True
+    return False
 
 
 def _touches(group: Group, path: str) -> bool:

@@ -7,6 +7,7 @@ follow, is chosen per module type by a `Choice`, tried out in `lightning_prune.g
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -17,6 +18,7 @@ from lightning_prune.graph.constraints import CodeSize, Grid, GroupedConvolution
 from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
 from lightning_prune.graph.labels import NO_LABEL, ids_of
 
+Layout = Grid | GroupedConvolution
 ONE_SIZE = "goes together with others at one batch and image size only, as code lays it out"
 
 
@@ -27,14 +29,21 @@ class Choice(IntEnum):
     REPAIR = 1  # integer attributes of the module that equal an old size get the new one
     OTHER_AXIS = 2
     OTHER_AXIS_REPAIR = 3
-    INPUTS = 4  # those that equal the number of channels that enter the module, too
-    WIDTHS = 5  # and those that equal any that it sees, all of which then go together
-    FROZEN = 6
+    CODE = 4  # numbers that the code passes along are read from an attribute instead
+    OTHER_AXIS_CODE = 5
+    INPUTS = 6  # attributes that equal the number of channels that enter the module, too
+    WIDTHS = 7  # and those that equal any that it sees, all of which then go together
+    FROZEN = 8
 
     @property
     def repairs(self) -> bool:
         """Whether attributes of the module may be set."""
         return self in (Choice.REPAIR, Choice.OTHER_AXIS_REPAIR) or self.follows_widths
+
+    @property
+    def replaces_code(self) -> bool:
+        """Whether numbers in the code are replaced, see `lightning_prune.model_state.code_sizes`."""
+        return self in (Choice.CODE, Choice.OTHER_AXIS_CODE)
 
     @property
     def follows_widths(self) -> bool:
@@ -44,7 +53,7 @@ class Choice(IntEnum):
     @property
     def rank(self) -> int:
         """Which axis is taken: 0, the one that leaves most channels free, or 1, the next."""
-        return int(self in (Choice.OTHER_AXIS, Choice.OTHER_AXIS_REPAIR))
+        return int(self in (Choice.OTHER_AXIS, Choice.OTHER_AXIS_REPAIR, Choice.OTHER_AXIS_CODE))
 
 
 @dataclass
@@ -63,17 +72,20 @@ def resolve(
     choices: Mapping[str, Choice],
     sized: Collection[str] = (),
     pairs: Sequence[tuple[Tensor, Tensor]] = (),
+    left: AbstractSet[str] = frozenset(),
 ) -> Resolved:
     """Tie channels until every grid loses whole slices only.
 
     choices: by module type, `Choice.AS_IS` if not named. sized: types whose layout holds at the traced size only.
-    pairs: what else goes together.
+    pairs: what else goes together. left: paths of modules that are left as they are, whatever their type.
     """
     state = Resolved(_joined(space.classes(), pairs))
-    grids: list[tuple[Grid | GroupedConvolution, Choice]] = []
+    grids: list[tuple[Layout, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
         choice = choices.get(constraint.site.kind, Choice.AS_IS)
+        if left and not left.isdisjoint(constraint.site.stack[:1]):
+            choice = Choice.FROZEN
         if choice is Choice.FROZEN:
             untouched += 1
             if not isinstance(constraint, GroupedConvolution) and not constraint.exact:
@@ -88,19 +100,40 @@ def resolve(
         elif isinstance(constraint, Split):
             # Uneven pieces lose channels freely, but only where their sizes are attributes that can follow.
             state.splits.append(constraint)
-            state.sizes += constraint.sizes()
-    state.axes = [*_settle(state, grids), *[-1] * untouched]
-    for (grid, choice), axis in zip(grids, state.axes, strict=False):
+            state.sizes += constraint.sizes_in_code() if choice.replaces_code else constraint.sizes()
+    axes = _settle(state, grids)
+    while pairs := _counted_together(state, grids, axes):
+        state.joint = _joined(state.joint, pairs)
+        axes = _settle(state, grids)
+    state.axes = [*axes, *[-1] * untouched]
+    for (grid, choice), axis in zip(grids, axes, strict=True):
         for rows in grid.rows(axis):
             gaps = (rows == NO_LABEL).any(1)
             if gaps.any():
                 reason = f"goes together with channels that stay in {grid.site.where}"
                 state.frozen.append(Freeze(ids_of(rows[gaps]), reason))
-        state.sizes += grid.sizes(axis, repairs=choice.repairs)
+        state.sizes += grid.sizes_in_code(axis) if choice.replaces_code else grid.sizes(axis, repairs=choice.repairs)
     return state
 
 
-def _settle(state: Resolved, grids: list[tuple[Grid | GroupedConvolution, Choice]]) -> list[int]:
+def _counted_together(state: Resolved, grids: list[tuple[Layout, Choice]], axes: list[int]) -> Pairs:
+    """What one number in the code counts that does not go together yet."""
+    found = [size for size in state.sizes if size.key is not None]
+    found += [
+        size for (grid, choice), axis in zip(grids, axes, strict=True) if choice.replaces_code
+        for size in grid.sizes_in_code(axis)
+    ]  # fmt: skip
+    first: dict[tuple[str, str, int], Tensor] = {}
+    pairs: Pairs = []
+    for size in found:
+        ids = first.setdefault((size.site.stack[0], str(size.key), len(size.ids)), size.ids)
+        both = (ids != NO_LABEL) & (size.ids != NO_LABEL)
+        if not torch.equal(state.joint[ids[both]], state.joint[size.ids[both]]):
+            pairs.append((ids[both], size.ids[both]))
+    return pairs
+
+
+def _settle(state: Resolved, grids: list[tuple[Layout, Choice]]) -> list[int]:
     """The axis of every grid; ties grids of one kind at a time, since one tie may settle others."""
     axes = [-1] * len(grids)
     while True:

@@ -12,9 +12,10 @@ from lightning_prune.graph.channel_graph import SizeAttribute
 from lightning_prune.graph.constraints import CodeSize, Split, piece_and_lead
 from lightning_prune.graph.label_space import Freeze
 from lightning_prune.graph.labels import NO_LABEL, ids_of
+from lightning_prune.model_state.code_sizes import SIZES
 from lightning_prune.model_state.cutting import sizes_of
 
-Key = tuple[str, str, int | None]  # module path, attribute, position
+Key = tuple[str, str, int | str | None]  # module path, attribute, position
 
 
 def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[Key, list[Tensor]]:
@@ -45,6 +46,8 @@ def unread(
 
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:
     stack = size.site.stack
+    if size.key is not None:
+        return [((stack[0], SIZES, size.key), size.ids)] if stack[0] in modules else []
     if size.attribute is not None:
         path = stack[0] if stack else ""
         value = getattr(modules.get(path), size.attribute, None)
@@ -66,15 +69,27 @@ def is_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def unmatched(splits: Sequence[Split], found: Mapping[Key, list[Tensor]]) -> list[Freeze]:
-    """Uneven pieces whose sizes are no module's attributes: nothing can tell the code that they shrank."""
+def match_splits(
+    modules: Mapping[str, nn.Module], splits: Sequence[Split], found: dict[Key, list[Tensor]]
+) -> list[Freeze]:
+    """Uneven pieces whose sizes are no module's attributes: numbers in the code that can follow, or those that stay."""
+    for split in _unmatched(splits, found):
+        for key, several in match(modules, split.sizes_in_code()).items():
+            found.setdefault(key, []).extend(several)
+    uncounted = _unmatched(splits, found)
+    return [Freeze(ids_of(split.ids), f"is cut at fixed places by {split.site.where}") for split in uncounted]
+
+
+def _unmatched(splits: Sequence[Split], found: Mapping[Key, list[Tensor]]) -> list[Split]:
     counted = {tuple(ids.tolist()) for several in found.values() for ids in several}
-    frozen = []
-    for split in splits:
-        pieces = [(start, end) for start, end in split.intervals if end - start < len(split.ids)]
-        if any(all(tuple(split.ids[a:b].tolist()) not in counted for a, b in piece_and_lead(*p)) for p in pieces):
-            frozen.append(Freeze(ids_of(split.ids), f"is cut at fixed places by {split.site.where}"))
-    return frozen
+
+    def is_free(start: int, end: int, ids: Tensor) -> bool:
+        return all(tuple(ids[a:b].tolist()) not in counted for a, b in piece_and_lead(start, end))
+
+    return [
+        split for split in splits
+        if any(is_free(*piece, split.ids) for piece in split.intervals if piece[1] - piece[0] < len(split.ids))
+    ]  # fmt: skip
 
 
 def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mapping[str, Tensor]) -> list[SizeAttribute]:
@@ -96,6 +111,6 @@ def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mappi
         counts = [sources(ids) for ids in several]
         fixed = [len(ids) - sum(map(len, counted.values())) for ids, counted in zip(several, counts, strict=True)]
         alike = [{name: places.sort().values.tolist() for name, places in counted.items()} for counted in counts]
-        if counts[0] and alike == alike[:1] * len(alike) and len(set(fixed)) == 1:
+        if (counts[0] or key[1] == SIZES) and alike == alike[:1] * len(alike) and len(set(fixed)) == 1:
             result.append(SizeAttribute(*key, counts[0], fixed[0]))
     return result

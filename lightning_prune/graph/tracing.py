@@ -33,6 +33,7 @@ from lightning_prune.graph.running import (
 from lightning_prune.graph.trial_runs import Ran
 from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
 from lightning_prune.graph.widths import Widths
+from lightning_prune.model_state.attention import narrow_
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
 
 OUTPUT = "reaches the model's output"
@@ -65,6 +66,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
     """
     check_traceable(model)
     copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
+    narrow_(copied)
     tracer = _Tracer(copied, statistics)
     entries = entry_points(example_inputs, also)
     forward = [entry for entry in entries if is_forward(entry)]
@@ -75,6 +77,11 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         if remembered(copied) != before and not new:  # the next runs take other paths: those count
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
+        if (
+            narrow := tracer.space.whole & tracer.space.met
+        ):  # the number of these heads is fixed, perhaps not their width
+            tracer = _Tracer(copied, statistics, frozenset(narrow))
+            ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
     tracer.meet_unreached()
     with torch.inference_mode(False):
@@ -84,10 +91,10 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
 class _Tracer:
     """One label space filled by one or several runs of the same model."""
 
-    def __init__(self, model: nn.Module, statistics: bool) -> None:
+    def __init__(self, model: nn.Module, statistics: bool, narrow: frozenset[str] = frozenset()) -> None:
         self.model = model
         self.statistics = statistics
-        self.space = LabelSpace()
+        self.space = LabelSpace(narrow=narrow)
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
         self.reached: set[str] = set()  # not merely averaged, or counted in a penalty on weights
@@ -182,8 +189,10 @@ class _Tracer:
     def draft(self, decisions: Decisions) -> Draft:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
-        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs)
-        found = sizes.match(dict(self.model.named_modules()), [*self.space.sizes, *resolved.sizes, *widths])
+        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left)
+        modules = dict(self.model.named_modules())
+        found = sizes.match(modules, [*self.space.sizes, *resolved.sizes, *widths])
+        uncounted = sizes.match_splits(modules, resolved.splits, found)
         outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
@@ -198,7 +207,7 @@ class _Tracer:
             for span in self.space.spans
             if not path or span.tensor.startswith(f"{path}.")
         ]
-        frozen = [*held, *resolved.frozen, *sizes.unmatched(resolved.splits, found), *self._beside_forward(resolved)]
+        frozen = [*held, *resolved.frozen, *uncounted, *self._beside_forward(resolved)]
         classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
         groups = build_groups(classes)
         free = {group.name: channels for group, channels in groups.items() if group.prunable}

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from lightning_prune.model_state.attention import fit_attention_
+from lightning_prune.model_state.code_sizes import SIZES, follow_, unfollow_
 from lightning_prune.model_state.optimizer_state import change_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
@@ -35,11 +37,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class NewSize:
-    """An integer attribute, or one item of a list or tuple, that changes."""
+    """An integer attribute, one item of a list or tuple, or a size in the module's code, that changes."""
 
     module: str
     attribute: str
-    position: int | None
+    position: int | str | None
     value: int
 
 
@@ -71,6 +73,9 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
     """Set size attributes, then make those of torch's own layers say what their weights are."""
     for size in sizes:
         module = model.get_submodule(size.module)
+        if size.attribute == SIZES:
+            set_size_(module, SIZES, {**vars(module).get(SIZES, {}), size.position: size.value})
+            continue
         old = getattr(module, size.attribute)
         new: Any = size.value
         if size.position is not None:
@@ -105,7 +110,10 @@ def refold_(model: nn.Module) -> None:
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:
     """Set one size attribute and remember that it was set, for `changed_sizes`."""
-    setattr(module, name, value)
+    if name == SIZES:
+        follow_(module, value)
+    else:
+        setattr(module, name, value)
     vars(module)[CHANGED] = tuple(sorted({*getattr(module, CHANGED, ()), name}))
 
 
@@ -143,15 +151,18 @@ def update_attributes_(model: nn.Module) -> None:
         elif isinstance(module, nn.PReLU):
             module.num_parameters = weight.numel()
     update_recurrent_(model)
+    fit_attention_(model)
 
 
 class Undo:
     """Puts back submodules, parameters, buffers, integer attributes and optimizer state of a model."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        self.model = model
         self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
         self.places = places_of(model)
-        self.attributes = [(module, sizes_of(module)) for module in model.modules()]
+        self.attributes = [(module, sizes_of(module), vars(module).get(SIZES)) for module in model.modules()]
+        self.nested = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
         self.computed = [(m, name, getattr(m, name)) for m in model.modules() for name in weight_hooks(m)]
         self.states = [(state, dict(state)) for optimizer in optimizers for state in optimizer.state.values()]
 
@@ -162,9 +173,15 @@ class Undo:
             tensor.grad = None
             set_data_(tensor, data)
             tensor.grad = gradient
-        for module, sizes in self.attributes:
+        for module, sizes, in_code in self.attributes:
             vars(module).pop(CHANGED, None)
+            unfollow_(module)
+            if in_code is not None:
+                follow_(module, in_code)
             vars(module).update(sizes)
+        for encoder, nested in self.nested:
+            encoder.use_nested_tensor = nested
+        fit_attention_(self.model)
         for module, name, value in self.computed:
             setattr(module, name, value)
         for state, before in self.states:

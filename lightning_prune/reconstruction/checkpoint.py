@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from lightning_prune.errors import CheckpointError
+from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.files import atomic
+from lightning_prune.model_state.code_sizes import SIZES, following, own_class
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
@@ -165,12 +166,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
                 "dense model"
             )
     modules = dict(dense_model.named_modules())
-    for module, values in sizes.items():
-        for name, value in values.items():
-            if not isinstance(getattr(modules.get(module), name, None), type(value)):
-                raise CheckpointError(
-                    f"{source} belongs to another model: {module!r} has no size {name!r} in the dense one"
-                )
+    _check_sizes(modules, sizes, source)
     for name, saved in smaller.items():
         tensor = tensors[name]
         tensor.grad = None
@@ -181,6 +177,21 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     update_attributes_(dense_model)
     remember_dense_(dense_model, dense)
     return plan
+
+
+def _check_sizes(modules: Mapping[str, nn.Module], sizes: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """Refuse size attributes that the modules do not have, and sizes that stand nowhere in their code."""
+    for path, values in sizes.items():
+        for name, value in values.items():
+            if name == SIZES and path in modules:
+                try:
+                    following(own_class(modules[path]), frozenset(map(str, value)))
+                except PruningError as error:
+                    raise CheckpointError(f"{source} belongs to another model: {path!r}: {error}") from error
+            elif not isinstance(getattr(modules.get(path), name, None), type(value)):
+                raise CheckpointError(
+                    f"{source} belongs to another model: {path!r} has no size {name!r} in the dense one"
+                )
 
 
 class PrunedCheckpoints:

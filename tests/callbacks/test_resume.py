@@ -18,8 +18,11 @@ from lightning_prune.criteria import JRE
 from lightning_prune.errors import CallbackError, CheckpointError, PlanError
 from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints
 from lightning_prune.schedule import Gradual, Rounds, Soft
+from lightning_prune.selection import LayerRatio
 from tests.callbacks.helpers import Task, fit, loader, params, trainer
-from tests.zoo import images
+from tests.graph.test_code_sizes import Fused
+from tests.graph.tokens import Tokens
+from tests.zoo import images, randomise_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # resuming does that
@@ -117,6 +120,46 @@ def test_every_checkpoint_can_be_tested_and_loaded(kind: str, tmp_path: Path) ->
     best = min(losses, key=losses.get)
     (found,) = runner.validate(task, loader(8, shuffle=False), ckpt_path="best", verbose=False)
     assert found["val_loss"] == losses[best]
+
+
+class Attending(Task):
+    """Sizes in the code of its attention, and heads that torch's own class cannot make narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        encoder = torch.nn.TransformerEncoderLayer(16, 2, 8, batch_first=True, norm_first=True, dropout=0.0)
+        self.net = Tokens(Fused())
+        self.net.blocks.append(encoder)
+        randomise_(self.net).double().train()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_replaced_code_and_narrow_heads_resume_and_go_back_to_the_dense_model(tmp_path: Path) -> None:
+    def each_layer() -> PruneCallback:
+        return PruneCallback(JRE(), selection=LayerRatio(0.5), reconstruct="before", start=2)
+
+    whole = Attending()
+    start = state(whole)
+    runner = run(whole, each_layer(), tmp_path / "whole")
+    assert whole.net.blocks[0].attention.sizes_in_code
+    assert params(whole) < params(Attending())
+    resumed = Attending()
+    resumed.load_state_dict(start)
+    run(
+        resumed,
+        prune(reconstruct="before", start=2),
+        tmp_path / "resumed",
+        seed=1,
+        ckpt=tmp_path / "whole/epoch=3.ckpt",
+    )
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+    expected = runner.callback_metrics["val_loss"]
+    runner.validate(whole, loader(8, shuffle=False), ckpt_path=tmp_path / "whole/epoch=0.ckpt", verbose=False)
+    assert (params(whole), type(whole.net.blocks[0].attention)) == (params(Attending()), Fused)
+    (found,) = runner.validate(
+        whole, loader(8, shuffle=False), ckpt_path=tmp_path / "whole/epoch=4.ckpt", verbose=False
+    )
+    assert found["val_loss"] == expected
 
 
 class Loadable(PrunedCheckpoints, Task):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
+from lightning_prune.criteria.observe.functional_calls import FunctionalCalls
 from lightning_prune.criteria.observe.watcher import (
     Watcher,
     channel_dim,
@@ -94,10 +95,16 @@ class ActivationWatcher(Watcher):
 
     def start(self) -> None:
         super().start()
-        for port in self._ports.values():
-            if port.incoming:
-                handle = port.module.register_forward_pre_hook(partial(self._enter, port), with_kwargs=True)
-                self.hooks.callback(handle.remove)
+        incoming = {port.path: port for port in self._ports.values() if port.incoming}
+        for port in incoming.values():
+            handle = port.module.register_forward_pre_hook(partial(self._enter, port), with_kwargs=True)
+            self.hooks.callback(handle.remove)
+        modules = {path: port.module for path, port in incoming.items()}
+        self.hooks.enter_context(
+            FunctionalCalls(
+                modules, before=lambda path, module, value, _: self._enter(incoming[path], module, (value,), {})
+            )
+        )
 
     def see(self, path: str, _module: nn.Module, _value: Any, output: Any) -> Tensor | None:
         return self._see(self._ports[path, False], output)

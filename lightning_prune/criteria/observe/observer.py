@@ -19,6 +19,7 @@ from lightning_prune.errors import ScoreError
 from lightning_prune.graph import ChannelGraph, Layer
 from lightning_prune.graph.describe import shortened
 from lightning_prune.graph.running import saved_checkpoints
+from lightning_prune.model_state.attention import narrowed
 
 _WATCHERS: dict[TapSite, type[Watcher]] = {
     "conv": ActivationWatcher,
@@ -50,6 +51,14 @@ class Observer:
         watchers = {kind: kind(model) for kind in dict.fromkeys(_WATCHERS[tap.site] for tap in self.taps)}
         self._watchers = list(watchers.values())
         self._batch: ExitStack | None = None
+        self._model = model
+        inside = {
+            name for group in graph.prunable_groups for layer in group.layers for name in (layer.name, layer.reader)
+        }
+        attentions = {path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+        self._attends = not attentions.isdisjoint(
+            {part for name in inside if name for part in (name, name.rpartition(".")[0])}
+        )
         for group in graph.prunable_groups:
             for tap in self.taps:
                 watcher = watchers[_WATCHERS[tap.site]]
@@ -78,6 +87,8 @@ class Observer:
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code knows nothing of the hooks
             stack.enter_context(saved_checkpoints())
+            if self._attends:
+                stack.enter_context(narrowed(self._model))
             for watcher in self._watchers:
                 stack.enter_context(watcher)
             self._batch = stack.pop_all()

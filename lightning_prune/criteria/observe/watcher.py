@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import Self
 
 from lightning_prune.criteria.base import Tap
+from lightning_prune.criteria.observe.functional_calls import FunctionalCalls
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group, Layer
 
@@ -114,10 +115,14 @@ def calls_of(model: nn.Module, paths: Iterable[str], see: Callable[[str, nn.Modu
             replaced.add(path)
         return replacement
 
+    modules = {path: model.get_submodule(path) for path in paths}
     with ExitStack() as hooks:
-        for path in paths:
-            handle = model.get_submodule(path).register_forward_hook(partial(show, path), with_kwargs=True)
-            hooks.callback(handle.remove)
+        for path, module in modules.items():
+            if not isinstance(module, nn.MultiheadAttention):  # which returns what its last projection makes
+                hooks.callback(module.register_forward_hook(partial(show, path), with_kwargs=True).remove)
+        hooks.enter_context(
+            FunctionalCalls(modules, after=lambda path, module, value, out: show(path, module, (value,), {}, out))
+        )
         yield
 
 
@@ -162,6 +167,8 @@ def channel_dim(module: nn.Module) -> int:
 
 def _rank(module: nn.Module) -> int:
     """Of its weight, 0 without; one that is computed at every look is not looked at."""
+    if isinstance(module, nn.MultiheadAttention):
+        return 2
     if is_parametrized(module, "weight"):
         sources = module.get_submodule("parametrizations.weight")
         return max(parameter.ndim for parameter in sources.parameters(recurse=False))

@@ -10,6 +10,7 @@ from lightning_prune.graph.elementwise import Operand, combine, parameter_operan
 from lightning_prune.graph.label_space import Contraction
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
+from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
 def convolution(call: OperatorCall) -> TensorInfo:
@@ -33,6 +34,8 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
     adds = call.name in ("addmm", "baddbmm")
     added, left, right = call.args[:3] if adds else (None, *call.args[:2])
     l_info, r_info = call.info(left), call.info(right)
+    if left.dim() == 3 and _narrows_heads(call):
+        l_info, r_info = (_across_heads(call, info) for info in (l_info, r_info))
     row, column = left.dim() - 2, left.dim() - 1
     alone = any(labels.dims == (dim,) for info, dim in ((l_info, column), (r_info, row)) for labels in info.labels)
     l_inner, l_free = _inner_and_free(call, l_info, left.shape, column, alone)
@@ -56,6 +59,17 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
         operands.append(Operand(flat, TensorInfo(tuple(one.region().expand(flat) for one in free), info.data)))
     info = TensorInfo(combine(call, operands, any).labels, l_info.data or r_info.data)
     return _add_bias(call, info, added, channel_dim=column)
+
+
+def _narrows_heads(call: OperatorCall) -> bool:
+    """Whether the heads of an attention get narrower, instead of fewer."""
+    inside = call.recorder.modules.stack[-1:]
+    return call.site.kind in call.space.narrow or any(isinstance(one, NarrowMultiheadAttention) for one in inside)
+
+
+def _across_heads(call: OperatorCall, info: TensorInfo) -> TensorInfo:
+    """All heads, (batch * heads, n, m), get narrower alike: what lies at the same place of each goes together."""
+    return info.with_labels(call.fold(one, (1, 2)) or one for one in info.labels)
 
 
 def vector_product(call: OperatorCall) -> TensorInfo:
@@ -196,6 +210,8 @@ def _inner_and_free(
     free: list[Labels] = []
     for labels in info.labels:
         summed = inner in labels.dims and (alone or labels.dims == (inner,))
+        if inner in labels.dims and not summed:
+            call.space.whole.add(call.site.kind)
         folded = call.fold(labels, {inner} if summed else {*labels.dims} - {inner})
         if folded is not None:
             (along if summed else free).append(folded)

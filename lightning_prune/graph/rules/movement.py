@@ -45,10 +45,12 @@ def _sized(call: OperatorCall, info: TensorInfo) -> TensorInfo:
         return info
     for labels in info.labels:
         ids = _grid(labels, labels.dims)
-        key = (*call.site.stack[:1], ids.shape, ids.numpy().tobytes())
-        if key not in call.space.seen:  # one line of code, or several that pass the same sizes
+        made = call.made_by
+        key = (*call.site.stack[:1], made and (made.code, made.instruction), ids.shape, ids.numpy().tobytes())
+        if key not in call.space.seen:  # one line of code
             call.space.seen.add(key)
-            call.space.constraints.append(Grid(ids, tuple(range(ids.dim())), call.site))
+            layout = Grid(ids, tuple(range(ids.dim())), call.site, call=made, dims=labels.dims, rank=labels.ids.dim())
+            call.space.constraints.append(layout)
     return info
 
 
@@ -102,7 +104,7 @@ def _split(call: OperatorCall, labels: Labels, dim: int, intervals: list[tuple[i
             if isinstance(known, Split) and known.site.stack == call.site.stack and torch.equal(known.ids, ids):
                 known.intervals += intervals
                 return
-        call.space.constraints.append(Split(ids, call.site, intervals, listed=len(intervals) > 1))
+        call.space.constraints.append(Split(ids, call.site, intervals, len(intervals) > 1, call.made_by))
 
 
 def index(call: OperatorCall) -> TensorInfo:
