@@ -42,6 +42,10 @@ assert sum(p.numel() for p in fresh.parameters()) < 6e6
 """
 }
 ELSEWHERE = ("torchrun", "srun")  # need several GPUs
+THEIRS = (  # its exporter warns
+    pytest.mark.ultralytics,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,10 @@ def test_every_fence_and_every_command_of_a_page_is_one_that_is_checked(page: st
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the examples share one folder
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=THEIRS if "ultralytics" in page else ()) for page in PAGES])
 def test_the_python_of_a_page_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    if "ultralytics" in page:
+        pytest.importorskip("ultralytics")
     small = {"limit_train_batches": 2, "limit_val_batches": 2, "limit_test_batches": 2, "log_every_n_steps": 1}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     for option, value in (small | quiet).items():  # of every Trainer that does not say otherwise

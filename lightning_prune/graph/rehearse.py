@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.build_groups import Classes
-from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.channel_graph import ChannelGraph, SizeAttribute
 from lightning_prune.graph.constraints import GroupedConvolution, Split
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
@@ -87,6 +87,7 @@ class Draft:
     places: dict[str, str]  # module paths whose code holds sizes of prunable channels, with the module's type
     guessed: set[str]  # types whose layout was read off one run, so that results have to be compared
     kinds: Mapping[str, str]  # module paths whose widths were noted, with the module's type
+    unread: Callable[[], tuple[SizeAttribute, ...]]  # attributes that may count pieces, though no run has read them
     uneven: bool = False  # some channels are cut into pieces of different sizes
 
 
@@ -133,7 +134,18 @@ def settle(
             _decide(decisions, current, failure, model)
             current = draft(decisions)
     stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
-    return current.graph, frozenset(stuck)
+    return _with_unread(runs, current).graph, frozenset(stuck)
+
+
+def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
+    """Attributes that no run has read follow too, if that changes nothing of what runs."""
+    more = draft.unread()
+    if not more:
+        return draft
+    graph = replace(draft.graph, sizes=(*draft.graph.sizes, *more))
+    removed = _removed(graph.prunable_groups, "half")
+    changes = runs.failure(graph, removed) or runs.failure(graph, removed, beyond_forward=True)
+    return draft if changes or runs.difference(graph, removed) else replace(draft, graph=graph)
 
 
 def _first(found: Iterable[Failure | None]) -> Failure | None:
@@ -196,8 +208,10 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
             decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
             decisions.choices.pop(draft.places.get(path, ""), None)
+            # What follows widths, or stays, did not help: a number that is equal by chance (of a layer) is left alone.
             for kind in {draft.kinds[place] for place in failure.stack if place in draft.kinds} - decisions.spared:
-                if decisions.choices.get(kind) is Choice.FROZEN:  # to no avail
+                choice = decisions.choices.get(kind, Choice.AS_IS)
+                if choice is Choice.FROZEN or choice.follows_widths:
                     del decisions.choices[kind]
                     decisions.spared.add(kind)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,27 @@ Key = tuple[str, str, int | str | None]  # module path, attribute, position
 def match(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]) -> dict[Key, list[Tensor]]:
     """The attributes that have these values: (size,) ids that each counts, more than one if ambiguous."""
     found: dict[Key, list[Tensor]] = {}
+    called: dict[Key, list[Tensor]] = {}  # by modules without such an attribute, which may mean another number
     for size in sizes:
         for key, ids in _attributes(modules, size):
-            known = found.setdefault(key, [])
+            known = (found if key[0] in size.site.stack[:1] else called).setdefault(key, [])
             if not any(torch.equal(ids, other) for other in known):
                 known.append(ids)
-    return found
+    return {**called, **found}
+
+
+def unread(
+    modules: Mapping[str, nn.Module], splits: Sequence[Split], found: Mapping[Key, list[Tensor]]
+) -> dict[Key, list[Tensor]]:
+    """Attributes of modules whose own code cuts pieces of that length, though no run has read them.
+
+    Code for another occasion may: ultralytics' blocks chunk in two, and for export split by ``self.c``.
+    """
+    grids = [grid for split in splits if (grid := split.grid()) is not None]
+    pieces = match(
+        modules, [CodeSize(grid.rows(1)[0][:, 0], replace(grid.site, stack=grid.site.stack[:1])) for grid in grids]
+    )
+    return {key: ids for key, ids in pieces.items() if key not in found}
 
 
 def _attributes(modules: Mapping[str, nn.Module], size: CodeSize) -> list[tuple[Key, Tensor]]:

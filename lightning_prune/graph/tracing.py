@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import TraceError, first_line
 from lightning_prune.graph import computed_weights, rules, sizes
 from lightning_prune.graph.build_groups import Classes, build_groups
-from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean
+from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean, SizeAttribute
+from lightning_prune.graph.constraints import Split
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo, Zeros
@@ -242,7 +243,13 @@ class _Tracer:
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
         guessed |= {size.site.kind for size in widths}
-        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, uneven=bool(resolved.splits))
+
+        def unread() -> tuple[SizeAttribute, ...]:
+            splits = [constraint for constraint in self.space.constraints if isinstance(constraint, Split)]
+            more = sizes.unread(dict(self.model.named_modules()), splits, found)
+            return tuple(sizes.attributes(more, resolved.joint, free))
+
+        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))
         return self._last[1]
 
     def _beside_forward(self, resolved: Resolved) -> list[Freeze]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class _Trial:
     warm: bool = False
     numbers: list[PlainNumber] | Failure = field(init=False)
     leading: list[int] = field(default_factory=list)  # sizes of the outputs of the last run
+    _left: dict[tuple[int, str], tuple[dict[str, Any], Any]] = field(default_factory=dict)  # in the model's attributes
 
     def __post_init__(self) -> None:
         self.numbers = self.plain_numbers()
@@ -74,12 +75,25 @@ class _Trial:
         """Those that operators get, all modes in a row, or why it does not run."""
         numbers: list[PlainNumber] = []
         self.leading = []
-        for training in self.modes:
-            outputs = _run(self.model, self.entry, training, numbers)
-            if isinstance(outputs, Failure):
-                return outputs
-            self.leading += [len(output) for output in outputs if output.dim()]
+        with self._own_memory():
+            for training in self.modes:
+                outputs = _run(self.model, self.entry, training, numbers)
+                if isinstance(outputs, Failure):
+                    return outputs
+                self.leading += [len(output) for output in outputs if output.dim()]
         return numbers
+
+    @contextmanager
+    def _own_memory(self) -> Iterator[None]:
+        """Find in the model's attributes what this trial's runs left there (anchors of one size), no other's."""
+        for (_, name), (own, value) in self._left.items():
+            own[name] = value
+        before = [(vars(module), dict(vars(module))) for module in self.model.modules()]
+        yield
+        for own, earlier in before:
+            for name, value in own.items():
+                if earlier.get(name, own) is not value:
+                    self._left[id(own), name] = own, value
 
     def warmed(self) -> bool:
         """Run the model with all its channels once more, if it was run once; whether the path was another."""
@@ -270,6 +284,8 @@ class _PlainNumbers(TorchDispatchMode):
                 sizes = [len(vector) for vector in vectors]
                 raise RuntimeError(f"batch norm over {x.shape[1]} channels has parameters for {sizes}")
             return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+        if name == "aten.grid_sampler_2d" and args[0].is_meta and len(args[0]) == len(args[1]):
+            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])  # else about 90 operators
         return func(*args, **kwargs)
 
 

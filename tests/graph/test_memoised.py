@@ -94,3 +94,25 @@ def test_a_buffer_made_in_the_first_run():
     assert result.plan.groups["a"].removed
     for images in (IMAGES, LARGER):
         torch.testing.assert_close(result.model(images), result.masked(images), rtol=1e-10, atol=1e-12)
+
+
+class OneSize(Net):
+    """Keeps the waves of the size that it saw last; a width in its code follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+
+    def mix(self, h):
+        if self.cache is None or self.cache.shape[2:] != h.shape[2:]:
+            self.cache = waves.__wrapped__(*h.shape[2:], h.device)[None, None]
+        n, _, *size = h.shape
+        return h.view(n, self.width, -1).view(n, self.width, *size) * self.cache
+
+
+def test_a_value_of_the_size_seen_last_is_no_other_path():
+    torch.manual_seed(0)
+    result = lp.prune(OneSize().double(), IMAGES, selection=lp.LayerRatio(0.5))
+    assert result.model.width == 4
+    for images in (IMAGES, LARGER):
+        torch.testing.assert_close(result.model(images), result.masked(images), rtol=1e-10, atol=1e-12)

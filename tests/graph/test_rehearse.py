@@ -403,3 +403,117 @@ def test_a_failed_reconstruction_puts_sizes_back(monkeypatch: pytest.MonkeyPatch
     assert model.middle.width == 2
     assert model.middle.convs[0][0].out_channels == 2
     model(images())
+
+
+class Attends(nn.Module):
+    """Lays its channels out by numbers that it computes, one of which its caller's attribute has by chance."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = 2
+        self.mixed, self.out = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        query, value = self.mixed(x).view(n, self.heads, c, h * w).split([c // 2, c // 2], dim=2)
+        return self.out((query.softmax(-1) * value).reshape(n, c, h, w))
+
+
+class Halves(nn.Module):
+    """Position-sensitive attention of YOLOv10: one half of the channels passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 8
+        self.first, self.attends, self.last = nn.Conv2d(8, 16, 1), Attends(8), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passing, attended = self.first(x).split((self.c, self.c), dim=1)
+        return self.last(torch.cat([passing, attended + self.attends(attended)], 1))
+
+
+def test_a_number_of_the_modules_own_code_is_not_that_of_what_it_calls() -> None:
+    graph, _ = smaller(net(Halves()))
+    assert graph.group("stem.0").prunable
+
+
+class Plain(nn.Module):
+    """Insists on a number that stands in its code only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 8
+        return self.conv(x)
+
+
+class Reads(nn.Module):
+    """What is missing fails here, not where it was not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 1)
+
+    def forward(self, kept: Tensor, x: Tensor) -> Tensor:
+        return self.conv(kept.relu()) + x
+
+
+class Numbered(nn.Module):
+    """Keeps what some of its layers make, by their number, as ultralytics' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1), Plain(), nn.Conv2d(8, 6, 1)])
+        self.save, self.read = [6, 8], Reads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = {}
+        for number, layer in enumerate(self.layers, start=5):
+            x = layer(x)
+            if number in self.save:
+                kept[number] = x
+        return self.read(kept.get(6), x)
+
+
+def test_a_number_that_followed_in_vain_is_put_back() -> None:
+    graph, small = smaller(net(Numbered(), 6))
+    assert small.middle.save == [6, 8]
+    assert graph.group("middle.layers.0").prunable
+
+
+class Chunks(nn.Module):
+    """Cuts into two by a number of pieces; for export by their width (C2f of ultralytics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 4
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([piece.relu() for piece in self.first(x).chunk(2, 1)], 1))
+
+    def forward_split(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([piece.relu() for piece in self.first(x).split((self.c, self.c), 1)], 1))
+
+
+class ChunksScaled(Chunks):
+    """The same number for another purpose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.c
+
+
+def test_the_width_of_pieces_follows_where_no_run_reads_it() -> None:
+    graph, small = smaller(net(Chunks()))
+    assert graph.group("middle.first").prunable
+    assert small.middle.c == 2
+    x = torch.randn(2, small.middle.first.in_channels, 5, 5).to(small.middle.first.weight)
+    torch.testing.assert_close(small.middle.forward_split(x), small.middle(x))
+
+
+def test_a_number_that_is_read_for_another_purpose_does_not_follow() -> None:
+    graph, small = smaller(net(ChunksScaled()))
+    assert graph.group("middle.first").prunable
+    assert small.middle.c == 4
