@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +10,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError, first_line
-from lightning_prune.graph import computed_weights, rules, sizes
-from lightning_prune.graph.build_groups import Classes, build_groups
-from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean, SizeAttribute
-from lightning_prune.graph.constraints import Split
+from lightning_prune.graph import computed_weights, rules
+from lightning_prune.graph.aliases import meet_aliases
+from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
-from lightning_prune.graph.label_space import Freeze, LabelSpace
-from lightning_prune.graph.labels import Labels, TensorInfo, Zeros
+from lightning_prune.graph.label_space import LabelSpace
+from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
-from lightning_prune.graph.rehearse import Decisions, Draft, places_of, settle
-from lightning_prune.graph.rescaled_means import Rescaled, decide, only_averages
-from lightning_prune.graph.resolve import Choice, Resolved, resolve
+from lightning_prune.graph.rehearse import settle
+from lightning_prune.graph.rescaled_means import decide, only_averages
 from lightning_prune.graph.rules.movement import nothing_of
 from lightning_prune.graph.running import (
     RunningModules,
@@ -32,8 +29,9 @@ from lightning_prune.graph.running import (
     untouched,
     watch_training_flag,
 )
+from lightning_prune.graph.traced import Traced
 from lightning_prune.graph.trial_runs import Ran
-from lightning_prune.graph.unreached import Unreached, meet_unreached, note_of
+from lightning_prune.graph.unreached import meet_unreached
 from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.attention import narrow_
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks, folding
@@ -104,15 +102,12 @@ class _Tracer:
         self.used: set[str] = set()
         self.reached: set[str] = set()  # not merely averaged, or counted in a penalty on weights
         self._derived: dict[int, tuple[Tensor, set[str]]] = {}
-        self.unreached: tuple[Unreached, ...] = ()
         self.untraced: list[str] = []
         self.widths = Widths(model)
         self.deployed: set[str] = set()
         self.users: dict[str, set[str]] = {}  # of a parameter, the modules whose code met it, not only averaged it
-        self.rescaled: list[Rescaled] = []
         self.runs = 0
         self.kept: list[tuple[dict[str, Any], str, Any]] = []  # states that a run leaves in attributes
-        self._last: tuple[Any, Draft] | None = None
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
         self.computed = computed_weights.computed_weights(model)
@@ -176,19 +171,27 @@ class _Tracer:
         return True
 
     def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str]]:
-        """The graph, and types of modules whose layout had to stay."""
-        self.meet_unreached()
-        with torch.inference_mode(False):
-            return settle(model, ran, self.draft)
-
-    def meet_unreached(self) -> None:
-        """Once everything is recorded: tie or freeze what parts that no run used may meet, and decide on means."""
+        """The graph, and types of modules whose layout had to stay, once everything is recorded."""
         averaged = self.used - self.reached
-        self.unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
-        for one in self.unreached:
+        unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
+        for one in unreached:
             if one.twin is not None:
                 self.widths.repeat(one.path, one.twin)
-        self.rescaled = decide(self.space, self.model, self.names, self.users)
+        traced = Traced(
+            self.model,
+            self.space,
+            self.widths,
+            shapes={self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known},
+            deployed=self.deployed,
+            notes=tuple(self.notes),
+            computed=self.computed,
+            unreached=unreached,
+            untraced=tuple(self.untraced),
+            rescaled=decide(self.space, self.model, self.names, self.users),
+            statistics=self.statistics,
+        )
+        with torch.inference_mode(False):
+            return settle(model, ran, traced.draft)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""
@@ -202,71 +205,6 @@ class _Tracer:
             f"{entry.name} does not run{place}: {type(error).__name__}: {error}. It is called with a copy of the model "
             "and must run that one, not a model that it remembers."
         )
-
-    def draft(self, decisions: Decisions) -> Draft:
-        """The graph under given decisions."""
-        widths, pairs = self.widths.followed(decisions.choices)
-        modules = dict(self.model.named_modules())
-        resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
-        shared = [size for size in resolved.sizes if decisions.choices.get(size.site.kind) is Choice.WIDTHS]
-        if together := sizes.counted_together(modules, shared):
-            pairs = [*pairs, *together]
-            resolved = resolve(self.space, decisions.choices, decisions.sized, pairs, decisions.left, decisions.counted)
-        found = sizes.match(modules, [*self.space.sizes, *resolved.sizes, *widths])
-        uncounted = sizes.match_splits(modules, resolved.splits, found)
-        outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
-        if self._last is not None and self._last[0] == outcome:
-            return self._last[1]
-        readers = self.space.marked("reader")
-        held = [
-            Freeze(
-                span.ids if path in decisions.held_whole else span.ids[readers[span.ids]],
-                reason,
-                withheld=path in decisions.sized,
-            )
-            for path, reason in decisions.held.items()
-            for span in self.space.spans
-            if not path or span.tensor.startswith(f"{path}.")
-        ]
-        frozen = [*held, *resolved.frozen, *uncounted, *self._beside_forward(resolved)]
-        classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
-        groups = build_groups(classes)
-        free = {group.name: channels for group, channels in groups.items() if group.prunable}
-        shapes = {self.names[id(tensor)]: tuple(tensor.shape) for tensor in self.known}
-        attributes = tuple(sizes.attributes(found, resolved.joint, free))
-        counted = sizes.attributes({(r.module, "", None): [r.ids] for r in self.rescaled}, resolved.joint, free)
-        how = {one.module: one.form for one in self.rescaled}
-        means = tuple(RescaledMean(one, how[one.module]) for one in counted)
-        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
-        notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
-        graph = ChannelGraph(tuple(groups), shapes, notes, attributes, self.unreached, tuple(self.untraced), means)
-        places, guessed = places_of(classes, decisions.choices)
-        places |= {size.site.stack[0]: size.site.kind for size in widths}
-        guessed |= {size.site.kind for size in widths}
-
-        def unread() -> tuple[SizeAttribute, ...]:
-            splits = [constraint for constraint in self.space.constraints if isinstance(constraint, Split)]
-            more = sizes.unread(dict(self.model.named_modules()), splits, found)
-            return tuple(sizes.attributes(more, resolved.joint, free))
-
-        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))
-        return self._last[1]
-
-    def _beside_forward(self, resolved: Resolved) -> list[Freeze]:
-        """Filters of layers that forward never runs (auxiliary heads, teachers): cutting them makes nothing cheaper.
-
-        Unless they go together with filters that it does run.
-        """
-        filters = self.space.marked("filter")
-        mine, others = (
-            [span.ids[filters[span.ids]] for span in self.space.spans if (span.tensor in self.deployed) is deployed]
-            for deployed in (True, False)
-        )
-        if not others:
-            return []
-        ids = torch.cat(others)
-        alone = ids[~torch.isin(resolved.joint[ids], resolved.joint[torch.cat([*mine, ids[:0]])])]
-        return [Freeze(alone, "makes channels that forward never reads")]
 
     def _observe(self, call: OperatorCall) -> None:
         self._note_used(call)
@@ -293,7 +231,7 @@ class _Tracer:
             if call.recorder.assignments.owns(call.outputs[0]):
                 infos[0] = call.recorder.assignments.write(call, before, infos[0])
             else:
-                self._check_aliases(call, before, infos[0])
+                meet_aliases(call, before, infos[0])
         for tensor, info in zip(call.outputs, infos, strict=True):
             if id(tensor) not in self.names:
                 call.recorder.set_info(tensor, info)
@@ -320,65 +258,3 @@ class _Tracer:
         for tensor, info in zip(call.outputs, infos, strict=True):
             if info.labels and id(tensor) not in self.names:
                 self._derived[id(tensor)] = tensor, found
-
-    def _check_aliases(self, call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
-        """A write through one view changes the others: they get the labels, or those cannot be followed."""
-        if before.zeros and not after.zeros:
-            for alias in call.recorder.aliases(call.outputs[0]):
-                call.recorder.set_info(alias, replace(call.info(alias), zeros=None))
-        if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
-            self._check_pattern(call, after)
-            if after.data and not before.data:  # a new tensor is filled in by and by
-                for alias in call.recorder.aliases(call.outputs[0]):
-                    call.recorder.set_info(alias, replace(call.info(alias), data=True, uniform=False))
-            return
-        for alias in call.recorder.aliases(call.outputs[0]):
-            info = call.info(alias)
-            found = [_placed(labels, alias, call.outputs[0]) for labels in after.labels]
-            placed = [labels for labels in found if labels is not None]
-            if len(placed) == len(found) and (info.labels or info.uniform):
-                call.recorder.set_info(alias, self._written(call, info, placed, before.zeros))
-            else:
-                call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
-
-    def _check_pattern(self, call: OperatorCall, after: TensorInfo) -> None:
-        """A new tensor written at single places (an identity kernel) no longer has whatever extents are wanted."""
-        view = call.outputs[0]
-        if after.labels or view.numel() * view.itemsize == view.untyped_storage().nbytes():
-            return
-        for alias in call.recorder.aliases(view):
-            info = call.info(alias)
-            if info.uniform and len(_dims(alias) - _dims(view)) > 1:
-                call.recorder.set_info(alias, replace(info, uniform=False))
-
-    def _written(self, call: OperatorCall, info: TensorInfo, came: list[Labels], zeros: Zeros | None) -> TensorInfo:
-        """Labels of a tensor, part of whose positions were written: what was there and what came are tied."""
-        written = []
-        for new in came:
-            core = new.region()
-            there = [labels.region() for labels in info.labels if labels.dims == new.dims]
-            for old in there:
-                self.space.tie(old.ids, core.ids)
-                core = Labels(core.ids, core.live | old.live)
-            if zeros is not None and len(new.dims) == 1 and not there:
-                call.counted_by_code(new.flat().ids, zeros.site)
-            written.append(core.expand(new.ids.shape))
-        kept = [old for old in info.labels if old.dims not in {new.dims for new in written}]
-        return TensorInfo((*written, *kept), data=True)
-
-
-def _dims(tensor: Tensor) -> set[tuple[int, int]]:
-    """(size, stride) of the dimensions that it has."""
-    return {(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1}
-
-
-def _placed(labels: Labels, alias: Tensor, view: Tensor) -> Labels | None:
-    """A view's labels on another view of the same storage; None unless it has all these channels."""
-    if alias.dim() == view.dim():
-        same = all(alias.shape[d] == view.shape[d] and alias.stride(d) == view.stride(d) for d in labels.dims)
-        return labels.region().expand(alias.shape) if same else None
-    if len(labels.dims) > 1:
-        return None
-    form = view.shape[labels.dims[0]], view.stride(labels.dims[0])
-    found = [d for d in range(alias.dim()) if (alias.shape[d], alias.stride(d)) == form]
-    return Labels.along(labels.flat(), alias.shape, found[0]) if len(found) == 1 else None

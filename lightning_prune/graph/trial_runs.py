@@ -9,24 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
-from lightning_prune.graph.rules import rule_for
-from lightning_prune.graph.rules.pointwise import elementwise
-from lightning_prune.graph.rules.statistics import batch_norm
+from lightning_prune.graph.plain_numbers import PlainNumber, PlainNumbers, computed_of
 from lightning_prune.graph.running import KeepsDouble, RunningModules, normalise_mode, tensors_in, untouched
 from lightning_prune.model_state.cutting import Undo, cut_, rescale_, resize_
 from lightning_prune.model_state.journal import WritesUndone
 from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
-FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
-MOST_CHANNELS = 1e6
-MOST_NUMBERS = 8  # in a tensor of numbers that the code wrote or computed
-ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
 Removed = Mapping[str, Tensor]  # group, its channels
 Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
 
@@ -39,15 +32,6 @@ class Failure:
     message: str
     other_size: bool = False  # at the traced size all is well
     counts: frozenset[int] = frozenset()  # numbers of channels of which it may have been computed
-
-
-@dataclass(frozen=True)
-class PlainNumber:
-    """The plain numbers that one operator got, and the modules that were running, innermost first."""
-
-    operator: str
-    values: tuple[Any, ...]
-    stack: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -114,15 +98,8 @@ class _Trial:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
             if repr(before.values) != repr(after.values) and not {*after.stack[:1]} & {*rescaled}:  # NaN is not NaN
                 message = f"{before.operator} gets {before.values}, then {after.values}"
-                return Failure(after.stack, message, counts=_counted(before.values, after.values))
+                return Failure(after.stack, message, counts=computed_of(before.values, after.values))
         return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
-
-
-def _counted(before: Sequence[Any], after: Sequence[Any]) -> frozenset[int]:
-    """Integers of which a number that changed may have been computed: itself, its root, its reciprocal, or 1 / root."""
-    changed = [abs(a) for a, b in zip(before, after, strict=False) if a != b and isinstance(a, (int, float)) and a]
-    of = (n for value in changed for n in (value, value**2, 1 / value, value**-2))
-    return frozenset(round(n) for n in of if 1 < n < MOST_CHANNELS and abs(n - round(n)) < 1e-6 * n)
 
 
 class TrialRuns:
@@ -243,7 +220,7 @@ def _run(
     with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
         torch.manual_seed(0)
         casts = KeepsDouble() if keeps else nullcontext()
-        with RunningModules(model) as running, casts if numbers is None else _PlainNumbers(running, numbers):
+        with RunningModules(model) as running, casts if numbers is None else PlainNumbers(running, numbers):
             try:
                 normalise_mode(model, training=training)
                 return tensors_in(entry.run(model, running))
@@ -251,51 +228,6 @@ def _run(
                 message = str(error).strip().partition("\n")[0]
                 failure = Failure(running.paths, f"{type(error).__name__}: {message}")
     return _run(model, entry, training) if keeps else failure
-
-
-class _PlainNumbers(TorchDispatchMode):
-    """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count.
-
-    On the meta device it also answers for the commonest operators, which torch decomposes into many there.
-    """
-
-    def __init__(self, running: RunningModules, found: list[PlainNumber]) -> None:
-        super().__init__()
-        self._running = running
-        self._found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket._qualified_op_name.replace("::", ".")
-        rule = rule_for(func)
-        arguments = (*args, *kwargs.values())
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        if rule is elementwise or name.startswith(FILLING):
-            numbers = tuple(value for value in arguments if isinstance(value, (int, float)))
-            if numbers:
-                self._found.append(PlainNumber(name, numbers, self._running.paths))
-        if name == "aten.lift_fresh" and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
-            self._found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), self._running.paths))
-        if rule is elementwise and _keeps_form(name, args[0], tensors):
-            return args[0] if func._schema.is_mutable else torch.empty_like(args[0])
-        if rule is batch_norm and args[0].is_meta:
-            x, *vectors = tensors
-            if any(len(vector) != x.shape[1] for vector in vectors):
-                sizes = [len(vector) for vector in vectors]
-                raise RuntimeError(f"batch norm over {x.shape[1]} channels has parameters for {sizes}")
-            return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-        if name == "aten.grid_sampler_2d" and args[0].is_meta and len(args[0]) == len(args[1]):
-            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])  # else about 90 operators
-        return func(*args, **kwargs)
-
-
-def _keeps_form(name: str, first: Any, tensors: list[Tensor]) -> bool:
-    """Whether the result is like the first argument: floating meta tensors of one shape, or one and numbers."""
-    return (
-        first is tensors[0]
-        and all(t.is_meta and t.is_floating_point() and t.shape == first.shape for t in tensors)
-        and not name.removeprefix("aten.").startswith(ANSWERS_TRUE)
-    )
 
 
 def _close(before: list[Tensor], after: list[Tensor]) -> bool:
