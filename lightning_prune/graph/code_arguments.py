@@ -24,7 +24,7 @@ _LIBRARY = tuple(f"{room}/" for room in (Path(torch.__file__).parent, *_OURS))
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class SourceCall:
     """A call that a module's code made: in which method, in which function that it calls (or none), and where."""
 
     method: str
@@ -48,7 +48,7 @@ class Call:
         return places.get(dim, places.get(dim - rank, places.get(None) if rank == 1 else None))
 
 
-def running_call(module: nn.Module) -> Call | None:
+def running_call(module: nn.Module) -> SourceCall | None:
     """The call that a module's own code is making; None if it is made elsewhere.
 
     The code of a method of its class counts, and that of a function that the method calls by its name.
@@ -66,7 +66,7 @@ def running_call(module: nn.Module) -> Call | None:
         function = code.co_name
         if not isinstance(called, FunctionType) or called.__code__.co_firstlineno != code.co_firstlineno:
             return None
-    return Call(method.co_name, function, code, frame.f_lasti)
+    return SourceCall(method.co_name, function, code, frame.f_lasti)
 
 
 def _is_method(module: nn.Module, code: CodeType) -> bool:

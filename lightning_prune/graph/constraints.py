@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.code_arguments import Call
+from lightning_prune.graph.code_arguments import SourceCall
 from lightning_prune.graph.labels import NO_LABEL
 from lightning_prune.model_state.code_sizes import Place
 
@@ -51,7 +51,7 @@ class Grid:
     exact: bool = False  # the layout is known (group norm), not read off one run: nothing to choose
     attribute: str | None = None  # of the innermost module, that counts the slices along ``axes[0]``
     made: CallSite | None = None  # of channels that the code made of nothing: where it did
-    call: Call | None = None  # the call in the code that lays them out
+    call: SourceCall | None = None  # the call in the code that lays them out
     dims: tuple[int | None, ...] = ()  # of its result, for each of the grid's; None: each size is that of a piece
     rank: int = 0  # how many dimensions the result has
 
@@ -145,7 +145,7 @@ class Split:
     site: CallSite
     intervals: list[tuple[int, int]]  # (start, end) of every piece that was taken
     listed: bool = False  # they were given as one list of sizes
-    call: Call | None = None  # the call in the code that gives it
+    call: SourceCall | None = None  # the call in the code that gives it
     exact: ClassVar[bool] = False
 
     def grid(self) -> Grid | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.label_space import Span
 from lightning_prune.graph.labels import Labels
-from lightning_prune.graph.means import Argument, Call, Form
+from lightning_prune.graph.means import Argument, Form, ModuleCall
 from lightning_prune.graph.running import KeepsDouble, normalise_mode, tensors_in
 from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import sizes_of, update_attributes_
@@ -55,7 +55,7 @@ class CutAlone:
     slots: the channels in its tensors. joint: (ids,) class of every id. over: (n,) ids that its mean is over.
     """
 
-    def __init__(self, module: nn.Module, call: Call, slots: Sequence[Slot], joint: Tensor, over: Tensor) -> None:
+    def __init__(self, module: nn.Module, call: ModuleCall, slots: Sequence[Slot], joint: Tensor, over: Tensor) -> None:
         self._call, self._slots, self._joint, self._over = call, slots, joint, over
         self._classes = joint[over[over >= 0]].unique()
         self._shortened = True

@@ -41,7 +41,7 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """What a module was called on, `Argument` for a tensor, and what it returned."""
 
     args: tuple[Any, ...]
@@ -57,7 +57,7 @@ class Mean:
 
     ids: list[Tensor] = field(default_factory=list)
     where: str = ""
-    call: Call | None = None
+    call: ModuleCall | None = None
     sums: bool = True
 
     def add(self, ids: Tensor, where: str, *, is_sum: bool) -> None:
@@ -72,4 +72,4 @@ class Mean:
         if self.call is None:
             known = iter(infos)
             seen = tuple(Argument(a.shape, next(known).labels) if isinstance(a, Tensor) else a for a in args)
-            self.call = Call(seen, tuple(Argument(output.shape, next(known).labels) for output in outputs))
+            self.call = ModuleCall(seen, tuple(Argument(output.shape, next(known).labels) for output in outputs))

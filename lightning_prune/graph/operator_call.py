@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
-from lightning_prune.graph.code_arguments import Call, running_call
+from lightning_prune.graph.code_arguments import SourceCall, running_call
 from lightning_prune.graph.constraints import CallSite, Grid
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
@@ -55,7 +55,7 @@ class OperatorCall:
         return CallSite(tuple(map(self.recorder.modules.path, reversed(stack))), kind, self.where)
 
     @property
-    def made_by(self) -> Call | None:
+    def made_by(self) -> SourceCall | None:
         """The call in the source of the innermost module that ran it."""
         stack = self.recorder.modules.stack
         return running_call(stack[-1]) if stack else None

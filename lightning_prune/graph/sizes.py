@@ -83,7 +83,7 @@ def counted_together(modules: Mapping[str, nn.Module], sizes: Sequence[CodeSize]
     """What has to go together so that each attribute counts the same channels wherever it is one of these sizes."""
     several = match(modules, sizes).values()
     pairs = [(ids[0], other) for ids in several for other in ids[1:]]
-    return [(a[both], b[both]) for a, b in pairs if len(both := (a != NO_LABEL) & (b != NO_LABEL))]
+    return [(a[both], b[both]) for a, b in pairs for both in [(a != NO_LABEL) & (b != NO_LABEL)]]
 
 
 def is_torch(module: nn.Module) -> bool:

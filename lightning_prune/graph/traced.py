@@ -14,6 +14,7 @@ from lightning_prune.graph.build_groups import Classes, build_groups
 from lightning_prune.graph.channel_graph import ChannelGraph, RescaledMean, SizeAttribute
 from lightning_prune.graph.constraints import Split
 from lightning_prune.graph.describe import shortened
+from lightning_prune.graph.groups import Group
 from lightning_prune.graph.label_space import Freeze, LabelSpace
 from lightning_prune.graph.rehearse import Decisions, Draft, places_of
 from lightning_prune.graph.rescaled_means import Rescaled
@@ -54,18 +55,7 @@ class Traced:
         outcome = (resolved.axes, list(found), len(pairs), list(decisions.held), set(decisions.held_whole))
         if self._last is not None and self._last[0] == outcome:
             return self._last[1]
-        readers = self.space.marked("reader")
-        held = [
-            Freeze(
-                span.ids if path in decisions.held_whole else span.ids[readers[span.ids]],
-                reason,
-                withheld=path in decisions.sized,
-            )
-            for path, reason in decisions.held.items()
-            for span in self.space.spans
-            if not path or span.tensor.startswith(f"{path}.")
-        ]
-        frozen = [*held, *resolved.frozen, *uncounted, *self._beside_forward(resolved)]
+        frozen = [*self._held(decisions), *resolved.frozen, *uncounted, *self._beside_forward(resolved)]
         classes = Classes(self.space, resolved.joint, frozen, allow_statistics=self.statistics)
         groups = build_groups(classes)
         free = {group.name: channels for group, channels in groups.items() if group.prunable}
@@ -73,15 +63,7 @@ class Traced:
         counted = sizes.attributes({(r.module, "", None): [r.ids] for r in self.rescaled}, resolved.joint, free)
         how = {one.module: one.form for one in self.rescaled}
         means = tuple(RescaledMean(one, how[one.module]) for one in counted)
-        told = (*self.notes, *computed_weights.notes(self.model, tuple(groups), self.computed))
-        replaced = dict.fromkeys(one.module for one in attributes if one.attribute == SIZES and one.sources)
-        if replaced:
-            told = (
-                *told,
-                f"in the smaller model {shortened([repr(path) for path in replaced])} read sizes from an "
-                "attribute that stand in their code now",
-            )
-        notes = (*told, *([note_of(self.unreached)] if self.unreached else []))
+        notes = self._notes(tuple(groups), attributes)
         graph = ChannelGraph(tuple(groups), self.shapes, notes, attributes, self.unreached, self.untraced, means)
         places, guessed = places_of(classes, decisions.choices)
         places |= {size.site.stack[0]: size.site.kind for size in widths}
@@ -94,6 +76,28 @@ class Traced:
 
         self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))
         return self._last[1]
+
+    def _held(self, decisions: Decisions) -> list[Freeze]:
+        """What modules read (and make) that fail with fewer channels."""
+        readers = self.space.marked("reader")
+        return [
+            Freeze(
+                span.ids if path in decisions.held_whole else span.ids[readers[span.ids]],
+                reason,
+                withheld=path in decisions.sized,
+            )
+            for path, reason in decisions.held.items()
+            for span in self.space.spans
+            if not path or span.tensor.startswith(f"{path}.")
+        ]
+
+    def _notes(self, groups: tuple[Group, ...], attributes: Sequence[SizeAttribute]) -> tuple[str, ...]:
+        """What the user is told beside the groups."""
+        notes = [*self.notes, *computed_weights.notes(self.model, groups, self.computed)]
+        if replaced := dict.fromkeys(one.module for one in attributes if one.attribute == SIZES and one.sources):
+            names = shortened([repr(path) for path in replaced])
+            notes.append(f"the smaller model reads sizes that stand in the code of {names} from an attribute")
+        return (*notes, *([note_of(self.unreached)] if self.unreached else []))
 
     def _beside_forward(self, resolved: Resolved) -> list[Freeze]:
         """Filters of layers that forward never runs (auxiliary heads, teachers): cutting them makes nothing cheaper.
