@@ -110,3 +110,27 @@ def test_sparse_training_then_bn_scale():
     images = zoo.images()
     result = lp.prune(task.net.eval(), images, criterion="bn_scale", ratio=0.5)
     assert result.lossless.passed
+
+
+class HalfNormalised(nn.Module):
+    """IBN: instance norm of one half of the channels, batch norm of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [4, 4]
+        self.conv, self.instance, self.batch = nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4)
+        self.whole, self.norm, self.head = nn.Conv2d(8, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        first, second = self.conv(x).split(self.sizes, 1)
+        x = torch.cat([self.instance(first), self.batch(second)], 1)
+        return self.head(F.relu(self.norm(self.whole(F.relu(x)))))
+
+
+def test_instance_norm_sees_each_scale_once_for_every_image():
+    model = zoo.randomise_(HalfNormalised()).double()
+    graph = lp.trace(model, zoo.images(2))
+    found = raw(BNScale(), model, graph)
+    close(found["whole"], model.norm.weight.abs().detach())
+    close(found["conv"], model.instance.weight.abs().detach())
+    assert set(score(model, graph, "l1")) == {group.name for group in graph.prunable_groups}

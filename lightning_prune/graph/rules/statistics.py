@@ -31,7 +31,12 @@ def batch_norm(call: OperatorCall) -> TensorInfo:
         return (zero.get("weight", False) or (own_statistics and zero["x"])) and zero.get("bias", True)
 
     out = combine(call, [Operand(x.shape, info), *present.values()], is_zero)
-    call.space.norms += [(call.recorder.module, one.flat().ids) for one in out.labels if one.dims == (1,)]
+    made = [one.flat().ids for one in out.labels if one.dims == (1,)]
+    if instances := own_statistics and len(x) == 1 and call.recorder.modules.stack:
+        # Instance norm sees the channels of every image one after the other, and its scale once for each.
+        scale = getattr(instances[-1], "weight", None)
+        made = [ids[: ids.numel() if scale is None else scale.numel()] for ids in made]
+    call.space.norms += [(call.recorder.module, ids) for ids in made]
     return out
 
 
