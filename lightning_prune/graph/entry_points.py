@@ -55,6 +55,10 @@ class EntryPoint:
         """How many its batch has: the leading size of its first tensor."""
         return next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim()), 0)
 
+    def own(self) -> EntryPoint:
+        """The same on copies of its tensors: a model may change its inputs in place."""
+        return self.mapped(lambda tensor: tensor.detach().clone())
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> EntryPoint:
         """The same with other input tensors."""
         return replace(self, inputs=map_tensors(function, self.inputs))

@@ -136,6 +136,7 @@ class _Tracer:
 
     def _run(self, entry: EntryPoint, training: bool, *, required: bool) -> bool:
         """Run the model under the recorder; whether it got to the end. What ran until a failure counts too."""
+        entry = entry.own()
         running = RunningModules(self.model)
         recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
         recorder.unknown = TensorInfo(data=entry.opaque)

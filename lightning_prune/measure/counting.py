@@ -18,7 +18,7 @@ from typing_extensions import Self
 from lightning_prune.errors import PruningError, TraceError, check_choice
 from lightning_prune.graph import call_model
 from lightning_prune.graph.model_checks import check_traceable
-from lightning_prune.graph.running import untouched
+from lightning_prune.graph.running import map_tensors, untouched
 
 Convention = Literal["macs", "flops2", "ptflops", "paper"]
 ACTIVATIONS = frozenset("relu leaky_relu elu hardtanh _prelu_kernel gelu".split())
@@ -79,8 +79,9 @@ class Observer(TorchDispatchMode, ABC):
         check_traceable(model)
         with untouched(model):
             model.eval()
+            own = map_tensors(lambda tensor: tensor.detach().clone(), example_inputs)  # it may change them in place
             with self:
-                run(model, example_inputs)
+                run(model, own)
         return self
 
     def __torch_dispatch__(

@@ -163,7 +163,7 @@ class Side:
 
 def _run(model: nn.Module, entry: EntryPoint, dtype: torch.dtype | None, running: RunningModules) -> Any:
     try:
-        return entry.mapped(lambda t: t.to(dtype) if t.is_floating_point() and dtype else t).run(model, running)
+        return entry.own().mapped(lambda t: t.to(dtype) if t.is_floating_point() and dtype else t).run(model, running)
     except Exception as error:
         place = next((f" in module {path!r}" for path in running.paths if path), "")
         raise CannotRunError(f"{place}: {first_line(error)}") from error

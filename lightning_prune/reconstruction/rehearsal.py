@@ -125,4 +125,4 @@ def _step(model: nn.Module, entry: EntryPoint, training: bool, running: RunningM
     running.names = {id(module): name for name, module in copied.named_modules()}
     with preserved(copied), torch.inference_mode(False), torch.set_grad_enabled(training), running:
         copied.train(training)
-        entry.run(copied, running)  # which takes its backward pass itself, where gradients are on
+        entry.own().run(copied, running)  # which takes its backward pass itself, where gradients are on
