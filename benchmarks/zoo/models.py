@@ -201,7 +201,8 @@ def told(error: BaseException) -> str:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's output on example inputs as the library takes them."""
+    """The model's output on copies of example inputs as the library takes them: it may change them in place."""
+    inputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

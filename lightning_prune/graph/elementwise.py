@@ -70,12 +70,18 @@ def _overlapping(labels: Indexed) -> list[Indexed]:
 def _beside_fixed(call: OperatorCall, operands: Sequence[Operand], part: Indexed, rank: int) -> list[Indexed]:
     """Labels that do not vary along dimensions in which an operand without labels has extents.
 
-    Where they also vary along others (heads, whose width meets a rotary embedding), whole slices of those may go.
+    Where they also vary along others (heads, whose width meets a rotary embedding), whole slices of those may go. A
+    buffer that all heads share, and often all layers, counts as one of fixed size.
     """
     dims, present = {d for _, one in part for d in one.dims}, {index for index, _ in part}
     fixed = {
         d for index, operand in enumerate(operands) if index not in present and not operand.info.uniform
         for d, size in enumerate(operand.shape, rank - len(operand.shape)) if size > 1 and d in dims
+    }  # fmt: skip
+    heads = [one.dims for index, one in part if operands[index].info.data and len(one.dims) > 1]
+    fixed |= {
+        d for index, one in part if heads and not operands[index].info.data and bool(one.live.all())
+        for d in one.dims if any(len(one.dims) < len(dims) for dims in heads)
     }  # fmt: skip
     if not fixed:
         return [part]

@@ -28,9 +28,12 @@ class Attention(nn.Module):
 class Rotary(Attention):
     """Queries and keys turned by an angle for every position: pairs of places in a head belong together."""
 
+    def angles(self, positions: Tensor) -> Tensor:
+        return positions[:, None] * torch.tensor([1.0, 0.1], dtype=positions.dtype)
+
     def turned(self, x: Tensor) -> Tensor:
-        positions, half = x.shape[-2], x.shape[-1] // 2
-        angles = torch.arange(positions, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype)
+        half = x.shape[-1] // 2
+        angles = self.angles(torch.arange(x.shape[-2], dtype=x.dtype))
         cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
@@ -38,6 +41,20 @@ class Rotary(Attention):
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         scores = self.turned(q) @ self.turned(k).transpose(-2, -1) * self.scale
         return self.joined(scores.softmax(-1), v)
+
+
+class RotaryBuffer(Rotary):
+    """The frequencies are a buffer, which all heads and all blocks share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", FREQUENCIES)
+
+    def angles(self, positions: Tensor) -> Tensor:
+        return positions[:, None] * self.frequencies
+
+
+FREQUENCIES = torch.tensor([1.0, 0.1], dtype=torch.float64)
 
 
 class RelativePositions(Attention):
@@ -73,7 +90,7 @@ class Windows(Attention):
         return self.joined(scores.view(-1, self.heads, 4, 4).softmax(-1), v).reshape(n, positions, -1)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [(Rotary, 4), (RelativePositions, 4), (Windows, 4)])
+@pytest.mark.parametrize(("kind", "channels"), [(Rotary, 4), (RotaryBuffer, 4), (RelativePositions, 4), (Windows, 4)])
 def test_heads_beside_tensors_of_fixed_size(kind: type[Attention], channels: int) -> None:
     _, graph, small = smaller(Tokens(kind(), kind()))
     for number in (0, 1):
@@ -83,7 +100,7 @@ def test_heads_beside_tensors_of_fixed_size(kind: type[Attention], channels: int
 
 
 def test_rotary_and_windows_lose_whole_heads_and_relative_positions_none() -> None:
-    for kind, heads in ((Rotary, 2), (Windows, 2), (RelativePositions, 4)):
+    for kind, heads in ((Rotary, 2), (RotaryBuffer, 2), (Windows, 2), (RelativePositions, 4)):
         _, _, small = smaller(Tokens(kind()))
         assert small.blocks[0].attention.heads == heads
 
