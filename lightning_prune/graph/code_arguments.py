@@ -31,13 +31,16 @@ class SourceCall:
     function: str
     code: CodeType
     instruction: int
+    caller: CodeType | None = None  # of the method, if the call is made in a function
 
     def places(self) -> dict[int | None, Place]:
         """Where the sizes that it passes stand, by position; None: it passes one that is no tuple."""
         found = {}
         for position, expression in _arguments(self.code, self.instruction):
             line = expression.lineno - self.code.co_firstlineno
-            here = Place(self.method, self.function, line, expression.col_offset, ast.unparse(expression))
+            text = ast.unparse(expression)
+            passed = _passed(self.caller, self.function, self.code, text) if self.caller is not None else ""
+            here = Place(self.method, self.function, line, expression.col_offset, text, passed)
             if here.text != "-1":
                 found[position] = here
         return found
@@ -66,13 +69,33 @@ def running_call(module: nn.Module) -> SourceCall | None:
         function = code.co_name
         if not isinstance(called, FunctionType) or called.__code__.co_firstlineno != code.co_firstlineno:
             return None
-    return SourceCall(method.co_name, function, code, frame.f_lasti)
+    return SourceCall(method.co_name, function, code, frame.f_lasti, method if function else None)
 
 
 def _is_method(module: nn.Module, code: CodeType) -> bool:
     """Whether its class has a plain method of this code; not of a function that became one."""
     found = inspect.getattr_static(type(module), code.co_name, None)
     return isinstance(found, FunctionType) and found.__code__ is code and hasattr(own_class(module), code.co_name)
+
+
+@functools.cache
+def _passed(caller: CodeType, function: str, code: CodeType, name: str) -> str:
+    """The attribute that a method gives a function for one of its parameters, which the function leaves as it is."""
+    called, tree = definition(code), definition(caller)
+    if called is None or tree is None or name not in (parameters := [one.arg for one in called.args.args]):
+        return ""
+    names = [node for node in ast.walk(called) if isinstance(node, ast.Name) and node.id == name]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == function]
+    given = {ast.unparse(value) for call in calls for value in [_given(call, parameters.index(name), name)] if value}
+    owner, _, attribute = given.pop().partition(".") if len(given) == 1 else ("", "", "")
+    stored = any(isinstance(node.ctx, ast.Store) for node in names)
+    return attribute if owner == "self" and attribute.isidentifier() and not stored else ""
+
+
+def _given(call: ast.Call, position: int, name: str) -> ast.expr | None:
+    named = next((one.value for one in call.keywords if one.arg == name), None)
+    plain = not _starred(call.args) and position < len(call.args)
+    return named or (call.args[position] if plain else None)
 
 
 @functools.cache

@@ -49,6 +49,7 @@ class Decisions:
     sized: set[str] = field(default_factory=set)  # module types and paths that failed at another size only
     suspects: dict[str, frozenset[int]] = field(default_factory=dict)  # per type, numbers that its code computed with
     counted: set[tuple[str, int]] = field(default_factory=set)  # types, with a number of channels that has to stay
+    differs: bool = False  # something failed at another size only
     spared: set[str] = field(default_factory=set)  # module types whose sizes were frozen once, and did not help
     left: set[str] = field(default_factory=set)  # paths of modules whose sizes stay, though others of their type go
     cleared: set[str] = field(default_factory=set)  # types that were suspected of a failure elsewhere for nothing
@@ -120,9 +121,10 @@ def _changes_numbers(choice: Choice) -> bool:
 
 def settle(
     model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]
-) -> tuple[ChannelGraph, frozenset[str]]:
+) -> tuple[ChannelGraph, frozenset[str], bool]:
     """The graph whose channels can be removed without the model's code breaking; types whose layout had to stay.
 
+    And whether any failed at another size than the traced one.
     ``draft`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
@@ -134,7 +136,7 @@ def settle(
             _decide(decisions, current, failure, model)
             current = draft(decisions)
     stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
-    return _with_unread(runs, current).graph, frozenset(stuck)
+    return _with_unread(runs, current).graph, frozenset(stuck), decisions.differs
 
 
 def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
@@ -189,6 +191,7 @@ def _removed(groups: Sequence[Group], share: str) -> dict[str, Tensor]:
 def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:
     """Meet the sizes of the failing module's type in the next way; without any, hold the channels it touches."""
     own = failure.stack[:1] or ("",)
+    decisions.differs |= failure.other_size
     for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
         kind = draft.places.get(path)
         if kind is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
+from lightning_prune.graph.other_sizes import other_sizes
 from lightning_prune.graph.rehearse import settle
 from lightning_prune.graph.rescaled_means import decide, only_averages
 from lightning_prune.graph.rules.movement import nothing_of
@@ -80,15 +82,21 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
-    graph, stuck = tracer.settled(model, ran)
-    # The number of these heads cannot change, but their width perhaps can.
-    if narrow := tracer.space.whole & (tracer.space.met | stuck):
-        tracer = _Tracer(copied, statistics, narrow)
-        with untouched(copied):
-            ran = tracer.run_all(entries)
-        other, _ = tracer.settled(model, ran)
-        graph = max(graph, other, key=lambda one: sum(group.size * len(group.layers) for group in one.prunable_groups))
+    graph, stuck, differs = tracer.settled(model, ran)
+    wider = [replace(other, required=False) for one in forward for other in other_sizes(one)][:1] if differs else []
+    # Code that runs at another size only; heads whose number cannot change, but perhaps their width.
+    for more, narrow in ((wider, ()), ([], tracer.space.whole & (tracer.space.met | stuck))):
+        if more or narrow:
+            tracer = _Tracer(copied, statistics, narrow)
+            with untouched(copied):
+                ran = tracer.run_all(entries)
+                tracer.run_all(more)
+            graph = max(graph, tracer.settled(model, ran)[0], key=_free)
     return graph
+
+
+def _free(graph: ChannelGraph) -> int:
+    return sum(group.size * len(group.layers) for group in graph.prunable_groups)
 
 
 class _Tracer:
@@ -171,8 +179,8 @@ class _Tracer:
                 self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
 
-    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str]]:
-        """The graph, and types of modules whose layout had to stay, once everything is recorded."""
+    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], bool]:
+        """See `settle`, once everything is recorded."""
         averaged = self.used - self.reached
         unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
         for one in unreached:

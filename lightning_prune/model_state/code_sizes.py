@@ -37,6 +37,7 @@ class Place:
     line: int  # counted from the first line of the function
     column: int
     text: str
+    passed: str = ""  # the attribute that the method gives the function for it
 
     @property
     def key(self) -> str:
@@ -53,7 +54,8 @@ class Place:
     def attribute(self) -> str | None:
         """The attribute of the module that stands there, and nothing else."""
         owner, _, name = self.text.partition(".")
-        return name if owner == "self" and name.isidentifier() and not self.function else None
+        own = name if owner == "self" and name.isidentifier() and not self.function else None
+        return self.passed or own
 
     @classmethod
     def read(cls, key: str) -> Place:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from tests.graph.tokens import Tokens, smaller
 
@@ -137,3 +138,43 @@ def test_a_list_of_numbers_that_are_no_widths_is_not_changed() -> None:
     model, graph, small = smaller(Indices([8, 9]))
     assert small.save == model.save
     assert sum(group.prunable for group in graph.groups) >= 8
+
+
+def test_code_that_runs_at_another_size_only_is_traced_there() -> None:
+    """A Swin whose windows are as large as the image shifts them, and masks, only where the image is larger."""
+    torch.manual_seed(0)
+    model = SwinTransformer([4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=5)
+    _, graph, small = smaller(model)
+    heads = [group for group in graph.groups if group.name.endswith("qkv")]
+    assert [(group.prunable, group.size) for group in heads] == [(True, 3), (True, 3), (True, 6), (True, 6)]
+    assert small.features[3][1].attn.qkv.out_features == 72
+
+
+class PassedOn(nn.Module):
+    """Gives its attributes to a function, of which a part does not run here."""
+
+    def __init__(self, mask: bool = False) -> None:
+        super().__init__()
+        self.mask, self.heads, self.scale = mask, 4, 0.5
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(mixed(self.qkv(x), self.scale, heads=self.heads, mask=self.mask))
+
+
+def mixed(qkv: Tensor, scale: float, heads: int, mask: bool) -> Tensor:
+    n, positions, width = qkv.shape
+    q, k, v = qkv.view(n, positions, 3, heads, 4).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask:
+        scores = scores.view(1, n, heads, positions, positions).tril().view(n, heads, positions, positions)
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, positions, width // 3)
+
+
+def test_an_attribute_that_a_function_is_given_is_set() -> None:
+    model, graph, small = smaller(Tokens(PassedOn()))
+    assert graph.group("blocks.0.attention.qkv").size == 4
+    attention = small.blocks[0].attention
+    assert (attention.heads, attention.qkv.out_features) == (2, 24)
+    attention.mask = model.blocks[0].attention.mask = True
+    assert attention(torch.rand(2, 4, 16, dtype=torch.float64)).shape == (2, 4, 16)
