@@ -22,6 +22,7 @@ from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
 from lightning_prune.graph.sizes import is_torch
 from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
+from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
 def _half(size: int) -> Tensor:
@@ -37,6 +38,10 @@ SHARES: dict[str, Callable[[int, int], Tensor]] = {  # of a group's position and
     "even": lambda position, size: _half(size if position % 2 == 0 else 0),  # neighbours no longer shrink alike
     "odd": lambda position, size: _half(size if position % 2 else 0),
 }
+
+
+#: Its layout is no guess: heads of any width, whatever the input's.
+KNOWN = f"{NarrowMultiheadAttention.__module__}.{NarrowMultiheadAttention.__qualname__}"
 
 
 @dataclass
@@ -99,7 +104,7 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
     for constraint in classes.space.constraints:
         if isinstance(constraint, GroupedConvolution) or constraint.exact or not constraint.site.stack:
             continue
-        if not classes.may_go(constraint.ids):
+        if not classes.may_go(constraint.ids) or constraint.site.kind == KNOWN:
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
         if (
