@@ -105,9 +105,7 @@ def _arguments(code: CodeType, instruction: int) -> tuple[tuple[int | None, ast.
     Of ``x.reshape(b, n, c)`` three; none of a call that is not one of `CALLS`, of ``reshape(*shape)`` neither.
     """
     call = _call_at(code, instruction)
-    if call is None:
-        return ()
-    if not isinstance(call.func, ast.Attribute) or call.func.attr not in CALLS:
+    if call is None or not isinstance(call.func, ast.Attribute) or call.func.attr not in CALLS:
         return ()
     values = list(call.args)
     if isinstance(call.func.value, ast.Name) and call.func.value.id == "torch":

@@ -28,6 +28,11 @@ class CallSite:
     where: str  # operator and module path, for messages
 
 
+def kind_of(owner: type) -> str:
+    """A module type by its full name."""
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
 @dataclass(frozen=True, eq=False)
 class CodeSize:
     """A number in the model's Python code: how many entries, ids (size,), a labelled dimension has."""

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
 from lightning_prune.graph.code_arguments import SourceCall, running_call
-from lightning_prune.graph.constraints import CallSite, Grid
+from lightning_prune.graph.constraints import CallSite, Grid, kind_of
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.means import Mean
@@ -51,7 +51,7 @@ class OperatorCall:
         return self._site(self.recorder.modules.stack)
 
     def _site(self, stack: list[nn.Module]) -> CallSite:
-        kind = "".join(f"{type(module).__module__}.{type(module).__qualname__}" for module in stack[-1:])
+        kind = kind_of(type(stack[-1])) if stack else ""
         return CallSite(tuple(map(self.recorder.modules.path, reversed(stack))), kind, self.where)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.build_groups import Classes
 from lightning_prune.graph.channel_graph import ChannelGraph, SizeAttribute
-from lightning_prune.graph.constraints import GroupedConvolution, Split
+from lightning_prune.graph.constraints import GroupedConvolution, Split, kind_of
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
 from lightning_prune.graph.sizes import is_torch
@@ -41,7 +41,7 @@ SHARES: dict[str, Callable[[int, int], Tensor]] = {  # of a group's position and
 
 
 #: Its layout is no guess: heads of any width, whatever the input's.
-KNOWN = f"{NarrowMultiheadAttention.__module__}.{NarrowMultiheadAttention.__qualname__}"
+KNOWN = kind_of(NarrowMultiheadAttention)
 
 
 @dataclass
@@ -107,21 +107,14 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
         if not classes.may_go(constraint.ids) or constraint.site.kind == KNOWN:
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
-        if (
-            isinstance(constraint, Split)
-            or constraint.ids.dim() > 1
-            or _changes_numbers(choices.get(kind, Choice.AS_IS))
-        ):
+        choice = choices.get(kind, Choice.AS_IS)
+        if isinstance(constraint, Split) or constraint.ids.dim() > 1 or choice.repairs or choice.replaces_code:
             guessed.add(kind)
     return places, guessed
 
 
 def _build(model: nn.Module, path: str) -> list[torch.Size]:
     return [tensor.shape for tensor in model.get_submodule(path).parameters()]
-
-
-def _changes_numbers(choice: Choice) -> bool:
-    return choice.repairs or choice.replaces_code
 
 
 def settle(

@@ -71,7 +71,7 @@ class Traced:
 
         def unread() -> tuple[SizeAttribute, ...]:
             splits = [constraint for constraint in self.space.constraints if isinstance(constraint, Split)]
-            more = sizes.unread(dict(self.model.named_modules()), splits, found)
+            more = sizes.unread(modules, splits, found)
             return tuple(sizes.attributes(more, resolved.joint, free))
 
         self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))

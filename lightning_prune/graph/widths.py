@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lightning_prune.graph.constraints import CallSite, CodeSize
+from lightning_prune.graph.constraints import CallSite, CodeSize, kind_of
 from lightning_prune.graph.label_space import Pairs
 from lightning_prune.graph.labels import NO_LABEL, Labels
 from lightning_prune.graph.operator_call import OperatorRecorder
@@ -46,7 +46,7 @@ class Widths:
             leaving = [one for t in tensors_in(output) for one in recorder.info(t).labels]
             for owner in owners:
                 path = self._names[id(owner)]
-                self.kinds[path] = f"{type(owner).__module__}.{type(owner).__qualname__}"
+                self.kinds[path] = kind_of(type(owner))
                 noted = self._noted.setdefault(path, [])
                 noted += [(labels, IN if owner is module else INSIDE) for labels in entering]
                 noted += [(labels, OUT if owner is module else INSIDE) for labels in leaving]
