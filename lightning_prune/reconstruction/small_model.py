@@ -229,10 +229,15 @@ def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, entries: Sequen
 def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
     """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
     keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
+    kept: dict[tuple[int, int], Tensor] = {}  # what several cuts keep is one tensor, and so is what several masks clear
     left = []
     for item in zeros:
-        keep = keeps.get((item.parameter, item.dim))
-        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
+        entries = item.entries
+        if (keep := keeps.get((item.parameter, item.dim))) is not None:
+            key = id(keep), id(entries)
+            if key not in kept:
+                kept[key] = entries[torch.isin(entries, keep)]
+            entries = kept[key]
         if len(entries):
             left.append(replace(item, entries=entries))
     return left
