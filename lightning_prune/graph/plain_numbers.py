@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.rules.statistics import batch_norm
 from lightning_prune.graph.running import RunningModules
+from lightning_prune.model_state.dispatch import EagerMode
 
 FILLING = ("aten.full", "aten.new_full", "aten.fill", "aten.scalar_tensor")
 MOST_CHANNELS = 1e6
@@ -37,7 +37,7 @@ def computed_of(before: Sequence[Any], after: Sequence[Any]) -> frozenset[int]:
     return frozenset(round(n) for n in of if 1 < n < MOST_CHANNELS and abs(n - round(n)) < 1e-6 * n)
 
 
-class PlainNumbers(TorchDispatchMode):
+class PlainNumbers(EagerMode):
     """Notes the numbers that go into arithmetic: one that changes with the channels was computed from their count.
 
     On the meta device it also answers for the commonest operators, which torch decomposes into many there.
