@@ -18,7 +18,10 @@ from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 
 Kernel = Callable[..., Any]
-ANSWERS_TRUE = ("eq", "ne", "lt", "le", "gt", "ge", "logical", "bitwise", "isnan", "isinf", "isfinite", "where")
+OTHER_RESULTS = frozenset(  # of the element-wise ones, those that do not return a tensor of their input's type
+    "eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
+    "isnan isinf isfinite where log_sigmoid_forward".split()
+)
 
 
 @cache
@@ -27,9 +30,9 @@ def kernel_for(func: Any) -> Kernel | None:
     namespace, name = func.overloadpacket._qualified_op_name.split("::")
     if namespace != "aten":
         return None
-    if rule_for(func) is elementwise and not name.startswith(ANSWERS_TRUE):
+    if rule_for(func) is elementwise and name.removesuffix("_") not in OTHER_RESULTS:
         return _in_place if func._schema.is_mutable else _elementwise
-    return None if func._schema.is_mutable else _KERNELS.get(name)
+    return _KERNELS.get(name)
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -48,8 +51,9 @@ def _new(shape: Sequence[int], like: Tensor) -> Tensor:
 def _elementwise(*args: Any) -> Tensor | None:
     tensors = [value for value in args if isinstance(value, Tensor)]
     first = tensors[0]
-    if all(t.is_meta and t.is_floating_point() and t.shape == first.shape for t in tensors) and first is args[0]:
-        return first.clone()
+    kind = first.dtype
+    if first is args[0] and all(t.is_meta and t.shape == first.shape and t.dtype == kind for t in tensors):
+        return first.clone() if kind.is_floating_point else None
     if not _plain(*tensors):
         return None
     rank = max(t.dim() for t in tensors)
@@ -202,7 +206,7 @@ def _rolled(x: Tensor, *_: Any) -> Tensor | None:
 
 
 _BY_KERNEL: dict[Kernel, str] = {
-    _batch_norm: "native_batch_norm _native_batch_norm_legit_no_training",
+    _batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training",
     _convolution: "convolution",
     _product: "mm bmm",
     _product_and_sum: "addmm",
