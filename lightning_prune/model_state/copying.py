@@ -41,6 +41,17 @@ def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
                 ) from error
 
 
+@torch.inference_mode(False)
+def copied_to(model: M, dtype: torch.dtype) -> M:
+    """A deep copy, masks included, with all floating tensors in another type; none is copied in its own type first."""
+    twins: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_inference():
+            other = tensor.detach().to(dtype, copy=True)
+            twins[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if type(tensor) is nn.Parameter else other
+    return copied(model, twins).to(dtype)
+
+
 def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy`, three times as fast on modules, which hold a dozen empty containers each."""
     kind: Any = type(item)
