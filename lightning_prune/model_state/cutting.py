@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.model_state.attention import fit_attention_
 from lightning_prune.model_state.code_sizes import SIZES, follow_, unfollow_
-from lightning_prune.model_state.optimizer_state import change_state_, rescale_state_
+from lightning_prune.model_state.optimizer_state import change_state_, check_state, rescale_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
@@ -31,9 +32,11 @@ class Cut:
     dim: int
     keep: Tensor
 
-    def apply(self, tensor: Tensor) -> Tensor:
-        """A smaller copy."""
-        return tensor.index_select(self.dim, self.keep.to(tensor.device))
+    def apply(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """A smaller, dense copy, whose dimensions lie in memory in the order of those of ``like``, or of the tensor."""
+        order = memory_order(tensor if like is None else like)
+        lying = tensor.detach().permute(order)
+        return _upright(lying.index_select(order.index(self.dim), self.keep.to(tensor.device)), order)
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,55 @@ class Rescaling:
     offset: float
 
 
+def memory_order(tensor: Tensor) -> list[int]:
+    """Dimensions from outermost to innermost; sizes of 1, whose strides say nothing, where torch's formats have them.
+
+    (N, 1, H, W) is channels last if its second stride is 1, contiguous if it is H * W.
+    """
+    sizes, strides = tensor.shape, tensor.stride()
+    dims = range(tensor.dim())
+    if any(strides[dim] == 0 and sizes[dim] > 1 for dim in dims):
+        return list(dims)
+    return sorted(dims, key=lambda dim: (-strides[dim], sizes[dim] == 1, dim))
+
+
+def dense_copy(tensor: Tensor, like: Tensor) -> Tensor:
+    """A dense copy whose dimensions lie in memory in the order of those of ``like``."""
+    order = memory_order(like)
+    return _upright(tensor.permute(order).clone(memory_format=torch.contiguous_format), order)
+
+
+def _upright(lying: Tensor, order: list[int]) -> Tensor:
+    return lying.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
 @torch.inference_mode(False)  # what is cut can be trained
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
-    """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along."""
+    """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along.
+
+    Raises:
+        OptimizerError: that cannot be done to the state of an optimizer; nothing has been changed then.
+    """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    check_state(optimizers, (tensors[cut.tensor] for cut in cuts))
     for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
         tensor = tensors[cut.tensor]
-        shape, gradient = tensor.shape, tensor.grad
+        data, gradient = tensor.data, tensor.grad
         tensor.grad = None  # torch refuses a .data whose shape differs from .grad
-        set_data_(tensor, cut.apply(tensor.data))
-        tensor.grad = None if gradient is None else cut.apply(gradient)
-        change_state_(optimizers, tensor, shape, cut.apply)
+        set_data_(tensor, cut.apply(data))
+        # Fused optimizers walk through weight, gradient and state by address: all lie in the same order.
+        tensor.grad = None if gradient is None else cut.apply(gradient, data)
+        change_state_(optimizers, tensor, data.shape, partial(cut.apply, like=data))
 
 
 def set_data_(tensor: Tensor, data: Tensor) -> None:
     """Give a tensor without a gradient other data, of another shape perhaps.
 
     An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
-    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way.
+    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way. Within
+    `torch.autocast`, a copy of the old data in half precision would be used again, too.
     """
+    torch.clear_autocast_cache()
     if data.shape != tensor.shape:
         tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
     tensor.data = data

@@ -15,7 +15,7 @@ from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.model_state.copying import copied
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_, set_data_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
@@ -198,7 +198,7 @@ def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> 
     parameters = dict(model.named_parameters())
     for item in zeros:
         parameter = parameters[item.parameter]
-        parameter.data = item.cleared(parameter.data)
+        set_data_(parameter, item.cleared(parameter.data))
         change_state_(optimizers, parameter, parameter.shape, item.cleared)
 
 
