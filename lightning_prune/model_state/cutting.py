@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.model_state.attention import fit_attention_
 from lightning_prune.model_state.code_sizes import SIZES, follow_, unfollow_
+from lightning_prune.model_state.memory import NewMemory, memory_order, set_data_, upright
 from lightning_prune.model_state.optimizer_state import change_state_, check_state, rescale_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
@@ -36,7 +37,7 @@ class Cut:
         """A smaller, dense copy, whose dimensions lie in memory in the order of those of ``like``, or of the tensor."""
         order = memory_order(tensor if like is None else like)
         lying = tensor.detach().permute(order)
-        return _upright(lying.index_select(order.index(self.dim), self.keep.to(tensor.device)), order)
+        return upright(lying.index_select(order.index(self.dim), self.keep.to(tensor.device)), order)
 
 
 @dataclass(frozen=True)
@@ -64,28 +65,6 @@ class Rescaling:
     offset: float
 
 
-def memory_order(tensor: Tensor) -> list[int]:
-    """Dimensions from outermost to innermost; sizes of 1, whose strides say nothing, where torch's formats have them.
-
-    (N, 1, H, W) is channels last if its second stride is 1, contiguous if it is H * W.
-    """
-    sizes, strides = tensor.shape, tensor.stride()
-    dims = range(tensor.dim())
-    if any(strides[dim] == 0 and sizes[dim] > 1 for dim in dims):
-        return list(dims)
-    return sorted(dims, key=lambda dim: (-strides[dim], sizes[dim] == 1, dim))
-
-
-def dense_copy(tensor: Tensor, like: Tensor) -> Tensor:
-    """A dense copy whose dimensions lie in memory in the order of those of ``like``."""
-    order = memory_order(like)
-    return _upright(tensor.permute(order).clone(memory_format=torch.contiguous_format), order)
-
-
-def _upright(lying: Tensor, order: list[int]) -> Tensor:
-    return lying.permute(sorted(range(len(order)), key=order.__getitem__))
-
-
 @torch.inference_mode(False)  # what is cut can be trained
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
     """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along.
@@ -95,27 +74,16 @@ def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] 
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     check_state(optimizers, (tensors[cut.tensor] for cut in cuts))
+    memory = NewMemory()
     for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
         tensor = tensors[cut.tensor]
         data, gradient = tensor.data, tensor.grad
         tensor.grad = None  # torch refuses a .data whose shape differs from .grad
-        set_data_(tensor, cut.apply(data))
+        memory.change_(tensor, cut.apply, cut.dim, cut.keep)
         # Fused optimizers walk through weight, gradient and state by address: all lie in the same order.
         tensor.grad = None if gradient is None else cut.apply(gradient, data)
         change_state_(optimizers, tensor, data.shape, partial(cut.apply, like=data))
-
-
-def set_data_(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor without a gradient other data, of another shape perhaps.
-
-    An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
-    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way. Within
-    `torch.autocast`, a copy of the old data in half precision would be used again, too.
-    """
-    torch.clear_autocast_cache()
-    if data.shape != tensor.shape:
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
-    tensor.data = data
+    memory.leave_(tensors.values())
 
 
 def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model_state.cutting import set_data_
+from lightning_prune.model_state.memory import set_data_
+from lightning_prune.model_state.memory import storage_of as storage_of  # graph.assignments takes it from here
 from lightning_prune.model_state.preservation import places_of, put_back
 
 STATISTICS = ("running_mean", "running_var")  # some batch norms write to them though their schema does not say so
@@ -90,11 +91,6 @@ class WritesUndone(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._journal.restore()
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Which memory it lies in."""
-    return tensor.untyped_storage()._cdata
 
 
 def same_place(tensor: Tensor, other: Tensor) -> bool:

@@ -19,13 +19,12 @@ from lightning_prune.files import atomic
 from lightning_prune.model_state.code_sizes import SIZES, following, own_class
 from lightning_prune.model_state.cutting import (
     changed_sizes,
-    dense_copy,
     dense_shapes,
     remember_dense_,
-    set_data_,
     set_size_,
     update_attributes_,
 )
+from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
 

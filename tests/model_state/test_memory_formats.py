@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import OptimizerError
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, dense_copy, set_data_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_
+from lightning_prune.model_state.memory import dense_copy, set_data_
 
 LAYERS = {
     "conv": lambda outputs, inputs: nn.Conv2d(inputs, outputs, 3),
@@ -122,3 +123,16 @@ def test_within_autocast_new_data_are_seen_at_once() -> None:
         layer(inputs)  # keeps a copy of the weight in bfloat16
         set_data_(layer.weight, torch.zeros(3, 2))
         assert torch.equal(layer(inputs), torch.zeros(1, 3, dtype=torch.bfloat16))
+
+
+def test_what_lay_in_one_vector_keeps_none_of_it_alive() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    undo, keep = Undo(model), torch.tensor([1, 4])
+    cut_(model, [Cut("0.weight", 0, keep), Cut("0.bias", 0, keep), Cut("2.weight", 1, keep)])
+    assert all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in model.parameters())
+    assert torch.equal(model[2].bias, before["2.bias"])
+    undo()
+    assert len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()}) == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -268,3 +268,16 @@ def test_tied_weights_stay_one_in_their_format() -> None:
     assert model[2].weight.shape == (4, 4, 3, 3)
     assert model[2].weight.stride() == optimizer.state[model[2].weight]["momentum_buffer"].stride() == (36, 1, 12, 4)
     _step(model, optimizer, x)
+
+
+def test_weights_that_are_tied_by_their_memory_stay_so() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).to(memory_format=LAST)
+    model[4].weight.data = model[2].weight.data
+    x = torch.randn(2, 3, 12, 12)
+    graph = lp.trace(model, x)
+    lp.reconstruct_(model, graph, random_plan(graph), example_inputs=x)
+    assert model[2].weight.shape == (4, 4, 3, 3)
+    assert model[4].weight.data_ptr() == model[2].weight.data_ptr()
+    assert model[4].weight.stride() == model[2].weight.stride() == (36, 1, 12, 4)
