@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_prune.model_state.dispatch import EagerMode
 from lightning_prune.model_state.memory import set_data_
 from lightning_prune.model_state.memory import storage_of as storage_of  # graph.assignments takes it from here
 from lightning_prune.model_state.preservation import places_of, put_back
@@ -77,7 +77,7 @@ class Journal:
                 own.update(before)
 
 
-class WritesUndone(TorchDispatchMode):
+class WritesUndone(EagerMode):
     """Inside, a model may write to its parameters, buffers and attributes; on leaving they are as they were."""
 
     def __init__(self, model: nn.Module) -> None:
