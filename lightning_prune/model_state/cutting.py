@@ -35,9 +35,10 @@ class Cut:
 
     def apply(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         """A smaller, dense copy, whose dimensions lie in memory in the order of those of ``like``, or of the tensor."""
-        order = memory_order(tensor if like is None else like)
-        lying = tensor.detach().permute(order)
-        return upright(lying.index_select(order.index(self.dim), self.keep.to(tensor.device)), order)
+        keep, order = self.keep.to(tensor.device), memory_order(tensor if like is None else like)
+        if order == list(range(tensor.dim())):
+            return tensor.detach().index_select(self.dim, keep)
+        return upright(tensor.detach().permute(order).index_select(order.index(self.dim), keep), order)
 
 
 @dataclass(frozen=True)

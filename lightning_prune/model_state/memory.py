@@ -15,8 +15,8 @@ def memory_order(tensor: Tensor) -> list[int]:
     (N, 1, H, W) is channels last if its second stride is 1, contiguous if it is H * W.
     """
     sizes, strides = tensor.shape, tensor.stride()
-    dims = range(tensor.dim())
-    if any(strides[dim] == 0 and sizes[dim] > 1 for dim in dims):
+    dims = range(len(sizes))
+    if len(sizes) < 2 or any(strides[dim] == 0 and sizes[dim] > 1 for dim in dims):
         return list(dims)
     return sorted(dims, key=lambda dim: (-strides[dim], sizes[dim] == 1, dim))
 
@@ -55,22 +55,20 @@ class NewMemory:
 
     def __init__(self) -> None:
         # With the old data, whose address no other tensor gets then.
-        self._made: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
     def change_(self, tensor: Tensor, change: Callable[[Tensor], Tensor], dim: int, entries: Tensor) -> None:
         """Give it what ``change`` makes of its data; ``dim`` and ``entries`` say which change that is."""
-        self._give_(tensor, change, (dim, tuple(entries.tolist())))
+        data = tensor.data
+        place = storage_of(data), data.storage_offset(), data.shape, data.stride(), dim
+        made = self._made.get(place)
+        if made is None or not torch.equal(made[1], entries):
+            made = self._made[place] = data, entries, change(data)
+        set_data_(tensor, made[2])
 
     def leave_(self, tensors: Iterable[Tensor]) -> None:
         """Take what still lies in a storage that others have left (one vector of all parameters) out of it."""
-        left = {storage_of(old) for old, _ in self._made.values()}
+        left = {storage_of(old) for old, *_ in self._made.values()}
         for tensor in tensors:
-            if storage_of(tensor.data) in left:
-                self._give_(tensor, lambda data: dense_copy(data, data), ())
-
-    def _give_(self, tensor: Tensor, change: Callable[[Tensor], Tensor], which: tuple[Any, ...]) -> None:
-        data = tensor.data
-        place = storage_of(data), data.storage_offset(), data.shape, data.stride(), which
-        if place not in self._made:
-            self._made[place] = data, change(data)
-        set_data_(tensor, self._made[place][1])
+            if storage_of(tensor) in left:
+                self.change_(tensor, lambda data: dense_copy(data, data), -1, torch.tensor([]))
