@@ -147,6 +147,8 @@ def copy_sharing_tensors(model: M) -> M:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and not parameter.is_inference():
             twins[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            if hasattr(parameter, "grad_dtype"):  # of torch 2.10 and newer
+                twin.grad_dtype = parameter.grad_dtype
             twin.grad = parameter.grad
     return copy_without_masks(model, twins)
 

@@ -202,6 +202,7 @@ class MaskHandle:
                 continue
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
+        torch.clear_autocast_cache()
         refold_(self.model)
         recompute_(self.model)
 
@@ -236,6 +237,7 @@ class MaskHandle:
 def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
     for parameter, item in _present(model, zeros):
         item.clear_(parameter.data)
+    torch.clear_autocast_cache()  # it would not see that weights changed
     recompute_(model)
 
 

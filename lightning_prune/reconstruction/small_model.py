@@ -15,6 +15,7 @@ from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
+from lightning_prune.model_state.memory import NewMemory
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
@@ -199,10 +200,10 @@ def _twin(model: M) -> M:
 @torch.inference_mode(False)
 def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> None:
     """Zero entries in new tensors, so that what shares the old ones is not changed."""
-    parameters = dict(model.named_parameters())
+    parameters, memory = dict(model.named_parameters()), NewMemory()
     for item in zeros:
         parameter = parameters[item.parameter]
-        parameter.data = item.cleared(parameter.data)
+        memory.change_(parameter, item.cleared, item.dim, item.entries)
         change_state_(optimizers, parameter, parameter.shape, item.cleared)
 
 
