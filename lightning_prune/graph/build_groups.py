@@ -37,13 +37,15 @@ class Classes:
             roots = joint[item.ids]
             first[roots] = first[roots].clamp(max=number[item.reason, item.statistics, item.withheld])
         self.reason = torch.where(first == len(number), -1, first)[joint]
+        free = [allow_statistics and statistics for _, statistics, _ in self.reasons]
+        may_go = torch.tensor([*free, True])[self.reason]  # -1, no reason, is the last
+        self._may_go = torch.cat([may_go, torch.tensor([False])])  # and so is -1, no label
         self.any_filter, self.all_filters = space.any_and_all(self.filters)
         self.any_masked, self.all_masked = space.any_and_all(self.masked)
 
     def may_go(self, ids: Tensor) -> bool:
         """Whether any of these belongs to channels that can be removed."""
-        numbers = self.reason[ids[ids >= 0]].unique().tolist()
-        return any(number < 0 or (self.allow_statistics and self.reasons[number][1]) for number in numbers)
+        return bool(self._may_go[ids].any())
 
 
 @dataclass(frozen=True)

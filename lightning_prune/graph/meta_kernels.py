@@ -18,21 +18,33 @@ from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 
 Kernel = Callable[..., Any]
-OTHER_RESULTS = frozenset(  # of the element-wise ones, those that do not return a tensor of their input's type
-    "eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
-    "isnan isinf isfinite where log_sigmoid_forward".split()
+COMPARISONS = frozenset("eq ne lt le gt ge isnan isinf isfinite".split())
+MASKS = frozenset("where masked_fill".split())
+OTHER_TYPES = frozenset(  # of the element-wise ones, those whose results torch has to say
+    "logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
+    "log_sigmoid_forward".split()
 )
 
 
+def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns; by a kernel of this file where there is one."""
+    if not kwargs and (kernel := _kernel_for(func)) is not None and (found := kernel(*args)) is not None:
+        return found
+    return func(*args, **kwargs)
+
+
 @cache
-def kernel_for(func: Any) -> Kernel | None:
+def _kernel_for(func: Any) -> Kernel | None:
     """What answers for an operator in place of torch; None: torch does."""
     namespace, name = func.overloadpacket._qualified_op_name.split("::")
     if namespace != "aten":
         return None
-    if rule_for(func) is elementwise and name.removesuffix("_") not in OTHER_RESULTS:
-        return _in_place if func._schema.is_mutable else _elementwise
-    return _KERNELS.get(name)
+    plain = name.removesuffix("_")
+    if rule_for(func) is not elementwise or plain in OTHER_TYPES:
+        return _KERNELS.get(name)
+    if func._schema.is_mutable:
+        return None if plain in COMPARISONS else _in_place
+    return _compared if plain in COMPARISONS else _masked if plain in MASKS else _elementwise
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -54,19 +66,38 @@ def _elementwise(*args: Any) -> Tensor | None:
     kind = first.dtype
     if first is args[0] and all(t.is_meta and t.shape == first.shape and t.dtype == kind for t in tensors):
         return first.clone() if kind.is_floating_point else None
-    if not _plain(*tensors):
+    return _broadcast(tensors, kind) if _plain(*tensors) else None
+
+
+def _compared(*args: Any) -> Tensor | None:
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    return _broadcast(tensors, torch.bool) if _plain(*tensors) else None
+
+
+def _masked(*args: Any) -> Tensor | None:
+    """``where``, ``masked_fill``: a mask, and numbers of one type."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    numbers = [t for t in tensors if t.dtype != torch.bool]
+    masks = [t for t in tensors if t.dtype == torch.bool]
+    if not numbers or not _plain(*numbers) or not all(mask.is_meta and mask.is_contiguous() for mask in masks):
         return None
+    return _broadcast(tensors, numbers[0].dtype)
+
+
+def _broadcast(tensors: Sequence[Tensor], kind: torch.dtype) -> Tensor | None:
     rank = max(t.dim() for t in tensors)
     shapes = [(1,) * (rank - t.dim()) + t.shape for t in tensors]
     sizes = [{*column} - {1} for column in zip(*shapes, strict=True)]
-    return None if any(len(size) > 1 for size in sizes) else _new([max(size, default=1) for size in sizes], first)
+    if any(len(size) > 1 for size in sizes):
+        return None
+    return torch.empty([max(size, default=1) for size in sizes], dtype=kind, device="meta")
 
 
 def _in_place(*args: Any) -> Tensor | None:
     first = args[0]
     if not isinstance(first, Tensor):
         return None
-    found = _elementwise(*args)
+    found = _masked(*args) if len(args) > 1 and isinstance(args[1], Tensor) else _elementwise(*args)
     return first if found is not None and found.shape == first.shape else None
 
 
@@ -201,7 +232,7 @@ def _grid_sample(x: Tensor, grid: Tensor, *_: Any) -> Tensor | None:
     return _new((*x.shape[:2], *grid.shape[1:3]), x) if _plain(x) and len(x) == len(grid) else None
 
 
-def _rolled(x: Tensor, *_: Any) -> Tensor | None:
+def _alike(x: Tensor, *_: Any) -> Tensor | None:
     return x.clone() if _plain(x) else None
 
 
@@ -217,6 +248,6 @@ _BY_KERNEL: dict[Kernel, str] = {
     _concatenation: "cat",
     _upsampled: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d upsample_nearest3d",
     _grid_sample: "grid_sampler_2d",
-    _rolled: "roll",
+    _alike: "roll flip _softmax _log_softmax _safe_softmax",
 }
 _KERNELS = {name: kernel for kernel, names in _BY_KERNEL.items() for name in names.split()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,11 @@ def double_copy(model: nn.Module) -> nn.Module:
 
     Zeros and ones would hide differences.
     """
-    copy = copy_without_masks(model).double()
+    twins: dict[int, Any] = {id(b): b.detach().double() for b in model.buffers() if _is_plain(b)}
+    for parameter in model.parameters():
+        if _is_plain(parameter):
+            twins[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+    copy = copy_without_masks(model, twins).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in copy.parameters():
         data = parameter.data
@@ -101,3 +106,8 @@ def double_copy(model: nn.Module) -> nn.Module:
             base = data if bool(data[0].abs() > 1e-3) else torch.ones_like(data)
             parameter.data = base * noise.to(device=data.device, dtype=data.dtype)
     return copy
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its copy in float64 may be made at once, which holds every weight once less in memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)

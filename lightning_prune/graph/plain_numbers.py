@@ -8,8 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from lightning_prune.graph.meta_kernels import kernel_for
+from lightning_prune.graph.meta_kernels import answer
 from lightning_prune.graph.rules import rule_for
 from lightning_prune.graph.rules.pointwise import elementwise
 from lightning_prune.graph.running import RunningModules
@@ -55,9 +57,20 @@ class PlainNumbers(EagerMode):
                 self._found.append(PlainNumber(name, numbers, self._running.paths))
         elif func is torch.ops.aten.lift_fresh.default and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
             self._found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), self._running.paths))
-        if not kwargs and (kernel := kernel_for(func)) is not None and (found := kernel(*args)) is not None:
-            return found
-        return func(*args, **kwargs)
+        return answer(func, args, kwargs)
+
+
+class OperatorLog(EagerMode):
+    """Notes every operator with what it gets, of tensors their shapes, as text."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shown = tree_map(lambda value: tuple(value.shape) if isinstance(value, Tensor) else value, (args, kwargs))
+        self._found.append(f"{func} {shown}")
+        return answer(func, args, kwargs or {})
 
 
 @cache

@@ -18,7 +18,6 @@ from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
-from lightning_prune.graph.other_sizes import other_sizes
 from lightning_prune.graph.rehearse import settle
 from lightning_prune.graph.rescaled_means import decide, only_averages
 from lightning_prune.graph.rules.movement import nothing_of
@@ -82,8 +81,8 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
-    graph, stuck, differs = tracer.settled(model, ran)
-    wider = [replace(other, required=False) for one in forward for other in other_sizes(one)][:1] if differs else []
+    graph, stuck, others = tracer.settled(model, ran)
+    wider = [replace(other, required=False) for other in others[:1]]
     # Code that runs at another size only; heads whose number cannot change, but perhaps their width.
     for more, narrow in ((wider, ()), ([], tracer.space.whole & (tracer.space.met | stuck))):
         if more or narrow:
@@ -179,7 +178,7 @@ class _Tracer:
                 self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
 
-    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], bool]:
+    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
         """See `settle`, once everything is recorded."""
         averaged = self.used - self.reached
         unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)

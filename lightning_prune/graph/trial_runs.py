@@ -14,7 +14,7 @@ from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
 from lightning_prune.graph.model_copies import ModelCopy, Removed, double_copy, meta_copy
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
-from lightning_prune.graph.plain_numbers import PlainNumber, PlainNumbers, computed_of
+from lightning_prune.graph.plain_numbers import OperatorLog, PlainNumber, PlainNumbers, computed_of
 from lightning_prune.graph.running import KeepsDouble, normalise_mode, tensors_in
 from lightning_prune.model_state.cutting import rescale_
 from lightning_prune.model_state.journal import WritesUndone
@@ -58,7 +58,7 @@ class _Trial:
         """Those that operators get, all modes in a row, or why it does not run."""
         numbers: list[PlainNumber] = []
         self.leading = []
-        with self._own_memory():
+        with self.own_memory():
             for training in self.modes:
                 outputs = _run(self.copy, self.entry, training, numbers)
                 if isinstance(outputs, Failure):
@@ -67,7 +67,7 @@ class _Trial:
         return numbers
 
     @contextmanager
-    def _own_memory(self) -> Iterator[None]:
+    def own_memory(self) -> Iterator[None]:
         """Find in the model's attributes what this trial's runs left there (anchors of one size), no other's."""
         for (_, name), (own, value) in self._left.items():
             own[name] = value
@@ -113,7 +113,7 @@ class TrialRuns:
         self._real: ModelCopy | None = None
         self._double: ModelCopy | None = None
         self._forward: list[_Trial] = []
-        self._compared: list[Ran] = []
+        self._compared: list[tuple[Ran, Ran | None]] = []  # at the traced size, at another that the model takes
         for entry, modes in ran:
             if is_forward(entry):
                 self._forward += self._trials(entry, modes)
@@ -136,17 +136,23 @@ class TrialRuns:
     def _trials(self, entry: EntryPoint, modes: Sequence[bool]) -> list[_Trial]:
         """On the meta device, where a run costs neither memory nor arithmetic, if it works there."""
         trial = self._meta_trial(entry, modes)
-        self._compared.append((entry, modes))
         if trial is None:
+            self._compared.append(((entry, modes), None))
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
             real = self._real_trial(entry, modes)
             return [real] if real.runs else []
         for other in other_sizes(entry):
             varied = self._meta_trial(other, modes)
             if varied is not None and takes_size(other, trial.leading, varied.leading):
-                self._compared.append((other, modes))
+                self._compared.append(((entry, modes), (other, modes)))
                 return [trial, varied]
+        self._compared.append(((entry, modes), None))
         return [trial]
+
+    @property
+    def other_sizes(self) -> list[EntryPoint]:
+        """The forwards at another size that the model takes."""
+        return [other[0] for _, other in self._compared if other is not None]
 
     def _meta_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial | None:
         trial = _Trial(self._meta, entry.mapped(lambda tensor: tensor.to("meta")), modes)
@@ -176,15 +182,30 @@ class TrialRuns:
                     return replace(failure, other_size=trial.entry.varied is not None)
             return None
 
-    def difference(self, graph: ChannelGraph, removed: Removed, *, sizes: bool = False) -> Failure | None:
-        """Why removing these channels does not equal masking them, None if it does. ``sizes``: at others too."""
+    def runs_alike(self, one: ChannelGraph, other: ChannelGraph, removed: Removed) -> bool:
+        """Whether the smaller model runs the same operators on the same numbers and shapes under both graphs."""
+        logs: list[list[str]] = [[], []]
+        for graph, found in zip((one, other), logs, strict=True):
+            for trial in (*self._forward, *self._beyond_forward):
+                with trial.copy.without(graph, removed), trial.own_memory():
+                    for training in trial.modes:
+                        _run(trial.copy, trial.entry, training, log=found)
+        return logs[0] == logs[1]
+
+    def difference(self, graph: ChannelGraph, removed: Removed, *, varied: bool = False) -> Failure | None:
+        """Why removing these channels does not equal masking them, None if it does.
+
+        ``varied``: at another size instead of the traced one, where the model takes one.
+        """
         if self._double is None:
             self._double = ModelCopy(double_copy(self._model), has_values=True)
         trial = self._double
-        double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
+        compared = [other if varied and other is not None else traced for traced, other in self._compared]
+        double = [(entry.mapped(_double), modes) for entry, modes in compared]
         runs = [(entry, training) for entry, modes in double for training in modes]
         with trial.masked(graph, removed):
             masked = [_run(trial, entry, training, keeps=True) for entry, training in runs]
+        failure: Failure | None = None
         with trial.without(graph, removed):
             rescale_(trial.model, graph.rescalings(removed))
             for (entry, training), before in zip(runs, masked, strict=True):
@@ -192,10 +213,14 @@ class TrialRuns:
                     continue  # does not run in float64 at all: nothing to compare with
                 after = _run(trial, entry, training, keeps=True)
                 if isinstance(after, Failure):
-                    return after
-                if not _close(before, after):
-                    return Failure((), "its results change", other_size=entry.varied is not None)
-        return None
+                    failure = after
+                elif not _close(before, after):
+                    failure = Failure((), "its results change")
+                if failure is not None:
+                    break
+        if failure is None or entry.varied is None:
+            return failure
+        return self.difference(graph, removed) or replace(failure, other_size=True)
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -208,17 +233,25 @@ def _run(
     training: bool,
     numbers: list[PlainNumber] | None = None,
     *,
+    log: list[str] | None = None,
     keeps: bool = False,
 ) -> list[Tensor] | Failure:
-    """The tensors that a model returns. numbers: takes down the plain numbers that operators get. keeps: casts
-    to a shorter type are left out, where that works: they round other sums otherwise.
+    """The tensors that a model returns.
+
+    numbers: takes down the plain numbers that operators get. log: takes down all that they get. keeps: casts to a
+    shorter type are left out, where that works: they round other sums otherwise.
     """
     entry = entry.own()
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
-    with copy.untouched(), WritesUndone(copy.model) if numbers is None else nullcontext():
+    with copy.untouched(), WritesUndone(copy.model) if numbers is None and copy.has_values else nullcontext():
         torch.manual_seed(0)
-        casts = KeepsDouble() if keeps else nullcontext()
-        with copy.running() as running, casts if numbers is None else PlainNumbers(running, numbers):
+        with copy.running() as running, ExitStack() as modes:
+            if numbers is not None:
+                modes.enter_context(PlainNumbers(running, numbers))
+            elif log is not None:
+                modes.enter_context(OperatorLog(log))
+            elif keeps:
+                modes.enter_context(KeepsDouble())
             try:
                 normalise_mode(copy.model, training=training)
                 return tensors_in(entry.run(copy.model, running))

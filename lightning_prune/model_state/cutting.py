@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -262,6 +263,12 @@ def numbers_of(module: nn.Module) -> dict[str, Any]:
     return {**sizes_of(module), **{name: value for name, value in vars(module).items() if isinstance(value, float)}}
 
 
+_NO_SIZES = frozenset((bool, float, str, type(None), dict, OrderedDict, set))  # most of what modules keep
+
+
 def _is_size(value: Any) -> bool:
+    kind = type(value)
+    if kind is int or kind in _NO_SIZES:
+        return kind is int
     items = value if isinstance(value, (list, tuple)) else (value,)
     return bool(items) and all(isinstance(item, int) and not isinstance(item, bool) for item in items)

@@ -41,7 +41,8 @@ def set_data_(tensor: Tensor, data: Tensor) -> None:
     """
     torch.clear_autocast_cache()
     if data.shape != tensor.shape:
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
 
 

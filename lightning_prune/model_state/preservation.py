@@ -133,6 +133,14 @@ def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M
 
 
 @torch.inference_mode(False)
+def copy_without_values(model: M) -> M:
+    """A copy without masks on the meta device: its parameters and buffers have shapes, but no values."""
+    twins: dict[int, Any] = {id(b): b.detach().to("meta") for b in model.buffers()}
+    twins |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, twins)
+
+
+@torch.inference_mode(False)
 def copy_sharing_tensors(model: M) -> M:
     """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
     twins: dict[int, Any] = {id(b): b.detach() for b in model.buffers() if type(b) is torch.Tensor}

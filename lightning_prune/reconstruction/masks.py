@@ -86,14 +86,25 @@ def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
 
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
     """Every parameter entry that a plan sets to zero."""
-    entries: dict[tuple[str, int], list[Tensor]] = {}
+    gone: dict[tuple[str, str | None], Tensor] = {}
+    entries: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for name, group_plan in plan.groups.items():
         for part in graph.group(name).slices:
             if part.masked and (plan.batch_norm or not part.norm):
-                gone = removed_channels(group_plan, part)
-                if len(gone):
-                    entries.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
-    return [Zeros(name, dim, torch.cat(found).unique()) for (name, dim), found in entries.items()]
+                own = part.layer and group_plan.layers.get(part.layer, group_plan.keep) != group_plan.keep
+                key = name, part.layer if own else None
+                if key not in gone:
+                    gone[key] = removed_channels(group_plan, part)
+                if len(gone[key]):
+                    entries.setdefault((part.tensor, part.dim), []).append((part.index, gone[key]))
+    united: dict[tuple[int, ...], Tensor] = {}  # most slices of a group share one index
+    found = []
+    for (tensor, dim), pairs in entries.items():
+        ids = tuple(id(item) for pair in pairs for item in pair)
+        if ids not in united:
+            united[ids] = torch.cat([index[channels].flatten() for index, channels in pairs]).unique()
+        found.append(Zeros(tensor, dim, united[ids]))
+    return found
 
 
 def removed_channels(group_plan: GroupPlan, part: Slice) -> Tensor:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
-from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
 from lightning_prune.model_state.memory import NewMemory
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
@@ -63,8 +62,7 @@ def reconstruct(
         >>> reconstruct(model, graph, plan)[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    # Most tensors are cut, and copied by that; a fold would write to those that are not.
-    small = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
+    small = _twin(model)
     reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
     own_tensors_(small, model)
     return small
@@ -132,8 +130,9 @@ def reconstruct_masked(
     masked: M, graph: ChannelGraph, plan: Plan, entries: Sequence[EntryPoint]
 ) -> tuple[M, LosslessReport]:
     """Build the smaller model of one that `mask_` has masked, and compare exactly these two."""
-    small = copy_without_masks(masked)
+    small = _twin(masked)
     report = _reconstruct_(small, graph, plan, [], entries, masked)
+    own_tensors_(small, masked)
     assert report is not None
     return small, report
 
@@ -185,7 +184,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
             if entries:
-                masked = copied(model)
+                masked = _twin(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         precise = rescale_(model, graph.rescalings(removed), optimizers)
@@ -195,6 +194,11 @@ def _attempt(
     except BaseException:
         undo()
         raise
+
+
+def _twin(model: M) -> M:
+    """A copy to be cut, or beside which to cut: that copies most tensors. But a fold would write to the others."""
+    return copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
 
 
 @torch.inference_mode(False)
@@ -234,10 +238,15 @@ def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, entries: Sequen
 def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
     """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
     keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
+    kept: dict[tuple[int, int], Tensor] = {}  # what several cuts keep is one tensor, and so is what several masks clear
     left = []
     for item in zeros:
-        keep = keeps.get((item.parameter, item.dim))
-        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
+        entries = item.entries
+        if (keep := keeps.get((item.parameter, item.dim))) is not None:
+            key = id(keep), id(entries)
+            if key not in kept:
+                kept[key] = entries[torch.isin(entries, keep)]
+            entries = kept[key]
         if len(entries):
             left.append(replace(item, entries=entries))
     return left
