@@ -79,8 +79,8 @@ def reconstruct_(
 ) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
 
-    Every tensor keeps its type, device, memory format and ``requires_grad``; gradients and optimizer state lie in memory
-    as their weight does, as fused optimizers need it.
+    Every tensor keeps its type, device, memory format and ``requires_grad``; gradients and optimizer state lie in
+    memory as their weight does, which fused optimizers rely on.
 
     Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were. If the model's code
     cannot run with fewer channels of some group, which tracing did not find out, only that group keeps its width,
