@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -158,7 +158,7 @@ class LabelSpace:
         return joined(torch.arange(self.count), self.own_pairs) if own else joined(self.classes(own=True), self.pairs)
 
 
-def joined(classes: Tensor, pairs: Pairs) -> Tensor:
+def joined(classes: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """(count,) the smallest id of the class each id belongs to, once these pairs go together too."""
     if not pairs:
         return classes

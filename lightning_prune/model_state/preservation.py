@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,18 +84,19 @@ def put_back(places: Places) -> None:
             own.update(merged)
 
 
-def random_state(model: nn.Module) -> tuple[Any, ...]:
+def generators_of(model: nn.Module) -> list[torch.Generator]:
+    """Those that modules keep in their attributes."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    plain = (dict, OrderedDict, set, bool, int, float, str, tuple, type(None))  # most; asking torch takes longer
+    return [value for value in attributes if type(value) not in plain and isinstance(value, torch.Generator)]
+
+
+def random_state(model: nn.Module, generators: Sequence[torch.Generator] | None = None) -> tuple[Any, ...]:
     """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices, and of its own."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    own = [(generator, generator.get_state()) for generator in attributes if _is_generator(type(generator))]
+    own = [(one, one.get_state()) for one in (generators_of(model) if generators is None else generators)]
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, own
-
-
-@cache
-def _is_generator(kind: type) -> bool:
-    return issubclass(kind, torch.Generator)
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
