@@ -126,6 +126,14 @@ class LabelSpace:
                 mask[source] = mask[target]
         return mask
 
+    def any_and_all(self, mask: Tensor) -> tuple[list[bool], list[bool]]:
+        """Of every span, whether any, and whether all of its ids are in a boolean mask over all ids."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        starts = torch.tensor([span.start for span in self.spans], dtype=torch.int64)
+        sizes = torch.tensor([span.size for span in self.spans], dtype=torch.int64)
+        found = before[starts + sizes] - before[starts]
+        return (found > 0).tolist(), (found == sizes).tolist()
+
     def fold(self, labels: Labels, keep: Collection[int], where: str) -> Labels | None:
         """The labels along the dimensions ``keep`` only; what varies along the others is tied to go together."""
         kept = [d for d in labels.dims if d in keep]

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,6 +24,7 @@ from lightning_prune.graph.rescaled_means import decide, only_averages
 from lightning_prune.graph.rules.movement import nothing_of
 from lightning_prune.graph.running import (
     RunningModules,
+    by_operators,
     normalise_mode,
     remembered,
     tensors_in,
@@ -199,7 +199,7 @@ class _Tracer:
             rescaled=decide(self.space, self.model, self.names, self.users),
             statistics=self.statistics,
         )
-        with torch.inference_mode(False):
+        with by_operators():
             return settle(model, ran, traced.draft)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
+from lightning_prune.graph.model_copies import ModelCopy, Removed, double_copy, meta_copy
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.plain_numbers import PlainNumber, PlainNumbers, computed_of
-from lightning_prune.graph.running import KeepsDouble, RunningModules, normalise_mode, tensors_in, untouched
-from lightning_prune.model_state.cutting import Undo, cut_, rescale_, resize_
+from lightning_prune.graph.running import KeepsDouble, normalise_mode, tensors_in
+from lightning_prune.model_state.cutting import rescale_
 from lightning_prune.model_state.journal import WritesUndone
 from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
-Removed = Mapping[str, Tensor]  # group, its channels
 Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
 
 
@@ -38,10 +38,9 @@ class Failure:
 class _Trial:
     """One entry point on one copy of the model."""
 
-    model: nn.Module
+    copy: ModelCopy
     entry: EntryPoint
     modes: Sequence[bool]
-    by_values: bool = False  # it looks at values, and plain numbers change with them
     warm: bool = False
     numbers: list[PlainNumber] | Failure = field(init=False)
     leading: list[int] = field(default_factory=list)  # sizes of the outputs of the last run
@@ -61,7 +60,7 @@ class _Trial:
         self.leading = []
         with self._own_memory():
             for training in self.modes:
-                outputs = _run(self.model, self.entry, training, numbers)
+                outputs = _run(self.copy, self.entry, training, numbers)
                 if isinstance(outputs, Failure):
                     return outputs
                 self.leading += [len(output) for output in outputs if output.dim()]
@@ -72,7 +71,7 @@ class _Trial:
         """Find in the model's attributes what this trial's runs left there (anchors of one size), no other's."""
         for (_, name), (own, value) in self._left.items():
             own[name] = value
-        before = [(vars(module), dict(vars(module))) for module in self.model.modules()]
+        before = [(vars(module), dict(vars(module))) for module in self.copy.modules]
         yield
         for own, earlier in before:
             for name, value in own.items():
@@ -91,8 +90,8 @@ class _Trial:
         found = self.plain_numbers()
         if isinstance(found, Failure):
             return found
-        if isinstance(self.numbers, Failure) or self.by_values:
-            return None
+        if isinstance(self.numbers, Failure) or self.copy.has_values:
+            return None  # its code may look at values, and plain numbers change with them
         for before, after in zip(self.numbers, found, strict=False):
             if before.operator != after.operator:
                 return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
@@ -110,8 +109,9 @@ class TrialRuns:
 
     def __init__(self, model: nn.Module, ran: Sequence[Ran]) -> None:
         self._model = model
-        self._meta = _meta_copy(model)
-        self._real: nn.Module | None = None
+        self._meta = ModelCopy(meta_copy(model), has_values=False)
+        self._real: ModelCopy | None = None
+        self._double: ModelCopy | None = None
         self._forward: list[_Trial] = []
         self._compared: list[Ran] = []
         for entry, modes in ran:
@@ -154,8 +154,8 @@ class TrialRuns:
 
     def _real_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial:
         if self._real is None:
-            self._real = copy_without_masks(self._model)
-        return _Trial(self._real, entry, modes, by_values=True)
+            self._real = ModelCopy(copy_without_masks(self._model), has_values=True)
+        return _Trial(self._real, entry, modes)
 
     def failure(self, graph: ChannelGraph, removed: Removed, *, beyond_forward: bool = False) -> Failure | None:
         """Why the model does not run without these channels, None if it does."""
@@ -168,36 +168,33 @@ class TrialRuns:
         return self._failure(trials, graph, removed) or self.difference(graph, removed)
 
     def _failure(self, trials: Sequence[_Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
-        undo = [Undo(model) for model in (self._meta, self._real) if model is not None]
-        try:
-            for model in {id(trial.model): trial.model for trial in trials}.values():
-                _remove_(model, graph, removed)
+        with ExitStack() as stack:
+            for copy in dict.fromkeys(trial.copy for trial in trials):
+                stack.enter_context(copy.without(graph, removed))
             for trial in trials:
                 if (failure := trial.failure([mean.counted.module for mean in graph.means])) is not None:
                     return replace(failure, other_size=trial.entry.varied is not None)
             return None
-        finally:
-            for put_back in undo:
-                put_back()
 
     def difference(self, graph: ChannelGraph, removed: Removed, *, sizes: bool = False) -> Failure | None:
         """Why removing these channels does not equal masking them, None if it does. ``sizes``: at others too."""
-        trial = copy_without_masks(self._model).double()
-        _roughen_(trial)
-        _mask_(trial, graph, removed)
+        if self._double is None:
+            self._double = ModelCopy(double_copy(self._model), has_values=True)
+        trial = self._double
         double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
         runs = [(entry, training) for entry, modes in double for training in modes]
-        masked = [_run(trial, entry, training, keeps=True) for entry, training in runs]
-        _remove_(trial, graph, removed)
-        rescale_(trial, graph.rescalings(removed))
-        for (entry, training), before in zip(runs, masked, strict=True):
-            if isinstance(before, Failure):
-                continue  # does not run in float64 at all: nothing to compare with
-            after = _run(trial, entry, training, keeps=True)
-            if isinstance(after, Failure):
-                return after
-            if not _close(before, after):
-                return Failure((), "its results change", other_size=entry.varied is not None)
+        with trial.masked(graph, removed):
+            masked = [_run(trial, entry, training, keeps=True) for entry, training in runs]
+        with trial.without(graph, removed):
+            rescale_(trial.model, graph.rescalings(removed))
+            for (entry, training), before in zip(runs, masked, strict=True):
+                if isinstance(before, Failure):
+                    continue  # does not run in float64 at all: nothing to compare with
+                after = _run(trial, entry, training, keeps=True)
+                if isinstance(after, Failure):
+                    return after
+                if not _close(before, after):
+                    return Failure((), "its results change", other_size=entry.varied is not None)
         return None
 
 
@@ -206,7 +203,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _run(
-    model: nn.Module,
+    copy: ModelCopy,
     entry: EntryPoint,
     training: bool,
     numbers: list[PlainNumber] | None = None,
@@ -218,17 +215,17 @@ def _run(
     """
     entry = entry.own()
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
-    with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
+    with copy.untouched(), WritesUndone(copy.model) if numbers is None else nullcontext():
         torch.manual_seed(0)
         casts = KeepsDouble() if keeps else nullcontext()
-        with RunningModules(model) as running, casts if numbers is None else PlainNumbers(running, numbers):
+        with copy.running() as running, casts if numbers is None else PlainNumbers(running, numbers):
             try:
-                normalise_mode(model, training=training)
-                return tensors_in(entry.run(model, running))
+                normalise_mode(copy.model, training=training)
+                return tensors_in(entry.run(copy.model, running))
             except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
                 message = str(error).strip().partition("\n")[0]
                 failure = Failure(running.paths, f"{type(error).__name__}: {message}")
-    return _run(model, entry, training) if keeps else failure
+    return _run(copy, entry, training) if keeps else failure
 
 
 def _close(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -241,36 +238,3 @@ def _close(before: list[Tensor], after: list[Tensor]) -> bool:
             if gap.any() and float(gap.max()) > LIMIT * float(first[finite].abs().max()):
                 return False
     return True
-
-
-def _remove_(model: nn.Module, graph: ChannelGraph, removed: Removed) -> None:
-    """Cut channels out of tensors and size attributes."""
-    cut_(model, graph.cuts(removed))
-    resize_(model, graph.new_sizes(removed))
-
-
-def _mask_(model: nn.Module, graph: ChannelGraph, removed: Removed) -> None:
-    """Set channels to zero."""
-    parameters = dict(model.named_parameters())
-    for name, channels in removed.items():
-        for part in graph.group(name).slices:
-            if part.masked:
-                data = parameters[part.tensor].data
-                data.index_fill_(part.dim, part.index[channels].flatten().to(data.device), 0)
-
-
-def _roughen_(model: nn.Module) -> None:
-    """Random numbers where a fresh model has constants (biases, scales): zeros and ones would hide differences."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        data = parameter.data
-        if data.is_floating_point() and data.dim() <= 1 < data.numel() and bool((data == data[0]).all()):
-            noise = torch.rand(data.shape, generator=generator) * 0.4 + 0.8
-            base = data if bool(data[0].abs() > 1e-3) else torch.ones_like(data)
-            parameter.data = base * noise.to(device=data.device, dtype=data.dtype)
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no values."""
-    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    return copy_without_masks(model, {**parameters, **{id(b): b.detach().to("meta") for b in model.buffers()}})

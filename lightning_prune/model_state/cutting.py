@@ -133,6 +133,8 @@ def drop_caches_(model: nn.Module) -> None:
 
     Modules in eval mode enter it again: some fold their branches into one kernel then.
     """
+    if not folding(model):
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     entered: set[int] = set()
@@ -146,8 +148,7 @@ def drop_caches_(model: nn.Module) -> None:
 
 def refold_(model: nn.Module) -> None:
     """After weights changed: what modules derived from them when they entered eval mode is derived anew."""
-    if folding(model):
-        drop_caches_(model)
+    drop_caches_(model)
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model_state.cutting import set_data_
+from lightning_prune.model_state.dispatch import EagerMode
 from lightning_prune.model_state.preservation import places_of, put_back
 
 STATISTICS = ("running_mean", "running_var")  # some batch norms write to them though their schema does not say so
@@ -76,7 +76,7 @@ class Journal:
                 own.update(before)
 
 
-class WritesUndone(TorchDispatchMode):
+class WritesUndone(EagerMode):
     """Inside, a model may write to its parameters, buffers and attributes; on leaving they are as they were."""
 
     def __init__(self, model: nn.Module) -> None:

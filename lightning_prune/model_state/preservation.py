@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,9 +88,14 @@ def random_state(model: nn.Module) -> tuple[Any, ...]:
     """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices, and of its own."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    own = [(generator, generator.get_state()) for generator in attributes if isinstance(generator, torch.Generator)]
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    own = [(generator, generator.get_state()) for generator in attributes if _is_generator(type(generator))]
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, own
+
+
+@cache
+def _is_generator(kind: type) -> bool:
+    return issubclass(kind, torch.Generator)
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
