@@ -105,8 +105,14 @@ class ModelCopy:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes but no values."""
-    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    return copy_without_masks(model, {**parameters, **{id(b): b.detach().to("meta") for b in model.buffers()}})
+    parameters = {id(p): nn.Parameter(_without_values(p), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, {**parameters, **{id(b): _without_values(b) for b in model.buffers()}})
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return tensor.detach().to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def double_copy(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,16 +28,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in found.values()]
     buffers = [
         (own, name, buffer, buffer.detach().clone())
-        for own in (module._buffers for module in model.modules())
+        for own in (module._buffers for module in modules)
         for name, buffer in own.items()
         if buffer is not None
     ]
-    places = places_of(model)
-    folds = folding(model)
+    places = _places(modules)
+    folds = _folding(modules)
     folded = [(own, dict(own)) for module in folds for own in (vars(module), module._modules, module._parameters)]
     weights = [(p, p.data, p.detach().clone()) for p in model.parameters()] if folds else []
     before = random_state(model)
@@ -66,12 +68,20 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def folding(model: nn.Module) -> list[nn.Module]:
     """Modules that do more than set their flag when they change between train and eval mode."""
-    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+    return _folding(model.modules())
+
+
+def _folding(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [m for m in modules if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
 
 
 def places_of(model: nn.Module) -> Places:
     """What stands where in a model, for `put_back`."""
-    owns = (own for module in model.modules() for own in (module._modules, module._parameters, module._buffers))
+    return _places(model.modules())
+
+
+def _places(modules: Iterable[nn.Module]) -> Places:
+    owns = (own for module in modules for own in (module._modules, module._parameters, module._buffers))
     return [(own, dict(own)) for own in owns if own]
 
 
