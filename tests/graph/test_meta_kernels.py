@@ -73,7 +73,7 @@ CALLS = {
     "broadcast": lambda: X * torch.randn(6, 1, 1) + torch.randn(2, 1, 9, 1) - 1.5,
     "in place": lambda: X.clone().relu_().mul_(2).add_(torch.randn(12)),
     "masks": lambda: X.masked_fill(MASK, 0.0) + torch.where(MASK, X, 1.0) + X.clone().masked_fill_(MASK, 1.0),
-    "comparisons": lambda: (X > 0) | (X == X[:1]) | X.isnan(),
+    "comparisons": lambda: (X > 0) | (X[:1] == X) | X.isnan(),
     "types": lambda: X.double() + X + X.long() + X.half() * 2,
     "softmax": lambda: X.softmax(1) + X.log_softmax(-1) + X.roll(1, 2).flip(3),
     "numbers first": lambda: 2.0**X + 1 / X + torch.rsub(X, 3),
