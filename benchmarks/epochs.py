@@ -300,7 +300,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="sizes, the most telling first")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="default: all on a GPU, eager on a CPU")
     parser.add_argument("--images", type=int, default=25_600, help="of an epoch")
-    parser.add_argument("--repeats", type=int, default=5, help="epochs of every model")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs of every model")
     parser.add_argument("--precision", choices=("bf16", "float32"), help="default: bf16 on a GPU, float32 on a CPU")
     parser.add_argument("--round-to", type=int, default=1, help="keep multiples of this many channels")
     parser.add_argument("--no-max-pool", action="store_true", help="the nets' variant without pooling after the stem")

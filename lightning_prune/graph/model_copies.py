@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.running import RunningModules, untouched
-from lightning_prune.model_state.cutting import Undo, cut_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, resize_
 from lightning_prune.model_state.preservation import (
     copy_without_masks,
+    generators_of,
     places_of,
     put_back,
     random_state,
@@ -34,6 +35,8 @@ class ModelCopy:
         self.has_values = has_values
         self.modules = list(model.modules())
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._generators = generators_of(model)
         self._places = places_of(model)
 
     def running(self) -> RunningModules:
@@ -47,7 +50,7 @@ class ModelCopy:
             with untouched(self.model):
                 yield
             return
-        before = random_state(self.model)
+        before = random_state(self.model, self._generators)
         try:
             yield
         finally:
@@ -57,13 +60,31 @@ class ModelCopy:
     @contextmanager
     def without(self, graph: ChannelGraph, removed: Removed) -> Iterator[None]:
         """For a while the copy has lost these channels."""
-        undo = Undo(self.model)
+        undo = Undo(self.model, tensors=self.has_values)
+        before = [] if self.has_values else [(tensor, tensor.data) for tensor in self._tensors.values()]
         try:
-            cut_(self.model, graph.cuts(removed))
+            if self.has_values:
+                cut_(self.model, graph.cuts(removed))
+            else:
+                self._shrink_(graph.cuts(removed))
             resize_(self.model, graph.new_sizes(removed))
             yield
         finally:
+            for tensor, data in before:
+                tensor.data = data
             undo()
+
+    def _shrink_(self, cuts: Sequence[Cut]) -> None:
+        """Give tensors without values the shapes that these cuts leave."""
+        shapes: dict[str, list[int]] = {}
+        for cut in cuts:
+            tensor = self._tensors[cut.tensor]
+            if tensor.is_contiguous():
+                shapes.setdefault(cut.tensor, list(tensor.shape))[cut.dim] = len(cut.keep)
+            else:
+                tensor.data = cut.apply(tensor.data)
+        for name, shape in shapes.items():
+            self._tensors[name].data = torch.empty(shape, dtype=self._tensors[name].dtype, device="meta")
 
     @contextmanager
     def masked(self, graph: ChannelGraph, removed: Removed) -> Iterator[None]:
@@ -84,8 +105,14 @@ class ModelCopy:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors have shapes but no values."""
-    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    return copy_without_masks(model, {**parameters, **{id(b): b.detach().to("meta") for b in model.buffers()}})
+    parameters = {id(p): nn.Parameter(_without_values(p), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, {**parameters, **{id(b): _without_values(b) for b in model.buffers()}})
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return tensor.detach().to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def double_copy(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
 from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
+@cache
 def _half(size: int) -> Tensor:
     """About half of so many channels, the same at every call."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(size))[: size // 2].sort().values

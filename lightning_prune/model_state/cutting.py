@@ -211,9 +211,10 @@ def update_attributes_(model: nn.Module) -> None:
 class Undo:
     """Puts back submodules, parameters, buffers, numbers in attributes and optimizer state of a model."""
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = (), *, tensors: bool = True) -> None:
         self.model = model
-        self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
+        kept = (*model.parameters(), *model.buffers()) if tensors else ()
+        self.tensors = [(t, t.data, t.grad) for t in kept]
         self.places = places_of(model)
         self.attributes = [(module, numbers_of(module), vars(module).get(SIZES)) for module in model.modules()]
         self.nested = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]

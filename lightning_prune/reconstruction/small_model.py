@@ -79,6 +79,9 @@ def reconstruct_(
 ) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
 
+    Every tensor keeps its type, device, memory format and ``requires_grad``; gradients and optimizer state lie in
+    memory as their weight does, which fused optimizers rely on.
+
     Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were. If the model's code
     cannot run with fewer channels of some group, which tracing did not find out, only that group keeps its width,
     with its masked channels at zero; a warning and the report name it.
@@ -97,6 +100,7 @@ def reconstruct_(
         PlanError: the plan or the graph does not belong to this model.
         ReconstructionError: masks are still held, the smaller model does not run, or is not equal to the masked
             one.
+        OptimizerError: an optimizer keeps something that cannot be cut along, as Adafactor and LBFGS do.
 
     Example:
         >>> from lightning_prune.graph import trace

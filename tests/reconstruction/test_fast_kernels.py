@@ -121,6 +121,18 @@ def test_fused_optimizers_go_on_as_on_the_masked_model(name: str, how: dict[str,
         assert all(tensor.stride() == parameter.stride() for tensor in tensors)
 
 
+def test_an_optimizer_that_cannot_go_on_is_refused_and_nothing_changes() -> None:
+    x, model = images(4), _net().train()
+    graph = lp.trace(model, x)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    _step(model, optimizer, x)
+    before = copy.deepcopy([*model.state_dict().values(), *optimizer.state_dict()["state"][0].values()])
+    with pytest.raises(lp.PruningError, match="Adafactor keeps 'row_var'"):
+        lp.reconstruct_(model, graph, random_plan(graph), optimizers=[optimizer], example_inputs=x)
+    after = [*model.state_dict().values(), *optimizer.state_dict()["state"][0].values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_masks_and_their_undoing_change_no_format_and_no_address() -> None:
     x, model = images(4), _net().train()
     graph = lp.trace(model, x)
