@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,13 +51,27 @@ class PlainNumbers(EagerMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (name := _name_of_arithmetic(func)) is not None:
-            numbers = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, (int, float)))
-            if numbers:
-                self._found.append(PlainNumber(name, numbers, self._running.paths))
-        elif func is torch.ops.aten.lift_fresh.default and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
-            self._found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), self._running.paths))
+        note_numbers(func, args, kwargs, self._running, self._found)
         return answer(func, args, kwargs)
+
+
+def note_numbers(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], running: RunningModules, found: list[PlainNumber]
+) -> None:
+    """Add the numbers that an operator gets, if there are any."""
+    if (name := _name_of_arithmetic(func)) is not None:
+        numbers = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, (int, float)))
+        if numbers:
+            found.append(PlainNumber(name, numbers, running.paths))
+    elif func is torch.ops.aten.lift_fresh.default and not args[0].is_meta and args[0].numel() <= MOST_NUMBERS:
+        found.append(PlainNumber("torch.tensor", tuple(args[0].flatten().tolist()), running.paths))
+
+
+def same_numbers(one: Sequence[PlainNumber], other: Sequence[PlainNumber]) -> bool:
+    """Whether two runs gave the same operators the same numbers."""
+    return repr([(n.operator, n.values) for n in one]) == repr(
+        [(n.operator, n.values) for n in other]
+    )  # NaN is not NaN
 
 
 class OperatorLog(EagerMode):

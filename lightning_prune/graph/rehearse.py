@@ -23,7 +23,8 @@ from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
 from lightning_prune.graph.sizes import is_torch
-from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
+from lightning_prune.graph.trial import Failure, Ran
+from lightning_prune.graph.trial_runs import TrialRuns
 from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
