@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_prune.cli.options import READERS
+from lightning_prune.cli.options import PARSERS
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PruningError, UnknownRecipeError
 
-# By name: what it does, and `module:function` in this folder, which takes the options that `READERS` made of the
+# By name: what it does, and `module:function` in this folder, which takes the options that `PARSERS` made of the
 # remaining arguments, or these themselves.
 COMMANDS = {
     "fit": ("Train; with a prune recipe also score, mask and reconstruct.", "training:fit"),
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module, function = COMMANDS[name][1].split(":")
     try:
-        given = READERS[name](rest) if name in READERS else rest
+        given = PARSERS[name](rest) if name in PARSERS else rest
         return getattr(importlib.import_module(f"lightning_prune.cli.{module}"), function)(given) or 0
     except PruningError as error:
         return _fail(str(error), status=2 if isinstance(error, UnknownRecipeError) else 1)

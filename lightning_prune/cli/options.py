@@ -142,7 +142,7 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**vars(options), fit_options=rest, prog=parser.prog)
 
 
-#: By command: what reads its words, before anything of it is imported.
-READERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
-    read.__name__: read for read in (prune, measure, export, graph, compare)
+#: By command: what parses its words, before anything of it is imported.
+PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
+    parse.__name__: parse for parse in (prune, measure, export, graph, compare)
 }
