@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.running import RunningModules, untouched
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, rescale_, resize_
 from lightning_prune.model_state.preservation import (
     copy_without_masks,
     generators_of,
@@ -35,6 +35,7 @@ class ModelCopy:
         self.has_values = has_values
         self.modules = list(model.modules())
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._paths = set(self._names.values())
         self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._generators = generators_of(model)
         self._places = places_of(model)
@@ -63,11 +64,14 @@ class ModelCopy:
         undo = Undo(self.model, tensors=self.has_values)
         before = [] if self.has_values else [(tensor, tensor.data) for tensor in self._tensors.values()]
         try:
+            cuts = [cut for cut in graph.cuts(removed) if cut.tensor in self._tensors]
             if self.has_values:
-                cut_(self.model, graph.cuts(removed))
+                cut_(self.model, cuts)
             else:
-                self._shrink_(graph.cuts(removed))
-            resize_(self.model, graph.new_sizes(removed))
+                self._shrink_(cuts)
+            resize_(self.model, [size for size in graph.new_sizes(removed) if size.module in self._paths])
+            if self.has_values:
+                rescale_(self.model, [one for one in graph.rescalings(removed) if one.weight in self._tensors])
             yield
         finally:
             for tensor, data in before:
@@ -94,7 +98,7 @@ class ModelCopy:
         try:
             for name, channels in removed.items():
                 for part in graph.group(name).slices:
-                    if part.masked:
+                    if part.masked and part.tensor in parameters:
                         parameter = parameters[part.tensor]
                         entries = part.index[channels].flatten().to(parameter.device)
                         parameter.data = parameter.data.index_fill(part.dim, entries, 0)
@@ -115,16 +119,23 @@ def _without_values(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def double_copy(model: nn.Module) -> nn.Module:
+def double_copy(model: nn.Module, left_out: Mapping[str, nn.Module]) -> nn.Module:
     """A copy in float64, with random numbers where a fresh model has constants (biases, scales).
 
-    Zeros and ones would hide differences.
+    Zeros and ones would hide differences. left_out: {path: module} of what is not copied.
     """
-    twins: dict[int, Any] = {id(b): b.detach().double() for b in model.buffers() if _is_plain(b)}
-    for parameter in model.parameters():
-        if _is_plain(parameter):
-            twins[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
-    copy = copy_without_masks(model, twins).double()
+    gone = {id(inner) for module in left_out.values() for inner in module.modules()}
+    twins: dict[int, Any] = {id(module): nn.Identity() for module in left_out.values()}
+    for module in (module for module in model.modules() if id(module) not in gone):
+        twins |= {id(b): b.detach().double() for b in module._buffers.values() if b is not None and _is_plain(b)}
+        for p in module._parameters.values():
+            if p is not None and id(p) not in twins and _is_plain(p):
+                twins[id(p)] = nn.Parameter(p.detach().double(), requires_grad=p.requires_grad)
+    copy = copy_without_masks(model, twins)
+    for path in left_out:
+        parent, _, name = path.rpartition(".")
+        del copy.get_submodule(parent)._modules[name]
+    copy = copy.double()
     generator = torch.Generator().manual_seed(0)
     for parameter in copy.parameters():
         data = parameter.data

@@ -121,14 +121,14 @@ def normalise_mode(model: nn.Module, *, training: bool) -> None:
         model.train(training)
     for module in model.modules():
         own = vars(module)
-        wanted = training and not isinstance(module, _BatchNorm) and not _is_dropout(module)
+        wanted = training and not isinstance(module, _BatchNorm) and not is_dropout(module)
         if "training" in own:
             own["training"] = wanted  # what an assignment does, without looking for a parameter of that name
         else:
             module.training = wanted
 
 
-def _is_dropout(module: nn.Module) -> bool:
+def is_dropout(module: nn.Module) -> bool:
     """Whether a module does nothing but drop elements, samples or paths at random while training."""
     return isinstance(module, _DropoutNd) or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d")
 
@@ -139,7 +139,7 @@ def watch_training_flag() -> Iterator[set[str]]:
     asked: set[str] = set()
 
     def get(module: nn.Module) -> Any:
-        if not (type(module).__module__.startswith("torch.nn.modules.") or _is_dropout(module)):
+        if not (type(module).__module__.startswith("torch.nn.modules.") or is_dropout(module)):
             asked.add(type(module).__name__)
         if "training" in vars(module):
             return vars(module)["training"]

@@ -15,8 +15,8 @@ from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
 from lightning_prune.graph.model_copies import ModelCopy, Removed, double_copy, meta_copy
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.plain_numbers import PlainNumber, same_numbers
+from lightning_prune.graph.repeated_blocks import repeated_blocks
 from lightning_prune.graph.trial import Failure, Ran, Trial, run_copy
-from lightning_prune.model_state.cutting import rescale_
 from lightning_prune.model_state.preservation import copy_without_masks, folding
 
 LIMIT = 1e-8  # relative, in float64
@@ -32,7 +32,6 @@ class TrialRuns:
         self._model = model
         self._meta = ModelCopy(meta_copy(model), has_values=False)
         self._real: ModelCopy | None = None
-        self._double: ModelCopy | None = None
         self._ran = ran
         self._compared: list[tuple[Ran, Ran | None]] = []  # at the traced size, at another that the model takes
         self._others: list[Trial] | None = None
@@ -145,30 +144,49 @@ class TrialRuns:
 
         ``varied``: at another size instead of the traced one, where the model takes one.
         """
-        if self._double is None:
-            self._double = ModelCopy(double_copy(self._model), has_values=True)
-        trial = self._double
         compared = [other if varied and other is not None else traced for traced, other in self._compared]
         double = [(ran.entry.mapped(_double), ran.modes) for ran in compared]
         runs = [(entry, training) for entry, modes in double for training in modes]
-        with trial.masked(graph, removed):
-            masked = [run_copy(trial, entry, training, keeps=True) for entry, training in runs]
-        failure: Failure | None = None
-        with trial.without(graph, removed):
-            rescale_(trial.model, graph.rescalings(removed))
-            for (entry, training), before in zip(runs, masked, strict=True):
-                if isinstance(before, Failure):
-                    continue  # does not run in float64 at all: nothing to compare with
-                after = run_copy(trial, entry, training, keeps=True)
-                if isinstance(after, Failure):
-                    failure = after
-                elif not _close(before, after):
-                    failure = Failure((), "its results change")
-                if failure is not None:
-                    break
-        if failure is None or entry.varied is None:
-            return failure
-        return self.difference(graph, removed) or replace(failure, other_size=True)
+        if self._short is not None and _differing(self._short, runs, graph, removed, has_to_run=True) is None:
+            return None
+        found = _differing(self._double, runs, graph, removed)
+        if found is None or not found.other_size:
+            return found
+        return self.difference(graph, removed) or found
+
+    @cached_property
+    def _short(self) -> ModelCopy | None:
+        """In float64, without the blocks that repeat another; None: all differ."""
+        blocks = repeated_blocks(self._model)
+        return ModelCopy(double_copy(self._model, blocks), has_values=True) if blocks else None
+
+    @cached_property
+    def _double(self) -> ModelCopy:
+        return ModelCopy(double_copy(self._model, {}), has_values=True)
+
+
+def _differing(
+    copy: ModelCopy,
+    runs: Sequence[tuple[EntryPoint, bool]],
+    graph: ChannelGraph,
+    removed: Removed,
+    *,
+    has_to_run: bool = False,
+) -> Failure | None:
+    """Why what comes out differs without these channels and with these masked; ``has_to_run``: or why nothing does."""
+    with copy.masked(graph, removed):
+        masked = [run_copy(copy, entry, training, keeps=True) for entry, training in runs]
+    with copy.without(graph, removed):
+        for (entry, training), before in zip(runs, masked, strict=True):
+            if isinstance(before, Failure):
+                if has_to_run:
+                    return before
+                continue  # does not run in float64 at all: nothing to compare with
+            after = run_copy(copy, entry, training, keeps=True)
+            if isinstance(after, Failure) or not _close(before, after):
+                failure = after if isinstance(after, Failure) else Failure((), "its results change")
+                return replace(failure, other_size=entry.varied is not None)
+    return None
 
 
 def _on_meta(entry: EntryPoint) -> EntryPoint:
