@@ -31,8 +31,8 @@ def mask_(
     Held means: the entries are set to zero again before every forward of their module if anything has written to it,
     so they are exactly 0.0 in every forward whatever optimizer, weight decay, clipping or averaging does in between;
     their gradients are zero once a backward is over, and before if hooks of others see them. A training step
-    dispatches two operators more than without masks, and evaluation none. See Lee et al., "Lossless Reconstruction of CNNs for Channel-Based
-    Network Pruning", Sensors 23(4):2102, 2023.
+    dispatches two operators more than without masks, and evaluation none. See Lee et al., "Lossless Reconstruction of
+    CNNs for Channel-Based Network Pruning", Sensors 23(4):2102, 2023.
 
     Args:
         model: the traced model.

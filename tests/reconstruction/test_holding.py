@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -501,6 +502,7 @@ def test_a_compiled_model_is_one_graph() -> None:
 def test_a_compiled_backward_has_the_zeros_in_it() -> None:
     model, _ = held()
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.compile(lambda x: model(x).square().sum().backward(), backend="eager")(X)
+    loss = model(X).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
     assert gradients_are_zero(model)
