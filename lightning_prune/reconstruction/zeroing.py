@@ -38,7 +38,14 @@ def zero_(tensors: list[Tensor], masks: list[Tensor], mark: bool = False) -> Non
 
 
 def _zero_(tensors: list[Tensor], masks: list[Tensor], mark: bool) -> None:
-    bits = [tensor.data.view(mask.dtype) for tensor, mask in zip(tensors, masks, strict=True)]
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _multiply_([tensor.view(mask.dtype) for tensor, mask in zip(tensors, masks, strict=True)], masks)
+    if mark:
+        for tensor in tensors:
+            _mark(tensor)
+
+
+def _multiply_(bits: list[Tensor], masks: list[Tensor]) -> None:
     vectors = [bit.is_cuda and bit.dim() == 1 for bit in bits]
     if any(vectors):  # they are of their masks' shapes: one CUDA kernel for all
         torch._foreach_mul_(list(compress(bits, vectors)), list(compress(masks, vectors)))
@@ -46,9 +53,6 @@ def _zero_(tensors: list[Tensor], masks: list[Tensor], mark: bool) -> None:
         bits, masks = list(compress(bits, others)), list(compress(masks, others))
     if bits:
         torch._foreach_mul_(bits, masks)
-    if mark:
-        for tensor in tensors:
-            _mark(tensor)
 
 
 def _mark(tensor: Tensor) -> None:
