@@ -259,6 +259,7 @@ class PruningSession:
         Raises:
             PlanError: nothing has been masked yet, or a `Soft` schedule chooses among all channels again.
             ReconstructionError: the smaller model would not be equal to the masked one.
+            OptimizerError: an optimizer keeps something that cannot be cut along.
         """
         graph, plan, left, handle, copies = self.graph, self.plan, self.left, self.handle, list(copies)
         if plan is None or left is None:

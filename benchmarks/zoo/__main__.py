@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import benchmarks.zoo
 from benchmarks.zoo import runner
-from benchmarks.zoo.families import SUITES, entries, suites_of
+from benchmarks.zoo.families import SUITES, Entry, entries, suites_of
 from benchmarks.zoo.report import report
+from benchmarks.zoo.runner import Row
 from benchmarks.zoo.users import LIBRARIES
 
 RESULTS = runner.ROOT / "benchmarks" / "results" / "zoo.jsonl"
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--memory-gib", type=float, default=12.0, help="memory limit of the worker")
     given = parser.parse_args(argv)
     if given.command == "worker":
-        runner.work(given.memory_gib)
+        runner.work(given.memory_gib, _one)
         return
     if given.report or given.command == "report":
         _write(report(_chosen(given)), given.write)
@@ -55,12 +56,19 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.zoo.measure import Options
 
     options = Options(given.peer, given.export, given.memory, given.repeats, given.ratio)
-    runner.sweep(found, options, given)
+    runner.sweep(found, options, given, "benchmarks.zoo")
     if given.write:
         _write(report(_chosen(given)), given.write)
 
 
-def _chosen(given: argparse.Namespace) -> list[dict[str, Any]]:
+def _one(entry: Entry, options: Row, emit: Callable[[Row], None]) -> Row:
+    """What the worker does with a model."""
+    from benchmarks.zoo.measure import Options, sweep_one
+
+    return sweep_one(entry, Options(**options), emit)
+
+
+def _chosen(given: argparse.Namespace) -> list[Row]:
     """The rows of the suites and models asked for."""
     suites = suites_of(given.suite)
     rows = runner.read_rows(given.results).values()

@@ -174,7 +174,7 @@ def entries(suite: str = "all", only: str | None = None, part: str | None = None
     """Models of a suite (or all), whose key contains ``only``, the i-th of n interleaved parts."""
     found = [entry for name in suites_of(suite) for entry in _entries(name)]
     found = [entry for entry in found if only is None or only in entry.key]
-    return _part(found, part)
+    return part_of(found, part)
 
 
 def suites_of(suite: str) -> tuple[str, ...]:
@@ -188,7 +188,8 @@ def _entries(suite: str) -> list[Entry]:
     return timm_entries() if suite == "timm" else torchvision_entries(suite)
 
 
-def _part(found: Iterable[Entry], part: str | None) -> list[Entry]:
+def part_of(found: Iterable[Entry], part: str | None) -> list[Entry]:
+    """The i-th of n interleaved parts, given as "i/n"."""
     number, _, count = (part or "1/1").partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ValueError(f"--part must be i/n with 1 <= i <= n, got {part!r}")

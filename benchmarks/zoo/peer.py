@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,41 +22,70 @@ import lightning_prune as lp
 from benchmarks.zoo.families import Entry
 from benchmarks.zoo.models import CLASSES, Case, outputs, told, train_step
 
+T = TypeVar("T")
 #: Output layers of detectors, and what Torch-Pruning's own benchmark over torchvision leaves out for Faster R-CNN.
 OUTPUTS = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score", "mask_fcn_logits", "kps_score_lowres")
 
 
 def compare(case: Case, entry: Entry, ratio: float, repeats: int) -> dict[str, Any]:
-    """Outcome and seconds of Torch-Pruning; seconds of this library for the same work, on copies of one model."""
+    """Outcome and seconds of Torch-Pruning; seconds of this library for the same work, on copies of one model.
+
+    Medians of seconds of the processor, on which the benchmarks run one thread: what else runs does not count.
+    """
     model, inputs = case.model, case.inputs
-    mine, theirs, result = [], [], {}
+    mine: list[dict[str, float]] = []
+    theirs: list[float] = []
+    result: dict[str, Any] = {}
     for _ in range(repeats):
-        mine.append(_ours(copy.deepcopy(model), inputs, ratio))
+        with suppress(Exception):  # the row says why
+            mine.append(ours(copy.deepcopy(model), inputs, ratio))
         pruned = copy.deepcopy(model)
-        start = time.perf_counter()
+        gc.collect()
+        start = time.process_time()
         try:
             _theirs(pruned, entry, inputs, ratio)
         except Exception as error:  # noqa: BLE001 - any failure is a result
             result["outcome"] = f"error: {told(error)}"
             break
-        theirs.append(time.perf_counter() - start)
-    result["ours_seconds"] = median(mine) if all(mine) else None
+        theirs.append(time.process_time() - start)
+    result["ours_seconds"] = None
+    if mine:
+        result["ours_seconds"] = median(sum(stages.values()) for stages in mine)
+        result["ours_stages"] = medians(mine)
     if "outcome" not in result:
         result |= {"seconds": median(theirs), "params_after": lp.measure.count_params(pruned, trainable=False)}
         result |= _outcome(model, pruned, case)
     return result
 
 
-def _ours(model: nn.Module, inputs: Any, ratio: float) -> float | None:
-    """Trace, score, select, reconstruct; None where the library refuses."""
-    start = time.perf_counter()
-    try:
-        graph = lp.trace(model, inputs)
-        plan = lp.LayerRatio(ratio).select(graph, lp.score(model, graph, lp.L1()))
-        lp.reconstruct(model, graph, plan)
-    except Exception:  # noqa: BLE001 - the row says why
-        return None
-    return time.perf_counter() - start
+def ours(model: nn.Module, inputs: Any, ratio: float) -> dict[str, float]:
+    """Seconds of trace, score, select and reconstruct."""
+    stages = Stages()
+    graph = stages.timed("trace", lambda: lp.trace(model, inputs))
+    scores = stages.timed("score", lambda: lp.score(model, graph, lp.L1()))
+    plan = stages.timed("select", lambda: lp.LayerRatio(ratio).select(graph, scores))
+    stages.timed("reconstruct", lambda: lp.reconstruct(model, graph, plan))
+    return stages.seconds
+
+
+class Stages:
+    """Seconds of the processor by the name of what was done."""
+
+    def __init__(self) -> None:
+        gc.collect()  # what was done before is nobody's work here
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable[[], T]) -> T:
+        """The function's value."""
+        start = time.process_time()
+        value = function()
+        self.seconds[name] = time.process_time() - start
+        return value
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of every stage."""
+    return {name: round(median(stages[name] for stages in rounds), 4) for name in rounds[0]}
 
 
 def _theirs(model: nn.Module, entry: Entry, inputs: Any, ratio: float) -> None:
@@ -122,6 +154,6 @@ def warm_up(*, peer: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
     model.append(nn.Conv2d(6, CLASSES["segmentation"], 1))
     images = torch.randn(1, 3, 16, 16)
-    _ours(copy.deepcopy(model), images, 0.5)
+    ours(copy.deepcopy(model), images, 0.5)
     if peer:
         _theirs(copy.deepcopy(model), Entry("segmentation", "tiny", "tiny", "cnn"), images, 0.5)

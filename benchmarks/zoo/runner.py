@@ -11,19 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from benchmarks.zoo.families import Entry
 
-if TYPE_CHECKING:
-    from benchmarks.zoo.measure import Options
-
 Row = dict[str, Any]
+Options = Any  # a dataclass of plain data, which the child makes again
 ROOT = Path(__file__).parents[2]
 FAT = 4 << 20  # KiB: a worker that once held more than this is replaced, since allocators keep what they had
 #: glibc: every larger block is a mapping of its own. It slows everything down, so only for ``--memory``.
@@ -43,13 +41,16 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 def is_done(row: Row | None, options: Options) -> bool:
     """Whether a row has all that these options ask for."""
-    asked = [name for name in ("peer", "export", "memory") if getattr(options, name)]
+    asked = [name for name in ("peer", "export", "memory") if getattr(options, name, False)]
     # What failed earlier never reached export or memory; trying again would not get there either.
     return row is not None and all(name in row or (name != "peer" and row["outcome"] != "pruned") for name in asked)
 
 
-def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace) -> None:
-    """Append a row per model to the results; models that have one are left out unless ``--redo``."""
+def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace, program: str) -> None:
+    """Append a row per model to the results; models that have one are left out unless ``--redo``.
+
+    program: the module whose command ``worker`` calls `work`.
+    """
     path, limit = given.results, given.limit_seconds
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {} if given.redo else read_rows(path)
@@ -60,7 +61,8 @@ def sweep(entries: Iterable[Entry], options: Options, given: argparse.Namespace)
     start, lock, left = time.monotonic(), threading.Lock(), enumerate(todo, 1)
 
     def one_after_the_other(results: IO[str]) -> None:
-        with Worker(path.with_suffix(".log"), given.memory_gib, RETURN_MEMORY if options.memory else {}) as worker:
+        environment = RETURN_MEMORY if getattr(options, "memory", False) else {}
+        with Worker(path.with_suffix(".log"), given.memory_gib, program, environment) as worker:
             while limit is None or time.monotonic() - start <= limit:
                 with lock:
                     number, entry = next(left, (0, None))
@@ -97,8 +99,8 @@ def revision() -> str:
 class Worker:
     """A child process that handles one model after the other; started on demand, and again after it died."""
 
-    def __init__(self, log: Path, memory_gib: float, environment: dict[str, str] | None = None) -> None:
-        self.log, self.memory_gib = log, memory_gib
+    def __init__(self, log: Path, memory_gib: float, program: str, environment: dict[str, str] | None = None) -> None:
+        self.log, self.memory_gib, self.program = log, memory_gib, program
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -159,7 +161,7 @@ class Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.stop()
-        command = [sys.executable, "-m", "benchmarks.zoo", "worker", "--memory-gib", str(self.memory_gib)]
+        command = [sys.executable, "-m", self.program, "worker", "--memory-gib", str(self.memory_gib)]
         with self.log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command,
@@ -183,16 +185,17 @@ def _pump(stream: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def work(memory_gib: float) -> None:
-    """The child: a model per line of standard input, a row per line of what was standard output."""
+def work(memory_gib: float, one: Callable[[Entry, Row, Callable[[Row], None]], Row]) -> None:
+    """The child: a model per line of standard input, a row per line of what was standard output.
+
+    one: makes the row of a model with these options; it may hand over what it has so far, before what may hang.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a model or the peer prints goes to the log
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     import torch
-
-    from benchmarks.zoo.measure import Options, sweep_one
 
     torch.set_num_threads(1)
 
@@ -202,5 +205,5 @@ def work(memory_gib: float) -> None:
 
     for line in sys.stdin:
         task = json.loads(line)
-        row = sweep_one(Entry(**task["entry"]), Options(**task["options"]), lambda part: answer({"partial": part}))
+        row = one(Entry(**task["entry"]), task["options"], lambda part: answer({"partial": part}))
         answer({"row": row, "fat": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > FAT})

@@ -12,7 +12,8 @@ from pytorch_lightning import LightningModule, Trainer
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.model_state.code_sizes import unfollow_
-from lightning_prune.model_state.cutting import CHANGED, numbers_of, set_data_, update_attributes_
+from lightning_prune.model_state.cutting import CHANGED, numbers_of, update_attributes_
+from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
 from lightning_prune.session import PruningSession
@@ -83,7 +84,7 @@ class CheckpointShapes:
         for name, tensor in _tensors(module).items():
             if tensor.shape != self._dense[name]:
                 tensor.grad = None
-                set_data_(tensor, tensor.new_zeros(self._dense[name]))
+                set_data_(tensor, dense_copy(tensor.new_zeros(self._dense[name]), tensor))
         for path, part in module.named_modules():
             unfollow_(part)
             for name in set(vars(part).pop(CHANGED, ())) & set(self._sizes[path]):

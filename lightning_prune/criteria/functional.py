@@ -9,7 +9,7 @@ Shapes: N samples, F filters, M positions (height times width; 1 behind a linear
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,13 +22,24 @@ Scope = Literal["layer", "network"]
 Combine = Literal["mean", "sum", "max"]
 
 
+BLOCK = 2**17  # numbers: a megabyte in float64, which stays in a processor's cache
+
+
 def channel_rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
     """All weights of each channel as one vector, its filters concatenated: (channels, fan) float64."""
-    filters = weight.detach().movedim(dim, 0).flatten(1).to(torch.float64)
+    return torch.cat(list(channel_blocks(weight, dim, index, len(index))))
+
+
+def channel_blocks(weight: Tensor, dim: int, index: Tensor, channels: int | None = None) -> Iterator[Tensor]:
+    """`channel_rows` some channels at a time, by default so many that a block stays small."""
+    filters = weight.detach().movedim(dim, 0).flatten(1)
     index = index.to(filters.device)
+    if channels is None:
+        channels = max(1, BLOCK // max(1, filters.shape[1] * index.shape[1]))
     if index.shape[1] == 1 and torch.equal(index[:, 0], torch.arange(len(filters), device=index.device)):
-        return filters
-    return filters[index].flatten(1)
+        yield from (block.to(torch.float64) for block in filters.split(channels))
+    else:
+        yield from (filters[block].flatten(1).to(torch.float64) for block in index.split(channels))
 
 
 def geometric_median_distance(rows: Tensor, distance: Distance = "l2") -> Tensor:

@@ -36,6 +36,8 @@ class L1(WeightCriterion):
         [3.0, 0.5]
     """
 
+    by_row: ClassVar[bool] = True
+
     normalize: Normalizer = "mean"
     combine: Combine = "mean"
 
@@ -61,6 +63,8 @@ class L2(WeightCriterion):
         >>> L2().channel_scores(torch.tensor([[3.0, -4.0], [0.5, 0.0]])).tolist()
         [5.0, 0.5]
     """
+
+    by_row: ClassVar[bool] = True
 
     normalize: Normalizer = "mean"
     combine: Combine = "mean"

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_prune.data.in_memory import whole_batch
 from lightning_prune.data.samples import Target
 from lightning_prune.data.transforms import IGNORE
 from lightning_prune.errors import DataError
@@ -20,7 +21,7 @@ from lightning_prune.errors import DataError
 class PartsDataModule(LightningDataModule, ABC):
     """A data module of the parts "train", "val" and "test", which are loaded when they are first needed."""
 
-    collate: Callable[[list[Any]], Any] = staticmethod(default_collate)  # makes a batch of samples
+    collate: Callable[[Any], Any] = staticmethod(whole_batch)  # makes a batch of samples
 
     def __init__(self, batch_size: int, num_workers: int, drop_last: bool) -> None:
         super().__init__()
@@ -63,7 +64,8 @@ class PartsDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **{"collate_fn": type(self).collate, **options},
+            collate_fn=type(self).collate,
+            **options,
         )
 
 

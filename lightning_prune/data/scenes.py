@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transform
 
 from lightning_prune.data.digits import digit_parts
+from lightning_prune.data.in_memory import KeptSamples, standardised, whole_batch
 from lightning_prune.data.modules import DetectionDataModule, PartsDataModule, SegmentationDataModule
-from lightning_prune.data.samples import Samples, Target, detection_sample, segmentation_sample, target_of
-from lightning_prune.data.transforms import detection_evaluation, segmentation_evaluation
+from lightning_prune.data.samples import Target, target_of
+from lightning_prune.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from lightning_prune.errors import DataError
 
 Part = Literal["train", "val", "test"]
@@ -202,7 +203,7 @@ def _box(seen: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 class ScenesDataModule(PartsDataModule):
-    """Scenes of handwritten digits, rendered when they are asked for; see `Scenes`.
+    """Scenes of handwritten digits, rendered when they are first asked for and then kept; see `Scenes`.
 
     Args:
         batch_size: images per batch.
@@ -212,11 +213,14 @@ class ScenesDataModule(PartsDataModule):
         extent: smallest and largest height of a digit as a share of ``size``.
         seed: of the scenes.
         drop_last: leave out the last, smaller training batch.
-        num_workers: processes that render; 0 is right, a scene takes a millisecond.
+        num_workers: processes that load, each of which renders and keeps scenes of its own; 0 is right.
+        cache: MiB of rendered scenes that are kept, at four bytes a pixel; those beyond are rendered every time.
 
     Raises:
-        DataError: see `Scenes`.
+        DataError: see `Scenes`; or a negative cache.
     """
+
+    collate = staticmethod(whole_batch)
 
     def __init__(
         self,
@@ -229,20 +233,32 @@ class ScenesDataModule(PartsDataModule):
         seed: int = 0,
         drop_last: bool = False,
         num_workers: int = 0,
+        cache: int = 1024,
     ) -> None:
         super().__init__(batch_size, num_workers, drop_last)
+        if cache < 0:
+            raise DataError(f"cache must be at least 0 MiB, got {cache}")
         self.scenes = {
             part: Scenes(part, length, size=size, objects=objects, extent=extent, seed=seed)
             for part, length in zip(PARTS, lengths, strict=True)
         }
+        self.kept = min(1.0, cache * 2**20 / (4 * size**2 * sum(lengths)))  # share of every part
 
-    def _load(self) -> dict[str, Dataset[Any]]:
-        return {part: Samples(range(len(scenes)), partial(self.sample, scenes)) for part, scenes in self.scenes.items()}
+    def _load(self) -> dict[str, KeptSamples]:
+        return {
+            part: KeptSamples(len(scenes), int(self.kept * len(scenes)), partial(self.sample, scenes), self.batch)
+            for part, scenes in self.scenes.items()
+        }
 
     @staticmethod
     @abstractmethod
-    def sample(scenes: Scenes, index: int) -> Any:
-        """Image and what is to be learnt of one scene."""
+    def sample(scenes: Scenes, index: int) -> tuple[Tensor, Any]:
+        """Image (3, size, size) uint8 and what is to be learnt of one scene."""
+
+    @staticmethod
+    @abstractmethod
+    def batch(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The batch that a network is given."""
 
 
 class ScenesSegmentation(ScenesDataModule, SegmentationDataModule):
@@ -257,7 +273,12 @@ class ScenesSegmentation(ScenesDataModule, SegmentationDataModule):
     @staticmethod
     def sample(scenes: Scenes, index: int) -> tuple[Tensor, Tensor]:
         scene = scenes[index]
-        return segmentation_sample(transform.to_image(scene.image), scene.mask, segmentation_evaluation(None))
+        return _pixels(scene), torch.from_numpy(scene.mask)
+
+    @staticmethod
+    def batch(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        images, masks = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+        return standardised(images, IMAGENET_MEAN, IMAGENET_STD), masks.long()
 
 
 class ScenesDetection(ScenesDataModule, DetectionDataModule):
@@ -272,5 +293,19 @@ class ScenesDetection(ScenesDataModule, DetectionDataModule):
     @staticmethod
     def sample(scenes: Scenes, index: int) -> tuple[Tensor, Target]:
         scene = scenes[index]
-        target = target_of(scene.mask.shape, scene.boxes, scene.labels, index, area=scene.pixels)
-        return detection_sample(transform.to_image(scene.image), target, detection_evaluation(None))
+        return _pixels(scene), target_of(scene.mask.shape, scene.boxes, scene.labels, index, area=scene.pixels)
+
+    @staticmethod
+    def batch(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+        images = torch.stack([image for image, _ in samples])
+        return transform.to_dtype(images, torch.float32, scale=True), [_own(target) for _, target in samples]
+
+
+def _pixels(scene: Scene) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(scene.image).permute(2, 0, 1).contiguous()
+
+
+def _own(target: Target) -> Target:
+    """New tensors: steps may work in place."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in target.items()}

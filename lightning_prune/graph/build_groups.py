@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +37,22 @@ class Classes:
             roots = joint[item.ids]
             first[roots] = first[roots].clamp(max=number[item.reason, item.statistics, item.withheld])
         self.reason = torch.where(first == len(number), -1, first)[joint]
+        free = [allow_statistics and statistics for _, statistics, _ in self.reasons]
+        may_go = torch.tensor([*free, True])[self.reason]  # -1, no reason, is the last
+        self._may_go = torch.cat([may_go, torch.tensor([False])])  # and so is -1, no label
+        self.any_filter, self.all_filters = space.any_and_all(self.filters)
+        self.any_masked, self.all_masked = space.any_and_all(self.masked)
 
     def may_go(self, ids: Tensor) -> bool:
         """Whether any of these belongs to channels that can be removed."""
-        numbers = self.reason[ids[ids >= 0]].unique().tolist()
-        return any(number < 0 or (self.allow_statistics and self.reasons[number][1]) for number in numbers)
+        return bool(self._may_go[ids].any())
 
 
 @dataclass(frozen=True)
 class GroupSpan:
     """Where the channels of one group lie in one tensor dimension: index (channels, k), in the order of the classes."""
 
+    number: int  # of the span
     span: Span
     index: Tensor
 
@@ -59,7 +65,7 @@ class GroupSpan:
 def build_groups(classes: Classes) -> dict[Group, Tensor]:
     """Classes with the same make-up (same tensors, same counts) form one group; its channels are those classes."""
     made_up = [(roots, parts) for roots, parts in _made_up(classes) if any(_is_layer(classes, p) for p in parts)]
-    finder = _LayerFinder(classes, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
+    finder = LayerFinder(classes, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
     groups = [(*_build_group(classes, finder, roots, parts), roots) for roots, parts in made_up]
     groups.sort(key=lambda item: (item[0], int(item[2][0])))
     names = Counter(group.name for _, group, _ in groups)
@@ -74,70 +80,97 @@ def _renamed(group: Group) -> Group:
 
 def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:
     """Per group (classes of one make-up, held for one reason) its classes and where they lie; those with filters."""
-    spans = classes.space.spans
+    spans, joint, filters = classes.space.spans, classes.joint.numpy(), classes.filters.numpy()
     if not spans:
         return []
-    ids = torch.cat([span.ids for span in spans])
-    span_of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.size for span in spans]))
-    group = _groups_of_classes(classes, ids, span_of)[classes.joint[ids]]
-    wanted = torch.isin(group, group[classes.filters[ids]].unique())
-    ids = ids[wanted]
-    # By group, span, class, entry; entries already ascend.
-    place = group[wanted] * len(spans) + span_of[wanted]
-    ids = ids[torch.argsort(place * classes.space.count + classes.joint[ids], stable=True)]
-    places, lengths = place.unique(return_counts=True)
+    # Most spans hold the same classes in the same order (a filter, its norm, its readers): one stands for all.
+    alike: dict[bytes, list[int]] = {}
+    for number, span in enumerate(spans):
+        alike.setdefault(joint[span.start : span.start + span.size].tobytes(), []).append(number)
+    bundles = list(alike.values())
+    held = [joint[spans[first].start : spans[first].start + spans[first].size] for first, *_ in bundles]
+    group_of = _groups_of_classes(classes, held)
+    with_filters = {
+        group
+        for numbers in bundles
+        for number in numbers
+        if classes.any_filter[number]
+        for group in np.unique(group_of[joint[_range(spans[number])][filters[_range(spans[number])]]]).tolist()
+    }
     found: dict[int, tuple[Tensor, list[GroupSpan]]] = {}
-    for own, entries in zip(places.tolist(), ids.split(lengths.tolist()), strict=True):
-        span = spans[own % len(spans)]
-        channels, parts = found.setdefault(own // len(spans), (classes.joint[entries].unique(), []))
-        index = (entries - span.start).view(len(channels), -1)
-        same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
-        parts.append(GroupSpan(span, same))
+    for numbers, roots in zip(bundles, held, strict=True):
+        groups = group_of[roots]
+        single = bool((groups == groups[0]).all())
+        for group in [int(groups[0])] if single else np.unique(groups).tolist():
+            if group in with_filters:
+                mine = np.arange(len(roots)) if single else np.flatnonzero(groups == group)
+                order = mine if (np.diff(roots[mine]) > 0).all() else mine[np.argsort(roots[mine], kind="stable")]
+                channels, parts = found.setdefault(group, (torch.from_numpy(np.unique(roots[order])), []))
+                index = torch.from_numpy(order).view(len(channels), -1)
+                same = next((part.index for part in parts[:1] if torch.equal(part.index, index)), index)
+                parts += [GroupSpan(number, spans[number], same) for number in numbers]
+    for _, parts in found.values():
+        parts.sort(key=lambda part: part.number)
     return list(found.values())
 
 
-def _groups_of_classes(classes: Classes, ids: Tensor, span_of: Tensor) -> Tensor:
+def _range(span: Span) -> slice:
+    return slice(span.start, span.start + span.size)
+
+
+def _groups_of_classes(classes: Classes, held: Sequence[np.ndarray]) -> np.ndarray:
     """(ids,) at the smallest id of each class the number of its group: same reason, same entries in the same spans."""
-    spans = len(classes.space.spans)
-    entries, counts = torch.unique(classes.joint[ids] * spans + span_of, return_counts=True)  # of (class, span)
-    owners, lengths = torch.unique_consecutive(entries // spans, return_counts=True)
-    make_up = (entries % spans) * (int(counts.max()) + 1) + counts
-    reasons = classes.reason[owners]
+    spans = len(held)
+    span_of = np.repeat(np.arange(spans), [len(roots) for roots in held])
+    entries, counts = np.unique(np.concatenate(held) * spans + span_of, return_counts=True)  # of (class, span)
+    make_up = (entries % spans) * (counts.max() + 1) + counts
+    starts = np.flatnonzero(np.diff(entries // spans, prepend=-1))
+    owners, lengths = entries[starts] // spans, np.diff(starts, append=len(entries))
+    reasons = classes.reason.numpy()[owners]
     # Neighbours mostly are channels of one layer: only the first of a run of equal classes is looked up.
-    owner = torch.repeat_interleave(lengths)
-    same_place_before = torch.arange(len(entries)) - lengths[owner]
-    first = torch.zeros(len(owners), dtype=torch.bool)
+    owner = np.repeat(np.arange(len(owners)), lengths)
+    same_place_before = np.arange(len(entries)) - lengths[owner]
+    first = np.zeros(len(owners), dtype=bool)
     first[owner[make_up != make_up[same_place_before]]] = True
     first[1:] |= (lengths[1:] != lengths[:-1]) | (reasons[1:] != reasons[:-1])
     first[0] = True
-    looked_up = zip(*(values[first].tolist() for values in (reasons, lengths, lengths.cumsum(0))), strict=True)
+    looked_up = zip(*(values[first].tolist() for values in (reasons, lengths, starts)), strict=True)
     numbers: dict[tuple[int, bytes], int] = {}
-    keys = ((reason, make_up[end - length : end].numpy().tobytes()) for reason, length, end in looked_up)
-    number = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
-    group = torch.full((classes.space.count,), -1)
-    group[owners] = number[first.cumsum(0) - 1]
+    keys = ((reason, make_up[start : start + length].tobytes()) for reason, length, start in looked_up)
+    number = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    group = np.full(classes.space.count, -1)
+    group[owners] = number[first.cumsum() - 1]
     return group
 
 
 def _is_layer(classes: Classes, part: GroupSpan) -> bool:
     """Whether every channel has a filter there."""
-    return not part.span.buffer and bool(classes.filters[part.ids].any(1).all())
+    if part.span.buffer or not classes.any_filter[part.number]:
+        return False
+    return classes.all_filters[part.number] or bool(classes.filters[part.ids].any(1).all())
+
+
+def _is_masked(classes: Classes, part: GroupSpan) -> bool:
+    if classes.any_masked[part.number] == classes.all_masked[part.number]:
+        return classes.any_masked[part.number]
+    return bool(classes.masked[part.ids].any())
 
 
 def _build_group(
-    classes: Classes, finder: _LayerFinder, channels: Tensor, parts: list[GroupSpan]
+    classes: Classes, finder: LayerFinder, channels: Tensor, parts: list[GroupSpan]
 ) -> tuple[tuple[int, int], Group]:
     """When its first layer ran, and the group."""
-    found = sorted(((finder.order(p), p) for p in parts if _is_layer(classes, p)), key=lambda item: item[0])
+    layers_of = [part for part in parts if _is_layer(classes, part)]
+    found = sorted(((finder.order(p), p) for p in layers_of), key=lambda item: item[0])
     layers = tuple(finder.layer(order, part, channels) for order, part in found)
-    owners = {_own(classes, part): layer.name for layer, (_, part) in zip(layers, found, strict=True)}
+    owners = {finder.own(part): layer.name for layer, (_, part) in zip(layers, found, strict=True)}
     slices = tuple(
         Slice(
             p.span.tensor,
             p.span.dim,
             p.index,
-            masked=bool(classes.masked[p.ids].any()),
-            layer=owners.get(_own(classes, p)),
+            masked=_is_masked(classes, p),
+            layer=owners.get(finder.own(p)),
             norm=not p.span.buffer and p.span.module in finder.norm_modules,
         )
         for p in parts
@@ -152,39 +185,42 @@ def _build_group(
     )
 
 
-def _own(classes: Classes, part: GroupSpan) -> int:
-    return int(classes.own[part.ids[0, 0]])
-
-
-class _LayerFinder:
+class LayerFinder:
     """Says of filters which layer they are, which batch norm is theirs and who reads them first."""
 
     def __init__(self, classes: Classes, firsts: Tensor) -> None:  # of each group's channels the first one's class
         space = classes.space
         self.classes = classes
         self.norm_modules = {module for module, _ in space.norms}
-        self._made = torch.full((space.count,), -1)
+        self._joint, self._own = classes.joint.numpy(), classes.own.numpy()
+        self._made = np.full(space.count, -1)
         self._readers: dict[int, list[Contraction]] = {}
-        wanted = torch.zeros(space.count, dtype=torch.bool)
-        wanted[firsts] = True
+        wanted = np.zeros(space.count, dtype=bool)
+        wanted[firsts.numpy()] = True
         for number, contraction in reversed(list(enumerate(space.contractions))):
-            self._made[classes.own[contraction.makes[contraction.makes >= 0]]] = number
-            roots = classes.joint[contraction.reads[contraction.reads >= 0]]
-            for root in roots[wanted[roots]].unique().tolist():
+            makes, reads = contraction.makes.numpy(), contraction.reads.numpy()
+            self._made[self._own[makes[makes >= 0]]] = number
+            roots = self._joint[reads[reads >= 0]]
+            for root in {*roots[wanted[roots]].tolist()}:
                 self._readers.setdefault(root, []).insert(0, contraction)
         # One over a concatenation (DenseNet) normalises several layers: it is none's own, hence by size.
         self._norms: dict[tuple[int, int], str] = {}
         for module, made in space.norms:
-            own = classes.own[made[made >= 0]]
+            own = self._own[made[made >= 0].numpy()]
             if len(own):
                 self._norms.setdefault((int(own[0]), len(made)), module)
 
+    def own(self, part: GroupSpan) -> int:
+        """The class within its layer of the first of these filters."""
+        return int(self._own[part.span.start + int(part.index[0, 0])])
+
     def order(self, part: GroupSpan) -> tuple[int, int]:
         """When these filters first ran: run, position in it."""
-        number = int(self._made[_own(self.classes, part)])
+        number = int(self._made[self.own(part)])
         return self.classes.space.contractions[number].when if number >= 0 else (0, part.span.start)
 
     def layer(self, order: tuple[int, int], part: GroupSpan, channels: Tensor) -> Layer:
+        """The layer that these filters are."""
         span = part.span
         readers = self._readers.get(int(channels[0]), [])
         reader = next((one for one in readers if one.when > order and one.when[0] == order[0]), None)
@@ -195,17 +231,20 @@ class _LayerFinder:
             span.dim,
             span.size,
             part.index,
-            norm=self._norms.get((int(self.classes.own[span.start]), span.size)),
+            norm=self._norms.get((int(self._own[span.start]), span.size)),
             reader=None if reader is None or index is None else reader.module,
             reader_index=index,
         )
 
     def _reader_index(self, reader: Contraction, channels: Tensor) -> Tensor | None:
         """(channels, r) entries of the reader's input; None if it does not read all channels alike."""
-        labelled = (reader.reads >= 0).nonzero().flatten()
-        roots = self.classes.joint[reader.reads[labelled]]
-        mine = torch.isin(roots, channels)
-        entries, roots = labelled[mine], roots[mine]
-        if len(entries) % len(channels) or len(roots.unique()) != len(channels):
-            return None
-        return entries[torch.argsort(roots, stable=True)].view(len(channels), -1)
+        reads = reader.reads.numpy()
+        entries = np.flatnonzero(reads >= 0)
+        roots = self._joint[reads[entries]]
+        if len(roots) != len(channels) or not np.array_equal(roots, channels.numpy()):
+            mine = np.isin(roots, channels.numpy())
+            entries, roots = entries[mine], roots[mine]
+            if len(entries) % len(channels) or len(np.unique(roots)) != len(channels):
+                return None
+            entries = entries[np.argsort(roots, kind="stable")]
+        return torch.from_numpy(entries).view(len(channels), -1)

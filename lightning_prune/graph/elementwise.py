@@ -15,6 +15,7 @@ from lightning_prune.graph.operator_call import OperatorCall
 
 # Says which operands give exactly zero: takes one bool per operand (True: the operand's element is zero).
 # None: infinite, so that not even a masked weight behind it helps.
+_ALWAYS = torch.tensor(True)
 IsZero = Callable[[tuple[bool, ...]], "bool | None"]
 
 
@@ -44,6 +45,8 @@ def combine(
     extents without labels freezes them, since it cannot shrink with them.
     """
     shape = call.outputs[0].shape if shape is None else shape
+    if (found := _alone(operands, is_zero, shape)) is not None:
+        return found
     data = any(operand.info.data for operand in operands)
     uniform = all(operand.info.uniform or not operand.shape.numel() > 1 for operand in operands)
     labels = [
@@ -52,6 +55,25 @@ def combine(
     parts = [free for part in _overlapping(labels) for free in _beside_fixed(call, operands, part, len(shape))]
     combined = [_merge(call, operands, part, is_zero, shape) for part in parts]
     return TensorInfo(tuple(combined), data, uniform and not combined)
+
+
+def _alone(operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size) -> TensorInfo | None:
+    """What comes of one label beside numbers only, which most operators get; None: it is more than that."""
+    labelled = [k for k, operand in enumerate(operands) if operand.info.labels]
+    if len(labelled) != 1 or len(operands[labelled[0]].info.labels) != 1:
+        return None
+    operand = operands[labelled[0]]
+    (one,) = operand.info.labels
+    others = [other for other in operands if other is not operand]
+    if one.live.dim() or not one.dims or any(other.shape.numel() > 1 for other in others):
+        return None
+    if any(each.info.zeros for each in operands):
+        return None
+    live = bool(one.live)
+    if is_zero(tuple(k == labelled[0] and not live for k in range(len(operands)))) is not (not live):
+        return None
+    data = any(other.info.data for other in operands)
+    return TensorInfo((one.expand(shape),), data)
 
 
 Indexed = list[tuple[int, Labels]]  # with the number of their operand
@@ -138,6 +160,11 @@ def _by_operand(zeros: Sequence[bool], present: Sequence[int], empty: set[int], 
 
 def _live(call: OperatorCall, labels: Sequence[Labels], ids: Tensor, is_zero: IsZero) -> Tensor | None:
     """Where the result may differ from zero once the channel is masked; None: nowhere."""
+    if not any(one.live.dim() for one in labels):
+        zero = is_zero(tuple(not bool(one.live) for one in labels))
+        if zero is None:
+            call.space.freeze(ids, f"is infinite when masked in {call.where}")
+        return None if zero else _ALWAYS
     live = torch.stack(torch.broadcast_tensors(*(one.live for one in labels)))
     patterns = live[None] if live.dim() == 1 else live.flatten(1).unique(dim=1).t()
     if len(patterns) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -118,13 +118,21 @@ class LabelSpace:
     def marked(self, role: str) -> Tensor:
         """Boolean mask over all ids."""
         mask = torch.zeros(self.count, dtype=torch.bool)
-        for ids in self._marks.get(role, []):
-            mask[ids] = True
+        if role in self._marks:
+            mask[torch.cat(self._marks[role])] = True
         for target, source in self.assigned if role in ("reader", "must_mask") else ():
             mask[target] |= mask[source]
             if role == "must_mask":
                 mask[source] = mask[target]
         return mask
+
+    def any_and_all(self, mask: Tensor) -> tuple[list[bool], list[bool]]:
+        """Of every span, whether any, and whether all of its ids are in a boolean mask over all ids."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        starts = torch.tensor([span.start for span in self.spans], dtype=torch.int64)
+        sizes = torch.tensor([span.size for span in self.spans], dtype=torch.int64)
+        found = before[starts + sizes] - before[starts]
+        return (found > 0).tolist(), (found == sizes).tolist()
 
     def fold(self, labels: Labels, keep: Collection[int], where: str) -> Labels | None:
         """The labels along the dimensions ``keep`` only; what varies along the others is tied to go together."""
@@ -147,14 +155,15 @@ class LabelSpace:
 
     def _classes(self, *, own: bool = False) -> Tensor:
         """(count,) the smallest id of the class each id belongs to, once everything is recorded."""
-        pairs = self.own_pairs if own else self.own_pairs + self.pairs
-        first, second = (torch.cat([pair[side] for pair in pairs]) if pairs else torch.arange(0) for side in (0, 1))
-        return connected_components(self.count, first, second)
+        return joined(torch.arange(self.count), self.own_pairs) if own else joined(self.classes(own=True), self.pairs)
 
 
-def connected_components(count: int, first: Tensor, second: Tensor) -> Tensor:
-    """(count,) smallest member of every element's component, for the edges (first[i], second[i])."""
-    parent = torch.arange(count)
+def joined(classes: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(count,) the smallest id of the class each id belongs to, once these pairs go together too."""
+    if not pairs:
+        return classes
+    first, second = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+    parent = classes.clone()
     while True:
         a, b = parent[first], parent[second]
         apart = a != b

@@ -28,10 +28,11 @@ class Labels:
     ``live``, of the same shape or one for all: whether an element may differ from zero when its channel is masked.
     """
 
-    def __init__(self, ids: Tensor, live: Tensor | bool = False) -> None:
+    def __init__(self, ids: Tensor, live: Tensor | bool = False, dims: tuple[int, ...] | None = None) -> None:
+        """Dims: along which the ids vary, where that is known."""
         self.ids = ids
-        self.live = live if isinstance(live, Tensor) else _FLAGS[live]
-        self.dims = varying(ids)
+        self.live = _FLAGS[live] if isinstance(live, bool) else live
+        self.dims = varying(ids) if dims is None else dims
         if self.live.dim():
             flags = varying(self.live)
             self.live = self.live if flags else self.live[(0,) * self.live.dim()]
@@ -40,7 +41,14 @@ class Labels:
     @classmethod
     def along(cls, vector: Labels, shape: Sequence[int], dim: int) -> Labels:
         """Labels of ``shape`` that vary along ``dim`` only. vector: (shape[dim],)."""
-        return vector.map(lambda t: t.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape))
+        if vector.live.dim():
+            return vector.map(lambda t: t.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape))
+        ids = vector.ids
+        strides = [0] * len(shape)
+        strides[dim] = ids.stride(0)
+        return Labels(
+            ids.as_strided(shape, strides, ids.storage_offset()), vector.live, (dim,) if shape[dim] > 1 else ()
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Labels], dim: int = 0) -> Labels:
@@ -65,15 +73,26 @@ class Labels:
 
     def region(self, dims: Sequence[int] | None = None) -> Labels:
         """Every dimension but ``dims`` (default: those along which they vary) cut to one slice."""
-        return self.map(lambda tensor: region(tensor, self.dims if dims is None else dims))
+        dims = self.dims if dims is None else dims
+        if self.live.dim():
+            return self.map(lambda tensor: region(tensor, dims))
+        return Labels(region(self.ids, dims), self.live, tuple(d for d in self.dims if d in dims))
 
     def flat(self) -> Labels:
         """(n,) one label for each that varies."""
-        return self.region().map(torch.flatten)
+        if self.live.dim() or len(self.dims) != 1:
+            return self.region().map(torch.flatten)
+        ids, (dim,) = self.ids, self.dims
+        return Labels(ids.as_strided((ids.shape[dim],), (ids.stride(dim),), ids.storage_offset()), self.live, (0,))
 
     def expand(self, shape: Sequence[int]) -> Labels:
         """Broadcast to a shape."""
-        return self if self.ids.shape == shape else self.map(lambda tensor: tensor.expand(shape))
+        if self.ids.shape == shape:
+            return self
+        if self.live.dim():
+            return self.map(lambda tensor: tensor.expand(shape))
+        more = len(shape) - self.ids.dim()
+        return Labels(self.ids.expand(shape), self.live, tuple(d + more for d in self.dims))
 
     def where(self, mask: Tensor) -> Labels:
         """(n,) those under a mask of the same shape."""
@@ -81,7 +100,7 @@ class Labels:
 
     def constant(self) -> Labels:
         """After what gives no zero even for a masked channel."""
-        return Labels(self.ids, live=True)
+        return Labels(self.ids, True, None if self.live.dim() else self.dims)
 
     def equal(self, other: Labels) -> bool:
         """Whether both say the same of every element."""
@@ -127,10 +146,8 @@ def varying(tensor: Tensor) -> tuple[int, ...]:
 
 def region(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     """A tensor with every dimension but ``dims`` cut to one slice."""
-    for dim in range(tensor.dim()):
-        if dim not in dims and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    shape = [size if dim in dims else min(size, 1) for dim, size in enumerate(tensor.shape)]
+    return tensor.as_strided(shape, tensor.stride(), tensor.storage_offset())
 
 
 def collapse(tensor: Tensor) -> Tensor:

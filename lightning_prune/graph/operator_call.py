@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.graph.assignments import Assignments
@@ -20,6 +19,7 @@ from lightning_prune.graph.labels import Labels, TensorInfo
 from lightning_prune.graph.means import Mean
 from lightning_prune.graph.running import RunningModules, tensors_in
 from lightning_prune.graph.sizes import is_torch
+from lightning_prune.model_state.dispatch import EagerMode
 from lightning_prune.model_state.journal import Journal
 
 
@@ -155,7 +155,7 @@ class OperatorCall:
         return TensorInfo(data=data)
 
 
-class OperatorRecorder(TorchDispatchMode):
+class OperatorRecorder(EagerMode):
     """Dispatch mode that shows every operator that ran to ``observe``.
 
     Information is held per tensor object, weakly: an activation's labels go when the activation goes.

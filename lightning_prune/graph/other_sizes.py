@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.graph.running import map_tensors, tensors_in
 
+SMALL = 64  # pixels
 Change = Callable[[Tensor], Tensor]
 
 
@@ -64,12 +65,18 @@ def _one_more(samples: int) -> Change:
 
 
 def _resized(before: tuple[int, ...]) -> Change:
-    """Other extents of every tensor that ends in these: half as large again, sides no longer alike.
+    """Other extents of every tensor that ends in these, sides no longer alike.
 
+    Small images get half as large again; large ones, which take long, only so much that windows and poolings tell.
     Multiples of 32 stay multiples of 32, since strides of most networks divide it.
     """
     step = next(step for step in (32, 16, 8, 4, 2, 1) if all(size % step == 0 for size in before))
-    after = [max(size + step, (size * (3 + k) // 2) // step * step) for k, size in enumerate(reversed(before))][::-1]
+    after = [
+        max(size + step, size * (2 + k) // 2 // step * step)
+        if max(before) <= SMALL
+        else size + k * max(step, size // 8 // step * step)
+        for k, size in enumerate(reversed(before), 1)
+    ][::-1]
 
     def change(tensor: Tensor) -> Tensor:
         n = len(before)

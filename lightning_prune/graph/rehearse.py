@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from lightning_prune.graph.build_groups import Classes
 from lightning_prune.graph.channel_graph import ChannelGraph, SizeAttribute
 from lightning_prune.graph.constraints import GroupedConvolution, Split, kind_of
+from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.resolve import ONE_SIZE, Choice
 from lightning_prune.graph.sizes import is_torch
-from lightning_prune.graph.trial_runs import Failure, Ran, TrialRuns
+from lightning_prune.graph.trial import Failure, Ran
+from lightning_prune.graph.trial_runs import TrialRuns
 from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
+@cache
 def _half(size: int) -> Tensor:
     """About half of so many channels, the same at every call."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(size))[: size // 2].sort().values
@@ -119,10 +123,10 @@ def _build(model: nn.Module, path: str) -> list[torch.Size]:
 
 def settle(
     model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]
-) -> tuple[ChannelGraph, frozenset[str], bool]:
+) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
     """The graph whose channels can be removed without the model's code breaking; types whose layout had to stay.
 
-    And whether any failed at another size than the traced one.
+    And if any failed at another size than the traced one, the forward at that size.
     ``draft`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
@@ -134,7 +138,7 @@ def settle(
             _decide(decisions, current, failure, model)
             current = draft(decisions)
     stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
-    return _with_unread(runs, current).graph, frozenset(stuck), decisions.differs
+    return _with_unread(runs, current).graph, frozenset(stuck), runs.other_sizes if decisions.differs else []
 
 
 def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
@@ -145,7 +149,7 @@ def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
     graph = replace(draft.graph, sizes=(*draft.graph.sizes, *more))
     removed = _removed(graph.prunable_groups, "half")
     changes = runs.failure(graph, removed) or runs.failure(graph, removed, beyond_forward=True)
-    return draft if changes or runs.difference(graph, removed) else replace(draft, graph=graph)
+    return draft if changes or not runs.runs_alike(draft.graph, graph, removed) else replace(draft, graph=graph)
 
 
 def _first(found: Iterable[Failure | None]) -> Failure | None:
@@ -167,7 +171,7 @@ def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     shares = ("half", "even", "first", "last", "most") if draft.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
-        found = (runs.difference(draft.graph, _removed(groups, share), sizes=share == "half") for share in shares)
+        found = (runs.difference(draft.graph, _removed(groups, share), varied=share == "half") for share in shares)
         return _first(found)
 
     exact = [group for group in draft.graph.prunable_groups if group.statistics is None]

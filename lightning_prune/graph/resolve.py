@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.constraints import CodeSize, Constraint, Grid, GroupedConvolution, Split
-from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, connected_components
+from lightning_prune.graph.label_space import Freeze, LabelSpace, Pairs, joined
 from lightning_prune.graph.labels import NO_LABEL, ids_of
 
 Layout = Grid | GroupedConvolution
@@ -88,7 +88,7 @@ def resolve(
     pairs: what else goes together. left: paths of modules that are left as they are, whatever their type. counted:
     numbers of channels that code of a type computes with, so that they stay.
     """
-    state = Resolved(_joined(space.classes(), pairs))
+    state = Resolved(joined(space.classes(), pairs))
     grids: list[tuple[Layout, Choice]] = []
     untouched = 0
     for constraint in space.constraints:
@@ -111,7 +111,7 @@ def resolve(
             state.sizes += in_code or constraint.sizes()
     axes = _settle(state, grids)
     while pairs := _counted_together(state, grids, axes):
-        state.joint = _joined(state.joint, pairs)
+        state.joint = joined(state.joint, pairs)
         axes = _settle(state, grids)
     state.axes = [*axes, *[-1] * untouched]
     for (grid, choice), axis in zip(grids, axes, strict=True):
@@ -180,16 +180,7 @@ def _settle(state: Resolved, grids: list[tuple[Layout, Choice]]) -> list[int]:
                     pairs.append((_first(rows)[labelled], rows[labelled]))
         if kind is None:
             return axes
-        state.joint = _joined(state.joint, pairs)
-
-
-def _joined(joint: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Classes, once these pairs go together too."""
-    if not pairs:
-        return joint
-    ids = torch.arange(len(joint))
-    first, second = torch.cat([ids, *(a for a, _ in pairs)]), torch.cat([joint, *(b for _, b in pairs)])
-    return connected_components(len(ids), first, second)
+        state.joint = joined(state.joint, pairs)
 
 
 def _is_consistent(joint: Tensor, parts: list[Tensor]) -> bool:

@@ -16,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_prune.errors import TraceError, first_line
-from lightning_prune.model_state.preservation import preserved
+from lightning_prune.model_state.dispatch import EagerMode
+from lightning_prune.model_state.preservation import folding, preserved
 
+OWN = ("_parameters", "_buffers", "_modules")
 OPAQUE = (str, bytes, int, float, complex, type(None), type, ModuleType, FunctionType, BuiltinFunctionType, nn.Module)
 
 
@@ -61,9 +62,9 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
     (`torch.utils.module_tracker` keeps a set: it does not tell which of them is the innermost.)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[int, str] | None = None) -> None:
         self.model = model
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): name for name, module in model.named_modules()} if names is None else names
         self.stack: list[nn.Module] = []  # outermost first
 
     def path(self, module: nn.Module) -> str:
@@ -103,7 +104,7 @@ class RunningModules(contextlib.AbstractContextManager["RunningModules"]):
         self._filters.__exit__(None, None, None)
 
 
-class KeepsDouble(TorchDispatchMode):
+class KeepsDouble(EagerMode):
     """Inside, code that casts to a shorter floating type gets float64: what it rounds would hide what is compared."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,11 +116,16 @@ class KeepsDouble(TorchDispatchMode):
 
 def normalise_mode(model: nn.Module, *, training: bool) -> None:
     """Train or eval mode with batch norm and dropout always in eval; caches of eval mode are dropped."""
-    model.train()
-    model.train(training)
+    if folding(model):
+        model.train()
+        model.train(training)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) or _is_dropout(module):
-            module.eval()
+        own = vars(module)
+        wanted = training and not isinstance(module, _BatchNorm) and not _is_dropout(module)
+        if "training" in own:
+            own["training"] = wanted  # what an assignment does, without looking for a parameter of that name
+        else:
+            module.training = wanted
 
 
 def _is_dropout(module: nn.Module) -> bool:
@@ -149,11 +155,17 @@ def watch_training_flag() -> Iterator[set[str]]:
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model for its operators only: it is left as it was; no autograd, no fused attention, nothing compiled."""
+    with preserved(model), by_operators():
+        yield
+
+
+@contextlib.contextmanager
+def by_operators() -> Iterator[None]:
+    """No autograd, no fused attention, nothing compiled."""
     fused = torch.backends.mha.get_fastpath_enabled()
     # Inference mode would hide the decomposition of linear layers and convolutions.
     # Fused attention would hide which channels meet in it.
     with (
-        preserved(model),
         torch.inference_mode(False),
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
@@ -198,9 +210,12 @@ def remembered(model: nn.Module) -> set[tuple[str, str, tuple[int, ...]]]:
         (path, name, tuple(tensor.shape))
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, (Tensor, dict, list))
+        if isinstance(value, Tensor) or (isinstance(value, (dict, list)) and value and name not in OWN)
         for tensor in tensors_in(value)
     }
+
+
+_PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None)))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -210,11 +225,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     to_do = [value]
     while to_do:
         item = to_do.pop()
-        if id(item) in seen:
+        kind = type(item)
+        if kind in _PLAIN or id(item) in seen:
             continue
         seen[id(item)] = item
-        if isinstance(item, Tensor):
+        if kind is Tensor or isinstance(item, Tensor):
             found.append(item)
+        elif kind is tuple or kind is list:
+            to_do += reversed(item)
+        elif kind is dict:
+            to_do += reversed(item.values())
         elif not isinstance(item, OPAQUE):
             to_do += reversed([*_items(item), *_attributes(item).values()])
     return found

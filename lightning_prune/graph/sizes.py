@@ -116,6 +116,8 @@ def _unmatched(splits: Sequence[Split], found: Mapping[Key, list[Tensor]]) -> li
 
 def attributes(found: Mapping[Key, list[Tensor]], joint: Tensor, channels: Mapping[str, Tensor]) -> list[SizeAttribute]:
     """In terms of groups and their channels (classes); ambiguous ones only if all count the same channels."""
+    if not found:
+        return []
     names = list(channels)
     group_of = torch.full((len(joint),), -1)
     place_of = torch.zeros(len(joint), dtype=torch.int64)

@@ -105,12 +105,14 @@ class Traced:
         Unless they go together with filters that it does run.
         """
         filters = self.space.marked("filter")
+        some, _ = self.space.any_and_all(filters)
+        made = [span for span, any_filter in zip(self.space.spans, some, strict=True) if any_filter]
+        if all(span.tensor in self.deployed for span in made):
+            return []
         mine, others = (
-            [span.ids[filters[span.ids]] for span in self.space.spans if (span.tensor in self.deployed) is deployed]
+            [span.ids[filters[span.ids]] for span in made if (span.tensor in self.deployed) is deployed]
             for deployed in (True, False)
         )
-        if not others:
-            return []
         ids = torch.cat(others)
         alone = ids[~torch.isin(resolved.joint[ids], resolved.joint[torch.cat([*mine, ids[:0]])])]
         return [Freeze(alone, "makes channels that forward never reads")]

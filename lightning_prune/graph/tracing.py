@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -19,12 +18,13 @@ from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.operator_call import OperatorCall, OperatorRecorder
-from lightning_prune.graph.other_sizes import other_sizes
+from lightning_prune.graph.plain_numbers import PlainNumber, note_numbers
 from lightning_prune.graph.rehearse import settle
 from lightning_prune.graph.rescaled_means import decide, only_averages
 from lightning_prune.graph.rules.movement import nothing_of
 from lightning_prune.graph.running import (
     RunningModules,
+    by_operators,
     normalise_mode,
     remembered,
     tensors_in,
@@ -32,7 +32,7 @@ from lightning_prune.graph.running import (
     watch_training_flag,
 )
 from lightning_prune.graph.traced import Traced
-from lightning_prune.graph.trial_runs import Ran
+from lightning_prune.graph.trial import Ran
 from lightning_prune.graph.unreached import meet_unreached
 from lightning_prune.graph.widths import Widths
 from lightning_prune.model_state.attention import narrow_
@@ -82,8 +82,8 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
             model, tracer = copied, _Tracer(copied, statistics)
             ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
-    graph, stuck, differs = tracer.settled(model, ran)
-    wider = [replace(other, required=False) for one in forward for other in other_sizes(one)][:1] if differs else []
+    graph, stuck, others = tracer.settled(model, ran)
+    wider = [replace(other, required=False) for other in others[:1]]
     # Code that runs at another size only; heads whose number cannot change, but perhaps their width.
     for more, narrow in ((wider, ()), ([], tracer.space.whole & (tracer.space.met | stuck))):
         if more or narrow:
@@ -115,6 +115,9 @@ class _Tracer:
         self.deployed: set[str] = set()
         self.users: dict[str, set[str]] = {}  # of a parameter, the modules whose code met it, not only averaged it
         self.runs = 0
+        self.numbers: list[PlainNumber] = []  # of the last entry point: what operators got,
+        self.leading: list[int] = []  # the leading sizes of what it returned,
+        self.left = False  # and whether it left anything behind in the model
         self.kept: list[tuple[dict[str, Any], str, Any]] = []  # states that a run leaves in attributes
         self.names: dict[int, str] = {}
         self.known: dict[Tensor, TensorInfo] = {}
@@ -130,7 +133,12 @@ class _Tracer:
 
     def run_all(self, entries: Iterable[EntryPoint]) -> list[Ran]:
         """Those that ran, with the train flags with which they did."""
-        return [(entry, modes) for entry in entries if (modes := self.run(entry))]
+        found = []
+        for entry in entries:
+            self.numbers, self.leading, self.left = [], [], False
+            if modes := self.run(entry):
+                found.append(Ran(entry, modes, None if self.left else self.numbers, self.leading))
+        return found
 
     def run(self, entry: EntryPoint) -> list[bool]:
         """Run an entry point in its modes; those in which it ran."""
@@ -157,8 +165,9 @@ class _Tracer:
             with self.widths.noting(running.stack, recorder), running, recorder:
                 normalise_mode(self.model, training=training)  # what it folds or drops is recorded too
                 output = entry.run(self.model, running)
-                if recorder.labelled_zeros:
-                    self.kept += [item for item in recorder.journal.kept() if tensors_in(item[2])]
+                kept = recorder.journal.kept()
+                self.left |= bool(kept)
+                self.kept += [item for item in kept if recorder.labelled_zeros and tensors_in(item[2])]
         except Exception as error:
             mode = "train" if training else "eval"
             if not required:
@@ -174,12 +183,14 @@ class _Tracer:
             self.reached |= self.used if is_forward(entry) else set()  # steps also average and penalise weights
             self.deployed |= self.used if entry.deployed else set()
             self.used |= before
-        for tensor in tensors_in(output):
+        outputs = tensors_in(output)
+        self.leading += [len(tensor) for tensor in outputs if tensor.dim()]
+        for tensor in outputs:
             for labels in recorder.info(tensor).labels:
                 self.space.freeze(labels.ids, OUTPUT if is_forward(entry) else f"reaches what {entry.name} returns")
         return True
 
-    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], bool]:
+    def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
         """See `settle`, once everything is recorded."""
         averaged = self.used - self.reached
         unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
@@ -199,7 +210,7 @@ class _Tracer:
             rescaled=decide(self.space, self.model, self.names, self.users),
             statistics=self.statistics,
         )
-        with torch.inference_mode(False):
+        with by_operators():
             return settle(model, ran, traced.draft)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
@@ -217,6 +228,7 @@ class _Tracer:
 
     def _observe(self, call: OperatorCall) -> None:
         self._note_used(call)
+        note_numbers(call.func, call.args, call.kwargs, call.recorder.modules, self.numbers)
         if not call.outputs:
             if call.func._schema.is_mutable:
                 call.freeze_inputs(f"passes an operator without a rule, {call.where}")

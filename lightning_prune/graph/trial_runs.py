@@ -2,104 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
+from lightning_prune.graph.model_copies import ModelCopy, Removed, double_copy, meta_copy
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
-from lightning_prune.graph.plain_numbers import PlainNumber, PlainNumbers, computed_of
-from lightning_prune.graph.running import KeepsDouble, RunningModules, normalise_mode, tensors_in, untouched
-from lightning_prune.model_state.cutting import Undo, cut_, rescale_, resize_
-from lightning_prune.model_state.journal import WritesUndone
+from lightning_prune.graph.plain_numbers import PlainNumber, same_numbers
+from lightning_prune.graph.trial import Failure, Ran, Trial, run_copy
+from lightning_prune.model_state.cutting import rescale_
 from lightning_prune.model_state.preservation import copy_without_masks
 
 LIMIT = 1e-8  # relative, in float64
-Removed = Mapping[str, Tensor]  # group, its channels
-Ran = tuple[EntryPoint, Sequence[bool]]  # with the train flags with which it works
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a smaller model did not run or was not equal: the modules that were running, innermost first."""
-
-    stack: tuple[str, ...]
-    message: str
-    other_size: bool = False  # at the traced size all is well
-    counts: frozenset[int] = frozenset()  # numbers of channels of which it may have been computed
-
-
-@dataclass(eq=False)
-class _Trial:
-    """One entry point on one copy of the model."""
-
-    model: nn.Module
-    entry: EntryPoint
-    modes: Sequence[bool]
-    by_values: bool = False  # it looks at values, and plain numbers change with them
-    warm: bool = False
-    numbers: list[PlainNumber] | Failure = field(init=False)
-    leading: list[int] = field(default_factory=list)  # sizes of the outputs of the last run
-    _left: dict[tuple[int, str], tuple[dict[str, Any], Any]] = field(default_factory=dict)  # in the model's attributes
-
-    def __post_init__(self) -> None:
-        self.numbers = self.plain_numbers()
-
-    @property
-    def runs(self) -> bool:
-        """Whether the model with all its channels does."""
-        return not isinstance(self.numbers, Failure)
-
-    def plain_numbers(self) -> list[PlainNumber] | Failure:
-        """Those that operators get, all modes in a row, or why it does not run."""
-        numbers: list[PlainNumber] = []
-        self.leading = []
-        with self._own_memory():
-            for training in self.modes:
-                outputs = _run(self.model, self.entry, training, numbers)
-                if isinstance(outputs, Failure):
-                    return outputs
-                self.leading += [len(output) for output in outputs if output.dim()]
-        return numbers
-
-    @contextmanager
-    def _own_memory(self) -> Iterator[None]:
-        """Find in the model's attributes what this trial's runs left there (anchors of one size), no other's."""
-        for (_, name), (own, value) in self._left.items():
-            own[name] = value
-        before = [(vars(module), dict(vars(module))) for module in self.model.modules()]
-        yield
-        for own, earlier in before:
-            for name, value in own.items():
-                if earlier.get(name, own) is not value:
-                    self._left[id(own), name] = own, value
-
-    def warmed(self) -> bool:
-        """Run the model with all its channels once more, if it was run once; whether the path was another."""
-        if self.warm or not self.runs:
-            return False
-        cold, self.numbers, self.warm = self.numbers, self.plain_numbers(), True
-        return repr(cold) != repr(self.numbers)
-
-    def failure(self, rescaled: Collection[str] = ()) -> Failure | None:
-        """What goes wrong now that the model has fewer channels. rescaled: modules that make up for other numbers."""
-        found = self.plain_numbers()
-        if isinstance(found, Failure):
-            return found
-        if isinstance(self.numbers, Failure) or self.by_values:
-            return None
-        for before, after in zip(self.numbers, found, strict=False):
-            if before.operator != after.operator:
-                return Failure(after.stack, f"takes another path: {before.operator}, then {after.operator}")
-            if repr(before.values) != repr(after.values) and not {*after.stack[:1]} & {*rescaled}:  # NaN is not NaN
-                message = f"{before.operator} gets {before.values}, then {after.values}"
-                return Failure(after.stack, message, counts=computed_of(before.values, after.values))
-        return None if len(self.numbers) == len(found) else Failure((), "takes another path with fewer channels")
 
 
 class TrialRuns:
@@ -110,22 +30,25 @@ class TrialRuns:
 
     def __init__(self, model: nn.Module, ran: Sequence[Ran]) -> None:
         self._model = model
-        self._meta = _meta_copy(model)
-        self._real: nn.Module | None = None
-        self._forward: list[_Trial] = []
-        self._compared: list[Ran] = []
-        for entry, modes in ran:
-            if is_forward(entry):
-                self._forward += self._trials(entry, modes)
+        self._meta = ModelCopy(meta_copy(model), has_values=False)
+        self._real: ModelCopy | None = None
+        self._double: ModelCopy | None = None
         self._ran = ran
-        self._others: list[_Trial] | None = None
+        self._compared: list[tuple[Ran, Ran | None]] = []  # at the traced size, at another that the model takes
+        self._others: list[Trial] | None = None
+
+    @cached_property
+    def _forward(self) -> list[Trial]:
+        """Plain forwards; the model with all its channels has run through each."""
+        self._compared.clear()
+        return [trial for ran in self._ran if is_forward(ran.entry) for trial in self._trials(ran.entry, ran.modes)]
 
     @property
-    def _beyond_forward(self) -> list[_Trial]:
+    def _beyond_forward(self) -> list[Trial]:
         """Steps and callables, on few samples where that works."""
         if self._others is None:
             self._others = []
-            for entry, modes in self._ran:
+            for entry, modes, *_ in self._ran:
                 if not is_forward(entry) and not entry.borrowed:
                     few = head(entry, 2)
                     trial = self._meta_trial(few, modes) or self._real_trial(few, modes)
@@ -133,32 +56,40 @@ class TrialRuns:
                     self._others += [trial] if trial.runs else []
         return self._others
 
-    def _trials(self, entry: EntryPoint, modes: Sequence[bool]) -> list[_Trial]:
+    def _trials(self, entry: EntryPoint, modes: Sequence[bool]) -> list[Trial]:
         """On the meta device, where a run costs neither memory nor arithmetic, if it works there."""
         trial = self._meta_trial(entry, modes)
-        self._compared.append((entry, modes))
         if trial is None:
+            self._compared.append((Ran(entry, modes), None))
             # The model looks at values (detectors count boxes), which change with the channels as its numbers do.
             real = self._real_trial(entry, modes)
             return [real] if real.runs else []
         for other in other_sizes(entry):
             varied = self._meta_trial(other, modes)
             if varied is not None and takes_size(other, trial.leading, varied.leading):
-                self._compared.append((other, modes))
+                self._compared.append((Ran(entry, modes), Ran(other, modes)))
                 return [trial, varied]
+        self._compared.append((Ran(entry, modes), None))
         return [trial]
 
-    def _meta_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial | None:
-        trial = _Trial(self._meta, entry.mapped(lambda tensor: tensor.to("meta")), modes)
+    @property
+    def other_sizes(self) -> list[EntryPoint]:
+        """The forwards at another size that the model takes."""
+        return [other.entry for _, other in self._compared if other is not None]
+
+    def _meta_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> Trial | None:
+        trial = Trial(self._meta, _on_meta(entry), modes)
         return trial if trial.runs else None
 
-    def _real_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> _Trial:
+    def _real_trial(self, entry: EntryPoint, modes: Sequence[bool]) -> Trial:
         if self._real is None:
-            self._real = copy_without_masks(self._model)
-        return _Trial(self._real, entry, modes, by_values=True)
+            self._real = ModelCopy(copy_without_masks(self._model), has_values=True)
+        return Trial(self._real, entry, modes)
 
     def failure(self, graph: ChannelGraph, removed: Removed, *, beyond_forward: bool = False) -> Failure | None:
         """Why the model does not run without these channels, None if it does."""
+        if not beyond_forward and "_forward" not in vars(self) and self._runs_as_recorded(graph, removed):
+            return None
         trials = self._beyond_forward if beyond_forward else self._forward
         failure = self._failure(trials, graph, removed)
         if failure is None or not any([trial.warmed() for trial in trials]):  # noqa: C419  # all of them
@@ -167,68 +98,83 @@ class TrialRuns:
         # what was made from sizes is not made again, results have to tell.
         return self._failure(trials, graph, removed) or self.difference(graph, removed)
 
-    def _failure(self, trials: Sequence[_Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
-        undo = [Undo(model) for model in (self._meta, self._real) if model is not None]
-        try:
-            for model in {id(trial.model): trial.model for trial in trials}.values():
-                _remove_(model, graph, removed)
+    def _runs_as_recorded(self, graph: ChannelGraph, removed: Removed) -> bool:
+        """Whether the forwards run without these channels, at another size too, on the very numbers of the recording.
+
+        That spares runs of the whole model, which tell what they should be otherwise.
+        """
+        compared: list[tuple[Ran, Ran | None]] = []
+        with self._meta.without(graph, removed):
+            for ran in (ran for ran in self._ran if is_forward(ran.entry)):
+                for entry in (ran.entry, *itertools.islice(other_sizes(ran.entry), 1)):
+                    numbers: list[PlainNumber] = []
+                    outputs = [run_copy(self._meta, _on_meta(entry), training, numbers) for training in ran.modes]
+                    if ran.numbers is None or any(isinstance(one, Failure) for one in outputs):
+                        return False
+                    leading = [len(t) for one in outputs if isinstance(one, list) for t in one if t.dim()]
+                    takes = entry.varied is None or takes_size(entry, ran.leading, leading)
+                    if not takes or not same_numbers(ran.numbers, numbers):
+                        return False
+                compared.append((ran, Ran(entry, ran.modes) if entry.varied is not None else None))
+        self._compared = compared
+        return True
+
+    def _failure(self, trials: Sequence[Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
+        with ExitStack() as stack:
+            for copy in dict.fromkeys(trial.copy for trial in trials):
+                stack.enter_context(copy.without(graph, removed))
             for trial in trials:
                 if (failure := trial.failure([mean.counted.module for mean in graph.means])) is not None:
                     return replace(failure, other_size=trial.entry.varied is not None)
             return None
-        finally:
-            for put_back in undo:
-                put_back()
 
-    def difference(self, graph: ChannelGraph, removed: Removed, *, sizes: bool = False) -> Failure | None:
-        """Why removing these channels does not equal masking them, None if it does. ``sizes``: at others too."""
-        trial = copy_without_masks(self._model).double()
-        _roughen_(trial)
-        _mask_(trial, graph, removed)
-        double = [(entry.mapped(_double), modes) for entry, modes in self._compared if sizes or not entry.varied]
+    def runs_alike(self, one: ChannelGraph, other: ChannelGraph, removed: Removed) -> bool:
+        """Whether the smaller model runs the same operators on the same numbers and shapes under both graphs."""
+        logs: list[list[str]] = [[], []]
+        for graph, found in zip((one, other), logs, strict=True):
+            for trial in (*self._forward, *self._beyond_forward):
+                with trial.copy.without(graph, removed), trial.own_memory():
+                    for training in trial.modes:
+                        run_copy(trial.copy, trial.entry, training, log=found)
+        return logs[0] == logs[1]
+
+    def difference(self, graph: ChannelGraph, removed: Removed, *, varied: bool = False) -> Failure | None:
+        """Why removing these channels does not equal masking them, None if it does.
+
+        ``varied``: at another size instead of the traced one, where the model takes one.
+        """
+        if self._double is None:
+            self._double = ModelCopy(double_copy(self._model), has_values=True)
+        trial = self._double
+        compared = [other if varied and other is not None else traced for traced, other in self._compared]
+        double = [(ran.entry.mapped(_double), ran.modes) for ran in compared]
         runs = [(entry, training) for entry, modes in double for training in modes]
-        masked = [_run(trial, entry, training, keeps=True) for entry, training in runs]
-        _remove_(trial, graph, removed)
-        rescale_(trial, graph.rescalings(removed))
-        for (entry, training), before in zip(runs, masked, strict=True):
-            if isinstance(before, Failure):
-                continue  # does not run in float64 at all: nothing to compare with
-            after = _run(trial, entry, training, keeps=True)
-            if isinstance(after, Failure):
-                return after
-            if not _close(before, after):
-                return Failure((), "its results change", other_size=entry.varied is not None)
-        return None
+        with trial.masked(graph, removed):
+            masked = [run_copy(trial, entry, training, keeps=True) for entry, training in runs]
+        failure: Failure | None = None
+        with trial.without(graph, removed):
+            rescale_(trial.model, graph.rescalings(removed))
+            for (entry, training), before in zip(runs, masked, strict=True):
+                if isinstance(before, Failure):
+                    continue  # does not run in float64 at all: nothing to compare with
+                after = run_copy(trial, entry, training, keeps=True)
+                if isinstance(after, Failure):
+                    failure = after
+                elif not _close(before, after):
+                    failure = Failure((), "its results change")
+                if failure is not None:
+                    break
+        if failure is None or entry.varied is None:
+            return failure
+        return self.difference(graph, removed) or replace(failure, other_size=True)
+
+
+def _on_meta(entry: EntryPoint) -> EntryPoint:
+    return entry.mapped(lambda tensor: tensor.to("meta"))
 
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _run(
-    model: nn.Module,
-    entry: EntryPoint,
-    training: bool,
-    numbers: list[PlainNumber] | None = None,
-    *,
-    keeps: bool = False,
-) -> list[Tensor] | Failure:
-    """The tensors that a model returns. numbers: takes down the plain numbers that operators get. keeps: casts
-    to a shorter type are left out, where that works: they round other sums otherwise.
-    """
-    entry = entry.own()
-    # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
-    with untouched(model), WritesUndone(model) if numbers is None else nullcontext():
-        torch.manual_seed(0)
-        casts = KeepsDouble() if keeps else nullcontext()
-        with RunningModules(model) as running, casts if numbers is None else PlainNumbers(running, numbers):
-            try:
-                normalise_mode(model, training=training)
-                return tensors_in(entry.run(model, running))
-            except Exception as error:  # noqa: BLE001 - whatever a user's forward may raise
-                message = str(error).strip().partition("\n")[0]
-                failure = Failure(running.paths, f"{type(error).__name__}: {message}")
-    return _run(model, entry, training) if keeps else failure
 
 
 def _close(before: list[Tensor], after: list[Tensor]) -> bool:
@@ -241,36 +187,3 @@ def _close(before: list[Tensor], after: list[Tensor]) -> bool:
             if gap.any() and float(gap.max()) > LIMIT * float(first[finite].abs().max()):
                 return False
     return True
-
-
-def _remove_(model: nn.Module, graph: ChannelGraph, removed: Removed) -> None:
-    """Cut channels out of tensors and size attributes."""
-    cut_(model, graph.cuts(removed))
-    resize_(model, graph.new_sizes(removed))
-
-
-def _mask_(model: nn.Module, graph: ChannelGraph, removed: Removed) -> None:
-    """Set channels to zero."""
-    parameters = dict(model.named_parameters())
-    for name, channels in removed.items():
-        for part in graph.group(name).slices:
-            if part.masked:
-                data = parameters[part.tensor].data
-                data.index_fill_(part.dim, part.index[channels].flatten().to(data.device), 0)
-
-
-def _roughen_(model: nn.Module) -> None:
-    """Random numbers where a fresh model has constants (biases, scales): zeros and ones would hide differences."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        data = parameter.data
-        if data.is_floating_point() and data.dim() <= 1 < data.numel() and bool((data == data[0]).all()):
-            noise = torch.rand(data.shape, generator=generator) * 0.4 + 0.8
-            base = data if bool(data[0].abs() > 1e-3) else torch.ones_like(data)
-            parameter.data = base * noise.to(device=data.device, dtype=data.dtype)
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no values."""
-    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    return copy_without_masks(model, {**parameters, **{id(b): b.detach().to("meta") for b in model.buffers()}})

@@ -65,11 +65,14 @@ def meet_unreached(
     tied = torch.zeros(space.count, dtype=torch.bool)
     for first, second in (*space.pairs, *space.own_pairs):
         tied[first] = tied[second] = True
-    seen = {span.tensor for span in space.spans if bool(tied[span.ids].any())}
+    seen = {span.tensor for span, any_tied in zip(space.spans, space.any_and_all(tied)[0], strict=True) if any_tied}
     used = {*used, *(seen - {*averaged})}  # some are seen under another identity only, through ``.data``
     joint = resolve(space, {}).joint  # averages follow those that are used
     met = torch.cat([span.ids for span in space.spans if span.tensor in used])
-    used = {*used, *(span.tensor for span in space.spans if bool(torch.isin(joint[span.ids], joint[met]).any()))}
+    meets = torch.zeros(space.count, dtype=torch.bool)
+    meets[joint[met]] = True
+    together, _ = space.any_and_all(meets[joint])
+    used = {*used, *(span.tensor for span, with_used in zip(space.spans, together, strict=True) if with_used)}
     tree = Parts(model, names, known, used)
     found = list(tree.unreached(""))
     return _Meeting(space, tree, found, ends).settled() if found else ()
@@ -104,7 +107,9 @@ class _Meeting:
             self.space.classes.cache_clear()
             joint = resolve(self.space, {}).joint
             # What an unseen path makes of a masked channel need not be zero.
-            changed = torch.isin(joint, joint[torch.cat(self._changed)])
+            changed = torch.zeros(self.space.count, dtype=torch.bool)
+            changed[joint[torch.cat(self._changed)]] = True
+            changed = changed[joint]
             self.space.mark("must_mask", (changed & self.space.marked("reader")).nonzero().flatten())
         return tuple(found)
 

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
+from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.graph.model_checks import check_traceable
+from lightning_prune.graph.running import map_tensors
 from lightning_prune.measure.counting import count_params, flops_by_convention, measure_memory, state_size
 from lightning_prune.measure.latency import Latency, measure_latency
+from lightning_prune.model_state.preservation import copy_without_values
+
+Shapes = dict[str, torch.Size]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Measurement:
     """Cost of one model on one input.
 
-    What takes passes of its own is measured when it is first read, on the model as it is then, and remembered.
+    Parameters are counted at once; what takes a pass is found out when it is first read, and remembered. FLOPs are
+    those of the model as it was measured, whatever became of it, since they are counted on a copy without values.
+    A model that looks at values (a detector that counts boxes) is run itself for that; so is every model for
+    ``latency``, ``peak_memory_bytes`` and ``size_bytes``: they are of the model as it is then.
 
     Attributes:
         params: trainable parameters.
         total_params: with frozen ones.
         macs: multiply-accumulates of convolutions and matrix products, per sample.
         flops: per sample, by convention name, see `count_flops`.
-        latency: of one forward pass on the whole input, in eval mode; when read.
-        peak_memory_bytes: largest sum of activations alive at once in that pass; when read.
-        size_bytes: of the saved state dict; when read.
+        latency: of one forward pass on the whole input, in eval mode.
+        peak_memory_bytes: largest sum of activations alive at once in that pass.
+        size_bytes: of the saved state dict.
     """
 
     params: int
     total_params: int
-    flops: dict[str, int]
-    _model: nn.Module = field(repr=False, compare=False)
-    _inputs: Any = field(repr=False, compare=False)
-    _repeats: int = field(repr=False, compare=False)
+    _model: nn.Module
+    _inputs: Any
+    _repeats: int
+    _without_values: nn.Module | None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Measurement):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in ("params", "total_params", "flops"))
+
+    def __repr__(self) -> str:
+        return f"Measurement(params={self.params}, total_params={self.total_params}, flops={self.flops})"
+
+    @cached_property
+    def flops(self) -> dict[str, int]:  # noqa: D102
+        if self._without_values is not None:
+            try:
+                inputs = map_tensors(lambda tensor: tensor.to("meta"), self._inputs)
+                return flops_by_convention(self._without_values, inputs)
+            except TraceError:  # the model looks at values, or does not run at all
+                if _shapes(self._model) != _shapes(self._without_values):
+                    raise PruningError(
+                        "the model was cut after it was measured, and its FLOPs cannot be counted without values: read "
+                        "them before, or measure it again"
+                    ) from None
+        return flops_by_convention(self._model, self._inputs)
 
     @property
     def macs(self) -> int:  # noqa: D102
@@ -53,7 +85,7 @@ class Measurement:
 
 
 def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Measurement:
-    """Count parameters and FLOPs; latency, memory and size are measured when they are read.
+    """Count parameters; everything else is found out when it is read, see `Measurement`.
 
     Args:
         model: left as it is.
@@ -61,8 +93,9 @@ def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Meas
         repeats: passes timed.
 
     Raises:
-        TraceError: the model does not run on the inputs.
-        PruningError: when ``latency`` is read: no repeats, or a model on the meta device.
+        TraceError: the model is scripted; when ``flops`` or ``macs`` is read: it does not run on the inputs.
+        PruningError: when ``latency`` is read: no repeats, or a model on the meta device; when ``flops`` is read: a
+            model that looks at values has lost channels since.
 
     Example:
         >>> import torch
@@ -70,11 +103,16 @@ def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Meas
         >>> found.macs, found.peak_memory_bytes, found.latency.median > 0
         (8, 24, True)
     """
-    return Measurement(
-        count_params(model),
-        count_params(model, trainable=False),
-        flops_by_convention(model, example_inputs),
-        model,
-        example_inputs,
-        repeats,
-    )
+    check_traceable(model)
+    params, total = count_params(model), count_params(model, trainable=False)
+    try:
+        without_values = copy_without_values(model)
+    except PruningError:  # cannot be copied, so counted at once
+        found = Measurement(params, total, model, example_inputs, repeats, None)
+        _ = found.flops
+        return found
+    return Measurement(params, total, model, example_inputs, repeats, without_values)
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import copyreg
+from collections import OrderedDict
 from collections.abc import Mapping
-from types import MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from lightning_prune.model_state.recomputing import without_history
 
 M = TypeVar("M", bound=nn.Module)
 CONTAINERS = (list, tuple, set, frozenset, dict)
+#: What a deep copy shares.
+ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
 
 
 def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
@@ -26,16 +29,72 @@ def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     with torch.inference_mode(False):
         replaced = {**without_history(model), **(replaced or {})}
         try:
-            return copy.deepcopy(model, dict(replaced))
+            return _deep_copy(model, dict(replaced))
         except Exception as error:  # noqa: BLE001  # whatever an object says when it refuses
             shared = _uncopyable(model, replaced)
             try:
-                return copy.deepcopy(model, {**shared, **replaced})
+                return _deep_copy(model, {**shared, **replaced})
             except Exception as again:  # noqa: BLE001
                 raise PruningError(
                     f"the model cannot be copied: {first_line(again)}; keep the object that refuses out of the module, "
                     "or give it a __deepcopy__"
                 ) from error
+
+
+@torch.inference_mode(False)
+def copied_to(model: M, dtype: torch.dtype) -> M:
+    """A deep copy, masks included, with all floating tensors in another type; none is copied in its own type first."""
+    twins: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_inference():
+            other = tensor.detach().to(dtype, copy=True)
+            twins[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if type(tensor) is nn.Parameter else other
+    return copied(model, twins).to(dtype)
+
+
+def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, three times as fast on modules, which hold a dozen empty containers each."""
+    kind: Any = type(item)
+    new: Any
+    if kind in ATOMIC:
+        return item
+    if (known := memo.get(id(item), memo)) is not memo:
+        return known
+    if kind is dict or (kind is OrderedDict and not vars(item)):
+        memo[id(item)] = new = kind()
+        for key, value in item.items():
+            new[_deep_copy(key, memo)] = _deep_copy(value, memo)
+        return new
+    if kind is list:
+        memo[id(item)] = new = []
+        new += [_deep_copy(value, memo) for value in item]
+        return new
+    if kind is set and not item:
+        memo[id(item)] = new = set()
+        return new
+    if kind is tuple and all(type(value) in ATOMIC for value in item):
+        return item
+    if isinstance(item, nn.Module) and _copies_as_object(item):
+        memo[id(item)] = new = kind.__new__(kind)
+        new.__setstate__({name: _deep_copy(value, memo) for name, value in item.__getstate__().items()})
+        return new
+    return copy.deepcopy(item, memo)
+
+
+def _copies_as_object(module: nn.Module) -> bool:
+    """Whether `copy.deepcopy` would make a new object and hand ``__setstate__`` a copy of the attributes."""
+    kind = type(module)
+    return (
+        kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__getstate__ is nn.Module.__getstate__
+        and not hasattr(kind, "__getnewargs_ex__")
+        and not hasattr(kind, "__getnewargs__")
+        and kind not in copyreg.dispatch_table
+        and not isinstance(module, (list, dict))
+        and "__reduce_ex__" not in vars(module)
+        and getattr(module, "__deepcopy__", None) is None
+    )
 
 
 def _uncopyable(model: nn.Module, replaced: Mapping[int, Any]) -> dict[int, Any]:

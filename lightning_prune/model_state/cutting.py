@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.model_state.attention import fit_attention_
 from lightning_prune.model_state.code_sizes import SIZES, follow_, unfollow_
-from lightning_prune.model_state.optimizer_state import change_state_, rescale_state_
+from lightning_prune.model_state.memory import NewMemory, memory_order, set_data_, upright
+from lightning_prune.model_state.optimizer_state import change_state_, check_state, rescale_state_
 from lightning_prune.model_state.preservation import folding, places_of, put_back
 from lightning_prune.model_state.recomputing import recompute_, update_recurrent_, value_of, weight_hooks
 
@@ -31,9 +34,12 @@ class Cut:
     dim: int
     keep: Tensor
 
-    def apply(self, tensor: Tensor) -> Tensor:
-        """A smaller copy."""
-        return tensor.index_select(self.dim, self.keep.to(tensor.device))
+    def apply(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """A smaller, dense copy, whose dimensions lie in memory in the order of those of ``like``, or of the tensor."""
+        keep, order = self.keep.to(tensor.device), memory_order(tensor if like is None else like)
+        if order == list(range(tensor.dim())):
+            return tensor.detach().index_select(self.dim, keep)
+        return upright(tensor.detach().permute(order).index_select(order.index(self.dim), keep), order)
 
 
 @dataclass(frozen=True)
@@ -63,26 +69,23 @@ class Rescaling:
 
 @torch.inference_mode(False)  # what is cut can be trained
 def cut_(model: nn.Module, cuts: Sequence[Cut], optimizers: Sequence[Optimizer] = ()) -> None:
-    """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along."""
+    """Cut tensors, which stay the same objects; their gradients and optimizer state are cut along.
+
+    Raises:
+        OptimizerError: that cannot be done to the state of an optimizer; nothing has been changed then.
+    """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    check_state(optimizers, (tensors[cut.tensor] for cut in cuts))
+    memory = NewMemory()
     for cut in sorted(cuts, key=lambda cut: (cut.tensor, cut.dim)):
         tensor = tensors[cut.tensor]
-        shape, gradient = tensor.shape, tensor.grad
+        data, gradient = tensor.data, tensor.grad
         tensor.grad = None  # torch refuses a .data whose shape differs from .grad
-        set_data_(tensor, cut.apply(tensor.data))
-        tensor.grad = None if gradient is None else cut.apply(gradient)
-        change_state_(optimizers, tensor, shape, cut.apply)
-
-
-def set_data_(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor without a gradient other data, of another shape perhaps.
-
-    An autograd graph that somebody still holds keeps the parameter's gradient accumulator, which knows the old shape,
-    and a new graph would use it again. Torch makes a new one only when the type changes, so it does on the way.
-    """
-    if data.shape != tensor.shape:
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
-    tensor.data = data
+        memory.change_(tensor, cut.apply, cut.dim, cut.keep)
+        # Fused optimizers walk through weight, gradient and state by address: all lie in the same order.
+        tensor.grad = None if gradient is None else cut.apply(gradient, data)
+        change_state_(optimizers, tensor, data.shape, partial(cut.apply, like=data))
+    memory.leave_(tensors.values())
 
 
 def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
@@ -133,6 +136,8 @@ def drop_caches_(model: nn.Module) -> None:
 
     Modules in eval mode enter it again: some fold their branches into one kernel then.
     """
+    if not folding(model):
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     entered: set[int] = set()
@@ -146,8 +151,7 @@ def drop_caches_(model: nn.Module) -> None:
 
 def refold_(model: nn.Module) -> None:
     """After weights changed: what modules derived from them when they entered eval mode is derived anew."""
-    if folding(model):
-        drop_caches_(model)
+    drop_caches_(model)
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:
@@ -207,9 +211,10 @@ def update_attributes_(model: nn.Module) -> None:
 class Undo:
     """Puts back submodules, parameters, buffers, numbers in attributes and optimizer state of a model."""
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = (), *, tensors: bool = True) -> None:
         self.model = model
-        self.tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
+        kept = (*model.parameters(), *model.buffers()) if tensors else ()
+        self.tensors = [(t, t.data, t.grad) for t in kept]
         self.places = places_of(model)
         self.attributes = [(module, numbers_of(module), vars(module).get(SIZES)) for module in model.modules()]
         self.nested = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
@@ -259,6 +264,12 @@ def numbers_of(module: nn.Module) -> dict[str, Any]:
     return {**sizes_of(module), **{name: value for name, value in vars(module).items() if isinstance(value, float)}}
 
 
+_NO_SIZES = frozenset((bool, float, str, type(None), dict, OrderedDict, set))  # most of what modules keep
+
+
 def _is_size(value: Any) -> bool:
+    kind = type(value)
+    if kind is int or kind in _NO_SIZES:
+        return kind is int
     items = value if isinstance(value, (list, tuple)) else (value,)
     return bool(items) and all(isinstance(item, int) and not isinstance(item, bool) for item in items)

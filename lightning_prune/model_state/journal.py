@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model_state.cutting import set_data_
+from lightning_prune.model_state.dispatch import EagerMode
+from lightning_prune.model_state.memory import set_data_
+from lightning_prune.model_state.memory import storage_of as storage_of  # graph.assignments takes it from here
 from lightning_prune.model_state.preservation import places_of, put_back
 
 STATISTICS = ("running_mean", "running_var")  # some batch norms write to them though their schema does not say so
@@ -76,7 +77,7 @@ class Journal:
                 own.update(before)
 
 
-class WritesUndone(TorchDispatchMode):
+class WritesUndone(EagerMode):
     """Inside, a model may write to its parameters, buffers and attributes; on leaving they are as they were."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,11 +91,6 @@ class WritesUndone(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._journal.restore()
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Which memory it lies in."""
-    return tensor.untyped_storage()._cdata
 
 
 def same_place(tensor: Tensor, other: Tensor) -> bool:

@@ -53,18 +53,31 @@ def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
             trial.step(lambda: 0.0)  # LBFGS needs a closure, and takes a number
         except Exception:  # noqa: BLE001  # an optimizer that wants more than parameters cannot be tried
             continue
-        for name, value in trial.state[probe].items():
-            if isinstance(value, Tensor):
-                fits = value.numel() == 1 or value.shape == probe.shape
-            else:
-                fits = value is None or isinstance(value, (int, float))
-            if not fits:
-                what = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"({type(value).__name__})"
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} keeps {name!r} {what} for a parameter of shape {list(probe.shape)}: "
-                    "it cannot be cut along with channels. Use reconstruct='before' without a schedule, or an "
-                    "optimizer whose state has the shape of its parameters, such as SGD, Adam or AdamW"
-                )
+        _check_fits(trial, probe)
+
+
+def check_state(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
+    """Refuse optimizers that hold, of parameters that are to be cut, what is neither scalar nor of their shape."""
+    cut = {id(parameter) for parameter in parameters}
+    for optimizer in optimizers:
+        if any(id(parameter) in cut for group in optimizer.param_groups for parameter in group["params"]):
+            for parameter in optimizer.state:  # all: LBFGS keeps everything with the first
+                _check_fits(optimizer, parameter)
+
+
+def _check_fits(optimizer: Optimizer, parameter: Tensor) -> None:
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor):
+            fits = value.numel() == 1 or value.shape == parameter.shape
+        else:
+            fits = value is None or isinstance(value, (int, float))
+        if not fits:
+            what = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"({type(value).__name__})"
+            raise OptimizerError(
+                f"{type(optimizer).__name__} keeps {name!r} {what} for a parameter of shape {list(parameter.shape)}: "
+                "it cannot be cut along with channels. Reconstruct before its first step (reconstruct='before' without "
+                "a schedule), or use an optimizer whose state has the shape of its parameters, such as SGD or AdamW"
+            )
 
 
 def unwrap(optimizers: Iterable[object]) -> list[Optimizer]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -27,16 +28,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Inside, parameters have no gradient, so whatever accumulates there never mixes with the user's.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in found.values()]
     buffers = [
         (own, name, buffer, buffer.detach().clone())
-        for own in (module._buffers for module in model.modules())
+        for own in (module._buffers for module in modules)
         for name, buffer in own.items()
         if buffer is not None
     ]
-    places = places_of(model)
-    folds = folding(model)
+    places = _places(modules)
+    folds = _folding(modules)
     folded = [(own, dict(own)) for module in folds for own in (vars(module), module._modules, module._parameters)]
     weights = [(p, p.data, p.detach().clone()) for p in model.parameters()] if folds else []
     before = random_state(model)
@@ -65,12 +68,20 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def folding(model: nn.Module) -> list[nn.Module]:
     """Modules that do more than set their flag when they change between train and eval mode."""
-    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+    return _folding(model.modules())
+
+
+def _folding(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [m for m in modules if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
 
 
 def places_of(model: nn.Module) -> Places:
     """What stands where in a model, for `put_back`."""
-    owns = (own for module in model.modules() for own in (module._modules, module._parameters, module._buffers))
+    return _places(model.modules())
+
+
+def _places(modules: Iterable[nn.Module]) -> Places:
+    owns = (own for module in modules for own in (module._modules, module._parameters, module._buffers))
     return [(own, dict(own)) for own in owns if own]
 
 
@@ -83,12 +94,18 @@ def put_back(places: Places) -> None:
             own.update(merged)
 
 
-def random_state(model: nn.Module) -> tuple[Any, ...]:
+def generators_of(model: nn.Module) -> list[torch.Generator]:
+    """Those that modules keep in their attributes."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    plain = (dict, OrderedDict, set, bool, int, float, str, tuple, type(None))  # most; asking torch takes longer
+    return [value for value in attributes if type(value) not in plain and isinstance(value, torch.Generator)]
+
+
+def random_state(model: nn.Module, generators: Sequence[torch.Generator] | None = None) -> tuple[Any, ...]:
     """State of Python's, numpy's and torch's generators, on the CPU and the model's CUDA devices, and of its own."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    own = [(generator, generator.get_state()) for generator in attributes if isinstance(generator, torch.Generator)]
+    own = [(one, one.get_state()) for one in (generators_of(model) if generators is None else generators)]
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, own
 
 
@@ -127,12 +144,22 @@ def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M
 
 
 @torch.inference_mode(False)
+def copy_without_values(model: M) -> M:
+    """A copy without masks on the meta device: its parameters and buffers have shapes, but no values."""
+    twins: dict[int, Any] = {id(b): b.detach().to("meta") for b in model.buffers()}
+    twins |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, twins)
+
+
+@torch.inference_mode(False)
 def copy_sharing_tensors(model: M) -> M:
     """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
     twins: dict[int, Any] = {id(b): b.detach() for b in model.buffers() if type(b) is torch.Tensor}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and not parameter.is_inference():
             twins[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            if hasattr(parameter, "grad_dtype"):  # of torch 2.10 and newer
+                twin.grad_dtype = parameter.grad_dtype
             twin.grad = parameter.grad
     return copy_without_masks(model, twins)
 

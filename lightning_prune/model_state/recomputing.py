@@ -69,9 +69,14 @@ def update_recurrent_(model: nn.Module) -> None:
 
 def without_history(model: nn.Module) -> dict[int, Tensor]:
     """{id: detached copy} of the tensors in a model's attributes that torch cannot deep-copy: results of autograd."""
-    skipped = ("_parameters", "_modules")
-    kept = (value for module in model.modules() for name, value in vars(module).items() if name not in skipped)
-    return {id(tensor): tensor.detach().clone() for value in kept for tensor in _tensors(value) if not tensor.is_leaf}
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) or (
+                isinstance(value, (list, tuple, dict)) and value and name not in ("_parameters", "_modules")
+            ):
+                found |= {id(tensor): tensor.detach().clone() for tensor in _tensors(value) if not tensor.is_leaf}
+    return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

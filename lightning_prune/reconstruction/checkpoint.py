@@ -21,10 +21,10 @@ from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
     remember_dense_,
-    set_data_,
     set_size_,
     update_attributes_,
 )
+from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
 
@@ -158,7 +158,8 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         if name in tensors and saved is not None and _shape(saved) == _shape(own[name]):
             continue  # it has the pruned shape already
         expected = dense.get(name, _shape(saved))
-        if name not in tensors or expected != _shape(own[name]):
+        fits = name in tensors and isinstance(saved, Tensor) and saved.dim() == tensors[name].dim()
+        if not fits or expected != _shape(own[name]):
             found = _shape(own[name]) if name in own else "not there"
             was = f" (cut from {expected})" if name in dense else ""
             raise CheckpointError(
@@ -170,7 +171,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     for name, saved in smaller.items():
         tensor = tensors[name]
         tensor.grad = None
-        set_data_(tensor, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
+        set_data_(tensor, dense_copy(saved.to(tensor), tensor))
     for module, values in sizes.items():
         for name, value in values.items():
             set_size_(modules[module], name, value)

@@ -155,6 +155,7 @@ class Held:
                 for place in self.places:
                     place.captured = True
             self._zero_(found, mark=True)
+            torch.clear_autocast_cache()  # it would not see that weights changed
             for place, parameter in found:
                 place.clean = parameter if is_unwritten(parameter) and not place.captured else None
 

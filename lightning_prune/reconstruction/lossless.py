@@ -16,7 +16,7 @@ from lightning_prune.graph.entry_points import EntryPoint, double_by_default, en
 from lightning_prune.graph.model_checks import without_values
 from lightning_prune.graph.other_sizes import takes_size
 from lightning_prune.graph.running import KeepsDouble, RunningModules, normalise_mode, tensors_in, untouched
-from lightning_prune.model_state.copying import copied
+from lightning_prune.model_state.copying import copied, copied_to
 from lightning_prune.model_state.cutting import is_rescaled
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -143,8 +143,11 @@ class Side:
             # Buffers too: float32 statistics under float64 weights would round both sides.
             floating = (t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point())
             same_type = dtype is None or all(t.dtype == dtype for t in floating)
-            model = self.model if same_type and not self.own else copied(self.model)
-            self._copies[dtype] = model = model if same_type else model.to(dtype)
+            if dtype is not None and not same_type:
+                model = copied_to(self.model, dtype)
+            else:
+                model = copied(self.model) if self.own else self.model
+            self._copies[dtype] = model
             for name in self.precise if dtype == torch.float64 and not same_type else ():
                 model.get_parameter(name).data = self.precise[name]
         return self._copies[dtype]

@@ -69,18 +69,25 @@ def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
 
 def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
     """Every parameter entry that a plan sets to zero."""
-    entries: dict[tuple[str, int], list[Tensor]] = {}
+    gone: dict[tuple[str, str | None], Tensor] = {}
+    entries: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for name, group_plan in plan.groups.items():
         for part in graph.group(name).slices:
             if part.masked and (plan.batch_norm or not part.norm):
-                gone = removed_channels(group_plan, part)
-                if len(gone):
-                    entries.setdefault((part.tensor, part.dim), []).append(part.index[gone].flatten())
-    alike: dict[bytes, Tensor] = {}  # filters, biases and batch norms of a layer have one tensor of indices
-    for key, found in entries.items():
-        indices = torch.cat(found).unique()
-        entries[key] = [alike.setdefault(indices.numpy().tobytes(), indices)]
-    return [Zeros(name, dim, indices) for (name, dim), (indices,) in entries.items()]
+                own = part.layer and group_plan.layers.get(part.layer, group_plan.keep) != group_plan.keep
+                key = name, part.layer if own else None
+                if key not in gone:
+                    gone[key] = removed_channels(group_plan, part)
+                if len(gone[key]):
+                    entries.setdefault((part.tensor, part.dim), []).append((part.index, gone[key]))
+    united: dict[tuple[int, ...], Tensor] = {}  # most slices of a group share one index
+    found = []
+    for (tensor, dim), pairs in entries.items():
+        ids = tuple(id(item) for pair in pairs for item in pair)
+        if ids not in united:
+            united[ids] = torch.cat([index[channels].flatten() for index, channels in pairs]).unique()
+        found.append(Zeros(tensor, dim, united[ids]))
+    return found
 
 
 def removed_channels(group_plan: GroupPlan, part: Slice) -> Tensor:
@@ -167,6 +174,7 @@ class MaskHandle:
                 continue
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
+        torch.clear_autocast_cache()
         refold_(self.model)
         recompute_(self.model)
 
@@ -195,6 +203,7 @@ class MaskHandle:
 def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:
     for parameter, item in _present(model, zeros):
         item.clear_(parameter.data)
+    torch.clear_autocast_cache()  # it would not see that weights changed
     recompute_(model)
 
 

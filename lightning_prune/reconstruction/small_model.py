@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
-from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
+from lightning_prune.model_state.memory import NewMemory
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
     copy_sharing_tensors,
@@ -63,8 +63,7 @@ def reconstruct(
         >>> reconstruct(model, graph, plan)[0]
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
-    # Most tensors are cut, and copied by that; a fold would write to those that are not.
-    small = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
+    small = _twin(model)
     reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
     own_tensors_(small, model)
     return small
@@ -80,6 +79,9 @@ def reconstruct_(
     also: Sequence[Any] = (),
 ) -> LosslessReport | None:
     """Reconstruct in place: parameters stay the same objects, so optimizers go on; their state is cut along.
+
+    Every tensor keeps its type, device, memory format and ``requires_grad``; gradients and optimizer state lie in
+    memory as their weight does, which fused optimizers rely on.
 
     Remove masks (`MaskHandle.remove`) first. On failure model and optimizers are as they were. If the model's code
     cannot run with fewer channels of some group, which tracing did not find out, only that group keeps its width,
@@ -99,6 +101,7 @@ def reconstruct_(
         PlanError: the plan or the graph does not belong to this model.
         ReconstructionError: masks are still held, the smaller model does not run, or is not equal to the masked
             one.
+        OptimizerError: an optimizer keeps something that cannot be cut along, as Adafactor and LBFGS do.
 
     Example:
         >>> from lightning_prune.graph import trace
@@ -128,8 +131,9 @@ def reconstruct_masked(
     masked: M, graph: ChannelGraph, plan: Plan, entries: Sequence[EntryPoint]
 ) -> tuple[M, LosslessReport]:
     """Build the smaller model of one that `mask_` has masked, and compare exactly these two."""
-    small = copy_without_masks(masked)
+    small = _twin(masked)
     report = _reconstruct_(small, graph, plan, [], entries, masked)
+    own_tensors_(small, masked)
     assert report is not None
     return small, report
 
@@ -181,7 +185,7 @@ def _attempt(
             zeros = masked_entries(graph, plan)
             _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
             if entries:
-                masked = copied(model)
+                masked = _twin(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         precise = rescale_(model, graph.rescalings(removed), optimizers)
@@ -193,13 +197,18 @@ def _attempt(
         raise
 
 
+def _twin(model: M) -> M:
+    """A copy to be cut, or beside which to cut: that copies most tensors. But a fold would write to the others."""
+    return copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
+
+
 @torch.inference_mode(False)
 def _zero(model: nn.Module, zeros: list[Zeros], optimizers: list[Optimizer]) -> None:
     """Zero entries in new tensors, so that what shares the old ones is not changed."""
-    parameters = dict(model.named_parameters())
+    parameters, memory = dict(model.named_parameters()), NewMemory()
     for item in zeros:
         parameter = parameters[item.parameter]
-        parameter.data = item.cleared(parameter.data)
+        memory.change_(parameter, item.cleared, item.dim, item.entries)
         change_state_(optimizers, parameter, parameter.shape, item.cleared)
 
 
@@ -230,10 +239,15 @@ def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, entries: Sequen
 def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
     """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
     keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
+    kept: dict[tuple[int, int], Tensor] = {}  # what several cuts keep is one tensor, and so is what several masks clear
     left = []
     for item in zeros:
-        keep = keeps.get((item.parameter, item.dim))
-        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
+        entries = item.entries
+        if (keep := keeps.get((item.parameter, item.dim))) is not None:
+            key = id(keep), id(entries)
+            if key not in kept:
+                kept[key] = entries[torch.isin(entries, keep)]
+            entries = kept[key]
         if len(entries):
             left.append(replace(item, entries=entries))
     return left

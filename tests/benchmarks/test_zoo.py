@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_built_is_an_error_row() -> None:
 
 def test_a_worker_that_takes_too_long_is_replaced(tmp_path: Path) -> None:
     entry = Entry("torchvision", "squeezenet1_1", "squeezenet", "cnn")
-    with runner.Worker(tmp_path / "log", 12.0) as worker:
+    with runner.Worker(tmp_path / "log", 12.0, "benchmarks.zoo") as worker:
         found = worker.run(entry, Options(), 0.2)
         assert worker._process is None
     assert found["outcome"] == "error: not done after 0.2 s"

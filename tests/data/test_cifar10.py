@@ -7,13 +7,18 @@ import pickle
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torchvision
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import RandomSampler, SequentialSampler
+from torchvision.transforms import v2
 
+from lightning_prune.callbacks import RandomStateCallback
 from lightning_prune.data import CIFAR10DataModule
 from lightning_prune.data.cifar10 import MEAN, STD
 from lightning_prune.errors import DataError
+from tests.tasks.helpers import make_trainer
 
 COUNT = 12  # images per file
 
@@ -92,9 +97,9 @@ def test_cifar10_is_normalised_and_evaluated_without_augmentation(cifar):
 def test_cifar10_training_images_are_cropped_and_flipped(cifar):
     """An image with one marked column: where the column goes tells crop and flip; black comes in from outside."""
     module = ready(cifar)
-    data = module.parts["train"].dataset
-    data.data = np.zeros_like(data.data)
-    data.data[:, :, 10] = 255
+    images, _ = module.parts["train"].tensors
+    images.zero_()
+    images[..., 10] = 255
     torch.manual_seed(0)
     black = (0 - torch.tensor(MEAN)) / torch.tensor(STD)
     columns = set()
@@ -115,6 +120,54 @@ def test_cifar10_loaders(cifar):
     assert [len(labels) for _, labels in module.test_dataloader()] == [7, 5]
     module.drop_last = False
     assert len(module.train_dataloader()) == 6
+
+
+def test_cifar10_batches_are_those_of_torchvisions_transforms(cifar):
+    """Bit for bit, for what is not augmented; each epoch otherwise, for what is."""
+    module = ready(cifar, batch_size=12)
+    files = torchvision.datasets.CIFAR10(str(cifar), train=False)
+    each = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    ((images, labels),) = module.test_dataloader()
+    assert torch.equal(images, torch.stack([each(image) for image, _ in files]))
+    assert labels.tolist() == [label for _, label in files]
+    first, second = (torch.stack([image for image, _ in module.parts["train"]]) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+class Reads(pl.LightningModule):
+    """Draws random numbers of its own between batches, and remembers what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def training_step(self, batch):
+        self.seen.append((self.current_epoch, batch[0], batch[1], torch.rand(())))
+        return self.weight**2
+
+    def validation_step(self, batch):
+        torch.rand(len(batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_gets_the_same_crops_bit_for_bit(cifar, tmp_path):
+    runs = []
+    for seed, resumed in ((0, None), (1, tmp_path / "epoch=0.ckpt")):
+        torch.manual_seed(seed)
+        callbacks = [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1), RandomStateCallback()]
+        trainer = make_trainer(tmp_path, max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
+        runs.append(Reads())
+        trainer.fit(runs[-1], ready(cifar), ckpt_path=resumed)
+    later = [step for step in runs[0].seen if step[0] > 0]
+    assert len(later) == len(runs[1].seen) == 16
+    for whole, again in zip(later, runs[1].seen, strict=True):
+        assert all(
+            torch.equal(torch.as_tensor(one), torch.as_tensor(two)) for one, two in zip(whole, again, strict=True)
+        )
 
 
 def test_missing_cifar10_is_named_with_the_way_out(tmp_path):

@@ -75,7 +75,8 @@ def test_only_training_digits_are_augmented():
     images = next(iter(module.train_dataloader()))[0]
     originals = {image.numpy().tobytes() for image in module.parts["train"].tensors[0]}
     assert not any(image.numpy().tobytes() in originals for image in images)
-    module.augment = False
+    module = DigitsDataModule(batch_size=60, size=16, augment=False)
+    module.setup()
     images = next(iter(module.train_dataloader()))[0]
     assert all(image.numpy().tobytes() in originals for image in images)
 

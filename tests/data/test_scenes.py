@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as transform
 
 from lightning_prune.data import Scenes, ScenesDetection, ScenesSegmentation
 from lightning_prune.data.digits import digit_parts
+from lightning_prune.data.samples import detection_sample, segmentation_sample, target_of
 from lightning_prune.data.scenes import background
+from lightning_prune.data.transforms import detection_evaluation, segmentation_evaluation
 from lightning_prune.errors import DataError
 
 
@@ -19,6 +24,18 @@ from lightning_prune.errors import DataError
 def many():
     scenes = Scenes("train", 120, size=96)
     return [scenes[index] for index in range(len(scenes))]
+
+
+PARTS = {"train": 9, "val": 6}
+
+
+def equal(sample, other):
+    """Leaf by leaf: kind, type and every bit."""
+    pairs = zip(tree_leaves(sample), tree_leaves(other), strict=True)
+    return all(
+        type(a) is type(b) and (a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)
+        for a, b in pairs
+    )
 
 
 def same(one, other):
@@ -200,6 +217,50 @@ def test_detection_batches():
     assert targets[2]["image_id"] == 2
 
 
+def one_by_one(module, part, index):
+    """A sample as torchvision's transforms make it of a scene rendered anew."""
+    scenes = module.scenes[part]
+    scene = Scenes(part, len(scenes), size=scenes.size)[index]
+    image = transform.to_image(scene.image)
+    if isinstance(module, ScenesSegmentation):
+        return segmentation_sample(image, scene.mask, segmentation_evaluation(None))
+    target = target_of(scene.mask.shape, scene.boxes, scene.labels, index, area=scene.pixels)
+    return detection_sample(image, target, detection_evaluation(None))
+
+
+@pytest.mark.parametrize("kind", [ScenesSegmentation, ScenesDetection])
+@pytest.mark.parametrize("cache", [0, 1, 1024])
+def test_kept_scenes_are_those_rendered_anew_bit_for_bit(kind, cache, monkeypatch):
+    """In every epoch, even if a step has worked in place; 1 MiB holds a third of these scenes."""
+    rendered = Counter()
+    render = Scenes.__getitem__
+    monkeypatch.setattr(
+        Scenes, "__getitem__", lambda self, index: (rendered.update([self.part]), render(self, index))[1]
+    )
+    module = kind(4, size=108, lengths=(9, 6, 45), cache=cache)
+    module.setup()
+    counts = {0: {"train": 18, "val": 12}, 1: {"train": 9 + 6, "val": 6 + 4}, 1024: {"train": 9, "val": 6}}
+    expected = {part: [one_by_one(module, part, index) for index in range(count)] for part, count in PARTS.items()}
+    rendered.clear()
+    for _ in range(2):
+        for part, loader in (("train", module.train_dataloader()), ("val", module.val_dataloader())):
+            samples = [sample for images, known in loader for sample in zip(images, known, strict=True)]
+            assert len(samples) == PARTS[part]
+            order = range(PARTS[part])
+            if part == "train":  # shuffled: found again by its pixels
+                order = [
+                    next(k for k, (own, _) in enumerate(expected[part]) if torch.equal(own, i)) for i, _ in samples
+                ]
+            assert sorted(order) == list(range(PARTS[part]))
+            for index, sample in zip(order, samples, strict=True):
+                assert equal(sample, expected[part][index])
+            for leaf in tree_leaves(samples):
+                if isinstance(leaf, torch.Tensor):
+                    leaf.zero_()
+    assert rendered == counts[cache]
+    assert equal(module.parts["val"][5], expected["val"][5])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -217,6 +278,11 @@ def test_detection_batches():
 def test_impossible_scenes_are_refused(options):
     with pytest.raises(DataError, match=next(iter(options))):
         Scenes(**options)
+
+
+def test_a_negative_cache_is_refused():
+    with pytest.raises(DataError, match="cache must be at least 0 MiB, got -1"):
+        ScenesDetection(cache=-1)
 
 
 def test_there_is_no_scene_beyond_the_length():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_prune.graph.label_space import LabelSpace, connected_components
+from lightning_prune.graph.label_space import LabelSpace, joined
 from lightning_prune.graph.labels import NO_LABEL, Labels
 
 
@@ -47,4 +47,4 @@ def test_folding_ties_what_varies_along_the_other_dimension() -> None:
 
 def test_components_by_hand() -> None:
     first, second = torch.tensor([1, 4, 6]), torch.tensor([2, 1, 5])
-    assert connected_components(7, first, second).tolist() == [0, 1, 1, 3, 1, 5, 5]
+    assert joined(torch.arange(7), [(first, second)]).tolist() == [0, 1, 1, 3, 1, 5, 5]

@@ -204,7 +204,7 @@ def test_unknown_convention():
         count_flops(nn.Linear(2, 2), torch.zeros(1, 2), "mac")
 
 
-@pytest.mark.parametrize("function", [count_flops, measure, measure_latency, measure_memory])
+@pytest.mark.parametrize("function", [count_flops, lambda *of: measure(*of).macs, measure_latency, measure_memory])
 def test_inputs_that_do_not_run(function):
     model = nn.Linear(2, 2)
     with pytest.raises(TraceError, match=r"does not run on the example inputs: RuntimeError.*shapes"):
@@ -368,7 +368,9 @@ def test_state_size_is_that_of_the_file(tmp_path):
 def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
     passes = []
     found = measure(Call(lambda x: passes.append(x) or x + 1), torch.zeros(1), repeats=3)
-    assert len(passes) == 1  # counting operators
+    assert not passes
+    assert found.flops["macs"] == found.macs == 0
+    assert [x.device.type for x in passes] == ["meta"]  # where operators are counted without being computed
     first = found.latency
     assert len(passes) == 1 + 2 + 3
     assert found.latency is first
@@ -377,6 +379,40 @@ def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
     late = measure(Call(lambda x: x), torch.zeros(1), repeats=0)
     with pytest.raises(PruningError, match="repeats at least 1"):
         _ = late.latency
+
+
+def test_flops_are_those_of_the_model_as_it_was_measured():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.zeros(2, 3, 8, 8)
+    expected = flops_by_convention(model, x)
+    found, again = measure(model, x), measure(model, x)
+    model[0], model[2] = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 4, 1)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
+    assert (found.flops, found.params) == (expected, 27 * 8 + 8 + 32 + 4)
+    assert repr(found) == f"Measurement(params=260, total_params=260, flops={expected})"
+    assert found == again
+    assert found != measure(nn.Sequential(model[0], model[2]), x)
+
+
+def test_what_looks_at_values_is_counted_as_it_is_or_refused():
+    first, second = nn.Linear(4, 8), nn.Linear(8, 2)
+    model = Call(lambda x: second(first(x)) if x.sum() >= 0 else first(x))
+    model.layers = nn.ModuleList([first, second])
+    found, late, never = (measure(model, x) for x in (torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, 3)))
+    assert found.macs == 4 * 8 + 8 * 2
+    with pytest.raises(TraceError, match="does not run on the example inputs"):
+        _ = never.flops
+    first.weight.data, second.weight.data = torch.ones(6, 4), torch.ones(2, 6)
+    with pytest.raises(PruningError, match="cut after it was measured"):
+        _ = late.flops
+    assert found.macs == 4 * 8 + 8 * 2
+
+
+def test_a_model_that_cannot_be_copied_is_counted_at_once():
+    model = Call(lambda x: x @ torch.ones(3, 2))
+    model.refuses = type("Refuses", (nn.Module,), {"__deepcopy__": lambda *_: 1 / 0})()
+    found = measure(model, torch.ones(1, 3))
+    assert "flops" in vars(found)
+    assert found.macs == 6
 
 
 def test_measure_puts_all_together():

@@ -230,6 +230,15 @@ def test_what_left_the_model_is_let_go() -> None:
     assert gone() is None
 
 
+def test_what_autocast_remembers_of_a_weight_is_forgotten() -> None:
+    model, _ = held()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X)
+        model.first.weight.data.fill_(0.5)
+        assert nn.functional.linear(X, model.first.weight)[:, [1, 3]].any()
+        assert not model.first(X)[:, [1, 3]].any()
+
+
 def test_parts_run_alone() -> None:
     model, _ = held()
     model(X)

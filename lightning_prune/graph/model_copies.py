@@ -1,0 +1,140 @@
+"""Copies of a model that are run with fewer channels: on the meta device, with values, or with values in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.running import RunningModules, untouched
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, resize_
+from lightning_prune.model_state.preservation import (
+    copy_without_masks,
+    generators_of,
+    places_of,
+    put_back,
+    random_state,
+    set_random_state,
+)
+
+Removed = Mapping[str, Tensor]  # group, its channels
+
+
+class ModelCopy:
+    """A copy of a model, with what every run of it needs.
+
+    has_values: not on the meta device, where a run costs neither memory nor arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, *, has_values: bool) -> None:
+        self.model = model
+        self.has_values = has_values
+        self.modules = list(model.modules())
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._generators = generators_of(model)
+        self._places = places_of(model)
+
+    def running(self) -> RunningModules:
+        """To be entered for one run."""
+        return RunningModules(self.model, self._names)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """As `lightning_prune.graph.running.untouched`, within `by_operators`; without values there is less to save."""
+        if self.has_values:
+            with untouched(self.model):
+                yield
+            return
+        before = random_state(self.model, self._generators)
+        try:
+            yield
+        finally:
+            set_random_state(before)
+            put_back(self._places)
+
+    @contextmanager
+    def without(self, graph: ChannelGraph, removed: Removed) -> Iterator[None]:
+        """For a while the copy has lost these channels."""
+        undo = Undo(self.model, tensors=self.has_values)
+        before = [] if self.has_values else [(tensor, tensor.data) for tensor in self._tensors.values()]
+        try:
+            if self.has_values:
+                cut_(self.model, graph.cuts(removed))
+            else:
+                self._shrink_(graph.cuts(removed))
+            resize_(self.model, graph.new_sizes(removed))
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
+            undo()
+
+    def _shrink_(self, cuts: Sequence[Cut]) -> None:
+        """Give tensors without values the shapes that these cuts leave."""
+        shapes: dict[str, list[int]] = {}
+        for cut in cuts:
+            tensor = self._tensors[cut.tensor]
+            if tensor.is_contiguous():
+                shapes.setdefault(cut.tensor, list(tensor.shape))[cut.dim] = len(cut.keep)
+            else:
+                tensor.data = cut.apply(tensor.data)
+        for name, shape in shapes.items():
+            self._tensors[name].data = torch.empty(shape, dtype=self._tensors[name].dtype, device="meta")
+
+    @contextmanager
+    def masked(self, graph: ChannelGraph, removed: Removed) -> Iterator[None]:
+        """For a while these channels are zero."""
+        undo = Undo(self.model)
+        parameters = dict(self.model.named_parameters())
+        try:
+            for name, channels in removed.items():
+                for part in graph.group(name).slices:
+                    if part.masked:
+                        parameter = parameters[part.tensor]
+                        entries = part.index[channels].flatten().to(parameter.device)
+                        parameter.data = parameter.data.index_fill(part.dim, entries, 0)
+            yield
+        finally:
+            undo()
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes but no values."""
+    parameters = {id(p): nn.Parameter(_without_values(p), requires_grad=False) for p in model.parameters()}
+    return copy_without_masks(model, {**parameters, **{id(b): _without_values(b) for b in model.buffers()}})
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return tensor.detach().to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy in float64, with random numbers where a fresh model has constants (biases, scales).
+
+    Zeros and ones would hide differences.
+    """
+    twins: dict[int, Any] = {id(b): b.detach().double() for b in model.buffers() if _is_plain(b)}
+    for parameter in model.parameters():
+        if _is_plain(parameter):
+            twins[id(parameter)] = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+    copy = copy_without_masks(model, twins).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in copy.parameters():
+        data = parameter.data
+        if data.is_floating_point() and data.dim() <= 1 < data.numel() and bool((data == data[0]).all()):
+            noise = torch.rand(data.shape, generator=generator) * 0.4 + 0.8
+            base = data if bool(data[0].abs() > 1e-3) else torch.ones_like(data)
+            parameter.data = base * noise.to(device=data.device, dtype=data.dtype)
+    return copy
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its copy in float64 may be made at once, which holds every weight once less in memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
