@@ -47,6 +47,8 @@ def by_operators(rows: list[Row], path: Path) -> None:
     axes = figure.subplots()
     for kind, color in COLORS.items():
         chosen = [row for row in traced if row["kind"] == kind]
+        if not chosen:
+            continue
         x, y = [row["operators"] for row in chosen], [row["trace"] for row in chosen]
         axes.scatter(x, y, s=14, color=color, alpha=0.7, label=f"{kind} ({len(chosen)})")
     ends = [choose(row["operators"] for row in traced) for choose in (min, max)]

@@ -116,6 +116,15 @@ def fitted(rows: list[Row]) -> tuple[float, float]:
     return slope, math.exp(start)
 
 
+def _by_kind(rows: list[Row]) -> str:
+    kinds = {row["kind"]: [other for other in rows if other["kind"] == row["kind"]] for row in rows}
+    return ", ".join(
+        f"{kind} {fitted(found)[0]:.2f} and {median(1e3 * row['trace'] / row['operators'] for row in found):.2f}"
+        for kind, found in sorted(kinds.items())
+        if len({row["operators"] for row in found}) > 1
+    )
+
+
 def _by_operators(rows: list[Row]) -> str:
     traced = sorted((row for row in rows if row["outcome"] == "traced"), key=lambda row: -row["trace"])
     if len(traced) < 2:
@@ -138,7 +147,7 @@ def _by_operators(rows: list[Row]) -> str:
             "## A trace, by the operators of a forward",
             "![Seconds of a trace against operators](library_speed_operators.png)",
             f"{len(traced)} models; fitted exponent {fitted(traced)[0]:.2f} (1: linear), median {typical:.2f} ms an "
-            "operator.",
+            f"operator; by kind {_by_kind(traced)}.",
             f"Above {HEAVY:g} s: {', '.join(heavy) or 'none'}.",
             f"Not traced: {'; '.join(others) or 'none'}.",
             "The slowest:",

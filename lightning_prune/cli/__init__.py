@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_prune.cli.options import PARSERS
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PruningError, UnknownRecipeError
 
-# By name: what it does, and `module:function` in this folder, which takes the remaining arguments.
+# By name: what it does, and `module:function` in this folder, which takes the options that `PARSERS` made of the
+# remaining arguments, or these themselves.
 COMMANDS = {
     "fit": ("Train; with a prune recipe also score, mask and reconstruct.", "training:fit"),
     "validate": ("Evaluate on the validation set.", "training:validate"),
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module, function = COMMANDS[name][1].split(":")
     try:
-        return getattr(importlib.import_module(f"lightning_prune.cli.{module}"), function)(rest) or 0
+        given = PARSERS[name](rest) if name in PARSERS else rest
+        return getattr(importlib.import_module(f"lightning_prune.cli.{module}"), function)(given) or 0
     except PruningError as error:
         return _fail(str(error), status=2 if isinstance(error, UnknownRecipeError) else 1)
     except KeyboardInterrupt:

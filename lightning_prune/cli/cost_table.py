@@ -15,7 +15,7 @@ from lightning_prune.measure import (
     Latency,
     compare_latency,
     count_params,
-    flops_by_convention,
+    measure,
     measure_memory,
     state_size,
     thread_count,
@@ -32,7 +32,7 @@ Models = dict[str, nn.Module]
 
 def print_costs(console: Console, models: Models, inputs: Any) -> None:
     """Print what follows from the shapes of one model, or of a dense and a pruned one."""
-    flops = [flops_by_convention(model, inputs) for model in models.values()]
+    flops = [measure(model, inputs).flops for model in models.values()]
     costs = (
         (Column("parameters", "{}"), [count_params(model, trainable=False) for model in models.values()]),
         (Column("MACs", "{}"), [found["macs"] for found in flops]),
@@ -56,7 +56,7 @@ def print_latency(
 ) -> None:
     """Print how long a pass takes, for every number of samples and of threads."""
     both = len(models) > 1
-    flops = {name: flops_by_convention(model, inputs)["paper"] for name, model in models.items()}
+    flops = {name: measure(model, inputs).flops["paper"] for name, model in models.items()} if both else {}
     columns = [Column("batch size"), Column("threads"), *(Column(name, "ms") for name in models)]
     if both:
         columns += [Column("times\nfaster"), Column("of the FLOPs'\npromise")]

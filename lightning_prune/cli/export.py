@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
 from rich.console import Console
 
 from lightning_prune.cli.cost_table import latency_cell
 from lightning_prune.cli.measure import models_of
-from lightning_prune.cli.parser import Parser
-from lightning_prune.export import SUFFIX, ExportReport, export
+from lightning_prune.export import ExportReport, export
 from lightning_prune.measure import samples_in
 from lightning_prune.report.table import TIMES, Column, Table, print_line
 
 
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """`lightning-prune export CHECKPOINT --format onnx --out net.onnx`."""
-    parser = Parser("export", description="Write a model to a file that runs without this package.")
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="pruned or dense weights; or a model's name, as it is built")
-    add("--format", choices=tuple(SUFFIX), default="onnx", help="default: onnx")
-    add("--out", metavar="FILE", required=True, help="ending in .onnx or .pt2")
-    add("--dynamic-batch", action="store_true", help="leave the number of samples open")
-    add("--repeats", type=int, default=20, metavar="N", help="passes timed; default: 20")
-    parser.add_model_options()
-    options = parser.parse_with_fit_options(argv)
     models, inputs = models_of([options.checkpoint], options)
     model = list(models.values())[-1]  # of a dense and a pruned one
     report = export(

@@ -12,19 +12,15 @@ from rich.console import Console
 from lightning_prune.cli.architecture import Checkpoint, architecture
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.layer_table import print_layers
-from lightning_prune.cli.parser import Parser, count, list_of
 from lightning_prune.errors import ModelError
 from lightning_prune.measure import explain_speed, measure_machine, samples_in, thread_count, time_layers, with_samples
 from lightning_prune.report.table import print_line
 
-_USAGE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
-       lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
 _FILES = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """`lightning-prune measure MODEL [PRUNED] [--layers]`."""
-    options = _parser().parse_with_fit_options(argv)
     models, inputs = models_of(options.models, options)
     sizes = options.batch_sizes or [samples_in(inputs)]
     if sizes != [samples_in(inputs)] and not samples_in(inputs):
@@ -70,21 +66,3 @@ def _print_by_layer(console: Console, models: Models, batch: Any, options: argpa
     for finding in explain_speed(after, machine, dense):
         style = {"speed": "bold", "timers": "dim"}.get(finding.kind, "")
         print_line(console, f"- {finding.text}", style, indent="  ")
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "measure",
-        usage=_USAGE,
-        description="Measure what a model costs on this machine, before and after pruning; on the CPU.",
-        epilog="With --config, the other options are those of lightning-prune fit, as --model.KEY=VALUE.",
-    )
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="a model's name or a checkpoint; then a pruned one")
-    add("--batch-sizes", type=list_of(count), metavar="1,8", help="default: that of --input, or 1")
-    add("--threads", type=list_of(count), metavar="1,2", help="default: as torch is set")
-    add("--repeats", type=count, default=20, metavar="N", help="passes timed per model; default: 20")
-    add("--layers", action="store_true", help="layer by layer, and what sets the pace")
-    add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")
-    parser.add_model_options()
-    return parser

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pytorch_lightning import LightningModule
 from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
-from lightning_prune.cli.parser import Parser
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, UnreachedWarning
-from lightning_prune.experiments.runner import Runner, quiet
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.unreached import note_of
 from lightning_prune.measure import samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
-from lightning_prune.plan import Coupling, Plan
+from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
@@ -32,15 +28,12 @@ from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
 from lightning_prune.selection.explanation import explain
 
-REPEATS = 20  # passes timed
-_COSTS = ("flops", "params", "latency_ms")
-_USAGE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --budget flops=0.5] [--out pruned.pt] [--explain]"""
+REPEATS = 20  # passes timed for a budget
+SHOWN = 10  # passes timed for the table
 
 
-def run(argv: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """`lightning-prune prune CHECKPOINT --config TASK.yaml --criterion jre --ratio 0.5`."""
-    options = _parser().parse_with_fit_options(argv)
     criterion, selection = criterion_from(options.criterion), _selection(options)
     source, out = Path(options.checkpoint), options.out
     if source.exists() and out.exists() and out.samefile(source):
@@ -75,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     models = {DENSE: model, PRUNED: small}
     print_costs(console, models, deployed)
     console.print()
-    print_latency(console, models, deployed, [samples_in(deployed)], [None], REPEATS)
+    print_latency(console, models, deployed, [samples_in(deployed)], [None], SHOWN)
     console.print()
     _show(console, graph, plan, lossless, options)
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
@@ -83,44 +76,6 @@ def run(argv: Sequence[str]) -> int:
     save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
     return 0
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "prune",
-        usage=_USAGE,
-        description="Prune a checkpoint. The smaller model is checked against the masked one before it is written.",
-        epilog="With --config, the other options are those of lightning-prune fit, as --model.KEY=VALUE.",
-    )
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
-    add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
-    add("--score-batches", type=int, metavar="N", help="of the training data, for criteria that need it")
-    amount = parser.add_mutually_exclusive_group().add_argument
-    amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
-    costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
-    amount("--budget", type=_budget, metavar="COST=N", help=costs)
-    add("--per-layer", action="store_true", help="that share of every layer, not of the network")
-    add("--coupling", choices=get_args(Coupling), default="joint", help="default: joint")
-    add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
-    add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
-    add("--out", type=Path, default=Path("pruned.pt"), metavar="FILE", help="default: pruned.pt")
-    add("--explain", action="store_true", help="say what would be done, and do nothing")
-    parser.add_model_options()
-    return parser
-
-
-def _budget(words: str) -> dict[str, float]:
-    costs = {}
-    for part in words.split(","):
-        name, _, value = part.partition("=")
-        try:
-            costs[name] = float(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"takes COST=NUMBER, such as flops=0.5, got '{part}'") from error
-        if name not in _COSTS:
-            raise argparse.ArgumentTypeError(f"knows flops, params and latency_ms, got '{name}'")
-    return costs
 
 
 def _selection(options: argparse.Namespace) -> Selection:
@@ -140,11 +95,16 @@ def _scored(
     if not criterion.needs_forward:
         graph = trace(model, inputs)
         return graph, score(model, graph, criterion)
-    if not isinstance(model, LightningModule) or known.data is None:
+    if known.data is None:
         raise ModelError(
             f"{options.criterion} is computed on data and a loss, which come from a recipe: pass --config TASK.yaml "
             "with a data: section, or use a criterion that looks at weights only, such as l1"
         )
+    from pytorch_lightning import LightningModule
+
+    from lightning_prune.experiments.runner import Runner, quiet
+
+    assert isinstance(model, LightningModule)  # known by a recipe, as its data
     with quiet():
         runner = Runner(known.data, accelerator="cpu")
         return runner.score(model, criterion, batches=options.score_batches, example_inputs=inputs)

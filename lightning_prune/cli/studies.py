@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
 from lightning_prune.cli.config_errors import ExplainingParser
-from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, list_of
+from lightning_prune.cli.parser import CONFIG_FLAGS
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.training import build_task
 from lightning_prune.errors import PruningError
@@ -22,15 +21,15 @@ from lightning_prune.experiments.comparison import (
     trained_once,
     write_comparison,
 )
-from lightning_prune.experiments.comparison.run import SelectionName, check_request
+from lightning_prune.experiments.comparison.run import check_request
 from lightning_prune.experiments.orders import OrderSettings, compare_orders
-from lightning_prune.plan import Coupling
 from lightning_prune.reconstruction.checkpoint import load_dense
 from lightning_prune.report import print_report
 from lightning_prune.report.html import write_report
 
 DEMO = "experiment/resnet18_digits_jre.yaml"
 TASK = "task/resnet18_digits.yaml"
+_OF_COMMAND = ("checkpoint", "train_seed", "fit_options", "prog")  # options that are no settings of the comparison
 
 
 def experiment(argv: Sequence[str]) -> int:
@@ -59,15 +58,14 @@ def demo(argv: Sequence[str]) -> int:
     return experiment(["--config", DEMO, *argv])
 
 
-def compare(argv: Sequence[str]) -> int:
+def compare(options: argparse.Namespace) -> int:
     """`lightning-prune compare --criteria l1,jre --ratios 0.5,0.7 --seeds 0,1,2 --out DIR [--config TASK]`."""
-    parser = _compare_parser()
-    options, rest = parser.parse_known_args(argv)
+    rest = options.fit_options
     if not any(word.partition("=")[0] in CONFIG_FLAGS for word in rest):
         rest = ["--config", TASK, *rest]
     check_request(options.criteria, options.ratios, options.seeds, options.selection, options.epochs)
     seed_everything(options.train_seed, verbose=False)  # the model draws its first weights when it is built
-    built = build_task(rest, parser.prog)
+    built = build_task(rest, options.prog)
     if not isinstance(built.data, LightningDataModule):
         raise PruningError("the configuration names no data; add a data: section, as task/resnet18_digits.yaml has")
     console = Console(highlight=False)
@@ -89,34 +87,10 @@ def compare(argv: Sequence[str]) -> int:
             found = f", seed {outcome.seed}: {outcome.before:.2%}, then {outcome.after:.2%}"
         console.print(f"{outcome.criterion} at {outcome.ratio:g}{found}", soft_wrap=True)
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("checkpoint", "train_seed")}
+    settings = {name: value for name, value in vars(options).items() if name not in _OF_COMMAND}
     comparison = compare_criteria(built.task, built.data, task_settings=task_settings, on_outcome=show, **settings)
     files = write_comparison(comparison, options.output)
     console.print()
     print_comparison(comparison, console)
     console.print("\nWritten: " + "  ".join(map(str, files.values())), soft_wrap=True)
     return 0 if comparison.cells else 1
-
-
-def _compare_parser() -> Parser:
-    parser = Parser(
-        "compare",
-        description="Prune one trained model by several criteria, fine-tune in the same way, compare.",
-        epilog="Everything else is an option of lightning-prune fit, such as --config task/vgg16_cifar10.yaml or "
-        "--trainer.max_epochs (of dense training); its Trainer's other options do not apply. Cells that an earlier run "
-        "of the same settings has computed are not computed again.",
-    )
-    add = parser.add_argument
-    add("--criteria", type=list_of(str), default=["l1", "l2", "fpgm", "taylor", "jre"], help="names, with commas")
-    add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], help="shares removed; default 0.3,0.5,0.7")
-    add("--seeds", type=list_of(int), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
-    add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
-    add("--checkpoint", metavar="CKPT", help="trained weights; without it the task is trained once and kept in --out")
-    add("--epochs", type=int, default=5, help="of fine-tuning; default 5")
-    add("--lr", type=float, help="first learning rate of fine-tuning; default: the task's own")
-    add("--selection", choices=get_args(SelectionName), default="global", help="what a ratio is of; default global")
-    add("--coupling", choices=get_args(Coupling), default="joint", help="default joint")
-    add("--score-batches", type=int, metavar="N", help="default: one pass over the training data")
-    add("--metric", default="acc", help="name of the logged metric; default acc")
-    add("--train-seed", type=int, default=0, metavar="N", help="of the dense training; default 0")
-    return parser

@@ -48,12 +48,20 @@ def combine(
     if (found := _alone(operands, is_zero, shape)) is not None:
         return found
     data = any(operand.info.data for operand in operands)
+    if (vectors := _along_one(operands, len(shape))) is not None:
+        dim, part = vectors
+        return TensorInfo((Labels.along(_merge(call, operands, part, is_zero), shape, dim),), data)
     uniform = all(operand.info.uniform or not operand.shape.numel() > 1 for operand in operands)
     labels = [
         (index, one.expand(shape)) for index, operand in enumerate(operands) for one in operand.info.labels if one.dims
     ]
-    parts = [free for part in _overlapping(labels) for free in _beside_fixed(call, operands, part, len(shape))]
-    combined = [_merge(call, operands, part, is_zero, shape) for part in parts]
+    combined = []
+    for overlapping in _overlapping(labels):
+        for part in _beside_fixed(call, operands, overlapping, len(shape)):
+            dims = sorted({d for _, one in part for d in one.dims})
+            regions = [(index, one.region(dims)) for index, one in part]
+            merged = _merge(call, operands, regions, is_zero)
+            combined.append(part[0][1] if merged is regions[0][1] else merged.expand(shape))
     return TensorInfo(tuple(combined), data, uniform and not combined)
 
 
@@ -77,6 +85,26 @@ def _alone(operands: Sequence[Operand], is_zero: IsZero, shape: torch.Size) -> T
 
 
 Indexed = list[tuple[int, Labels]]  # with the number of their operand
+
+
+def _along_one(operands: Sequence[Operand], rank: int) -> tuple[int, Indexed] | None:
+    """The dimension and the labels (n,) along it, if all vary along this one, and nothing of fixed size does."""
+    found: Indexed = []
+    dims = set()
+    for index, operand in enumerate(operands):
+        for one in operand.info.labels:
+            if len(one.dims) != 1 or one.live.dim():
+                return None
+            dims.add(one.dims[0] + rank - one.ids.dim())
+            found.append((index, one.flat()))
+    if len(dims) != 1:
+        return None
+    (dim,) = dims
+    for operand in operands:
+        own = dim - rank + len(operand.shape)
+        if not operand.info.labels and not operand.info.uniform and own >= 0 and operand.shape[own] > 1:
+            return None
+    return dim, found
 
 
 def _overlapping(labels: Indexed) -> list[Indexed]:
@@ -115,13 +143,11 @@ def _beside_fixed(call: OperatorCall, operands: Sequence[Operand], part: Indexed
     return _overlapping([(index, one) for index, one in free if one is not None])
 
 
-def _merge(
-    call: OperatorCall, operands: Sequence[Operand], part: Indexed, is_zero: IsZero, shape: torch.Size
-) -> Labels:
+def _merge(call: OperatorCall, operands: Sequence[Operand], part: Indexed, is_zero: IsZero) -> Labels:
+    """What comes of labels of one shape, cut to where they vary; the first itself, if it comes out as it came in."""
     space, where = call.space, call.where
-    dims = sorted({d for _, one in part for d in one.dims})
     present = [index for index, _ in part]
-    labels = [one.region(dims) for _, one in part]
+    labels = [one for _, one in part]
     ids = torch.stack([one.ids for one in labels])
     labelled: Any = ...
     if int(ids.min()) == NO_LABEL:  # where only some operands are labelled (padding, concatenation), nothing can go
@@ -130,7 +156,7 @@ def _merge(
     empty = {index for index, operand in enumerate(operands) if operand.info.zeros}
     live = _live(call, labels, ids, lambda zeros: is_zero(_by_operand(zeros, present, empty, len(operands))))
     if len(part) == 1 and live is None and not labels[0].live.any():
-        return part[0][1]  # as it came in
+        return labels[0]
 
     data = [k for k, index in enumerate(present) if operands[index].info.data]
     own = len(data) <= 1
@@ -148,8 +174,7 @@ def _merge(
         different, place = out.unique(return_inverse=True)
         out = space.fresh(len(different))[place]
         space.tie(out[labelled], ids[lead][labelled])
-    merged = Labels(out if labelled is ... else torch.where(labelled, out, NO_LABEL), False if live is None else live)
-    return merged.expand(shape)
+    return Labels(out if labelled is ... else torch.where(labelled, out, NO_LABEL), False if live is None else live)
 
 
 def _by_operand(zeros: Sequence[bool], present: Sequence[int], empty: set[int], operands: int) -> tuple[bool, ...]:

@@ -167,9 +167,11 @@ def joined(classes: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     while True:
         a, b = parent[first], parent[second]
         apart = a != b
-        if not apart.any():
+        left = int(apart.count_nonzero())
+        if not left:
             return parent
-        first, second, a, b = first[apart], second[apart], a[apart], b[apart]
+        if left < len(a):
+            first, second, a, b = first[apart], second[apart], a[apart], b[apart]
         parent.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
         while not torch.equal(grand := parent[parent], parent):
             parent = grand

@@ -43,12 +43,10 @@ class Labels:
         """Labels of ``shape`` that vary along ``dim`` only. vector: (shape[dim],)."""
         if vector.live.dim():
             return vector.map(lambda t: t.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape))
-        ids = vector.ids
-        strides = [0] * len(shape)
-        strides[dim] = ids.stride(0)
-        return Labels(
-            ids.as_strided(shape, strides, ids.storage_offset()), vector.live, (dim,) if shape[dim] > 1 else ()
-        )
+        ids, strides = vector.ids, [0] * len(shape)
+        strides[dim] = ids.stride(0) if vector.dims else 0
+        laid = ids.as_strided(shape, strides, ids.storage_offset())
+        return Labels(laid, vector.live, (dim,) if vector.dims else ())
 
     @classmethod
     def joined(cls, parts: Sequence[Labels], dim: int = 0) -> Labels:

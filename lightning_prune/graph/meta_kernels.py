@@ -162,15 +162,20 @@ def _reduced(x: Tensor, dim: int | list[int] | None = None, keepdim: bool = Fals
     return _new([1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims], x)
 
 
+def _vector_norm(x: Tensor, _: float = 2, dim: list[int] | None = None, keepdim: bool = False) -> Tensor | None:
+    return _reduced(x, dim, keepdim)
+
+
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, _: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    if not _plain(x, weight, bias) or any(v is not None and list(v.shape) != list(shape) for v in (weight, bias)):
+    affine = [v for v in (weight, bias) if v is not None]
+    if not x.is_meta or not _plain(*affine, _new((0,), x)) or any(list(v.shape) != list(shape) for v in affine):
         return None
     if list(x.shape[x.dim() - len(shape) :]) != list(shape):
         return None
     statistic = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
-    return x.clone(), _new(statistic, x), _new(statistic, x)
+    return _new(x.shape, x), _new(statistic, x), _new(statistic, x)
 
 
 def _group_norm(
@@ -242,6 +247,7 @@ _BY_KERNEL: dict[Kernel, str] = {
     _product: "mm bmm",
     _product_and_sum: "addmm",
     _reduced: "mean sum amax amin",
+    _vector_norm: "linalg_vector_norm",
     _layer_norm: "native_layer_norm",
     _group_norm: "native_group_norm",
     _max_pool: "max_pool2d_with_indices",

@@ -17,7 +17,7 @@ from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.plain_numbers import PlainNumber, same_numbers
 from lightning_prune.graph.trial import Failure, Ran, Trial, run_copy
 from lightning_prune.model_state.cutting import rescale_
-from lightning_prune.model_state.preservation import copy_without_masks
+from lightning_prune.model_state.preservation import copy_without_masks, folding
 
 LIMIT = 1e-8  # relative, in float64
 
@@ -103,6 +103,8 @@ class TrialRuns:
 
         That spares runs of the whole model, which tell what they should be otherwise.
         """
+        if folding(self._model):
+            return False  # it may not run on the meta device, not even to be cut
         compared: list[tuple[Ran, Ran | None]] = []
         with self._meta.without(graph, removed):
             for ran in (ran for ran in self._ran if is_forward(ran.entry)):

@@ -27,10 +27,10 @@ def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     replaced: by an object's id, what stands in its place.
     """
     with torch.inference_mode(False):
-        replaced = {**without_history(model), **(replaced or {})}
         try:
-            return _deep_copy(model, dict(replaced))
+            return _deep_copy(model, dict(replaced or {}))
         except Exception as error:  # noqa: BLE001  # whatever an object says when it refuses
+            replaced = {**without_history(model), **(replaced or {})}
             shared = _uncopyable(model, replaced)
             try:
                 return _deep_copy(model, {**shared, **replaced})
@@ -63,7 +63,7 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     if kind is dict or (kind is OrderedDict and not vars(item)):
         memo[id(item)] = new = kind()
         for key, value in item.items():
-            new[_deep_copy(key, memo)] = _deep_copy(value, memo)
+            new[_deep_copy(key, memo)] = value if type(value) in ATOMIC else _deep_copy(value, memo)
         return new
     if kind is list:
         memo[id(item)] = new = []
@@ -76,7 +76,13 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
         return item
     if isinstance(item, nn.Module) and _copies_as_object(item):
         memo[id(item)] = new = kind.__new__(kind)
-        new.__setstate__({name: _deep_copy(value, memo) for name, value in item.__getstate__().items()})
+        state = item.__getstate__()
+        new.__setstate__(
+            {name: value if type(value) in ATOMIC else _deep_copy(value, memo) for name, value in state.items()}
+        )
+        return new
+    if isinstance(item, Tensor) and not item.is_leaf:  # a result of autograd, which torch refuses to copy
+        memo[id(item)] = new = item.detach().clone()
         return new
     return copy.deepcopy(item, memo)
 

@@ -137,6 +137,14 @@ def without_masks(model: nn.Module) -> Iterator[None]:
             registered.update(before)
 
 
+def _tensors_of(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """Parameters and buffers, each once: what `nn.Module` lists with all their names takes four times as long."""
+    modules = list(model.modules())
+    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None}
+    return list(parameters.values()), list(buffers.values())
+
+
 def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     """A deep copy whose masked entries may change again. replaced: by an object's id, what stands in its place."""
     with without_masks(model):
@@ -146,16 +154,18 @@ def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M
 @torch.inference_mode(False)
 def copy_without_values(model: M) -> M:
     """A copy without masks on the meta device: its parameters and buffers have shapes, but no values."""
-    twins: dict[int, Any] = {id(b): b.detach().to("meta") for b in model.buffers()}
-    twins |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    parameters, buffers = _tensors_of(model)
+    twins: dict[int, Any] = {id(b): b.detach().to("meta") for b in buffers}
+    twins |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
     return copy_without_masks(model, twins)
 
 
 @torch.inference_mode(False)
 def copy_sharing_tensors(model: M) -> M:
     """A copy without masks whose parameters and buffers are new objects on the old memory; see `own_tensors_`."""
-    twins: dict[int, Any] = {id(b): b.detach() for b in model.buffers() if type(b) is torch.Tensor}
-    for parameter in model.parameters():
+    parameters, buffers = _tensors_of(model)
+    twins: dict[int, Any] = {id(b): b.detach() for b in buffers if type(b) is torch.Tensor}
+    for parameter in parameters:
         if type(parameter) is nn.Parameter and not parameter.is_inference():
             twins[id(parameter)] = twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             if hasattr(parameter, "grad_dtype"):  # of torch 2.10 and newer
@@ -167,10 +177,10 @@ def copy_sharing_tensors(model: M) -> M:
 @torch.inference_mode(False)
 def own_tensors_(twin: nn.Module, model: nn.Module) -> None:
     """Give a copy memory of its own for every tensor, or gradient, that it still shares with the model."""
-    tensors = (*model.parameters(), *model.buffers())
+    tensors = [tensor for kind in _tensors_of(model) for tensor in kind]
     gradients = (tensor.grad for tensor in tensors if tensor.grad is not None)
     shared = {tensor.untyped_storage()._cdata for tensor in (*tensors, *gradients)}
-    for tensor in (*twin.parameters(), *twin.buffers()):
+    for tensor in (tensor for kind in _tensors_of(twin) for tensor in kind):
         if tensor.untyped_storage()._cdata in shared:
             tensor.data = tensor.data.clone()
         if tensor.grad is not None and tensor.grad.untyped_storage()._cdata in shared:

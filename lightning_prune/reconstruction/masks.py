@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,16 @@ def mask_once_(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
     _clear_(model, masked_entries(graph, plan))
 
 
-def masked_entries(graph: ChannelGraph, plan: Plan) -> list[Zeros]:
-    """Every parameter entry that a plan sets to zero."""
+def masked_entries(graph: ChannelGraph, plan: Plan, *, cut: Collection[str] = ()) -> list[Zeros]:
+    """Every parameter entry that a plan sets to zero; of groups that are cut those that need not go with that."""
     gone: dict[tuple[str, str | None], Tensor] = {}
     entries: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for name, group_plan in plan.groups.items():
         for part in graph.group(name).slices:
             if part.masked and (plan.batch_norm or not part.norm):
                 own = part.layer and group_plan.layers.get(part.layer, group_plan.keep) != group_plan.keep
+                if name in cut and not own:
+                    continue  # what the layer masks is what its group loses
                 key = name, part.layer if own else None
                 if key not in gone:
                     gone[key] = removed_channels(group_plan, part)

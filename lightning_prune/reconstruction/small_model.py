@@ -64,7 +64,9 @@ def reconstruct(
         Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     small = _twin(model)
-    reconstruct_(small, graph, plan, example_inputs=example_inputs, also=also)
+    _check(small, graph, plan)
+    entries = [] if example_inputs is None else entry_points(example_inputs, also)
+    _reconstruct_(small, graph, plan, [], entries, undoable=bool(entries))
     own_tensors_(small, model)
     return small
 
@@ -114,6 +116,13 @@ def reconstruct_(
         >>> model[2].in_channels
         2
     """
+    _check(model, graph, plan)
+    entries = [] if example_inputs is None else entry_points(example_inputs, also)
+    return _reconstruct_(model, graph, plan, unwrap(optimizers), entries)
+
+
+def _check(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
+    """Refuse what cannot be reconstructed, and warn of what was not traced."""
     plan.check(graph)
     graph.check(model)
     if knows_shapes(model):
@@ -123,8 +132,6 @@ def reconstruct_(
         )
     if plan:
         graph.warn_of_unreached()
-    entries = [] if example_inputs is None else entry_points(example_inputs, also)
-    return _reconstruct_(model, graph, plan, unwrap(optimizers), entries)
 
 
 def reconstruct_masked(
@@ -145,13 +152,20 @@ def _reconstruct_(
     optimizers: list[Optimizer],
     entries: Sequence[EntryPoint],
     masked: nn.Module | None = None,
+    *,
+    undoable: bool = True,
 ) -> LosslessReport | None:
-    """Leave out the groups at fault, if it does not work with all."""
+    """Leave out the groups at fault, if it does not work with all.
+
+    undoable: False for a copy that a failure leaves to nobody, and that is not run, so that no group can be at fault.
+    """
     before = _shapes(model)
     left: dict[str, str] = {}
     try:
-        report = _attempt(model, graph, plan, optimizers, entries, masked)
+        report = _attempt(model, graph, plan, optimizers, entries, masked, undoable=undoable)
     except ReconstructionError:
+        if not undoable:
+            raise
         left = _at_fault(model, graph, plan, entries)
         if not left:
             raise
@@ -175,15 +189,17 @@ def _attempt(
     entries: Sequence[EntryPoint],
     masked: nn.Module | None = None,
     left: Collection[str] = (),
+    *,
+    undoable: bool = True,
 ) -> LosslessReport | None:
     """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
-    undo = Undo(model, optimizers)
+    undo = Undo(model, optimizers) if undoable else None
     removed = {name: gone for name, gone in _removed(plan).items() if name not in left}
     try:
         found = graph.cuts(removed)
         if masked is None:
-            zeros = masked_entries(graph, plan)
-            _zero(model, zeros if entries else _surviving(zeros, found), optimizers)
+            zeros = masked_entries(graph, plan) if entries else _surviving(graph, plan, removed, found)
+            _zero(model, zeros, optimizers)
             if entries:
                 masked = _twin(model)
         cut_(model, found, optimizers)
@@ -193,7 +209,8 @@ def _attempt(
             return None
         return rehearse(masked, model, entries, lossless=plan.lossless and not _lossy(graph, plan), precise=precise)
     except BaseException:
-        undo()
+        if undo is not None:
+            undo()
         raise
 
 
@@ -236,18 +253,13 @@ def _at_fault(model: nn.Module, graph: ChannelGraph, plan: Plan, entries: Sequen
     return {} if failure([]) else search(names)
 
 
-def _surviving(zeros: list[Zeros], found: list[Cut]) -> list[Zeros]:
+def _surviving(graph: ChannelGraph, plan: Plan, removed: Collection[str], found: list[Cut]) -> list[Zeros]:
     """Masked entries that the cuts leave: zeroing what goes anyway would only copy tensors."""
     keeps = {(cut.tensor, cut.dim): cut.keep for cut in found}
-    kept: dict[tuple[int, int], Tensor] = {}  # what several cuts keep is one tensor, and so is what several masks clear
     left = []
-    for item in zeros:
-        entries = item.entries
-        if (keep := keeps.get((item.parameter, item.dim))) is not None:
-            key = id(keep), id(entries)
-            if key not in kept:
-                kept[key] = entries[torch.isin(entries, keep)]
-            entries = kept[key]
+    for item in masked_entries(graph, plan, cut=removed):
+        keep = keeps.get((item.parameter, item.dim))
+        entries = item.entries if keep is None else item.entries[torch.isin(item.entries, keep)]
         if len(entries):
             left.append(replace(item, entries=entries))
     return left

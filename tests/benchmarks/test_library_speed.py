@@ -37,6 +37,7 @@ def test_report_names_what_misses_its_target() -> None:
     assert "Torch-Pruning does not get to the end on torchvision/d." in text
     assert "Median 1.20, worst 1.20 (torchvision/a); at most 1.3." in text
     assert "Above 12 s: timm/b 20.0 s.\n" in text
+    assert "by kind cnn 1.00 and 100.00.\n" in text
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])

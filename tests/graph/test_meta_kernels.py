@@ -57,6 +57,10 @@ CALLS = {
     "batch norm": lambda: F.batch_norm(X, torch.zeros(6), torch.ones(6), torch.ones(6), torch.ones(6)),
     "batch norm of the batch": lambda: F.batch_norm(X, None, None, torch.ones(6), torch.ones(6), training=True),
     "layer norm": lambda: F.layer_norm(X, (9, 12), torch.ones(9, 12)),
+    "layer norm of what was moved": lambda: F.layer_norm(X.permute(0, 2, 3, 1), (6,), torch.ones(6), torch.ones(6)),
+    "vector norm": lambda: (
+        torch.linalg.vector_norm(X, dim=(1, 2)) + torch.linalg.vector_norm(X, 1, 1, True).sum(2)[:, 0]
+    ),
     "group norm": lambda: F.group_norm(X, 3, torch.ones(6), torch.ones(6)),
     "linear": lambda: F.linear(X, torch.randn(5, 12), torch.randn(5)),
     "linear without bias": lambda: F.linear(X[0, 0], torch.randn(5, 12)),

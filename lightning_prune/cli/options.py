@@ -1,0 +1,148 @@
+"""What may stand on the command lines of the package's own commands, read without torch: help is there at once.
+
+Here: options and their types. Not here: those of Lightning's commands (`training`) and of `experiment`, which follow
+from the signatures of classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of
+
+#: `lightning_prune.plan.Coupling`, `export.Format` and `experiments.comparison.run.SelectionName`, which import torch.
+COUPLINGS = ("joint", "union", "intersection")
+FORMATS = ("onnx", "torch_export")
+SELECTIONS = ("global", "layer", "flops")
+PICTURES = (".html", ".svg")
+BUDGETS = ("flops", "params", "latency_ms")
+
+_PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
+                             [--ratio 0.5 | --budget flops=0.5] [--out pruned.pt] [--explain]"""
+_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
+       lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
+_GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
+       lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
+_WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
+
+
+def prune(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune prune CHECKPOINT --config TASK.yaml --criterion jre --ratio 0.5`."""
+    parser = Parser(
+        "prune",
+        usage=_PRUNE,
+        description="Prune a checkpoint. The smaller model is checked against the masked one before it is written.",
+        epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
+    add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--score-batches", type=int, metavar="N", help="of the training data, for criteria that need it")
+    amount = parser.add_mutually_exclusive_group().add_argument
+    amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
+    costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
+    amount("--budget", type=_budget, metavar="COST=N", help=costs)
+    add("--per-layer", action="store_true", help="that share of every layer, not of the network")
+    add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
+    add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
+    add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
+    add("--out", type=Path, default=Path("pruned.pt"), metavar="FILE", help="default: pruned.pt")
+    add("--explain", action="store_true", help="say what would be done, and do nothing")
+    parser.add_model_options()
+    return parser.parse_with_fit_options(argv)
+
+
+def _budget(words: str) -> dict[str, float]:
+    costs = {}
+    for part in words.split(","):
+        name, _, value = part.partition("=")
+        try:
+            costs[name] = float(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"takes COST=NUMBER, such as flops=0.5, got '{part}'") from error
+        if name not in BUDGETS:
+            raise argparse.ArgumentTypeError(f"knows flops, params and latency_ms, got '{name}'")
+    return costs
+
+
+def measure(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune measure MODEL [PRUNED] [--layers]`."""
+    parser = Parser(
+        "measure",
+        usage=_MEASURE,
+        description="Measure what a model costs on this machine, before and after pruning; on the CPU.",
+        epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
+    )
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="a model's name or a checkpoint; then a pruned one")
+    add("--batch-sizes", type=list_of(count), metavar="1,8", help="default: that of --input, or 1")
+    add("--threads", type=list_of(count), metavar="1,2", help="default: as torch is set")
+    add("--repeats", type=count, default=20, metavar="N", help="passes timed per model; default: 20")
+    add("--layers", action="store_true", help="layer by layer, and what sets the pace")
+    add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")
+    parser.add_model_options()
+    return parser.parse_with_fit_options(argv)
+
+
+def export(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune export CHECKPOINT --format onnx --out net.onnx`."""
+    parser = Parser("export", description="Write a model to a file that runs without this package.")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="pruned or dense weights; or a model's name, as it is built")
+    add("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    add("--out", metavar="FILE", required=True, help="ending in .onnx or .pt2")
+    add("--dynamic-batch", action="store_true", help="leave the number of samples open")
+    add("--repeats", type=int, default=20, metavar="N", help="passes timed; default: 20")
+    parser.add_model_options()
+    return parser.parse_with_fit_options(argv)
+
+
+def graph(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune graph MODEL` or `lightning-prune graph --config TASK`."""
+    parser = Parser(
+        "graph",
+        usage=_GRAPH,
+        description="Show which channels of a model go together, and which cannot be pruned and why.",
+        epilog=f"{_WITH_CONFIG}.",
+    )
+    from_config = any(word.partition("=")[0] in CONFIG_FLAGS for word in argv)
+    parser.add_model_options("--model" if from_config else "model")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write a picture: .html (with a table) or .svg")
+    options = parser.parse_with_fit_options(argv)
+    if options.out and options.out.suffix not in PICTURES:
+        parser.error(f"--out must end in .html or .svg, got '{options.out}'")
+    return options
+
+
+def compare(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune compare --criteria l1,jre --ratios 0.5,0.7 --seeds 0,1,2 --out DIR [--config TASK]`."""
+    parser = Parser(
+        "compare",
+        description="Prune one trained model by several criteria, fine-tune in the same way, compare.",
+        epilog="Everything else is an option of lightning-prune fit, such as --config task/vgg16_cifar10.yaml or "
+        "--trainer.max_epochs (of dense training); its Trainer's other options do not apply. Cells that an earlier run "
+        "of the same settings has computed are not computed again.",
+    )
+    add = parser.add_argument
+    add("--criteria", type=list_of(str), default=["l1", "l2", "fpgm", "taylor", "jre"], help="names, with commas")
+    add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], help="shares removed; default 0.3,0.5,0.7")
+    add("--seeds", type=list_of(int), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
+    add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
+    add("--checkpoint", metavar="CKPT", help="trained weights; without it the task is trained once and kept in --out")
+    add("--epochs", type=int, default=5, help="of fine-tuning; default 5")
+    add("--lr", type=float, help="first learning rate of fine-tuning; default: the task's own")
+    add("--selection", choices=SELECTIONS, default="global", help="what a ratio is of; default global")
+    add("--coupling", choices=COUPLINGS, default="joint", help="default joint")
+    add("--score-batches", type=int, metavar="N", help="default: one pass over the training data")
+    add("--metric", default="acc", help="name of the logged metric; default acc")
+    add("--train-seed", type=int, default=0, metavar="N", help="of the dense training; default 0")
+    options, rest = parser.parse_known_args(argv)
+    return argparse.Namespace(**vars(options), fit_options=rest, prog=parser.prog)
+
+
+#: By command: what parses its words, before anything of it is imported.
+PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
+    parse.__name__: parse for parse in (prune, measure, export, graph, compare)
+}
