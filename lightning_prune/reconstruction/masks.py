@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +15,7 @@ from lightning_prune.model_state.cutting import refold_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.recomputing import recompute_
 from lightning_prune.plan import GroupPlan, Plan
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """Entries of one dimension of one parameter that are held at zero."""
-
-    parameter: str
-    dim: int
-    entries: Tensor
-
-    def clear_(self, tensor: Tensor) -> Tensor:
-        """Zero these entries in place; returns the tensor."""
-        return tensor.index_fill_(self.dim, self.entries.to(tensor.device), 0)
-
-    def cleared(self, tensor: Tensor) -> Tensor:
-        """A copy with these entries zero."""
-        return tensor.index_fill(self.dim, self.entries.to(tensor.device), 0)
+from lightning_prune.reconstruction.holding import Held, HoldZero, Zeros
 
 
 def mask_(
@@ -46,10 +28,11 @@ def mask_(
 ) -> MaskHandle:
     r"""Zero the planned channels in place and hold them at zero: filters, biases, batch-norm :math:`\gamma, \beta`.
 
-    Held means: gradients of masked entries are zeroed as they arrive, and the entries are set to zero again before
-    every forward of their module, so they are exactly 0.0 in every forward whatever optimizer, weight decay,
-    clipping or averaging does in between. See Lee et al., "Lossless Reconstruction of CNNs for Channel-Based
-    Network Pruning", Sensors 23(4):2102, 2023.
+    Held means: the entries are set to zero again before every forward of their module if anything has written to it,
+    so they are exactly 0.0 in every forward whatever optimizer, weight decay, clipping or averaging does in between;
+    their gradients are zero once a backward is over, and before if hooks of others see them. A training step
+    dispatches two operators more than without masks, and evaluation none. See Lee et al., "Lossless Reconstruction of
+    CNNs for Channel-Based Network Pruning", Sensors 23(4):2102, 2023.
 
     Args:
         model: the traced model.
@@ -117,25 +100,6 @@ def removed_channels(group_plan: GroupPlan, part: Slice) -> Tensor:
     return gone.nonzero().flatten()
 
 
-class HoldZero:
-    """Module pre-hook that clears masked entries. Finds parameters through the module, so copies keep working."""
-
-    holds_masks = True
-
-    def __init__(self, zeros: dict[str, list[Zeros]]) -> None:
-        self.zeros = zeros
-
-    def __call__(self, module: nn.Module, _args: Any) -> None:
-        """Clear the masked entries of the module's own parameters."""
-        for name, items in self.zeros.items():
-            parameter = getattr(module, name, None)
-            if parameter is None:
-                continue  # taken away while another kernel, which its module folded, stands for it
-            for item in items:
-                # .data: a module may run twice before backward, and autograd must not see a new version.
-                item.clear_(parameter.data)
-
-
 class MaskHandle:
     """Masks in force on a model; a context manager that undoes them.
 
@@ -152,6 +116,8 @@ class MaskHandle:
         self.undoable = undoable
         self._optimizers = optimizers or []
         self._hooks: list[RemovableHandle] = []
+        self._holds: list[HoldZero] = []
+        self._held = Held()
         self._before = self._values() if undoable else []
         self.hold()
         self.apply_()
@@ -163,14 +129,18 @@ class MaskHandle:
         held: dict[int, list[Zeros]] = {}
         for parameter, item in _present(self.model, self.zeros):
             held.setdefault(id(parameter), []).append(item)
+        self._held = Held.of(self.model)
         for parameter in self.model.parameters():
-            if id(parameter) in held and parameter.requires_grad:
-                self._hold(parameter, held[id(parameter)])
+            if parameter.requires_grad:  # those that nothing masks too: any of them tells that there is a backward
+                self._hold(parameter, held.get(id(parameter), []))
         for module in self.model.modules():
             owned = {name: held[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in held}
             if owned:
                 # First: others compute the weight from these parameters (weight norm, torch's own masks).
-                self._hooks.append(module.register_forward_pre_hook(HoldZero(owned), prepend=True))
+                hold = HoldZero(owned, self._held)
+                self._held.join(hold, module)
+                self._holds.append(hold)
+                self._hooks.append(module.register_forward_pre_hook(hold, prepend=True))
 
     def apply_(self) -> None:
         """Set every masked entry, its gradient and its optimizer state to zero now."""
@@ -188,6 +158,8 @@ class MaskHandle:
         """Stop holding; the entries stay zero but train again."""
         while self._hooks:
             self._hooks.pop().remove()
+        self._held.leave(self._holds)
+        self._holds = []
 
     def undo(self) -> None:
         """Stop holding and put the values from before masking back.
@@ -226,14 +198,8 @@ class MaskHandle:
         tensors = ((parameter.data, item) for parameter, item in _present(self.model, self.zeros))
         return [(item, data.index_select(item.dim, item.entries.to(data.device))) for data, item in tensors]
 
-    def _hold(self, parameter: nn.Parameter, items: list[Zeros]) -> None:
-        def clear(gradient: Tensor) -> Tensor:
-            gradient = gradient.clone()
-            for item in items:
-                item.clear_(gradient)
-            return gradient
-
-        self._hooks.append(parameter.register_hook(clear))
+    def _hold(self, parameter: nn.Parameter, zeros: list[Zeros]) -> None:
+        self._hooks.append(parameter.register_hook(self._held.hook(zeros)))
 
 
 def _clear_(model: nn.Module, zeros: Iterable[Zeros]) -> None:

@@ -25,8 +25,9 @@ from lightning_prune.model_state.preservation import (
     own_tensors_,
 )
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.holding import Zeros
 from lightning_prune.reconstruction.lossless import LosslessReport
-from lightning_prune.reconstruction.masks import Zeros, masked_entries
+from lightning_prune.reconstruction.masks import masked_entries
 from lightning_prune.reconstruction.rehearsal import rehearse
 
 M = TypeVar("M", bound=nn.Module)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ReconstructionError
 from lightning_prune.graph import trace
-from lightning_prune.reconstruction.masks import MaskHandle, Zeros, mask_, mask_once_
+from lightning_prune.reconstruction.holding import Zeros
+from lightning_prune.reconstruction.masks import MaskHandle, mask_, mask_once_
 from lightning_prune.reconstruction.small_model import cuts, reconstruct, reconstruct_
 from tests.helpers import random_plan
 from tests.zoo import build, images
