@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.code_arguments import SourceCall
-from lightning_prune.graph.labels import NO_LABEL
+from lightning_prune.graph.labels import NO_LABEL, ids_of
 from lightning_prune.model_state.code_sizes import Place
+
+MANY = 4096  # ids, from which on repeated ones are left out
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class Grid:
     def rows(self, axis: int) -> list[Tensor]:
         """What goes together if the axis is shortened, one row for each of its slices."""
         return [self.ids.movedim(axis, 0).reshape(self.ids.shape[axis], -1)]
+
+    @cached_property
+    def distinct(self) -> Tensor:
+        """(n,) the ids in it, each once."""
+        return ids_of(self.ids).unique()
+
+    def together(self, axis: int) -> list[Tensor]:
+        """As `rows`, each column once: many say the same where channels lie at thousands of positions."""
+        if axis not in self._together:
+            self._together[axis] = [
+                rows if rows.numel() < MANY else torch.unique(rows, dim=1) for rows in self.rows(axis)
+            ]
+        return self._together[axis]
+
+    @cached_property
+    def _together(self) -> dict[int, list[Tensor]]:
+        return {}
 
     def sizes(self, axis: int, *, repairs: bool) -> list[CodeSize]:
         """The numbers that follow if the axis is shortened. ``repairs``: also those that are only guessed."""
@@ -133,6 +153,10 @@ class GroupedConvolution:
             return [torch.cat([self.reads, self.makes], 1)]
         return [torch.cat([self.reads, self.inner[None]], 0).t(), self.makes.t()]
 
+    def together(self, axis: int) -> list[Tensor]:
+        """As `rows`."""
+        return self.rows(axis)
+
     def sizes(self, axis: int, *, repairs: bool) -> list[CodeSize]:  # noqa: ARG002
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
@@ -153,9 +177,23 @@ class Split:
     call: SourceCall | None = None  # the call in the code that gives it
     exact: ClassVar[bool] = False
 
+    @cached_property
+    def distinct(self) -> Tensor:
+        """(n,) the ids in it, each once."""
+        return ids_of(self.ids).unique()
+
     def grid(self) -> Grid | None:
         """The same as a grid, if the pieces divide the dimension evenly."""
-        bounds = sorted({0, len(self.ids), *itertools.chain(*self.intervals)})
+        bounds = tuple(sorted({0, len(self.ids), *itertools.chain(*self.intervals)}))
+        if bounds not in self._grids:
+            self._grids[bounds] = self._grid(bounds)
+        return self._grids[bounds]
+
+    @cached_property
+    def _grids(self) -> dict[tuple[int, ...], Grid | None]:
+        return {}
+
+    def _grid(self, bounds: tuple[int, ...]) -> Grid | None:
         lengths = {end - start for start, end in itertools.pairwise(bounds)}
         if len(lengths) > 1:
             return None

@@ -77,6 +77,7 @@ class LabelSpace:
     contractions: list[Contraction] = field(default_factory=list)
     norms: list[tuple[str, Tensor]] = field(default_factory=list)  # module path, ids of its output's channels
     means: dict[str, Mean] = field(default_factory=dict)  # by module path; decided once everything is recorded
+    consistent: dict[Constraint, int | None] = field(default_factory=dict)  # along which axis, whatever is decided
     seen: set[tuple[object, ...]] = field(default_factory=set)  # sizes that some line of code passed
     narrow: frozenset[str] = frozenset()  # types of modules whose heads get narrower, instead of fewer
     whole: set[str] = field(default_factory=set)  # those whose heads go whole

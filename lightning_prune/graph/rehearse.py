@@ -108,7 +108,7 @@ def places_of(classes: Classes, choices: Mapping[str, Choice]) -> tuple[dict[str
     for constraint in classes.space.constraints:
         if isinstance(constraint, GroupedConvolution) or constraint.exact or not constraint.site.stack:
             continue
-        if not classes.may_go(constraint.ids) or constraint.site.kind == KNOWN:
+        if constraint.site.kind == KNOWN or not classes.may_go(constraint.distinct):
             continue
         kind = places[constraint.site.stack[0]] = constraint.site.kind
         choice = choices.get(kind, Choice.AS_IS)

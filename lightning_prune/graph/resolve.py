@@ -99,7 +99,7 @@ def resolve(
                 withheld = constraint.site.kind in sized
                 why = ONE_SIZE if withheld else "has a size that is fixed in the Python code"
                 reason = f"{why} around {constraint.site.where}"
-                state.frozen.append(Freeze(ids_of(constraint.ids), reason, withheld=withheld))
+                state.frozen.append(Freeze(constraint.distinct, reason, withheld=withheld))
                 continue
         grid = constraint.grid() if isinstance(constraint, Split) else constraint
         if grid is not None:
@@ -109,13 +109,13 @@ def resolve(
             state.splits.append(constraint)
             in_code = choice.replaces_code and constraint.sizes_in_code(attributes=choice.sets_attributes)
             state.sizes += in_code or constraint.sizes()
-    axes = _settle(state, grids)
+    axes = _settle(state, grids, _consistent_from_the_start(space, grids))
     while pairs := _counted_together(state, grids, axes):
         state.joint = joined(state.joint, pairs)
-        axes = _settle(state, grids)
+        axes = _settle(state, grids, axes)
     state.axes = [*axes, *[-1] * untouched]
     for (grid, choice), axis in zip(grids, axes, strict=True):
-        for rows in grid.rows(axis):
+        for rows in grid.together(axis):
             gaps = (rows == NO_LABEL).any(1)
             if gaps.any():
                 reason = f"goes together with channels that stay in {grid.site.where}"
@@ -160,34 +160,60 @@ def _counted_together(state: Resolved, grids: list[tuple[Layout, Choice]], axes:
     return pairs
 
 
-def _settle(state: Resolved, grids: list[tuple[Layout, Choice]]) -> list[int]:
-    """The axis of every grid; ties grids of one kind at a time, since one tie may settle others."""
-    axes = [-1] * len(grids)
+def _consistent_from_the_start(space: LabelSpace, grids: list[tuple[Layout, Choice]]) -> list[int | None]:
+    """Per grid the axis along which slices go together whatever is decided; found out once."""
+    joint = space.classes()
+    for grid, _ in grids:
+        if grid not in space.consistent:
+            space.consistent[grid] = _first_consistent(joint, grid, grid.order)
+    return [space.consistent[grid] for grid, _ in grids]
+
+
+def _first_consistent(joint: Tensor, grid: Layout, axes: Sequence[int]) -> int | None:
+    return next((axis for axis in axes if _is_consistent(joint, grid.together(axis))), None)
+
+
+def _settle(state: Resolved, grids: list[tuple[Layout, Choice]], consistent: Sequence[int | None]) -> list[int]:
+    """The axis of every grid; ties grids of one kind at a time, since one tie may settle others.
+
+    consistent: axes along which slices go together already, which more ties do not change.
+    """
+    axes = list(consistent)
+    settled = [axis is not None for axis in axes]
     while True:
         kind = None
         pairs: Pairs = []
         for number, (grid, choice) in enumerate(grids):
-            consistent = next((axis for axis in grid.order if _is_consistent(state.joint, grid.rows(axis))), None)
-            if consistent is not None:
-                axes[number] = consistent
+            known = axes[number] if settled[number] else None
+            before = grid.order if known is None else grid.order[: list(grid.order).index(known)]
+            earlier = _first_consistent(state.joint, grid, before)
+            if earlier is not None or known is not None:
+                axes[number], settled[number] = known if earlier is None else earlier, True
                 continue
             own = grid.site.where.split(" at ")[0], grid.site.kind
             kind = kind or own
             if kind == own:
-                axes[number] = axes[number] if axes[number] >= 0 else grid.preferred(choice.rank)
-                for rows in grid.rows(axes[number]):
+                axis = axes[number]
+                axes[number] = axis = grid.preferred(choice.rank) if axis is None else axis
+                for rows in grid.together(axis):
                     labelled = rows != NO_LABEL
                     pairs.append((_first(rows)[labelled], rows[labelled]))
         if kind is None:
-            return axes
+            return [axis for axis in axes if axis is not None]
         state.joint = joined(state.joint, pairs)
 
 
 def _is_consistent(joint: Tensor, parts: list[Tensor]) -> bool:
     """Whether every row already belongs to one class. parts: (rows, entries) ids each."""
     for rows in parts:
-        classes = torch.where(rows == NO_LABEL, NO_LABEL, joint[rows])
-        if not ((classes == _first(classes)) | (rows == NO_LABEL)).all():
+        missing = rows == NO_LABEL
+        classes = joint[rows]
+        if missing.any():
+            classes = torch.where(missing, NO_LABEL, classes)
+            alike = (classes == _first(classes)) | missing
+        else:
+            alike = classes == classes[:, :1]
+        if not alike.all():
             return False
     return True
 
