@@ -119,23 +119,25 @@ def _without_values(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def double_copy(model: nn.Module, left_out: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy in float64, with random numbers where a fresh model has constants (biases, scales).
+def cast_copy(model: nn.Module, dtype: torch.dtype, left_out: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy in one floating type, with random numbers where a fresh model has constants (biases, scales).
 
     Zeros and ones would hide differences. left_out: {path: module} of what is not copied.
     """
     gone = {id(inner) for module in left_out.values() for inner in module.modules()}
     twins: dict[int, Any] = {id(module): nn.Identity() for module in left_out.values()}
     for module in (module for module in model.modules() if id(module) not in gone):
-        twins |= {id(b): b.detach().double() for b in module._buffers.values() if b is not None and _is_plain(b)}
-        for p in module._parameters.values():
-            if p is not None and id(p) not in twins and _is_plain(p):
-                twins[id(p)] = nn.Parameter(p.detach().double(), requires_grad=p.requires_grad)
+        own = (*module._parameters.values(), *module._buffers.values())
+        for tensor in (t for t in own if t is not None and id(t) not in twins):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype != dtype:
+                cast = tensor.detach().to(dtype)  # at once, which holds every weight once less in memory
+                is_parameter = isinstance(tensor, nn.Parameter)
+                twins[id(tensor)] = nn.Parameter(cast, requires_grad=tensor.requires_grad) if is_parameter else cast
     copy = copy_without_masks(model, twins)
     for path in left_out:
         parent, _, name = path.rpartition(".")
         del copy.get_submodule(parent)._modules[name]
-    copy = copy.double()
+    copy = copy.to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in copy.parameters():
         data = parameter.data
@@ -144,8 +146,3 @@ def double_copy(model: nn.Module, left_out: Mapping[str, nn.Module]) -> nn.Modul
             base = data if bool(data[0].abs() > 1e-3) else torch.ones_like(data)
             parameter.data = base * noise.to(device=data.device, dtype=data.dtype)
     return copy
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its copy in float64 may be made at once, which holds every weight once less in memory."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)

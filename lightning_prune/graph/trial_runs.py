@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
+from lightning_prune.graph.compared_runs import ComparedRuns
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
-from lightning_prune.graph.model_copies import ModelCopy, Removed, double_copy, meta_copy
+from lightning_prune.graph.model_copies import ModelCopy, Removed, meta_copy
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.plain_numbers import PlainNumber, same_numbers
 from lightning_prune.graph.repeated_blocks import repeated_blocks
 from lightning_prune.graph.trial import Failure, Ran, Trial, run_copy
 from lightning_prune.model_state.preservation import copy_without_masks, folding
-
-LIMIT = 1e-8  # relative, in float64
 
 
 class TrialRuns:
@@ -35,6 +35,7 @@ class TrialRuns:
         self._ran = ran
         self._compared: list[tuple[Ran, Ran | None]] = []  # at the traced size, at another that the model takes
         self._others: list[Trial] | None = None
+        self._trusts_quick: bool | None = None  # whether float64 agreed that results differ; None: not asked yet
 
     @cached_property
     def _forward(self) -> list[Trial]:
@@ -145,65 +146,27 @@ class TrialRuns:
         ``varied``: at another size instead of the traced one, where the model takes one.
         """
         compared = [other if varied and other is not None else traced for traced, other in self._compared]
-        double = [(ran.entry.mapped(_double), ran.modes) for ran in compared]
-        runs = [(entry, training) for entry, modes in double for training in modes]
-        if self._short is not None and _differing(self._short, runs, graph, removed, has_to_run=True) is None:
+        runs = [(ran.entry, training) for ran in compared for training in ran.modes]
+        found = self._quick.differs(runs, graph, removed) if self._trusts_quick is not False else None
+        if found is False:
             return None
-        found = _differing(self._double, runs, graph, removed)
-        if found is None or not found.other_size:
-            return found
+        if not isinstance(found, Failure) or not self._trusts_quick:
+            sure = self._sure.differs(runs, graph, removed)
+            if isinstance(found, Failure):
+                self._trusts_quick = isinstance(sure, Failure)  # else the model makes much of what float32 rounds
+            found = sure
+        if not isinstance(found, Failure) or not found.other_size:
+            return found or None
         return self.difference(graph, removed) or found
 
     @cached_property
-    def _short(self) -> ModelCopy | None:
-        """In float64, without the blocks that repeat another; None: all differ."""
-        blocks = repeated_blocks(self._model)
-        return ModelCopy(double_copy(self._model, blocks), has_values=True) if blocks else None
+    def _quick(self) -> ComparedRuns:
+        return ComparedRuns(self._model, torch.float32, repeated_blocks(self._model))
 
     @cached_property
-    def _double(self) -> ModelCopy:
-        return ModelCopy(double_copy(self._model, {}), has_values=True)
-
-
-def _differing(
-    copy: ModelCopy,
-    runs: Sequence[tuple[EntryPoint, bool]],
-    graph: ChannelGraph,
-    removed: Removed,
-    *,
-    has_to_run: bool = False,
-) -> Failure | None:
-    """Why what comes out differs without these channels and with these masked; ``has_to_run``: or why nothing does."""
-    with copy.masked(graph, removed):
-        masked = [run_copy(copy, entry, training, keeps=True) for entry, training in runs]
-    with copy.without(graph, removed):
-        for (entry, training), before in zip(runs, masked, strict=True):
-            if isinstance(before, Failure):
-                if has_to_run:
-                    return before
-                continue  # does not run in float64 at all: nothing to compare with
-            after = run_copy(copy, entry, training, keeps=True)
-            if isinstance(after, Failure) or not _close(before, after):
-                failure = after if isinstance(after, Failure) else Failure((), "its results change")
-                return replace(failure, other_size=entry.varied is not None)
-    return None
+    def _sure(self) -> ComparedRuns:
+        return ComparedRuns(self._model, torch.float64, {})
 
 
 def _on_meta(entry: EntryPoint) -> EntryPoint:
     return entry.mapped(lambda tensor: tensor.to("meta"))
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _close(before: list[Tensor], after: list[Tensor]) -> bool:
-    if [t.shape for t in before] != [t.shape for t in after]:
-        return False
-    for first, second in zip(before, after, strict=True):
-        if first.is_floating_point():
-            finite = first.isfinite() & second.isfinite()
-            gap = (first - second)[finite].abs()
-            if gap.any() and float(gap.max()) > LIMIT * float(first[finite].abs().max()):
-                return False
-    return True
