@@ -24,7 +24,7 @@ from lightning_prune.graph import call_model
 
 RATIO = 0.5
 ROUNDS = 3  # of prune() beside its steps, and of a trace
-ENOUGH = 10.0  # seconds of traces after which one is not repeated
+ENOUGH = 4.0  # seconds of traces after which one is not repeated
 
 
 @dataclass(frozen=True)
