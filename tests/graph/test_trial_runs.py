@@ -138,9 +138,10 @@ class Numbered(Chain):
         return self.head(x)
 
 
-def test_a_model_that_needs_all_its_blocks_is_compared_whole() -> None:
-    graph = lp.trace(randomise_(Numbered()).eval(), images())
-    assert graph.group("blocks.2.one.0").prunable
+def test_a_model_that_needs_all_its_blocks_is_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise_(Numbered()).float().eval()
+    assert "float64" not in runs_of(monkeypatch, model)
+    assert lp.trace(model, images().float()).group("blocks.2.one.0").prunable
 
 
 class LastWrong(Chain):
