@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from lightning_prune.graph.elementwise import Operand, combine
 from lightning_prune.graph.labels import NO_LABEL, TensorInfo, Zeros
@@ -39,24 +39,34 @@ def gate(call: OperatorCall) -> TensorInfo:
 
 
 def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | None:
-    leaves, form = tree_flatten((call.args, call.kwargs))
-    scalars = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return _probe(call.func, scalars, form, tuple(tensor.dtype for tensor in call.tensors), zeros)
+    dtypes = tuple(tensor.dtype for tensor in call.tensors)
+    key = call.func, _key(call.args), _key(tuple(call.kwargs.items())), dtypes, zeros
+    if key not in _PROBED:
+        if len(_PROBED) >= MOST_PROBES:
+            _PROBED.clear()
+        _PROBED[key] = _probe(call, dtypes, zeros)
+    return _PROBED[key]
 
 
-_TENSOR = object()
+MOST_PROBES = 4096
+_PROBED: dict[Any, bool | None] = {}
 
 
-@lru_cache(maxsize=4096)
-def _probe(
-    func: Any, scalars: tuple[Any, ...], form: TreeSpec, dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...]
-) -> bool | None:
+def _key(value: Any) -> Any:
+    """Equal for equal arguments, of tensors whatever is in them; 1 is not 1.0."""
+    if isinstance(value, Tensor):
+        return Tensor
+    return tuple(map(_key, value)) if isinstance(value, (list, tuple)) else (type(value), repr(value))
+
+
+def _probe(call: OperatorCall, dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...]) -> bool | None:
     """Run the operator on a few numbers: is the result exactly zero when the given operands are? None: infinite."""
     generator = torch.Generator().manual_seed(0)
+    arguments: Any = (call.args, call.kwargs)
     for _ in range(2):
-        fill = (_numbers(dtype, generator, zero) for dtype, zero in zip(dtypes, zeros, strict=True))
-        args, kwargs = tree_unflatten([next(fill) if item is _TENSOR else item for item in scalars], form)
-        result = func(*args, **kwargs)
+        numbers = [_numbers(dtype, generator, zero) for dtype, zero in zip(dtypes, zeros, strict=True)][::-1]
+        args, kwargs = tree_map(lambda one, n=numbers: n.pop() if isinstance(one, Tensor) else one, arguments)
+        result = call.func(*args, **kwargs)
         result = result[0] if isinstance(result, tuple) else result
         if any(zeros) and result.is_floating_point() and not bool(result.isfinite().all()):
             return None
