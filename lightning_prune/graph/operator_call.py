@@ -264,7 +264,7 @@ def _is_foreach(func: Any) -> bool:
 def one_by_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
     """What ``torch._foreach_add_`` and its kind do, tensor by tensor."""
     single = getattr(torch.ops.aten, func.overloadpacket.__name__.removeprefix("_foreach_"))
-    names = [argument.name for argument in single.__getattr__(single.overloads()[0])._schema.arguments]
+    names = [argument.name for argument in getattr(single, single.overloads()[0])._schema.arguments]
     outputs = []
     for k in range(len(args[0])):
         own = [value[k] if isinstance(value, (list, tuple)) else value for value in args]

@@ -8,7 +8,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph import as_args, call_model, on_device
@@ -154,3 +154,18 @@ def test_inputs_of_any_class_are_cast_with_the_model(kind):
     batch = wrap(torch.randn(2, 3, 8, 8), torch.ones(1))
     result = lp.prune(TakesBatch(take), batch, criterion="lre", batches=[batch])
     assert (result.lossless.passed, result.lossless.dtype) == (True, "float64")
+
+
+def test_torch_keeps_the_operators_that_foreach_ones_are_taken_apart_into() -> None:
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.copy = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._foreach_copy_([self.copy.weight], [self.conv.weight * 2])
+            return self.copy(x)
+
+    before = torch.ops.aten.copy_.default
+    lp.trace(Copies(), torch.zeros(1, 3, 4, 4))
+    assert torch.ops.aten.copy_.default is before  # else torch.compile takes it for another
