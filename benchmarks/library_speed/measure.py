@@ -24,7 +24,7 @@ from lightning_prune.graph import call_model
 
 RATIO = 0.5
 ROUNDS = 3  # of prune() beside its steps, and of a trace
-ENOUGH = 4.0  # seconds of traces after which one is not repeated
+ENOUGH = 4.0  # seconds, after which a round is not repeated
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def measure(entry: Entry, options: Options, emit: Callable[[Row], None]) -> Row:
 
 def beside_its_steps(model: nn.Module, inputs: Any) -> Row:
     """Seconds of `lightning_prune.prune`, of its steps each, and in how much of their sum it is done."""
-    whole, steps = [], []
-    for _ in range(ROUNDS):
+    whole: list[float] = []
+    steps: list[dict[str, float]] = []
+    while len(whole) < ROUNDS and sum(whole) < ENOUGH:
         own = copy.deepcopy(model)
         gc.collect()
         start = time.process_time()
