@@ -178,7 +178,7 @@ def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     failure = difference(exact)
     if failure is None or failure.stack:
         return failure
-    for kind in sorted(draft.guessed):
+    for kind in sorted(draft.guessed) if len(draft.guessed) > 1 else ():
         paths = [path for path, of in draft.places.items() if of == kind]
         groups = [group for group in exact if any(_touches(group, path) for path in paths)]
         if groups and (found := difference(groups)):
