@@ -44,13 +44,15 @@ class PlainNumbers(EagerMode):
     On the meta device it also answers for the commonest operators, which torch decomposes into many there.
     """
 
-    def __init__(self, running: RunningModules, found: list[PlainNumber]) -> None:
+    def __init__(self, running: RunningModules, found: list[PlainNumber], operators: list[Any] | None = None) -> None:
         super().__init__()
         self._running = running
         self._found = found
+        self._operators: list[Any] = [] if operators is None else operators  # all that run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._operators.append(func)
         note_numbers(func, args, kwargs, self._running, self._found)
         return answer(func, args, kwargs)
 

@@ -116,6 +116,7 @@ class _Tracer:
         self.users: dict[str, set[str]] = {}  # of a parameter, the modules whose code met it, not only averaged it
         self.runs = 0
         self.numbers: list[PlainNumber] = []  # of the last entry point: what operators got,
+        self.operators: list[Any] = []  # all that ran,
         self.leading: list[int] = []  # the leading sizes of what it returned,
         self.left = False  # and whether it left anything behind in the model
         self.kept: list[tuple[dict[str, Any], str, Any]] = []  # states that a run leaves in attributes
@@ -135,9 +136,9 @@ class _Tracer:
         """Those that ran, with the train flags with which they did."""
         found = []
         for entry in entries:
-            self.numbers, self.leading, self.left = [], [], False
+            self.numbers, self.operators, self.leading, self.left = [], [], [], False
             if modes := self.run(entry):
-                found.append(Ran(entry, modes, None if self.left else self.numbers, self.leading))
+                found.append(Ran(entry, modes, None if self.left else self.numbers, self.leading, self.operators))
         return found
 
     def run(self, entry: EntryPoint) -> list[bool]:
@@ -228,6 +229,7 @@ class _Tracer:
 
     def _observe(self, call: OperatorCall) -> None:
         self._note_used(call)
+        self.operators.append(call.func)
         note_numbers(call.func, call.args, call.kwargs, call.recorder.modules, self.numbers)
         if not call.outputs:
             if call.func._schema.is_mutable:

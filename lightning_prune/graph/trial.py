@@ -20,14 +20,15 @@ from lightning_prune.model_state.journal import WritesUndone
 class Ran(NamedTuple):
     """An entry point, and the train flags with which it runs.
 
-    numbers: the plain numbers that operators got then, if the run left nothing behind in the model. leading: the
-    leading sizes of what it returned.
+    numbers: the plain numbers that operators got then, if the run left nothing behind in the model. operators: all that
+    ran. leading: the leading sizes of what it returned.
     """
 
     entry: EntryPoint
     modes: Sequence[bool]
     numbers: Sequence[PlainNumber] | None = None
     leading: Sequence[int] = ()
+    operators: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,14 @@ def run_copy(
     training: bool,
     numbers: list[PlainNumber] | None = None,
     *,
+    operators: list[Any] | None = None,
     log: list[str] | None = None,
     keeps: bool = False,
 ) -> list[Tensor] | Failure:
     """The tensors that a model returns.
 
-    numbers: takes down the plain numbers that operators get. log: takes down all that they get. keeps: casts to a
-    shorter type are left out, where that works: they round other sums otherwise.
+    numbers: takes down the plain numbers that operators get. operators: those that run. log: takes down all that they
+    get. keeps: casts to a shorter type are left out, where that works: they round other sums otherwise.
     """
     entry = entry.own()
     # Whatever the code writes to its weights (a teacher's average) would come on top in the next run.
@@ -127,7 +129,7 @@ def run_copy(
         torch.manual_seed(0)
         with copy.running() as running, ExitStack() as modes:
             if numbers is not None:
-                modes.enter_context(PlainNumbers(running, numbers))
+                modes.enter_context(PlainNumbers(running, numbers, operators))
             elif log is not None:
                 modes.enter_context(OperatorLog(log))
             elif keeps:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.compared_runs import ComparedRuns
@@ -101,25 +102,37 @@ class TrialRuns:
     def _runs_as_recorded(self, graph: ChannelGraph, removed: Removed) -> bool:
         """Whether the forwards run without these channels, at another size too, on the very numbers of the recording.
 
-        That spares runs of the whole model, which tell what they should be otherwise.
+        That spares runs of the whole model, which tell what they should be otherwise. Where the very operators of the
+        recording run at another size, there is no other path to be found at the traced one.
         """
         if folding(self._model):
             return False  # it may not run on the meta device, not even to be cut
         compared: list[tuple[Ran, Ran | None]] = []
         with self._meta.without(graph, removed):
             for ran in (ran for ran in self._ran if is_forward(ran.entry)):
-                for entry in (ran.entry, *itertools.islice(other_sizes(ran.entry), 1)):
-                    numbers: list[PlainNumber] = []
-                    outputs = [run_copy(self._meta, _on_meta(entry), training, numbers) for training in ran.modes]
-                    if ran.numbers is None or any(isinstance(one, Failure) for one in outputs):
-                        return False
-                    leading = [len(t) for one in outputs if isinstance(one, list) for t in one if t.dim()]
-                    takes = entry.varied is None or takes_size(entry, ran.leading, leading)
-                    if not takes or not same_numbers(ran.numbers, numbers):
-                        return False
-                compared.append((ran, Ran(entry, ran.modes) if entry.varied is not None else None))
+                others = list(itertools.islice(other_sizes(ran.entry), 1))
+                alike = [self._runs_alike(entry, ran) for entry in others]
+                if None in alike or (alike != [True] and self._runs_alike(ran.entry, ran) is None):
+                    return False
+                compared.append((ran, Ran(others[0], ran.modes) if others else None))
         self._compared = compared
         return True
+
+    def _runs_alike(self, entry: EntryPoint, ran: Ran) -> bool | None:
+        """Whether the copy without values runs the same operators as the recording did; None: on other numbers."""
+        numbers: list[PlainNumber] = []
+        operators: list[Any] = []
+        outputs: list[Tensor] = []
+        for training in ran.modes:
+            returned = run_copy(self._meta, _on_meta(entry), training, numbers, operators=operators)
+            if isinstance(returned, Failure):
+                return None
+            outputs += returned
+        leading = [len(tensor) for tensor in outputs if tensor.dim()]
+        takes = entry.varied is None or takes_size(entry, ran.leading, leading)
+        if not takes or ran.numbers is None or not same_numbers(ran.numbers, numbers):
+            return None
+        return list(ran.operators) == operators
 
     def _failure(self, trials: Sequence[Trial], graph: ChannelGraph, removed: Removed) -> Failure | None:
         with ExitStack() as stack:
