@@ -5,11 +5,13 @@ Masks of `torch.nn.utils.prune`, weight norm and spectral norm, old and new, any
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -87,6 +89,21 @@ def kernels(model: nn.Module) -> set[int]:
             own = list(module.parameters() if is_parametrized(module) else module._parameters.values())
             rank = len(module.kernel_size) + 2
             found.update(id(t) for t in (*own, *module._buffers.values()) if t is not None and t.dim() == rank)
+    return found
+
+
+def twins(model: nn.Module) -> dict[int, Tensor]:
+    """{id of a norm's shift or variance: its scale or mean}, where one norm alone has all of them."""
+    tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    uses = Counter(map(id, tensors))
+    found: dict[int, Tensor] = {}
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+        for own, names in ((norm._parameters, ("weight", "bias")), (norm._buffers, ("running_mean", "running_var"))):
+            first, second = (own.get(name) for name in names)
+            if first is None or second is None or first.dim() != 1 or first.shape != second.shape:
+                continue
+            if uses[id(first)] == uses[id(second)] == 1:
+                found[id(second)] = first
     return found
 
 

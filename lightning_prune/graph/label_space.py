@@ -87,8 +87,16 @@ class LabelSpace:
     def __post_init__(self) -> None:
         self.classes = cache(self._classes)
 
-    def label_parameter(self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None) -> TensorInfo:
-        """Labels for the first ``dims`` dimensions (kernel positions never go). Buffers are not masked, hence live."""
+    def label_parameter(
+        self, name: str, tensor: Tensor, *, buffer: bool, dims: int | None = None, twin: TensorInfo | None = None
+    ) -> TensorInfo:
+        """Labels for the first ``dims`` dimensions (kernel positions never go). Buffers are not masked, hence live.
+
+        twin: of a vector whose entries go with this one's anyway (a norm's scale, of its shift): both share ids.
+        """
+        if twin is not None and twin.labels:
+            self.spans.append(Span(name, 0, int(twin.labels[0].ids[0]), len(tensor), buffer))
+            return twin
         labels = []
         for dim, size in enumerate(tensor.shape[:dims]):
             if size > 1:  # a single slice can never be removed

@@ -124,13 +124,16 @@ class _Tracer:
         self.known: dict[Tensor, TensorInfo] = {}
         self.computed = computed_weights.computed_weights(model)
         kernels = computed_weights.kernels(model)
+        twins = computed_weights.twins(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
             if is_lazy(tensor):
                 raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
             self.names[id(tensor)] = name
             dims = 2 if id(tensor) in kernels else None
-            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=name not in parameters, dims=dims)
+            twin = self.known.get(twins[id(tensor)]) if id(tensor) in twins else None
+            buffer = name not in parameters
+            self.known[tensor] = self.space.label_parameter(name, tensor, buffer=buffer, dims=dims, twin=twin)
 
     def run_all(self, entries: Iterable[EntryPoint]) -> list[Ran]:
         """Those that ran, with the train flags with which they did."""

@@ -16,8 +16,10 @@ from torch.nn.utils import parametrizations, parametrize
 import lightning_prune as lp
 from lightning_prune.errors import PlanError, PruningError, ScoreError
 from lightning_prune.graph import trace
-from lightning_prune.graph.computed_weights import effective_weight, owner
+from lightning_prune.graph.computed_weights import effective_weight, owner, twins
 from lightning_prune.model_state.copying import copied
+from tests.helpers import random_plan
+from tests.zoo import randomise_
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -345,3 +347,29 @@ def test_owner_and_effective_weight() -> None:
     assert torch.equal(effective_weight(layer, "parametrizations.weight.original1"), layer.weight)
     assert effective_weight(layer, "parametrizations.weight.original0").shape == (3, 1, 1, 1)
     assert torch.equal(effective_weight(layer, "bias"), layer.bias)
+
+
+class OwnUse(nn.Module):
+    """Uses its norm's vectors by hand, each in another way: what shares labels must not say more than is so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) - self.norm.running_mean[:, None, None]
+        return self.head(torch.relu(x * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_vectors_of_one_norm_share_labels_unless_another_module_has_them_too(shared: bool) -> None:
+    model = randomise_(OwnUse()).eval()
+    if shared:
+        model.conv.bias = model.norm.bias
+    assert len(twins(model)) == (1 if shared else 2)
+    graph = trace(model, images())
+    plan = random_plan(graph, 0.5)
+    small, masked = lp.reconstruct(model, graph, plan), copy.deepcopy(model)
+    assert small.conv.out_channels == len(small.norm.bias) == len(small.norm.running_var) == 4
+    lp.mask_(masked, graph, plan)
+    assert lp.check_lossless(masked, small, images(3, seed=4)).passed

@@ -11,13 +11,22 @@ from lightning_prune.graph.labels import Labels, TensorInfo, region
 from lightning_prune.graph.operator_call import OperatorCall
 from lightning_prune.model_state.recomputing import weight_hooks
 
+PAIRS = (("weight", "bias"), ("running_mean", "running_var"))
+
 
 def batch_norm(call: OperatorCall) -> TensorInfo:
     """Per channel; a masked scale and shift make the result zero whatever comes in."""
     x = call.args[0]
     info = call.info(x)
     vectors = {name: call.argument(name) for name in ("weight", "bias", "running_mean", "running_var")}
-    present = {name: parameter_operand(call, vector, 1) for name, vector in vectors.items() if vector is not None}
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    # A shift that shares its scale's labels, and a variance its mean's, say nothing more.
+    same = {
+        two: one
+        for one, two in PAIRS
+        if one in given and two in given and call.info(given[one]) is call.info(given[two])
+    }
+    present = {name: parameter_operand(call, vector, 1) for name, vector in given.items() if name not in same}
     own_statistics = bool(call.argument("training")) or vectors["running_mean"] is None
     for labels in info.labels:
         if own_statistics and labels.dims != (1,):
@@ -28,6 +37,7 @@ def batch_norm(call: OperatorCall) -> TensorInfo:
 
     def is_zero(zeros: tuple[bool, ...]) -> bool:
         zero = dict(zip(("x", *present), zeros, strict=True))
+        zero |= {two: zero[one] for two, one in same.items()}
         return (zero.get("weight", False) or (own_statistics and zero["x"])) and zero.get("bias", True)
 
     out = combine(call, [Operand(x.shape, info), *present.values()], is_zero)
