@@ -168,7 +168,7 @@ def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
 
 def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
-    shares = ("half", "even", "first", "last") if draft.uneven else ("half", "even")
+    shares = ("half", "even", "first") if draft.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
         found = (runs.difference(draft.graph, _removed(groups, share), varied=share == "half") for share in shares)
