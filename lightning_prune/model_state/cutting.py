@@ -132,9 +132,10 @@ def rescale_(
 
 
 def drop_caches_(model: nn.Module) -> None:
-    """Entering train mode is what makes modules forget tensors they derived in eval mode; the modes stay.
+    """Let modules derive anew, from changed weights, what they derived when they entered eval mode; the modes stay.
 
-    Modules in eval mode enter it again: some fold their branches into one kernel then.
+    Entering train mode is what makes them forget it. Those in eval mode enter it again: some fold their branches into
+    one kernel then.
     """
     if not folding(model):
         return
@@ -147,11 +148,6 @@ def drop_caches_(model: nn.Module) -> None:
             entered.update(id(inner) for inner in module.modules())
     for module, training in modes:
         module.training = training
-
-
-def refold_(model: nn.Module) -> None:
-    """After weights changed: what modules derived from them when they entered eval mode is derived anew."""
-    drop_caches_(model)
 
 
 def set_size_(module: nn.Module, name: str, value: Any) -> None:

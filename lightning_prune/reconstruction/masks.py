@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, Slice
-from lightning_prune.model_state.cutting import refold_
+from lightning_prune.model_state.cutting import drop_caches_
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.recomputing import recompute_
 from lightning_prune.plan import GroupPlan, Plan
@@ -121,7 +121,7 @@ class MaskHandle:
         self._before = self._values() if undoable else []
         self.hold()
         self.apply_()
-        refold_(model)
+        drop_caches_(model)
 
     def hold(self) -> None:
         """Keep the entries at zero from now on, or again after `remove`."""
@@ -177,7 +177,7 @@ class MaskHandle:
             data = parameters[item.parameter].data
             data.index_copy_(item.dim, item.entries.to(data.device), before.to(data.device))
         torch.clear_autocast_cache()
-        refold_(self.model)
+        drop_caches_(self.model)
         recompute_(self.model)
 
     def forget(self) -> None:
