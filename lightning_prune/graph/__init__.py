@@ -6,8 +6,8 @@ changing the model (model_state, reconstruction).
 `tracing` runs the model and records each `operator_call`; `rules` follow `labels` through it and tell `label_space`
 what goes together and which `constraints` the sizes in the code put on it; `resolve` and `build_groups` make groups of
 it; `rehearse` tries them out on smaller models: `trial_runs` of `model_copies` without values (`meta_kernels`), and
-`compared_runs` of such with values, where blocks that repeat another (`repeated_blocks`) are left out. `unreached` cares for modules that no run used (`parts`), `widths` for
-numbers that code only compares.
+`compared_runs` of such with values, where blocks that repeat another (`repeated_blocks`) are left out. `unreached`
+cares for modules that no run used (`parts`), `widths` for numbers that code only compares.
 """
 
 from lightning_prune.graph.channel_graph import ChannelGraph
