@@ -61,6 +61,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         TraceError: the model does not run on these inputs.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
         >>> graph = trace(model, torch.zeros(1, 3, 8, 8))
         >>> [(group.name, group.size, group.prunable) for group in graph.groups]
