@@ -97,8 +97,8 @@ class _Deciding:
         weights = [n for n, p in module._parameters.items() if p is not None and self._lies_on(p, classes)]
         if mean.call is None or any(not torch.equal(self._sorted(ids), classes) for ids in mean.ids[1:]):
             return ""
-        if not weights and next(module.children(), None) is not None:
-            return ""
+        if next(module.children(), None) is not None and (not weights or mean.sums):
+            return ""  # a whole network, perhaps; a number that a sum is divided by shows when that runs with fewer
         signature = self._signature(module, mean, over)
         if signature not in self._known:
             self._known[signature] = self._tried(module, mean, over, weights)

@@ -253,3 +253,16 @@ def test_maps_with_channels_first() -> None:
     lp.mask_(masked, graph, plan)
     assert [group.prunable for group in graph.groups] == [True, True, False]
     assert check_lossless(masked, small, torch.randn(2, 3, 14, 11, dtype=torch.float64)).passed
+
+
+def test_a_network_that_owns_a_scale_is_not_run_for_a_sum_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network(nn.Module):  # SSD: an L2 norm in the code of the backbone, which would run for each try
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.stem, self.head = nn.Parameter(torch.ones(8)), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.scale.view(-1, 1, 1) * torch.nn.functional.normalize(self.stem(x).relu()))
+
+    monkeypatch.setattr("lightning_prune.graph.rescaled_means.CutAlone", None)
+    assert lp.trace(Network(), torch.randn(2, 3, 8, 8)).group("stem").prunable
