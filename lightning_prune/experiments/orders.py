@@ -234,8 +234,6 @@ def _notes(settings: OrderSettings) -> tuple[str, ...]:
         "Training time excludes evaluation.",
         "FLOPs by the convention of Lee et al. (Sensors 23(4):2102): 2 x (multiply-accumulates + bias, batch-norm, "
         "activation and pooling elements). Latency: one image, models timed in turns.",
-        "The masked model sets its zeros anew before every layer runs, which a single image feels and a training step "
-        "does not.",
     ]
     if len(settings.orders) > 1:
         notes.insert(0, "Both orders start from the same dense weights, seed and batches.")
