@@ -107,18 +107,6 @@ class ModelCopy:
             undo()
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no values."""
-    parameters = {id(p): nn.Parameter(_without_values(p), requires_grad=False) for p in model.parameters()}
-    return copy_without_masks(model, {**parameters, **{id(b): _without_values(b) for b in model.buffers()}})
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-        return tensor.detach().to("meta")
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
 def cast_copy(model: nn.Module, dtype: torch.dtype, left_out: Mapping[str, nn.Module]) -> nn.Module:
     """A copy in one floating type, with random numbers where a fresh model has constants (biases, scales).
 

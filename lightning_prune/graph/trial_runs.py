@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.compared_runs import ComparedRuns
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
-from lightning_prune.graph.model_copies import ModelCopy, Removed, meta_copy
+from lightning_prune.graph.model_copies import ModelCopy, Removed
 from lightning_prune.graph.other_sizes import other_sizes, takes_size
 from lightning_prune.graph.plain_numbers import PlainNumber, same_numbers
 from lightning_prune.graph.repeated_blocks import repeated_blocks
 from lightning_prune.graph.trial import Failure, Ran, Trial, run_copy
-from lightning_prune.model_state.preservation import copy_without_masks, folding
+from lightning_prune.model_state.preservation import copy_without_masks, copy_without_values, folding
 
 
 class TrialRuns:
@@ -31,7 +31,7 @@ class TrialRuns:
 
     def __init__(self, model: nn.Module, ran: Sequence[Ran]) -> None:
         self._model = model
-        self._meta = ModelCopy(meta_copy(model), has_values=False)
+        self._meta = ModelCopy(copy_without_values(model), has_values=False)
         self._real: ModelCopy | None = None
         self._ran = ran
         self._compared: list[tuple[Ran, Ran | None]] = []  # at the traced size, at another that the model takes

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.recomputing import update_recurrent_
@@ -155,9 +155,15 @@ def copy_without_masks(model: M, replaced: Mapping[int, Any] | None = None) -> M
 def copy_without_values(model: M) -> M:
     """A copy without masks on the meta device: its parameters and buffers have shapes, but no values."""
     parameters, buffers = _tensors_of(model)
-    twins: dict[int, Any] = {id(b): b.detach().to("meta") for b in buffers}
-    twins |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
+    twins: dict[int, Any] = {id(b): _without_values(b) for b in buffers}
+    twins |= {id(p): nn.Parameter(_without_values(p), requires_grad=False) for p in parameters}
     return copy_without_masks(model, twins)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return tensor.detach().to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 @torch.inference_mode(False)
