@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prune as lp
+from benchmarks import Operators
 from benchmarks.epochs_table import render
 from lightning_prune import models
 
@@ -259,18 +259,6 @@ def _epoch(subject: Subject, batches: list[tuple[Tensor, Tensor]]) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that are dispatched inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _kernels(subject: Subject, batch: tuple[Tensor, Tensor], seconds: float) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_prune as lp
+from benchmarks import Operators
 from benchmarks.zoo import peer
 from benchmarks.zoo.families import Entry
 from benchmarks.zoo.models import Case, prepare, told
@@ -90,21 +90,11 @@ def _steps(model: nn.Module, inputs: Any) -> dict[str, float]:
 def by_operators(case: Case) -> Row:
     """Operators of a forward, and seconds of a trace."""
     inputs = copy.deepcopy(case.inputs)  # which the model may change in place
-    with torch.no_grad(), _Count() as count:
+    with torch.no_grad(), Operators() as operators:
         call_model(case.model.eval(), inputs)
     seconds: list[float] = []
     while len(seconds) < ROUNDS and sum(seconds) < ENOUGH:
         stages = peer.Stages()
         stages.timed("trace", lambda: lp.trace(case.model, case.inputs))
         seconds.append(stages.seconds["trace"])
-    return {"operators": count.operators, "trace": round(median(seconds), 4), "outcome": "traced"}
-
-
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators += 1
-        return func(*args, **(kwargs or {}))
+    return {"operators": operators.count, "trace": round(median(seconds), 4), "outcome": "traced"}
