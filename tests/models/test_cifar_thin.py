@@ -63,6 +63,13 @@ def test_public_weights_give_the_network_they_were_made_of(option):
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_torch_itself_loads_public_weights():
+    model, published = models.resnet20(), public(randomise_(models.resnet20()).float())["state_dict"]
+    model.load_state_dict({name.removeprefix("module."): value for name, value in published.items()})
+    assert torch.equal(model.layer3[1].conv2.weight, published["module.layer3.1.conv2.weight"])
+    assert not model.layer3[0].shortcut.after.any()
+
+
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_depth_parameters_and_flops_are_the_published(depth):
     """Parameters in millions as in table 6 of He et al.; multiply-adds as the public weights' page has them."""
