@@ -78,9 +78,9 @@ class ImageFolderDataModule(PartsDataModule):
         >>> import tempfile
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as root:
-        ...     for index, name in enumerate(("cat", "cat", "dog", "dog")):
+        ...     for number, name in enumerate(("cat", "cat", "dog", "dog")):
         ...         Path(root, name).mkdir(exist_ok=True)
-        ...         Image.new("RGB", (40, 32), "red" if name == "cat" else "blue").save(Path(root, name, f"{index}.png"))
+        ...         Image.new("RGB", (40, 32), (90 * number, 9, 9)).save(Path(root, name, f"{number}.png"))
         ...     data = ImageFolderDataModule(root, batch_size=2, size=32, val_share=0.5)
         ...     data.setup()
         ...     images, labels = next(iter(data.val_dataloader()))
