@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_prune.cli import COMMANDS, options
-from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.engines import ENGINES
+from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.export import Format
 from lightning_prune.plan import Coupling
 
