@@ -2,6 +2,7 @@ from . import callbacks as callbacks
 from . import compensation as compensation
 from . import criteria as criteria
 from . import data as data
+from . import engines as engines
 from . import errors as errors
 from . import experiments as experiments
 from . import graph as graph

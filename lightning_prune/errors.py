@@ -48,6 +48,10 @@ class ExportError(PruningError):
     """A model that cannot be exported, or whose file computes something else."""
 
 
+class EngineError(PruningError):
+    """An engine that is unknown, not installed, or cannot run the model."""
+
+
 class WeightsError(PruningError):
     """Weights that do not belong to the model."""
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
+from lightning_prune.engines.onnx_engines import OnnxRuntime
+from lightning_prune.engines.onnx_file import as_onnx, export_failure, traced_program
 from lightning_prune.errors import ExportError, check_choice, first_line
 from lightning_prune.files import check_writable
-from lightning_prune.graph.running import as_args
 from lightning_prune.measure import Latency, compare_latency, samples_in, with_samples
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.reconstruction.lossless import check_lossless
@@ -27,10 +25,6 @@ from lightning_prune.reconstruction.lossless import check_lossless
 Format = Literal["onnx", "torch_export"]
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch_export": ()}
-_VALUES = (
-    "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
-    "part without such decisions"
-)
 
 
 @dataclass(frozen=True)
@@ -113,12 +107,10 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         try:
-            with _silence():
-                _write(dense, checked[-1], dynamic_batch, format, draft)
+            _write(dense, checked[-1], dynamic_batch, format, draft)
         except Exception as error:
             raise ExportError(
-                f"{type(model).__name__} cannot be exported to {format}: {first_line(error)}"
-                f"{_VALUES if 'data-dependent' in str(error) else ''}"
+                f"{type(model).__name__} cannot be exported to {format}: {export_failure(error)}"
             ) from error
         try:
             exported = load_exported(draft)
@@ -165,7 +157,10 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if path.suffix not in SUFFIX.values():
         raise ExportError(f"an exported file ends in {' or '.join(SUFFIX.values())}, got '{path}'")
-    return _Exported(_onnx_session(path) if path.suffix == SUFFIX["onnx"] else torch.export.load(path).module())
+    if path.suffix == SUFFIX["onnx"]:
+        program = OnnxRuntime().load(path.read_bytes())
+        return _Exported(lambda *args, **kwargs: program.run([*args, *kwargs.values()]))
+    return _Exported(torch.export.load(path).module())
 
 
 def _check(path: Path, format: str) -> None:
@@ -179,54 +174,11 @@ def _check(path: Path, format: str) -> None:
 
 
 def _write(model: nn.Module, inputs: Any, dynamic_batch: bool, format: Format, path: Path) -> None:
-    args, kwargs = as_args(inputs)
-    shapes = None
-    if dynamic_batch:
-        samples, batch = samples_in(inputs), torch.export.Dim("batch")
-        shapes = torch.export.ShapesCollection()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples:
-                shapes[leaf] = {0: batch}
-    with torch.no_grad():
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    program = traced_program(model, inputs, samples_in(inputs) if dynamic_batch else None)
     if format == "torch_export":
         torch.export.save(program, path)
-        return
-    torch.onnx.export(
-        program,
-        f=path,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-        output_names=_output_names(program),
-        dynamic_shapes=_open_dimensions(program),
-    )
-
-
-def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
-    """Keys of a dict, numbers in a sequence; None leaves the operators' names, where these would be ambiguous."""
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
-    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
-    names = [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
-    taken = {node.name for node in program.graph.nodes if node.op == "placeholder"}
-    outputs = program.graph_signature.user_outputs
-    return names if len({*names} - taken) == len(outputs) == len({*outputs}) else None
-
-
-def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
-    """What the open first dimension of the inputs is called in the file."""
-    spec = program.call_spec.in_spec
-    assert spec is not None
-    if not all(argument.is_leaf() for arguments in spec.children() for argument in arguments.children()):
-        return None
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
-    batched = next((name for name, x in tensors.items() if not isinstance(x.shape[0], int)), None)
-    # Named once: the other inputs share the dimension, and with it the name.
-    return {name: {0: "batch"} if name == batched else None for name in given} if batched else None
+    else:
+        path.write_bytes(as_onnx(program))
 
 
 class _Exported(nn.Module):
@@ -238,31 +190,3 @@ class _Exported(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._loaded[0](*args, **kwargs)
-
-
-def _onnx_session(path: Path) -> Callable[..., list[Tensor]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; warnings are about graph cleaning
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        given = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        return [torch.from_numpy(output) for output in session.run(None, dict(zip(names, given, strict=True)))]
-
-    return run
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without the graph that torch.export dumps on standard error when it fails; the exception says why."""
-    disabled = logging.root.manager.disable
-    try:
-        with redirect_stderr(io.StringIO()):
-            logging.disable(logging.CRITICAL)
-            yield
-    finally:
-        logging.disable(disabled)

@@ -14,7 +14,7 @@ from lightning_prune.measure.counting import (
     state_size,
     with_samples,
 )
-from lightning_prune.measure.latency import Latency, compare_latency, measure_latency, thread_count
+from lightning_prune.measure.latency import Latency, compare_latency, compare_programs, measure_latency, thread_count
 from lightning_prune.measure.layer_findings import Finding, explain_speed
 from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measure.measurement import Measurement, measure
@@ -29,6 +29,7 @@ __all__ = [
     "Measurement",
     "ModelTime",
     "compare_latency",
+    "compare_programs",
     "count_flops",
     "count_params",
     "explain_speed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.errors import PruningError
-from lightning_prune.measure.counting import run
+from lightning_prune.engines import Engine, Program, engine_from
+from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.model_state.preservation import preserved
 
 T = TypeVar("T")
+SETTLED, SETTLED_ROUNDS, SETTLED_S = 0.03, 30, 2.0  # a pass this much faster than before was not warm yet
+
 Models = Mapping[str, tuple[nn.Module, Any]]  # {name: (model, example inputs)}
 
 
@@ -45,17 +47,26 @@ class Latency:
         return cls(median, high - low, tuple(milliseconds))
 
 
-def measure_latency(model: nn.Module, example_inputs: Any, *, warmup: int = 2, repeats: int = 10) -> Latency:
+def measure_latency(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    engine: str | Engine = "eager",
+    warmup: int | None = None,
+    repeats: int = 10,
+) -> Latency:
     """Time forward passes of one model in eval mode without gradients, in milliseconds; see `thread_count`.
 
     Args:
         model: left as it is.
         example_inputs: the whole of it is one pass.
-        warmup: passes before the clock runs.
+        engine: what runs it, see `lightning_prune.engines`.
+        warmup: passes before the clock runs; None: until they take the same time.
         repeats: passes timed.
 
     Raises:
         PruningError: no repeats, or a model on the meta device, which computes nothing.
+        EngineError: the engine is not installed or cannot run the model.
         TraceError: the model does not run on the inputs.
 
     Example:
@@ -63,10 +74,12 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, warmup: int = 2, r
         >>> len(latency.samples), min(latency.samples) <= latency.median
         (3, True)
     """
-    return compare_latency({"": (model, example_inputs)}, warmup=warmup, repeats=repeats)[""]
+    return compare_latency({"": (model, example_inputs)}, engine=engine, warmup=warmup, repeats=repeats)[""]
 
 
-def compare_latency(models: Models, *, warmup: int = 2, repeats: int = 10) -> dict[str, Latency]:
+def compare_latency(
+    models: Models, *, engine: str | Engine = "eager", warmup: int | None = None, repeats: int = 10
+) -> dict[str, Latency]:
     """Time several models in turns, in milliseconds: whatever else the machine does falls on all of them alike.
 
     Before each timed pass goes one that is not timed: the model before has left the caches full of its own weights,
@@ -74,11 +87,13 @@ def compare_latency(models: Models, *, warmup: int = 2, repeats: int = 10) -> di
 
     Args:
         models: {name: (model, example inputs)}.
-        warmup: rounds before the clock runs.
+        engine: what runs them, see `lightning_prune.engines`.
+        warmup: rounds before the clock runs; None: until each model takes the same time.
         repeats: rounds timed.
 
     Raises:
         PruningError: no repeats, or a model on the meta device, which computes nothing.
+        EngineError: the engine is not installed or cannot run a model.
         TraceError: a model does not run on its inputs.
 
     Example:
@@ -87,45 +102,81 @@ def compare_latency(models: Models, *, warmup: int = 2, repeats: int = 10) -> di
         >>> found["narrow"].median < found["wide"].median
         True
     """
+    engine = engine_from(engine)
     for name, (model, _) in models.items():
         if any(p.is_meta for p in model.parameters()):
             raise PruningError(f"model {name!r} is on the meta device, where nothing is computed: no time to measure")
-    found = in_turns(models, lambda _, *of: timed_pass(*of), warmup, repeats)
+    with in_eval_mode(models):
+        prepared = {name: (engine.prepare(model, inputs), inputs) for name, (model, inputs) in models.items()}
+        return compare_programs(prepared, warmup=warmup, repeats=repeats)
+
+
+def compare_programs(
+    programs: Mapping[str, tuple[Program, Any]], *, warmup: int | None = None, repeats: int = 10
+) -> dict[str, Latency]:
+    """The same for models that engines have prepared, perhaps different ones: {name: (program, inputs)}."""
+
+    def timer(name: str) -> float:
+        return timed_pass(*programs[name])
+
+    if warmup is None:
+        warm_up(programs, timer)
+    found = in_turns(programs, timer, timer, warmup or 0, repeats)
     return {name: Latency.of(milliseconds) for name, milliseconds in found.items()}
 
 
+def warm_up(names: Iterable[str], timer: Callable[[str], float]) -> None:
+    """Rounds until each one's fastest of three passes is no faster than the three before; 2 s or 30 rounds suffice."""
+    names, ended = list(names), time.perf_counter() + SETTLED_S
+    passes: dict[str, list[float]] = {name: [] for name in names}
+    while len(passes[names[0]]) < SETTLED_ROUNDS and time.perf_counter() < ended:
+        for name, times in passes.items():
+            times.append(timer(name))
+        if all(len(t) >= 6 and min(t[-3:]) > (1 - SETTLED) * min(t[-6:-3]) for t in passes.values()):
+            return
+
+
 def in_turns(
-    models: Models, timer: Callable[[str, nn.Module, Any], T], warmup: int, repeats: int
+    names: Iterable[str],
+    before: Callable[[str], object],
+    timer: Callable[[str], T],
+    warmup: int,
+    repeats: int,
 ) -> dict[str, list[T]]:
-    """What ``timer(name, model, inputs)`` finds about models in eval mode that take turns: {name: (repeats,)}."""
+    """What ``timer(name)`` finds about each that takes its turn: {name: (repeats,)}; ``before`` goes before it."""
     if warmup < 0 or repeats < 1:
         raise PruningError(f"warmup must be at least 0 and repeats at least 1, got {warmup} and {repeats}")
-    found: dict[str, list[T]] = {name: [] for name in models}
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for round_ in range(warmup + repeats):
+        for name, values in found.items():
+            if len(found) > 1:
+                before(name)
+            value = timer(name)
+            if round_ >= warmup:
+                values.append(value)
+    return found
+
+
+@contextmanager
+def in_eval_mode(models: Models) -> Iterator[None]:
+    """All of them, for a while."""
     with ExitStack() as stack:
         for model, _ in models.values():
             stack.enter_context(preserved(model))
             model.eval()
-        for round_ in range(warmup + repeats):
-            for name, (model, inputs) in models.items():
-                if len(models) > 1:
-                    timed_pass(model, inputs)
-                value = timer(name, model, inputs)
-                if round_ >= warmup:
-                    found[name].append(value)
-    return found
+        yield
 
 
-def timed_pass(model: nn.Module, inputs: Any) -> float:
+def timed_pass(program: Program, inputs: Any) -> float:
     """Milliseconds of one pass."""
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    with torch.no_grad():  # inference_mode would poison what a model caches for later, such as anchors
-        if device is not None:
-            torch.accelerator.synchronize(device)
-        started = time.perf_counter()
-        run(model, inputs)
-        if device is not None:
-            torch.accelerator.synchronize(device)
-        return 1e3 * (time.perf_counter() - started)
+    started = time.perf_counter()
+    try:
+        program.run(inputs)
+    except PruningError:
+        raise
+    except Exception as error:
+        raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+    return 1e3 * (time.perf_counter() - started)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.engines import Eager
 from lightning_prune.errors import PruningError
 from lightning_prune.measure.counting import OperatorCounter
-from lightning_prune.measure.latency import Latency, Models, in_turns, timed_pass
+from lightning_prune.measure.latency import Latency, Models, in_eval_mode, in_turns, timed_pass
 
 Bound = Literal["compute", "memory", "call"]
 
@@ -162,13 +163,19 @@ def time_layers(models: Models, *, repeats: int = 10) -> dict[str, ModelTime]:
             raise PruningError(f"layers are timed on the CPU only, and model {name!r} is on {elsewhere}")
     counted = {name: _count(model, inputs) for name, (model, inputs) in models.items()}
 
-    def timer(name: str, model: nn.Module, inputs: Any) -> tuple[float, float, dict[nn.Module, float]]:
-        plain = timed_pass(model, inputs)
+    def whole(name: str) -> float:
+        model, inputs = models[name]
+        return timed_pass(Eager().prepare(model, inputs), inputs)
+
+    def timer(name: str) -> tuple[float, float, dict[nn.Module, float]]:
+        plain = whole(name)
         with _timers(counted[name]) as spent:
-            return plain, timed_pass(model, inputs), spent
+            return plain, whole(name), spent
 
     found = {}
-    for name, rounds in in_turns(models, timer, 2, repeats).items():
+    with in_eval_mode(models):
+        turns = in_turns(models, whole, timer, 2, repeats)
+    for name, rounds in turns.items():
         plain, timed, spent = zip(*rounds, strict=True)
         layers = (
             layer_time(Latency.of([times.get(module, 0.0) for times in spent]))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.engines import Engine, engine_from
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.graph.running import map_tensors
@@ -33,7 +34,7 @@ class Measurement:
         total_params: with frozen ones.
         macs: multiply-accumulates of convolutions and matrix products, per sample.
         flops: per sample, by convention name, see `count_flops`.
-        latency: of one forward pass on the whole input, in eval mode.
+        latency: of one forward pass on the whole input, in eval mode, on the engine.
         peak_memory_bytes: largest sum of activations alive at once in that pass.
         size_bytes: of the saved state dict.
     """
@@ -43,6 +44,7 @@ class Measurement:
     _model: nn.Module
     _inputs: Any
     _repeats: int
+    _engine: str | Engine
     _without_values: nn.Module | None
 
     def __eq__(self, other: object) -> bool:
@@ -73,7 +75,7 @@ class Measurement:
 
     @cached_property
     def latency(self) -> Latency:  # noqa: D102
-        return measure_latency(self._model, self._inputs, repeats=self._repeats)
+        return measure_latency(self._model, self._inputs, engine=self._engine, repeats=self._repeats)
 
     @cached_property
     def peak_memory_bytes(self) -> int:  # noqa: D102
@@ -84,15 +86,17 @@ class Measurement:
         return state_size(self._model)
 
 
-def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Measurement:
+def measure(model: nn.Module, example_inputs: Any, *, engine: str | Engine = "eager", repeats: int = 10) -> Measurement:
     """Count parameters; everything else is found out when it is read, see `Measurement`.
 
     Args:
         model: left as it is.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        engine: what ``latency`` is measured on, see `lightning_prune.engines`.
         repeats: passes timed.
 
     Raises:
+        EngineError: an unknown engine; when ``latency`` is read: it is not installed or cannot run the model.
         TraceError: the model is scripted; when ``flops`` or ``macs`` is read: it does not run on the inputs.
         PruningError: when ``latency`` is read: no repeats, or a model on the meta device; when ``flops`` is read: a
             model that looks at values has lost channels since.
@@ -104,14 +108,15 @@ def measure(model: nn.Module, example_inputs: Any, *, repeats: int = 10) -> Meas
         (8, 24, True)
     """
     check_traceable(model)
+    engine = engine_from(engine)
     params, total = count_params(model), count_params(model, trainable=False)
     try:
         without_values = copy_without_values(model)
     except PruningError:  # cannot be copied, so counted at once
-        found = Measurement(params, total, model, example_inputs, repeats, None)
+        found = Measurement(params, total, model, example_inputs, repeats, engine, None)
         _ = found.flops
         return found
-    return Measurement(params, total, model, example_inputs, repeats, without_values)
+    return Measurement(params, total, model, example_inputs, repeats, engine, without_values)
 
 
 def _shapes(model: nn.Module) -> Shapes:

@@ -372,10 +372,11 @@ def test_what_takes_passes_of_its_own_is_measured_once_when_it_is_read():
     assert found.flops["macs"] == found.macs == 0
     assert [x.device.type for x in passes] == ["meta"]  # where operators are counted without being computed
     first = found.latency
-    assert len(passes) == 1 + 2 + 3
+    timed = len(passes)
+    assert timed >= 1 + 6 + 3  # counted, warmed up until six passes tell that it is, and timed
     assert found.latency is first
     assert found.peak_memory_bytes == 8
-    assert (found.peak_memory_bytes, len(passes)) == (8, 7)
+    assert (found.peak_memory_bytes, len(passes)) == (8, timed + 1)
     late = measure(Call(lambda x: x), torch.zeros(1), repeats=0)
     with pytest.raises(PruningError, match="repeats at least 1"):
         _ = late.latency
