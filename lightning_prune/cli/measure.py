@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
         raise ModelError("--batch-sizes: the example inputs are no batch")
     if options.layers and options.engine != "eager":
         raise ModelError(
-            f"--layers times modules of PyTorch, and {options.engine} runs none: leave out --engine, or make a table of "
-            "its layers with lightning-prune latency-table"
+            f"--layers times modules of PyTorch, and {options.engine} runs none: leave out --engine, or make a table "
+            "of its layers with lightning-prune latency-table"
         )
     console = Console()
     console.print()
