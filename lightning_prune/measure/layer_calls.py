@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.running import map_tensors
 from lightning_prune.measure.counting import Observer
+from lightning_prune.measure.portable.layer_files import output_size
 from lightning_prune.model_state.preservation import copy_without_values
 
 Operator = Literal["conv", "conv_transpose", "linear"]
@@ -93,6 +93,7 @@ def layer_calls(model: nn.Module, example_inputs: Any) -> list[LayerCall]:
         PruningError: a layer's weight is computed from other tensors at every call.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
         >>> for call in layer_calls(net, torch.zeros(1, 3, 16, 16)):
         ...     print(call.weight, call.channels, call.kind, call.kind.norm)
@@ -204,12 +205,3 @@ def macs(kind: LayerKind, channels: tuple[int, int]) -> int:
         return kind.size[0] * prod(channels)
     places = prod(kind.size if kind.operator == "conv_transpose" else output_size(kind))
     return kind.batch * places * prod(kind.kernel) * channels[1] * channels[0] // (kind.groups or channels[0])
-
-
-def output_size(kind: LayerKind) -> tuple[int, ...]:
-    """Of a convolution in space."""
-    of = list(zip(kind.size, kind.kernel, kind.stride, kind.padding, kind.dilation, strict=False))
-    if kind.operator == "conv_transpose":
-        added = kind.padding[len(kind.size) :]
-        return tuple((n - 1) * s - 2 * p + d * (k - 1) + a + 1 for (n, k, s, p, d), a in zip(of, added, strict=True))
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in of)

@@ -7,7 +7,8 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3.
 from __future__ import annotations
 
 import struct
-from typing import Any, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,9 @@ _FLOAT, _INT64 = 1, 7  # TensorProto.DataType
 _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_INTS = 1, 2, 7  # AttributeProto.AttributeType
 
 
-def model(nodes: Iterable[bytes], weights: dict[str, np.ndarray], inputs: dict[str, Sequence[int]], output: str) -> bytes:
+def model(
+    nodes: Iterable[bytes], weights: dict[str, np.ndarray], inputs: Mapping[str, Sequence[int]], output: str
+) -> bytes:
     """A ModelProto: operators, their constants, the shapes of the inputs, and which value is its output."""
     graph = b"".join(_field(1, each) for each in nodes) + _field(2, b"layer")
     graph += b"".join(_field(5, _tensor(name, value)) for name, value in weights.items())
