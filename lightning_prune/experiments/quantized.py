@@ -18,6 +18,7 @@ from lightning_prune.engines import OnnxEngine, OnnxRuntime, Program
 from lightning_prune.engines.onnx_file import onnx_bytes
 from lightning_prune.errors import PruningError, QuantizationError
 from lightning_prune.experiments.runner import METRICS, Runner, metric_name, quiet
+from lightning_prune.files import atomic, check_writable
 from lightning_prune.graph.running import as_args, call_model
 from lightning_prune.measure import Latency, compare_programs, samples_in, with_samples
 from lightning_prune.model_state.copying import copied
@@ -137,18 +138,21 @@ def compare_quantized(
     Raises:
         PruningError: one of its kinds, naming the cause.
     """
-    settings = settings or QuantizationSettings()
+    settings, path = settings or QuantizationSettings(), Path(path)
+    if path.suffix != ".onnx":
+        raise QuantizationError(f"a quantized file must end in .onnx, got '{path}'")
+    check_writable(path)
     runner = Runner(data, accelerator="cpu")
     programs: dict[tuple[str, str], tuple[Program, Any]] = {}
     measured: dict[tuple[str, str], tuple[float, int, QuantizationReport | None]] = {}
     stage = metric = ""
     with quiet(), tempfile.TemporaryDirectory(prefix="lightning-prune.") as folder:
-        for number, (name, task) in enumerate(models.items(), 1):
+        for name, task in models.items():
             task = copied(task).cpu().eval()
             network, inside = _network_of(task)
             runs = _seen_inputs(runner, task, network, settings)
             example = with_samples(runs[0], 1)
-            draft = Path(path) if number == len(models) else Path(folder) / f"{number}.onnx"
+            draft = Path(folder) / "net.onnx"
             dense = onnx_bytes(network, example)
             chosen: dict[str, Any] = {"method": settings.method, "ignore": settings.ignore, "cpu": settings.cpu}
             report = quantize(network, example, runs, draft, **chosen)
@@ -161,6 +165,8 @@ def compare_quantized(
                 measured[name, precision] = logged[metric], len(content), told
         keys = {f"{name} {precision}": (name, precision) for name, precision in programs}
         found = compare_programs({key: programs[of] for key, of in keys.items()}, repeats=settings.repeats)
+        with atomic(path) as stream:
+            stream.write(draft.read_bytes())
     files = [FileResult(*of, measured[of][0], found[key], measured[of][1], measured[of][2]) for key, of in keys.items()]
     return QuantizationStudy(tuple(files), metric, stage)
 
