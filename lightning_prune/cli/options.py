@@ -20,10 +20,14 @@ SELECTIONS = ("global", "layer", "flops")
 METHODS = ("minmax", "percentile")
 CPUS = ("vnni", "x86", "arm")
 PICTURES = (".html", ".svg")
+#: `lightning_prune.engines.ENGINES`, likewise.
+ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --budget flops=0.5] [--out pruned.pt] [--explain]"""
+                             [--ratio 0.5 | --budget flops=0.5 | --budget latency_ms=20
+                             [--engine onnxruntime] [--latency-table TABLE.json]]
+                             [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
 _GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
@@ -49,6 +53,8 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
     costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
     amount("--budget", type=_budget, metavar="COST=N", help=costs)
+    add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
+    add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
     add("--per-layer", action="store_true", help="that share of every layer, not of the network")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
@@ -77,13 +83,14 @@ def measure(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "measure",
         usage=_MEASURE,
-        description="Measure what a model costs on this machine, before and after pruning; on the CPU.",
+        description="Measure what a model costs on this machine, before and after pruning.",
         epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
     )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="a model's name or a checkpoint; then a pruned one")
     add("--batch-sizes", type=list_of(count), metavar="1,8", help="default: that of --input, or 1")
     add("--threads", type=list_of(count), metavar="1,2", help="default: as torch is set")
+    add("--engine", choices=ENGINES, default="eager", metavar="NAME", help=f"{', '.join(ENGINES)}; default: eager")
     add("--repeats", type=count, default=20, metavar="N", help="passes timed per model; default: 20")
     add("--layers", action="store_true", help="layer by layer, and what sets the pace")
     add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")

@@ -18,7 +18,7 @@ Precision = Literal["f32", "f16", "bf16"]
 
 
 class OnnxRuntime(OnnxEngine):
-    """ONNX Runtime.
+    """ONNX Runtime, on the CPU or on a GPU of NVIDIA.
 
     Args:
         device: ``cpu``, or ``cuda`` where ``onnxruntime-gpu`` is installed.
@@ -53,6 +53,8 @@ class OnnxRuntime(OnnxEngine):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors; warnings are about graph cleaning
+        # threads of one session that wait busily would take the cores from the next one that is timed in turns
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
         try:
             session = onnxruntime.InferenceSession(onnx, options, providers=providers[self._device])
@@ -66,7 +68,7 @@ class OnnxRuntime(OnnxEngine):
 
 
 class OpenVINO(OnnxEngine):
-    """OpenVINO on the CPU.
+    """OpenVINO, on the CPU.
 
     Args:
         precision: ``f32``; or ``bf16`` or ``f16`` where the CPU computes in it, which changes the outputs. OpenVINO
