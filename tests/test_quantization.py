@@ -131,7 +131,11 @@ def test_a_loss_shows_what_the_model_is_called_with(net, images, out) -> None:
     quantize(net, images[0][:1], images, out)
     expected = out.read_bytes()
     labelled = [(batch, torch.zeros(4)) for batch in images]
-    report = quantize(net, images[0][:1], labelled, out, loss=lambda model, batch: model(batch[0]).sum())
+
+    def loss(model, batch):
+        return model(batch[0] * 9 if model.training else batch[0]).sum()  # as training at several scales would
+
+    report = quantize(net.train(), images[0][:1], labelled, out, loss=loss)
     assert report.samples == 16
     assert out.read_bytes() == expected
 
