@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from lightning_prune.engines import Engine, engine_from
 from lightning_prune.measure import (
     Latency,
     compare_latency,
@@ -52,7 +53,13 @@ def print_costs(console: Console, models: Models, inputs: Any) -> None:
 
 
 def print_latency(
-    console: Console, models: Models, inputs: Any, sizes: Sequence[int], threads: Sequence[int | None], repeats: int
+    console: Console,
+    models: Models,
+    inputs: Any,
+    sizes: Sequence[int],
+    threads: Sequence[int | None],
+    repeats: int,
+    engine: str | Engine = "eager",
 ) -> None:
     """Print how long a pass takes, for every number of samples and of threads."""
     both = len(models) > 1
@@ -64,7 +71,8 @@ def print_latency(
     for size, count in product(sizes, threads):
         batch = with_samples(inputs, size) if size else inputs
         with thread_count(count) as running:
-            found = compare_latency({name: (model, batch) for name, model in models.items()}, repeats=repeats)
+            pairs = {name: (model, batch) for name, model in models.items()}
+            found = compare_latency(pairs, engine=engine, repeats=repeats)
         most = max(most, running)
         row: list[str | int | Entry] = [size or MISSING, running, *map(latency_cell, found.values())]
         if both:
@@ -73,7 +81,7 @@ def print_latency(
             row += [f"{gain:.2f}{TIMES}", f"{100 * gain / promise:.0f} %"]
         rows.append(tuple(row))
     console.print(Table(tuple(columns), tuple(rows)))
-    note = f"latency on the CPU: median ± half the interquartile range of {repeats} passes"
+    note = f"latency, engine {engine_from(engine).name}: median ± half the interquartile range of {repeats} passes"
     print_line(console, f"{note}{', models timed in turns' if both else ''}", "dim")
     if most > cores:
         text = f"more threads than the {cores} {plural('core', cores)} of this process wait for one another"

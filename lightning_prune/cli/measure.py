@@ -25,12 +25,17 @@ def run(options: argparse.Namespace) -> int:
     sizes = options.batch_sizes or [samples_in(inputs)]
     if sizes != [samples_in(inputs)] and not samples_in(inputs):
         raise ModelError("--batch-sizes: the example inputs are no batch")
+    if options.layers and options.engine != "eager":
+        raise ModelError(
+            f"--layers times modules of PyTorch, and {options.engine} runs none: leave out --engine, or make a table "
+            "of its layers with lightning-prune latency-table"
+        )
     console = Console()
     console.print()
     batch = with_samples(inputs, sizes[0]) if sizes[0] else inputs
     print_costs(console, models, batch)
     console.print()
-    print_latency(console, models, inputs, sizes, options.threads or [None], options.repeats)
+    print_latency(console, models, inputs, sizes, options.threads or [None], options.repeats, options.engine)
     if options.layers:
         _print_by_layer(console, models, batch, options, f"batch size {sizes[0]}, " if sizes[0] else "")
     return 0

@@ -17,6 +17,8 @@ COUPLINGS = ("joint", "union", "intersection")
 FORMATS = ("onnx", "torch_export")
 SELECTIONS = ("global", "layer", "flops")
 PICTURES = (".html", ".svg")
+#: `lightning_prune.engines.ENGINES`, likewise.
+ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
@@ -72,13 +74,14 @@ def measure(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "measure",
         usage=_MEASURE,
-        description="Measure what a model costs on this machine, before and after pruning; on the CPU.",
+        description="Measure what a model costs on this machine, before and after pruning.",
         epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
     )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="a model's name or a checkpoint; then a pruned one")
     add("--batch-sizes", type=list_of(count), metavar="1,8", help="default: that of --input, or 1")
     add("--threads", type=list_of(count), metavar="1,2", help="default: as torch is set")
+    add("--engine", choices=ENGINES, default="eager", metavar="NAME", help=f"{', '.join(ENGINES)}; default: eager")
     add("--repeats", type=count, default=20, metavar="N", help="passes timed per model; default: 20")
     add("--layers", action="store_true", help="layer by layer, and what sets the pace")
     add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")

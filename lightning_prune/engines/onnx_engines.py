@@ -18,7 +18,7 @@ Precision = Literal["f32", "f16", "bf16"]
 
 
 class OnnxRuntime(OnnxEngine):
-    """ONNX Runtime.
+    """ONNX Runtime, on the CPU or on a GPU of NVIDIA.
 
     Args:
         device: ``cpu``, or ``cuda`` where ``onnxruntime-gpu`` is installed.
@@ -66,7 +66,7 @@ class OnnxRuntime(OnnxEngine):
 
 
 class OpenVINO(OnnxEngine):
-    """OpenVINO on the CPU.
+    """OpenVINO, on the CPU.
 
     Args:
         precision: ``f32``; or ``bf16`` or ``f16`` where the CPU computes in it, which changes the outputs. OpenVINO

@@ -41,7 +41,7 @@ class ChannelsLast(Engine):
 
 
 class Compile(Engine):
-    """`torch.compile`.
+    """What `torch.compile` makes of the model.
 
     Args:
         options: keyword arguments of `torch.compile`, such as ``{"mode": "max-autotune"}`` or

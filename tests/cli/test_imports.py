@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.cli import COMMANDS, options
+from lightning_prune.engines import ENGINES
 from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.export import Format
 from lightning_prune.plan import Coupling
@@ -71,4 +72,5 @@ def test_prune_by_name_needs_no_lightning(tmp_path: Path) -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(Coupling) == options.COUPLINGS
     assert get_args(Format) == options.FORMATS
+    assert tuple(ENGINES) == options.ENGINES
     assert get_args(SelectionName) == options.SELECTIONS

@@ -94,6 +94,13 @@ def test_one_sample_unless_a_shape_is_asked_for(capsys, trained) -> None:
     assert sizes("dense.ckpt", "--config", "task.yaml", "--input", "3", "3", "8", "8") == ["3"]
 
 
+def test_an_engine_times_and_layers_are_timed_in_pytorch_alone(capsys) -> None:
+    assert main(["measure", NET, "--engine", "onnxruntime", "--repeats", "1"]) == 0
+    assert "latency, engine onnxruntime: median" in capsys.readouterr().out
+    assert "onnxruntime runs none" in refused(capsys, "measure", NET, "--engine", "onnxruntime", "--layers")
+    assert "pip install tensorrt" in refused(capsys, "measure", NET, "--engine", "tensorrt", "--repeats", "1")
+
+
 def test_small_models_are_counted_in_thousands(capsys) -> None:
     assert main(["measure", NET, "--repeats", "1"]) == 0
     out = capsys.readouterr().out

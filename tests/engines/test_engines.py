@@ -110,7 +110,7 @@ def test_more_models_than_the_compiler_remembers_are_compiled_each(monkeypatch):
 
 def test_what_an_engine_refuses_names_the_way_out(net, monkeypatch):
     model, inputs = net
-    with pytest.raises(EngineError, match="one of eager, channels_last, compile, .*got 'onyx'"):
+    with pytest.raises(EngineError, match=r"one of eager, channels_last, compile, .*got 'onyx'"):
         engine_from("onyx")
     with pytest.raises(EngineError, match="needs a model on a GPU of NVIDIA, and this one is on cpu"):
         CudaGraphs().prepare(model, inputs)
@@ -140,7 +140,7 @@ def test_a_model_that_no_exporter_follows_is_refused():
         def forward(self, x):
             return x[: int(x.sum())]
 
-    with pytest.raises(EngineError, match="Counts cannot be exported to onnx: .*computed values"):
+    with pytest.raises(EngineError, match=r"Counts cannot be exported to onnx: .*computed values"):
         measure_latency(Counts(), torch.ones(3), engine="onnxruntime")
 
 
