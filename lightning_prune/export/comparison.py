@@ -49,7 +49,8 @@ def compare_program(model: nn.Module, program: Program, passes: Sequence[Any]) -
     """Run both on all inputs.
 
     A module that decides by computed values has a method ``compared_outputs(expected, found)``, which says which
-    tensors are to be compared and how many decisions are the same: ties are broken otherwise by other rounding.
+    tensors are to be compared and how many decisions are the same: rounding breaks ties, and not alike everywhere.
+    Its attribute ``decisions`` says what they are.
 
     Raises:
         ExportError: one of them does not run, or returns other tensors than the other.

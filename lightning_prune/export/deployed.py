@@ -22,13 +22,12 @@ def deployed_module(model: nn.Module, nms: bool) -> nn.Module:
         ExportError: non-maximum suppression of a model that does not say how.
     """
     method = getattr(model, "deployed", None)
-    knows = callable(method)
-    if nms and not (knows and "nms" in inspect.signature(method).parameters):
+    if nms and not (callable(method) and "nms" in inspect.signature(method).parameters):
         raise ExportError(
             f"nms: {type(model).__name__} has no boxes to suppress: a DetectionTask has, and so has a module with a "
             "method deployed(nms) that returns what is to be exported"
         )
-    if not knows:
+    if not callable(method):
         return model
     try:
         module = method(nms=True) if nms else method()
@@ -96,7 +95,7 @@ def drop_unused(program: torch.export.ExportedProgram) -> None:
     for spec in gone:
         graph.erase_node(unused[spec.arg.name])
         for values in (program._state_dict, program._constants):
-            values.pop(spec.target, None)  # type: ignore[arg-type]
+            values.pop(spec.target, None)
     program.graph_module.recompile()
 
 

@@ -15,7 +15,7 @@ from lightning_prune.errors import ExportError
 from lightning_prune.export.metadata import SUFFIX, check_suffix
 from lightning_prune.graph.running import call_model
 
-ONNX_ENGINES = ", ".join(name for name, engine in ENGINES.items() if issubclass(engine, OnnxEngine))
+ONNX_ENGINES = tuple(name for name, engine in ENGINES.items() if issubclass(engine, OnnxEngine))
 
 
 def onnx_engine(engine: str | Engine) -> OnnxEngine:
@@ -27,7 +27,9 @@ def onnx_engine(engine: str | Engine) -> OnnxEngine:
     """
     chosen = engine_from(engine)
     if not isinstance(chosen, OnnxEngine):
-        raise ExportError(f"the engine {chosen.name!r} runs no ONNX files: {ONNX_ENGINES} do, or an OnnxEngine of yours")
+        raise ExportError(
+            f"the engine {chosen.name!r} runs no ONNX files: {', '.join(ONNX_ENGINES)} do, or an OnnxEngine of yours"
+        )
     return chosen
 
 

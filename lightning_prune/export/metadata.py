@@ -73,7 +73,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         >>> import tempfile, lightning_prune as lp
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = f"{folder}/net.pt2"
-        ...     report = lp.export(torch.nn.ReLU(), torch.rand(1, 3), path, format="torch_export", metadata={"acc": 91.2})
+        ...     about = {"format": "torch_export", "metadata": {"acc": 91.2}}
+        ...     report = lp.export(torch.nn.ReLU(), torch.rand(1, 3), path, **about)
         ...     found = read_metadata(path)
         >>> found["acc"], found["inputs"]
         (91.2, {'input': {'shape': [1, 3], 'dtype': 'float32'}})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from lightning_prune.engines import Eager, Engine, OnnxEngine, TensorRT
 from lightning_prune.engines.onnx_file import as_onnx, export_failure, named, operators_of, traced_program
@@ -59,6 +59,7 @@ class ExportReport:
         tolerance: largest relative error that was accepted.
         agreement: share of the decisions (classes of samples or pixels, boxes) that are the same; None: the outputs
             are no decisions.
+        decisions: what they are: ``classes``, ``pixels``, ``boxes``.
         model_latency: of the model in eager PyTorch.
         exported_latency: of the file, on its engine; timed in turns with the model.
         size_bytes: of the file.
@@ -77,6 +78,7 @@ class ExportReport:
     max_rel_error: float
     tolerance: float
     agreement: float | None
+    decisions: str
     model_latency: Latency
     exported_latency: Latency
     size_bytes: int
@@ -215,6 +217,7 @@ def export(
         found.max_rel_error,
         tolerance,
         found.agreement,
+        getattr(dense, "decisions", "classes"),
         latency["model"],
         latency["exported"],
         size,
@@ -256,9 +259,7 @@ def _on_cpu(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), inputs)
 
 
-def _program(
-    model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool
-) -> torch.export.ExportedProgram:
+def _program(model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool) -> torch.export.ExportedProgram:
     """Traced, without what no output needs."""
     if dynamic_batch:
         example = with_samples(example, samples_in(example) + 1)  # never 1, which is taken for a constant
@@ -280,7 +281,8 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, about: Map
     spec = program.call_spec.out_spec
     assert spec is not None
     signature = program.graph_signature
-    outputs = dict(zip(named(torch.utils._pytree.tree_unflatten(range(spec.num_leaves), spec)), signature.user_outputs))
+    names = named(tree_unflatten(range(spec.num_leaves), spec))
+    outputs = dict(zip(names, signature.user_outputs, strict=True))
     written = _Written(
         tensors_of_program(program, {name: name for name in signature.user_inputs}, SIDES),
         tensors_of_program(program, outputs, SIDES),
@@ -330,5 +332,6 @@ def _check_same(found: Comparison, tolerance: float, path: Path, engine: OnnxEng
     if found.agreement is not None and found.agreement < ENOUGH:
         raise ExportError(
             f"the exported model decides otherwise{where}: {found.same} of {found.decisions} decisions are the same, "
-            f"over {found.inputs} inputs; nothing was written to {path}"
+            f"over {found.inputs} inputs; nothing was written to {path}. Where scores are nearly all alike, as those "
+            "of an untrained model on noise, rounding decides: give images as inputs=[...]"
         )

@@ -22,6 +22,8 @@ NEAR = 0.5  # overlap from which two boxes of one class are taken to be the same
 class DeployedSegmentation(nn.Module):
     """A segmentation network that returns its logits (N, classes, H, W) under ``out``, and nothing else."""
 
+    decisions = "pixels"
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -51,6 +53,8 @@ class DeployedYolo(nn.Module):
         min_score: candidates with no more go before.
         kept: K with suppression.
     """
+
+    decisions = "boxes"
 
     def __init__(
         self, network: YoloNetwork, *, candidates: int, nms: bool, threshold: float, min_score: float, kept: int
@@ -128,7 +132,12 @@ def _rows(boxes: Tensor, place: Tensor) -> Tensor:
 
 @torch.library.custom_op("lightning_prune::survives", mutates_args=())
 def _survives(
-    boxes: Tensor, scores: Tensor, labels: Tensor, classes: int, threshold: float, min_score: float
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    classes: int,  # noqa: ARG001  # ONNX asks for it
+    threshold: float,
+    min_score: float,
 ) -> Tensor:
     """Which candidates (N, K) of N images survive the suppression of boxes of the same class."""
     survives = torch.zeros_like(scores, dtype=torch.bool)
@@ -140,17 +149,15 @@ def _survives(
 
 
 @_survives.register_fake
-def _(boxes: Tensor, scores: Tensor, labels: Tensor, classes: int, threshold: float, min_score: float) -> Tensor:
+def _(boxes: Tensor, scores: Tensor, *_: object) -> Tensor:  # noqa: ARG001
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-def _survives_in_onnx(
-    boxes: Any, scores: Any, labels: Any, classes: int, threshold: float, min_score: float
-) -> Any:
+def _survives_in_onnx(boxes: Any, scores: Any, labels: Any, classes: int, threshold: float, min_score: float) -> Any:
     """The same by ONNX's NonMaxSuppression, which takes scores of all classes."""
     import onnxscript
-    from onnxscript import opset18 as op
 
+    op: Any = onnxscript.opset18
     column = onnxscript.ir.tensor([[label] for label in range(classes)], dtype=onnxscript.ir.DataType.INT64)
     one = op.Constant(value_ints=[1])
     own = op.Equal(op.Unsqueeze(labels, one), op.Constant(value=column))  # (N, classes, K)
