@@ -10,34 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from lightning_prune.engines import Eager, Engine, OnnxEngine, TensorRT
-from lightning_prune.engines.onnx_file import as_onnx, export_failure, named, operators_of, traced_program
+from lightning_prune.engines.onnx_file import export_failure
 from lightning_prune.errors import ExportError, PruningError, check_choice, first_line
 from lightning_prune.export.comparison import ENOUGH, Comparison, compare_program
-from lightning_prune.export.deployed import deployed_module, drop_unused, with_outputs
-from lightning_prune.export.inputs import SIDE, compared_inputs, image_size
+from lightning_prune.export.deployed import deployed_module, with_outputs
+from lightning_prune.export.drafts import traced, write_onnx, write_program
+from lightning_prune.export.inputs import compared_inputs, image_size
 from lightning_prune.export.loading import onnx_engine, open_program
-from lightning_prune.export.metadata import (
-    IN_PROGRAM,
-    SUFFIX,
-    describe,
-    json_of,
-    tensors_of_onnx,
-    tensors_of_program,
-    write_in_onnx,
-)
+from lightning_prune.export.metadata import SUFFIX, describe
 from lightning_prune.files import check_writable
-from lightning_prune.measure import Latency, compare_programs, samples_in, with_samples
+from lightning_prune.measure import Latency, compare_programs, samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
 
 Format = Literal["onnx", "torch_export"]
 OPSETS = (17, 26)
-SIDES = {0: "batch", 2: "height", 3: "width"}
 
 
 @dataclass(frozen=True)
@@ -82,15 +73,6 @@ class ExportReport:
     model_latency: Latency
     exported_latency: Latency
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What stands in a draft."""
-
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-    opset: int | None = None
 
 
 def export(
@@ -156,6 +138,7 @@ def export(
         PruningError: the path cannot be written.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = export(model, torch.randn(1, 3, 8, 8), f"{folder}/net.pt2", format="torch_export")
@@ -184,11 +167,11 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         try:
-            program = _program(dense, example, dynamic_batch, dynamic_size)
+            program = traced(dense, example, dynamic_batch, dynamic_size)
             if runner is None:
-                written = _write_program(program, draft, about)
+                written = write_program(program, draft, about)
             else:
-                written = _write_onnx(program, draft, about, dense, input_names, output_names, opset)
+                written = write_onnx(program, draft, about, dense, input_names, output_names, opset)
         except PruningError:
             raise
         except Exception as error:
@@ -257,68 +240,6 @@ def _check_onnx_only(format: str, **options: Any) -> None:
 
 def _on_cpu(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), inputs)
-
-
-def _program(model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bool) -> torch.export.ExportedProgram:
-    """Traced, without what no output needs."""
-    if dynamic_batch:
-        example = with_samples(example, samples_in(example) + 1)  # never 1, which is taken for a constant
-    batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
-    if dynamic_size:
-        try:
-            height, width = torch.export.Dim("height"), torch.export.Dim("width")
-            program = traced_program(model, example, {**batch, 2: height, 3: width})
-        except Exception:  # noqa: BLE001  # networks that halve their maps insist on multiples
-            rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
-            program = traced_program(model, example, {**batch, 2: SIDE * rows, 3: SIDE * columns})
-    else:
-        program = traced_program(model, example, batch)
-    drop_unused(program)
-    return program
-
-
-def _write_program(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, Any]) -> _Written:
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    signature = program.graph_signature
-    names = named(tree_unflatten(range(spec.num_leaves), spec))
-    outputs = dict(zip(names, signature.user_outputs, strict=True))
-    written = _Written(
-        tensors_of_program(program, {name: name for name in signature.user_inputs}, SIDES),
-        tensors_of_program(program, outputs, SIDES),
-    )
-    content = json_of({**about, "inputs": written.inputs, "outputs": written.outputs})
-    torch.export.save(program, path, extra_files={IN_PROGRAM: content})
-    return written
-
-
-def _write_onnx(
-    program: torch.export.ExportedProgram,
-    path: Path,
-    about: Mapping[str, Any],
-    model: nn.Module,
-    input_names: Sequence[str] | None,
-    output_names: Sequence[str] | None,
-    opset: int | None,
-) -> _Written:
-    for kind, names, values in (
-        ("input", input_names, program.graph_signature.user_inputs),
-        ("output", output_names, program.graph_signature.user_outputs),
-    ):
-        if names is not None and (isinstance(names, str) or len(set(names)) != len(values)):
-            raise ExportError(f"{kind}_names: {len(values)} different names are needed, got {names!r}")
-    proto = as_onnx(
-        program, input_names=input_names, output_names=output_names, opset=opset, operators=operators_of(model)
-    )
-    version = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset is not None and version != opset:
-        raise ExportError(
-            f"opset: the exporter could not convert this model to {opset} and wrote {version}; leave opset out"
-        )
-    written = _Written(tensors_of_onnx(proto.graph.input), tensors_of_onnx(proto.graph.output), version)
-    write_in_onnx(proto, {**about, "inputs": written.inputs, "outputs": written.outputs})
-    path.write_bytes(proto.SerializeToString())
-    return written
 
 
 def _check_same(found: Comparison, tolerance: float, path: Path, engine: OnnxEngine | None) -> None:
