@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.cli.build_model import build_model
 from lightning_prune.errors import ModelError
 from lightning_prune.measure import samples_in, with_samples
 from lightning_prune.model_state.copying import copied
+from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import FORMAT, KEY, load, load_dense, read_file
 
 if TYPE_CHECKING:
@@ -31,15 +32,29 @@ class Checkpoint:
     pruned: bool
     origin: str | None
     input: Sequence[int] | None
+    plan: Plan | None
+    metrics: Mapping[str, float]  # that were noted with the weights
 
     @classmethod
     def read(cls, path: str) -> Checkpoint:
         """Look into a file."""
         content = read_file(path)
-        during = content.get(KEY, {})  # what callbacks note in Lightning's checkpoints
-        pruned = content.get("format") == FORMAT or bool(during.get("plan", {}).get("groups"))
+        pruned = content.get("format") == FORMAT
+        noted = content if pruned else content.get(KEY, {})  # what callbacks note in Lightning's checkpoints
+        plan = noted.get("plan", {})
         extra = content.get("extra", {})
-        return cls(path, pruned, extra.get("origin"), extra.get("input"))
+        known = Plan.from_dict(plan) if plan.get("groups") else None
+        return cls(path, pruned or bool(known), extra.get("origin"), extra.get("input"), known, _metrics(content))
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers that were saved with pruned weights, and the score that Lightning kept its checkpoint for."""
+    found = {name: value for name, value in content.get("extra", {}).items() if isinstance(value, float)}
+    for state in content.get("callbacks", {}).values():
+        name, score = (state.get(key) for key in ("monitor", "current_score")) if isinstance(state, Mapping) else (0, 0)
+        if isinstance(name, str) and isinstance(score, Tensor) and bool(score.isfinite()):
+            found[name] = float(score)
+    return found
 
 
 @dataclass(frozen=True)

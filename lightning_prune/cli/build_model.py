@@ -18,7 +18,7 @@ from lightning_prune.errors import ModelError
 
 def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Call what a path names with arguments as ``key=value``; weights are downloaded only if asked for."""
-    keywords = dict(map(_keyword, arguments))
+    keywords = dict(key_value("--arg", argument) for argument in arguments)
     if "." in path:
         factory = _import(path)
     else:
@@ -68,10 +68,11 @@ def _of_torchvision(name: str) -> Callable[..., nn.Module]:
         ) from error
 
 
-def _keyword(argument: str) -> tuple[str, Any]:
+def key_value(option: str, argument: str) -> tuple[str, Any]:
+    """What stands after an option: a name, and a value as JSON or Python, or else as text."""
     key, equals, value = argument.partition("=")
     if not equals or not key.isidentifier():
-        raise ModelError(f"--arg takes KEY=VALUE, got '{argument}'.")
+        raise ModelError(f"{option} takes KEY=VALUE, got '{argument}'.")
     for read in (json.loads, ast.literal_eval):  # null and true, None and (1, 2)
         with suppress(ValueError, SyntaxError):
             return key, read(value)

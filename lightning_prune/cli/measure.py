@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_prune.cli.architecture import Checkpoint, architecture
+from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.errors import ModelError
@@ -43,6 +43,15 @@ def run(options: argparse.Namespace) -> int:
 
 def models_of(paths: Sequence[str], options: argparse.Namespace) -> tuple[Models, Any]:
     """The models of these files, of which the first may be a model's name, dense before pruned; and inputs for them."""
+    known, files = asked_for(paths, options)
+    loaded = [known.load(file) for file in files]
+    if not files or (len(files) == 1 and files[0].pruned):
+        loaded.insert(0, known.dense.eval())
+    return dict(zip((DENSE, PRUNED), loaded, strict=False)), known.deployed_inputs(*files)
+
+
+def asked_for(paths: Sequence[str], options: argparse.Namespace) -> tuple[Architecture, list[Checkpoint]]:
+    """The dense model, and these files, of which the first may be the model's name."""
     if len(paths) > 2:
         raise ModelError(f"at most two models, dense and pruned, can be measured at once, got {' '.join(paths)}")
     if paths and options.model is None and not options.config:
@@ -50,12 +59,7 @@ def models_of(paths: Sequence[str], options: argparse.Namespace) -> tuple[Models
         if not (Path(first).is_file() or "/" in first or first.endswith(_FILES)):
             options.model, paths = first, paths[1:]
     files = [Checkpoint.read(path) for path in paths]
-    known = architecture(options, *files)
-    inputs = known.deployed_inputs(*files)
-    loaded = [known.load(file) for file in files]
-    if not files or (len(files) == 1 and files[0].pruned):
-        loaded.insert(0, known.dense.eval())
-    return dict(zip((DENSE, PRUNED), loaded, strict=False)), inputs
+    return architecture(options, *files), files
 
 
 def _print_by_layer(console: Console, models: Models, batch: Any, options: argparse.Namespace, size: str) -> None:

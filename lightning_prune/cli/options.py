@@ -22,6 +22,7 @@ CPUS = ("vnni", "x86", "arm")
 PICTURES = (".html", ".svg")
 #: `lightning_prune.engines.ENGINES`, likewise.
 ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "openvino", "tensorrt")
+ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
@@ -30,6 +31,8 @@ _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml)
                              [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
+_EXPORT = """lightning-prune export CHECKPOINT (--model NAME | --config TASK.yaml) --out net.onnx
+                              [--dynamic-batch] [--nms] [--engine openvino]"""
 _GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
        lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
 _QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx
@@ -100,13 +103,26 @@ def measure(argv: Sequence[str]) -> argparse.Namespace:
 
 def export(argv: Sequence[str]) -> argparse.Namespace:
     """`lightning-prune export CHECKPOINT --format onnx --out net.onnx`."""
-    parser = Parser("export", description="Write a model to a file that runs without this package.")
+    parser = Parser(
+        "export",
+        usage=_EXPORT,
+        description="Write what is deployed of a model to a file that runs without this package, and check the file.",
+        epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="pruned or dense weights; or a model's name, as it is built")
     add("--format", choices=FORMATS, default="onnx", help="default: onnx")
     add("--out", metavar="FILE", required=True, help="ending in .onnx or .pt2")
     add("--dynamic-batch", action="store_true", help="leave the number of samples open")
-    add("--repeats", type=int, default=20, metavar="N", help="passes timed; default: 20")
+    add("--dynamic-size", action="store_true", help="leave height and width of images open")
+    add("--nms", action="store_true", help="of YOLO: suppress overlapping boxes in the file")
+    add("--outputs", type=list_of(str), metavar="A,B", help="write these outputs alone; default: all that is deployed")
+    add("--input-names", type=list_of(str), metavar="A,B", help="in the file; default: as the model's code says")
+    add("--output-names", type=list_of(str), metavar="A,B", help="in the file; default: as the model's code says")
+    add("--opset", type=count, metavar="N", help="of ONNX; default: the exporter's")
+    add("--metadata", action="append", default=[], metavar="KEY=VALUE", help="keep it in the file; repeat")
+    add("--engine", choices=ONNX_ENGINES, metavar="NAME", help=f"check it on {', '.join(ONNX_ENGINES)}; the first")
+    add("--repeats", type=count, default=20, metavar="N", help="passes timed; default: 20")
     parser.add_model_options()
     return parser.parse_with_fit_options(argv)
 

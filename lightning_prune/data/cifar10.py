@@ -39,6 +39,7 @@ class CIFAR10DataModule(PartsDataModule):
     """
 
     num_classes = 10
+    normalisation = MEAN, STD
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(

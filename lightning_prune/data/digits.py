@@ -48,7 +48,8 @@ class DigitsDataModule(PartsDataModule):
         self.augment = augment
 
     def _load(self) -> dict[str, ImageTensors]:
-        parts = split_digits(self.seed, self.size)
+        parts, mean, deviation = _standardised(self.seed, self.size)
+        self.normalisation = (mean,) * 3, (deviation,) * 3
         if self.augment:
             parts["train"].transforms = random_affine
         return parts
@@ -69,12 +70,18 @@ def digit_parts(seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
 
 def split_digits(seed: int = 0, size: int = 32) -> dict[str, ImageTensors]:
     """{"train", "val", "test"}: images (N, 3, size, size) standardised, labels (N,)."""
+    return _standardised(seed, size)[0]
+
+
+def _standardised(seed: int, size: int) -> tuple[dict[str, ImageTensors], float, float]:
+    """The parts, and the mean and deviation of the training part's pixels."""
     scans, labels, parts = digit_parts(seed)
     images = F.interpolate(scans[:, None], size=(size, size), mode="bilinear", align_corners=False)
     images = images.expand(-1, 3, -1, -1)
     mean, deviation = images[parts["train"]].mean(), images[parts["train"]].std()
     images = (images - mean) / deviation
-    return {name: ImageTensors(images[part].contiguous(), labels[part]) for name, part in parts.items()}
+    split = {name: ImageTensors(images[part].contiguous(), labels[part]) for name, part in parts.items()}
+    return split, float(mean), float(deviation)
 
 
 def random_affine(images: Tensor, *, degrees: float = 10.0, scale: float = 0.1, shift: float = 2.0) -> Tensor:

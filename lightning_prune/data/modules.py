@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.data.in_memory import whole_batch
 from lightning_prune.data.samples import Target
-from lightning_prune.data.transforms import IGNORE
+from lightning_prune.data.transforms import IGNORE, IMAGENET_MEAN, IMAGENET_STD
 from lightning_prune.errors import DataError
 
 
@@ -22,6 +22,7 @@ class PartsDataModule(LightningDataModule, ABC):
     """A data module of the parts "train", "val" and "test", which are loaded when they are first needed."""
 
     collate: Callable[[Any], Any] = staticmethod(whole_batch)  # makes a batch of samples
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None  # mean and deviation of pixels in [0, 1]
 
     def __init__(self, batch_size: int, num_workers: int, drop_last: bool) -> None:
         super().__init__()
@@ -110,6 +111,7 @@ class SegmentationDataModule(PartsDataModule):
     """Batches of images (N, 3, H, W), standardised, and masks (N, H, W) int64, 255 where nothing is asked for."""
 
     collate = staticmethod(segmentation_batch)
+    normalisation = IMAGENET_MEAN, IMAGENET_STD
 
 
 def detection_batch(samples: list[tuple[Tensor, Target]]) -> tuple[Tensor | list[Tensor], list[Target]]:

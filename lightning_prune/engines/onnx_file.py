@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 from lightning_prune.errors import EngineError, first_line
 from lightning_prune.graph.running import as_args
 from lightning_prune.model_state.preservation import copy_without_masks
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _VALUES = (
     "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
@@ -35,7 +38,7 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
     own = copy_without_masks(model).cpu().eval()
     inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), example_inputs)
     try:
-        return as_onnx(traced_program(own, inputs))
+        return as_onnx(traced_program(own, inputs), operators=operators_of(own)).SerializeToString()
     except Exception as error:
         raise EngineError(f"{type(model).__name__} cannot be exported to onnx: {export_failure(error)}") from error
 
@@ -45,58 +48,107 @@ def export_failure(error: Exception) -> str:
     return f"{first_line(error)}{_VALUES if 'data-dependent' in str(error) else ''}"
 
 
-def traced_program(model: nn.Module, inputs: Any, samples: int | None = None) -> torch.export.ExportedProgram:
-    """A program of torch.export; ``samples``: size of the first dimension that is left open, if any."""
+def traced_program(
+    model: nn.Module, inputs: Any, open_dimensions: Mapping[int, Any] | None = None
+) -> torch.export.ExportedProgram:
+    """A program of torch.export.
+
+    ``open_dimensions``: of the inputs that have so many, {0: batch, 2: height, 3: width} as `torch.export.Dim`; batch
+    is left open only in inputs with as many samples as the first.
+    """
     args, kwargs = as_args(inputs)
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     shapes = None
-    if samples is not None:
-        batch = torch.export.Dim("batch")
+    if open_dimensions:
         shapes = torch.export.ShapesCollection()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples:
-                shapes[leaf] = {0: batch}
+        for leaf in leaves:
+            sides = {d: dim for d, dim in open_dimensions.items() if d and leaf.dim() == 4}
+            batch = {0: open_dimensions[0]} if 0 in open_dimensions and leaf.shape[0] == leaves[0].shape[0] else {}
+            if batch or sides:
+                shapes[leaf] = {**batch, **sides}
     with _silence(), torch.no_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def as_onnx(program: torch.export.ExportedProgram) -> bytes:
-    """The content of an ONNX file."""
+def as_onnx(
+    program: torch.export.ExportedProgram,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    operators: Mapping[Any, Any] | None = None,
+) -> ModelProto:
+    """An ONNX model, without what the exporter notes of the machine that it ran on.
+
+    Args:
+        program: from `traced_program`.
+        input_names: of the file; None: of the arguments of the model's forward.
+        output_names: of the file; None: keys of a dict, numbers in a sequence.
+        opset: version of ONNX's operators; None: the exporter's.
+        operators: how operators that are no torch's are written, {torch operator: function of onnxscript}.
+    """
     with _silence():
         written = torch.onnx.export(
             program,
             dynamo=True,
             verbose=False,
-            output_names=_output_names(program),
-            dynamic_shapes=_open_dimensions(program),
+            input_names=input_names,
+            output_names=output_names or _output_names(program),
+            opset_version=opset,
+            custom_translation_table=dict(operators) if operators else None,
         )
     assert written is not None
-    return written.model_proto.SerializeToString()
+    proto: ModelProto = written.model_proto
+    _name_open_dimensions(proto, program)
+    for node in proto.graph.node:  # lines of source files, paths included
+        del node.metadata_props[:]
+    return proto
+
+
+def operators_of(model: nn.Module) -> dict[Any, Any]:
+    """How the modules say that their own operators are written: their attribute ``onnx_operators``, for `as_onnx`."""
+    return {
+        operator: function
+        for module in model.modules()
+        for operator, function in getattr(module, "onnx_operators", {}).items()
+    }
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
-    """Keys of a dict, numbers in a sequence; None leaves the operators' names, where these would be ambiguous."""
+    """None leaves the operators' names, where these would be ambiguous."""
     spec = program.call_spec.out_spec
     assert spec is not None
-    paths = [path for path, _ in tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]]
-    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path in paths]
-    names = [name if name and not name[0].isdigit() else f"output_{name}".rstrip("_") for name in names]
+    names = list(named(tree_unflatten(range(spec.num_leaves), spec)))
     taken = {node.name for node in program.graph.nodes if node.op == "placeholder"}
     outputs = program.graph_signature.user_outputs
     return names if len({*names} - taken) == len(outputs) == len({*outputs}) else None
 
 
-def _open_dimensions(program: torch.export.ExportedProgram) -> dict[str, Any] | None:
-    """What the open first dimension of the inputs is called in the file."""
-    spec = program.call_spec.in_spec
-    assert spec is not None
-    if not all(argument.is_leaf() for arguments in spec.children() for argument in arguments.children()):
-        return None
+def named(output: Any) -> dict[str, Any]:
+    """What a model returns, by name: keys of a dict, numbers in a sequence.
+
+    Example:
+        >>> named({"out": 1, "maps": (2, 3)}), named(4), named((5,))
+        ({'out': 1, 'maps_0': 2, 'maps_1': 3}, {'output': 4}, {'output_0': 5})
+    """
+    found = {}
+    for path, leaf in tree_flatten_with_path(output)[0]:
+        name = "_".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+        found[name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")] = leaf
+    return found
+
+
+def _name_open_dimensions(proto: ModelProto, program: torch.export.ExportedProgram) -> None:
+    """``batch``, ``height`` and ``width`` for the symbols of torch."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    given = {str(name): values[str(name)] for name in program.graph_signature.user_inputs}
-    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
-    batched = next((name for name, x in tensors.items() if not isinstance(x.shape[0], int)), None)
-    # Named once: the other inputs share the dimension, and with it the name.
-    return {name: {0: "batch"} if name == batched else None for name in given} if batched else None
+    tensors = [x for name in program.graph_signature.user_inputs if isinstance(x := values.get(str(name)), Tensor)]
+    sides = {0: "batch", 2: "height", 3: "width"}
+    known = {str(size): sides[d] for x in tensors for d, size in enumerate(x.shape) if not isinstance(size, int)}
+    graph = proto.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in known:
+                dimension.dim_param = known[dimension.dim_param]
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def flatten(maps: Sequence[Tensor], network: YoloNetwork) -> tuple[Tensor, Grid]
         raw.append(entries.permute(0, 1, 3, 4, 2).flatten(1, 3))
         row, column = (torch.arange(count, device=head.device) for count in (rows, columns))
         cells.append(torch.cartesian_prod(row, column).flip(1).repeat(BOXES_PER_CELL, 1).to(head.dtype))
-        anchors.append(head.new_tensor(sizes).repeat_interleave(rows * columns, 0))
+        anchors.append(head.new_tensor(sizes)[:, None].expand(-1, rows * columns, -1).flatten(0, 1))
         strides.append(head.new_full((BOXES_PER_CELL * rows * columns, 1), stride))
         first.append(first[-1] + BOXES_PER_CELL * rows * columns)
     rows_of, columns_of = (tuple(head.shape[d] for head in maps) for d in (2, 3))

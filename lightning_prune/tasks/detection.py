@@ -111,6 +111,10 @@ class DetectionTask(Task):
         labelled = isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[1], Tensor)
         return self.detector.detect(self.model, batch[0] if labelled else batch)  # type: ignore[arg-type]
 
+    def deployed(self, nms: bool = False) -> nn.Module:
+        """What is exported: a network that returns boxes, see `Detector.deployed`."""
+        return self.detector.deployed(self.model, nms=nms)
+
     def draw_predictions(self, batch: Batch, predictions: list[Detections] | None = None) -> list[Tensor]:
         """The images of a batch with the boxes found, or with the true ones; (3, H, W) uint8, small ones enlarged."""
         images, targets = batch

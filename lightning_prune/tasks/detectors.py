@@ -15,6 +15,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from lightning_prune.models.yolo_boxes import decode, letterbox
 from lightning_prune.models.yolo_parts import YoloNetwork
+from lightning_prune.tasks.deployed import DeployedYolo
 from lightning_prune.tasks.yolo_losses import Truths, ciou_loss, darknet_loss
 
 Images = Sequence[Tensor] | Tensor
@@ -46,6 +47,16 @@ class Detector(ABC):
     @abstractmethod
     def detect(self, model: nn.Module, images: Images) -> list[Detections]:
         """The boxes found in every image, in eval mode."""
+
+    def deployed(self, model: nn.Module, *, nms: bool) -> nn.Module:
+        """What is exported of the network: itself, unless the detector knows better.
+
+        Raises:
+            ValueError: overlapping boxes cannot be suppressed in a file.
+        """
+        if nms:
+            raise ValueError(f"{type(self).__name__} does not say how to suppress boxes of {type(model).__name__}")
+        return model
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,16 @@ class YoloDetector(Detector):
         if self.loss == "ciou":
             return ciou_loss(maps, truths, _yolo(model))
         return darknet_loss(maps, truths, _yolo(model), ignore_threshold=self.ignore_threshold)
+
+    def deployed(self, model: nn.Module, *, nms: bool) -> nn.Module:
+        return DeployedYolo(
+            _yolo(model),
+            candidates=self.max_candidates,
+            nms=nms,
+            threshold=self.nms_threshold,
+            min_score=self.min_score,
+            kept=self.max_detections,
+        )
 
     def detect(self, model: nn.Module, images: Images) -> list[Detections]:
         batch, placements = letterbox(images, self.size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from lightning_prune.tasks.deployed import DeployedSegmentation
 from lightning_prune.tasks.drawing import draw_classes
 from lightning_prune.tasks.task import Schedule, Task
 
@@ -106,6 +107,10 @@ class SegmentationTask(Task):
         """Classes (N, H, W) of a batch, with or without masks."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images)[0].argmax(dim=1)
+
+    def deployed(self) -> nn.Module:
+        """What is exported: the network without its auxiliary head; logits under ``out``."""
+        return DeployedSegmentation(self.model)
 
     def draw_predictions(self, batch: Batch, predictions: Tensor | None = None) -> list[Tensor]:
         """The images of a batch under the classes found, or the true ones; (3, H, W) uint8, small ones enlarged."""

@@ -14,6 +14,7 @@ from lightning_prune.cli import COMMANDS, options
 from lightning_prune.engines import ENGINES
 from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.export import Format
+from lightning_prune.export.loading import ONNX_ENGINES
 from lightning_prune.plan import Coupling
 from lightning_prune.quantization import Cpu, Method
 
@@ -76,4 +77,5 @@ def test_choices_are_those_of_the_library() -> None:
     assert get_args(Method) == options.METHODS
     assert get_args(Cpu) == options.CPUS
     assert tuple(ENGINES) == options.ENGINES
+    assert ONNX_ENGINES == options.ONNX_ENGINES
     assert get_args(SelectionName) == options.SELECTIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.errors import ExportError
-from lightning_prune.export import SUFFIX, export, load_exported
+from lightning_prune.engines import OnnxEngine, OnnxRuntime, Program
+from lightning_prune.errors import ExportError, PruningError
+from lightning_prune.export import export, load_exported
+from lightning_prune.export.metadata import SUFFIX
 from lightning_prune.models import resnet18
 from lightning_prune.tasks import ClassificationTask
-
-exporting = sys.modules["lightning_prune.export"]
 
 
 class Small(nn.Module):
@@ -45,6 +46,8 @@ def test_the_file_computes_what_the_model_computes(tmp_path, format, dynamic):
     report = export(model, images, tmp_path / f"net{SUFFIX[format]}", format=format, dynamic_batch=dynamic, repeats=2)
     assert report.max_rel_error < 1e-5
     assert report.batch_sizes == ((1, 2) if dynamic else (1,))
+    assert report.inputs >= 32
+    assert report.agreement == 1
     assert report.exported_latency.median > 0
     assert [path.name for path in tmp_path.iterdir()] == [f"net{SUFFIX[format]}"]
     assert report.size_bytes == report.path.stat().st_size
@@ -128,7 +131,12 @@ class Branching(nn.Module):
         (nn.ReLU(), "net.pt", {"format": "torch_export"}, "must end in .pt2"),
         (nn.ReLU(), "net.pt2", {"format": "onnx"}, "must end in .onnx"),
         (Branching(), "net.pt2", {"format": "torch_export"}, "Branching cannot be exported to torch_export"),
-        (nn.Conv2d(4, 2, 1), "net.pt2", {"format": "torch_export"}, "Conv2d cannot be exported"),
+        (
+            nn.Conv2d(4, 2, 1),
+            "net.pt2",
+            {"format": "torch_export"},
+            "Conv2d does not run on the example inputs: .*4 channels",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, capfd, model, name, options, said):
@@ -140,28 +148,60 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, capfd, model
     assert len(str(refused.value)) < 450
 
 
-def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r'onnx, onnxscript, onnxruntime: pip install "lightning-prune\[export\]"'):
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
+def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypatch, name):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
+    with pytest.raises(PruningError, match=rf'needs {name}: pip install "lightning-prune\[export\]"'):
         export(nn.ReLU(), torch.randn(1, 3), tmp_path / "net.onnx")
 
 
-def test_a_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    class Wrong(nn.Module):
-        def __init__(self, path):
-            super().__init__()
-            self.right = [load_exported(path)]
+class Off(OnnxEngine):
+    """ONNX Runtime whose first output is wrong from some pass on."""
 
-        def forward(self, *args):
-            return self.right[0](*args) + 0.01
+    name = "off"
 
-    monkeypatch.setattr(exporting, "load_exported", Wrong)
-    path = tmp_path / "net.pt2"
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def check(self) -> None: ...
+
+    def load(self, onnx: bytes) -> Program:
+        right, start = OnnxRuntime().load(onnx), self.start
+
+        class Wrong(Program):
+            passes = 0
+
+            def run(self, inputs):
+                self.passes += 1
+                first, *others = right.run(inputs)
+                return [first + 0.01 if self.passes > start else first, *others]
+
+        return Wrong()
+
+
+@pytest.mark.parametrize("start", [0, 31])
+def test_a_file_that_computes_something_else_is_refused_if_only_for_the_last_of_32_inputs(tmp_path, start):
+    path = tmp_path / "net.onnx"
     path.write_bytes(b"what was there")
-    with pytest.raises(ExportError, match="computes something else: relative error"):
-        export(nn.ReLU(), torch.randn(1, 3), path, format="torch_export")
+    with pytest.raises(ExportError, match=r"computes something else in off: relative error .* over 32 inputs"):
+        export(nn.ReLU(), torch.randn(1, 3), path, engine=Off(start))
     assert path.read_bytes() == b"what was there"
     assert list(Path(tmp_path).iterdir()) == [path]
+    export(nn.ReLU(), torch.randn(1, 3), path, engine=Off(100), repeats=1)
+
+
+def test_a_file_that_returns_other_shapes_is_refused(tmp_path):
+    class Cut(Off):
+        def load(self, onnx):
+            class Half(Program):
+                def run(self, inputs):
+                    return inputs[:, :1]
+
+            return Half()
+
+    with pytest.raises(ExportError, match=r"returns \[1, 1\] where the model returns \[1, 3\], for inputs of \[1, 3\]"):
+        export(nn.ReLU(), torch.randn(1, 3), tmp_path / "net.onnx", engine=Cut(0))
 
 
 def test_only_files_of_an_export_are_opened(tmp_path):
