@@ -103,7 +103,7 @@ class Bench:
         """The latency table of this model on this machine: read, or made and written."""
         if path.is_file():
             return lp.measure.LatencyTable.load(path)
-        table = lp.measure.make_table(self.dense, self.inputs, engine=self.engine)
+        table = lp.measure.make_table(self.dense, self.inputs, engine=self.engine, graph=self.graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         table.save(path)
         return table
