@@ -53,7 +53,8 @@ def _intro(setup: Row) -> str:
     return (
         f"CIFAR-10 as JPEG copies. Dense: the public weights {dense['of']} ({dense['before']:.2f} % of the copies' "
         f"test images as they are), adapted to the copies ({dense['settings']}): {dense['accuracy']:.2f} %. Channels "
-        f"chosen by {setup['criterion']} on {128 * setup['score_batches']} training images. Then {setup['epochs']} epochs of "
+        f"chosen by {setup['criterion']} on {128 * setup['score_batches']} training images. Then "
+        f"{setup['epochs']} epochs of "
         f"{count} images, SGD with momentum at {setup['lr']} and a cosine, batch 128, for the pruned and for the dense "
         f"network alike. Accuracy: all 10,000 test images.\n\nLatency: {setup['engine']}, batch {setup['batch']}, "
         f"{setup['threads']} threads, {setup['cpu']}; {versions}. Medians of passes in turns, all models together. The "
