@@ -72,6 +72,10 @@ class DistillationError(PruningError, ValueError):
     """A student that cannot be compared with its teacher, or settings without meaning."""
 
 
+class TableError(PruningError, ValueError):
+    """A latency table that is damaged, is of another machine or engine, or does not know a layer."""
+
+
 class NotReconstructedWarning(UserWarning):
     """A group of channels kept its width although a plan removes some: the model's code needs them all."""
 

@@ -53,6 +53,8 @@ class OnnxRuntime(OnnxEngine):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors; warnings are about graph cleaning
+        # threads of one session that wait busily would take the cores from the next one that is timed in turns
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
         try:
             session = onnxruntime.InferenceSession(onnx, options, providers=providers[self._device])

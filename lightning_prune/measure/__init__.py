@@ -15,25 +15,35 @@ from lightning_prune.measure.counting import (
     with_samples,
 )
 from lightning_prune.measure.latency import Latency, compare_latency, compare_programs, measure_latency, thread_count
+from lightning_prune.measure.latency_table import LatencyTable, LayerTimes, Surface
+from lightning_prune.measure.layer_calls import LayerCall, LayerKind, layer_calls
 from lightning_prune.measure.layer_findings import Finding, explain_speed
 from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measure.measurement import Measurement, measure
+from lightning_prune.measure.table_making import make_table
 
 __all__ = [
     "Convention",
     "CostModel",
     "Finding",
     "Latency",
+    "LatencyTable",
+    "LayerCall",
+    "LayerKind",
     "LayerTime",
+    "LayerTimes",
     "Machine",
     "Measurement",
     "ModelTime",
+    "Surface",
     "compare_latency",
     "compare_programs",
     "count_flops",
     "count_params",
     "explain_speed",
     "flops_by_convention",
+    "layer_calls",
+    "make_table",
     "measure",
     "measure_latency",
     "measure_machine",

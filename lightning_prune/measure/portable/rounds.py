@@ -1,0 +1,45 @@
+"""Timing many prepared programs in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+WARMUP, LEAST, MOST = 2, 7, 31  # rounds
+STABLE, SHARE = 0.03, 0.9  # standard error of a median relative to it, in so many of the programs
+
+
+def time_in_turns(
+    programs: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter, least: int = LEAST
+) -> list[float]:
+    """Median milliseconds of each, over rounds in which all run once, until these medians are stable.
+
+    In turns, so that each finds its weights outside the caches, as in a network that does not fit into them, and that
+    whatever else the machine does falls on all alike.
+
+    >>> ticks = iter(range(1000))
+    >>> time_in_turns([lambda: None, lambda: next(ticks)], clock=lambda: next(ticks))
+    [1000.0, 2000.0]
+    """
+    for _ in range(WARMUP):
+        for run in programs:
+            run()
+    rounds: list[list[float]] = []
+    while len(rounds) < MOST:
+        spent = []
+        for run in programs:
+            started = clock()
+            run()
+            spent.append(1e3 * (clock() - started))
+        rounds.append(spent)
+        if len(rounds) >= least and _stable(np.array(rounds)):
+            break
+    return [float(median) for median in np.median(np.array(rounds), axis=0)]
+
+
+def _stable(rounds: np.ndarray) -> bool:
+    low, median, high = np.percentile(rounds, (25, 50, 75), axis=0)
+    error = 1.253 * (high - low) / 1.349 / np.sqrt(len(rounds))  # as of a normal distribution
+    return bool(np.mean(error <= STABLE * median) >= SHARE)
