@@ -64,7 +64,7 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    begin = _resume(parts, keep)
+    begin = _resume(parts, keep, settings)
     for epoch in range(begin, settings.epochs):
         torch.manual_seed(1000 * seed + epoch)  # the same images and crops for all that are compared
         started, loss_sum = time.perf_counter(), 0.0
@@ -80,15 +80,18 @@ def train(
         if not loss_sum < float("inf"):
             raise ArithmeticError("the loss is not finite")
         if keep is not None:
-            with atomic(keep) as path:
-                torch.save({"epoch": epoch + 1, **{name: of.state_dict() for name, of in parts.items()}}, path)
+            with atomic(keep) as stream:
+                states = {name: of.state_dict() for name, of in parts.items()}
+                torch.save({"epoch": epoch + 1, "settings": repr(settings), **states}, stream)
         yield {"epoch": epoch + 1, "loss": loss_sum / batches, "seconds": time.perf_counter() - started}
 
 
-def _resume(parts: dict[str, Any], keep: Path | None) -> int:
+def _resume(parts: dict[str, Any], keep: Path | None, settings: Settings) -> int:
     if keep is None or not keep.is_file():
         return 0
     content = torch.load(keep, weights_only=True)
+    if content.get("settings", repr(settings)) != repr(settings):
+        raise SystemExit(f"{keep} was begun with {content['settings']}: give these, or remove it")
     for name, of in parts.items():
         of.load_state_dict(content[name])
     return int(content["epoch"])
@@ -121,8 +124,8 @@ def adapted(name: str, weights: Path, data: ImageFolderDataModule, settings: Set
             print(f"{accuracy(network, data):.2f} % of the test images", flush=True)
     made = {"of": PUBLIC[name], "settings": repr(settings), "before": before, "accuracy": accuracy(network, data)}
     content = {"state_dict": network.state_dict(), "made": made}
-    with atomic(path) as whole:
-        torch.save(content, whole)
+    with atomic(path) as stream:
+        torch.save(content, stream)
     partial.unlink(missing_ok=True)
     print(f"{name}: {before:.2f} % as published, {made['accuracy']:.2f} % adapted; {path}", flush=True)
     return content

@@ -118,6 +118,8 @@ def test_training_is_the_same_for_a_seed_and_goes_on_after_a_kill(folder, tmp_pa
     steps = train(killed, data, settings, seed=1, keep=tmp_path / "part.pt")
     next(steps)
     steps.close()
+    with pytest.raises(SystemExit, match=r"part\.pt was begun with Settings\(epochs=3"):
+        next(train(network(), data, Settings(epochs=4, lr=0.02, batch=8), seed=1, keep=tmp_path / "part.pt"))
     resumed = network(seed=5)
     assert [said["loss"] for said in train(resumed, data, settings, seed=1, keep=tmp_path / "part.pt")] == losses[1:]
     state = resumed.state_dict()
