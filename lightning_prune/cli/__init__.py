@@ -28,6 +28,7 @@ COMMANDS = {
     "prune": ("Prune a checkpoint; checked to be lossless, then written.", "prune:run"),
     "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
+    "quantize": ("Write a model in 8 bits; compared with float32, dense and pruned.", "quantize:run"),
     "graph": ("Show which channels of a model go together; table and picture.", "graph:run"),
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),
     "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),
