@@ -1,0 +1,1 @@
+"""Accuracy of pruned CIFAR networks at the same measured latency, by selection."""
