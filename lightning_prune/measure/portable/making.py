@@ -18,6 +18,15 @@ TOO_SHORT = 0.004  # milliseconds of which no step can be told
 PROBED = 4e7  # multiply-accumulates of the layer whose steps are sought, about
 
 
+KIND = tuple("operator kernel stride padding dilation groups size batch norm activation".split())
+
+
+def as_data(kind: Any) -> dict[str, Any]:
+    """A `lightning_prune.measure.LayerKind` as plain data."""
+    values = {name: getattr(kind, name) for name in KIND}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
 class Layer(NamedTuple):
     """A kind of layer, the most channels in and out that it has, and which of the two never change."""
 
@@ -65,6 +74,7 @@ class Maker:
     def make(self, layers: list[Layer], coarse: bool | None = None) -> list[dict[str, Any]]:
         """Every layer's surfaces of milliseconds as plain data; ``coarse=None``: where preparing is slow."""
         if coarse is None:
+            self._preparer.layer(layers[0].kind, layers[0].largest)  # the first of a process starts the engine
             started = self._clock()
             self._preparer.layer(layers[0].kind, layers[0].largest)
             coarse = self._clock() - started > SLOW
@@ -208,13 +218,6 @@ def _entry(
         rows = np.reshape(times, [len(widths) for widths in surface["widths"]])
         made.append({**surface, "milliseconds": np.round(rows, 6).tolist()})
     return {"kind": as_data(layer.kind), "largest": list(layer.largest), "surfaces": made}
-
-
-def as_data(kind: Any) -> dict[str, Any]:
-    """A kind as plain data."""
-    names = "operator kernel stride padding dilation groups size batch norm activation".split()
-    values = {name: getattr(kind, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _name(kind: Any) -> str:
