@@ -12,8 +12,8 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
-from lightning_prune.measure.portable.making import as_data
 from lightning_prune.measure.portable import standalone
+from lightning_prune.measure.portable.making import as_data
 from lightning_prune.measure.table_making import layers_of
 
 PROFILE = '''"""Time the layers that manifest.json lists in ONNX Runtime on this machine, and write table.json.

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,14 +14,11 @@ import numpy as np
 
 from .layer_files import context_file, context_key, layer_file
 from .machine import this_machine
-from .making import KIND, Layer, Maker, Preparer
+from .making import Kind, Layer, Maker, Preparer
 from .table_data import table_data
 
 MANIFEST, POINTS = "manifest.json", "points.jsonl"
 _SETTINGS = {"CPUExecutionProvider": "OnnxRuntime('cpu')", "CUDAExecutionProvider": "OnnxRuntime('cuda')"}
-
-
-Kind = namedtuple("Kind", KIND)
 
 
 def main(folder: Path, argv: Sequence[str] | None = None) -> int:
@@ -122,7 +118,9 @@ class _InOnnxRuntime(Preparer):
         options = self._onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads must not disturb the next one
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # its threads must not disturb the next one
         session = self._onnxruntime.InferenceSession(content, options, providers=[self._provider])
         random = np.random.default_rng(0)
         inputs = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
