@@ -22,7 +22,9 @@ ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "o
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --budget flops=0.5] [--out pruned.pt] [--explain]"""
+                             [--ratio 0.5 | --budget flops=0.5 | --budget latency_ms=20
+                             [--engine onnxruntime] [--latency-table TABLE.json]]
+                             [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
 _LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224]
@@ -49,6 +51,8 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
     costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
     amount("--budget", type=_budget, metavar="COST=N", help=costs)
+    add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
+    add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
     add("--per-layer", action="store_true", help="that share of every layer, not of the network")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")

@@ -25,7 +25,7 @@ from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.report.table import print_line
-from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Selection
+from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
 from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed for a budget
@@ -47,15 +47,21 @@ def run(options: argparse.Namespace) -> int:
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
     about: dict[str, Any] = {"coupling": options.coupling, "model": model, "example_inputs": deployed}
+    found: Reach | TableChoice | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
-        plan = selection.select(graph, scores, **about)
+        if isinstance(selection, Budget) and selection.table is not None:
+            found = selection.by_table(graph, scores, **about)
+            plan = found.plan
+        else:
+            plan = selection.select(graph, scores, **about)
     if not plan:
         raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
     console = Console()
     if options.explain:
-        reach = selection.reach(graph, scores, **about) if isinstance(selection, Budget) else None
-        text = explain(model, graph, plan, inputs, reach=reach)
+        if isinstance(selection, Budget) and found is None:
+            found = selection.reach(graph, scores, **about)
+        text = explain(model, graph, plan, inputs, reach=found)
         console.print(f"{text}\n\nNothing was done.", highlight=False, markup=False, soft_wrap=True)
         return 0
     small = copy_without_masks(model)
@@ -68,9 +74,11 @@ def run(options: argparse.Namespace) -> int:
     models = {DENSE: model, PRUNED: small}
     print_costs(console, models, deployed)
     console.print()
-    print_latency(console, models, deployed, [samples_in(deployed)], [None], SHOWN)
+    print_latency(console, models, deployed, [samples_in(deployed)], [None], SHOWN, options.engine)
     console.print()
     _show(console, graph, plan, lossless, options)
+    if found is not None:
+        print_line(console, str(found))
     settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
     save(out, small, plan, input=shape, origin=known.origin, settings=settings)
@@ -80,11 +88,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _selection(options: argparse.Namespace) -> Selection:
     constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
+    if "latency_ms" not in (options.budget or {}) and (options.engine != "eager" or options.latency_table):
+        raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
     if options.budget is None:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
     if options.per_layer:
         raise PlanError("--budget decides how many channels go; leave out --per-layer")
-    return Budget(**options.budget, **constraints, repeats=REPEATS)
+    timed = {"engine": options.engine, "table": options.latency_table}
+    return Budget(**options.budget, **constraints, **timed, repeats=REPEATS)
 
 
 def _scored(
@@ -114,6 +125,8 @@ def _asked(options: argparse.Namespace) -> str:
     """What decides how many channels go, in the command line's words."""
     costs = ",".join(f"{name}={value:g}" for name, value in (options.budget or {}).items())
     words = [f"--budget {costs}" if costs else f"--ratio {options.ratio:g}"]
+    words += [f"--engine {options.engine}"] * (options.engine != "eager")
+    words += [f"--latency-table {options.latency_table}"] * (options.latency_table is not None)
     words += ["--per-layer"] * options.per_layer
     words += [f"--round-to {options.round_to}"] * (options.round_to != 1)
     return " ".join([*words, *(f"--ignore {layer}" for layer in options.ignore)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -10,11 +11,14 @@ from typing import Any, ClassVar, final
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.engines import Engine, engine_from
 from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import Convention
+from lightning_prune.measure.latency_table import LatencyTable
 from lightning_prune.plan import Coupling
 from lightning_prune.selection.base import ByLayer, Question, Selection, is_count, is_number
+from lightning_prune.selection.by_table import TableChoice, TableSearch
 from lightning_prune.selection.search import TOLERANCE, Reach, Search
 
 ESTIMATES, RECONSTRUCTIONS, CONFIRMATIONS = 500, 16, 4  # how many tries each stage of the search has
@@ -38,8 +42,14 @@ class Budget(Selection):
     Args:
         flops: share of the dense FLOPs that may remain, in (0, 1).
         params: share of the dense parameters (frozen ones included) that may remain, in (0, 1).
-        latency_ms: median milliseconds of a forward pass on the example inputs, as a whole, on the model's device
-            and with torch's present number of threads. Machines differ: select on the one that will serve.
+        latency_ms: median milliseconds of a forward pass on the example inputs, as a whole, with torch's present
+            number of threads. Machines differ: select on the one that will serve. Models are timed in turns with the
+            dense one; what is not faster than that is never chosen.
+        engine: what runs the model when it is timed, see `lightning_prune.engines`.
+        table: a `lightning_prune.measure.LatencyTable` of this model's layers on that engine, or its file. Then it is
+            not the weakest channels over the network that go: every group keeps as many as bring the most score for
+            their time, by the table, and widths that take as long as larger ones are not chosen. Up to eight such
+            models are measured, to correct what the table does not know. Under joint coupling only.
         convention: how FLOPs are counted, see `lightning_prune.measure.count_flops`.
         repeats: passes timed per model.
         min_channels, round_to, ignore: see `Selection`.
@@ -62,6 +72,8 @@ class Budget(Selection):
     flops: float | None = None
     params: float | None = None
     latency_ms: float | None = None
+    engine: str | Engine = "eager"
+    table: LatencyTable | str | os.PathLike[str] | None = None
     convention: Convention = "macs"
     repeats: int = 10
 
@@ -76,6 +88,13 @@ class Budget(Selection):
                 )
         if self.latency_ms is not None and not (is_number(self.latency_ms) and 0 < self.latency_ms < math.inf):
             raise PlanError(f"latency_ms must be a positive number of milliseconds, got {self.latency_ms!r}")
+        engine_from(self.engine)
+        if self.table is not None and (self.latency_ms is None or self.flops is not None or self.params is not None):
+            raise PlanError("a latency table serves budgets of latency_ms= alone; leave out flops= and params=")
+        if isinstance(self.table, str | os.PathLike):
+            self.table = LatencyTable.load(self.table)
+        if self.table is not None and not isinstance(self.table, LatencyTable):
+            raise PlanError(f"table must be a LatencyTable or its file, got {self.table!r}")
         check_choice("convention", self.convention, Convention, PlanError)
         if not is_count(self.repeats):
             raise PlanError(f"repeats must be an integer >= 1, got {self.repeats!r}")
@@ -105,14 +124,41 @@ class Budget(Selection):
         """
         named = self.named(model)
         question = Question(graph, named._candidates(graph), scores, coupling, True, model, example_inputs)
-        return Search(named, question).reach()
+        return Search(named, question).reach() if self.table is None else TableSearch(named, question).reach()
+
+    def by_table(
+        self,
+        graph: ChannelGraph,
+        scores: Mapping[str, Tensor],
+        *,
+        model: nn.Module,
+        example_inputs: Any,
+        coupling: Coupling = "joint",
+        batch_norm: bool = True,
+    ) -> TableChoice:
+        """What `select` chooses by the latency table, with how good it is; arguments as for `select`.
+
+        Raises:
+            PlanError: there is no table, or as `select`.
+            ScoreError: scores are missing, of wrong length, NaN or infinite.
+        """
+        if self.table is None:
+            raise PlanError(f"{self!r} has no latency table; use select")
+        named = self.named(model)
+        question = Question(graph, named._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
+        return TableSearch(named, question).run()
 
     def _kept(self, question: Question) -> ByLayer:
+        if self.table is not None:
+            search_by_table = TableSearch(self, question)
+            return search_by_table.masks(search_by_table.run().kept)
         search = Search(self, question)
         kept, last = search.ranking.kept, len(search.ranking)
         found = search.fewest(search.estimated, last // 2, exactly=True)
         guess = last if found is None else found
         if self.latency_ms is not None:
+            if search.allows(search.dense):
+                return kept(0)
             return kept(self._timed(search, guess))
         if found is not None:
             back = search.spared(search.estimated, found, ESTIMATES)
@@ -122,7 +168,7 @@ class Budget(Selection):
                 return kept(found, back)  # shapes told the truth, and nothing fits closer
         count = search.fewest(search.measured, guess)
         if count is None:
-            raise self._unreachable(search.reach())
+            raise self.unreachable(search.reach())
         return kept(count, search.spared(search.measured, count, RECONSTRUCTIONS))
 
     def _timed(self, search: Search, guess: int) -> int:
@@ -132,7 +178,7 @@ class Budget(Selection):
             if count is None:
                 reach = search.reach()
                 if not reach.met:  # else a timing that came out shorter this time
-                    raise self._unreachable(reach)
+                    raise self.unreachable(reach)
                 continue
             again = search.measured(search.plan(count))
             if search.allows(again, slack=1) and (
@@ -147,7 +193,8 @@ class Budget(Selection):
             "leave the machine alone while it is measured, or raise repeats"
         )
 
-    def _unreachable(self, reach: Reach) -> PlanError:
+    def unreachable(self, reach: Reach) -> PlanError:
+        """The error that names the nearest budget."""
         nearest = ", ".join(f"{name}={value:.6g}" for name, value in reach.nearest.items())
         return PlanError(
             f"the budget cannot be met even with every channel removed that min_channels={self.min_channels!r}, "

@@ -12,6 +12,7 @@ from lightning_prune.graph.describe import percent, shortened
 from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.small_model import reconstruct
+from lightning_prune.selection.by_table import TableChoice
 from lightning_prune.selection.search import Reach
 
 HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
@@ -48,14 +49,14 @@ class Explanation:
         params: of the dense and of the reconstructed model, frozen ones included.
         macs: multiply-accumulates per sample of both.
         lossless: whether the reconstructed model equals the masked one by construction.
-        reach: whether a budget can be met at all, if one was asked about.
+        reach: whether a budget can be met at all, if one was asked about, or how well a latency table met it.
     """
 
     groups: tuple[GroupExplanation, ...]
     params: tuple[int, int]
     macs: tuple[int, int]
     lossless: bool
-    reach: Reach | None = None
+    reach: Reach | TableChoice | None = None
 
     def __str__(self) -> str:
         rows = [
@@ -74,7 +75,12 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any, *, reach: Reach | None = None
+    model: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    example_inputs: Any,
+    *,
+    reach: Reach | TableChoice | None = None,
 ) -> Explanation:
     """Say what a plan would do; the model is left as it is.
 
@@ -86,7 +92,7 @@ def explain(
         graph: from `lightning_prune.trace`.
         plan: from `Selection.select`, or loaded.
         example_inputs: as for `lightning_prune.trace`.
-        reach: from `Budget.reach`, to be told along.
+        reach: from `Budget.reach` or `Budget.by_table`, to be told along.
 
     Raises:
         PlanError: the plan or the graph does not belong to this model.

@@ -6,16 +6,18 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
 from lightning_prune.errors import NotReconstructedWarning, PlanError, TraceError
-from lightning_prune.measure import CostModel, count_params, flops_by_convention, measure_latency
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.measure import CostModel, count_params, flops_by_convention
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.selection.base import Question
 from lightning_prune.selection.ratio import Ranking
+from lightning_prune.selection.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from lightning_prune.selection.budget import Budget
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 TOLERANCE = {"flops": 0.01, "params": 0.01, "latency_ms": 0.05}
 AIM = {"flops": 0.01, "params": 0.01, "latency_ms": 0.04}  # a second measurement of a latency comes out a little apart
 
+T = TypeVar("T")
 Costs = Mapping[str, float]  # by the budget's argument: operations, parameters, milliseconds
 Verdict = Literal["too much", "fits", "enough"]
 
@@ -68,7 +71,13 @@ class Reach:
 
 
 class Search:
-    """Tries how many of the weakest channels have to go until what remains fits a budget."""
+    """Tries how many of the weakest channels have to go until what remains fits a budget.
+
+    Attributes:
+        ranking: the channels, weakest first.
+        dense: costs of the dense model.
+        most: what the budget allows, of each cost that it names.
+    """
 
     def __init__(self, budget: Budget, question: Question) -> None:
         if question.model is None or question.example_inputs is None:
@@ -77,8 +86,11 @@ class Search:
         self._budget, self._question = budget, question
         self._model, self._inputs = question.model, question.example_inputs
         self._shapes = CostModel(self._model, question.graph, self._inputs)
-        self._dense = self._of(self._model)
-        units = {**self._dense, "latency_ms": 1.0}  # shares of the dense model, and milliseconds
+        self._watch = None
+        if budget.latency_ms is not None:
+            self._watch = Stopwatch(budget.engine, self._model, self._inputs, budget.repeats)
+        self.dense = self._of(self._model)
+        units = {**self.dense, "latency_ms": 1.0}  # shares of the dense model, and milliseconds
         self.most = {name: asked * unit for name, unit in units.items() if (asked := getattr(budget, name))}
 
     def plan(self, count: int, back: Sequence[int] = ()) -> Plan:
@@ -87,6 +99,8 @@ class Search:
 
     def allows(self, costs: Costs, slack: float = 0.0) -> bool:
         """Whether nothing costs more than it may; ``slack`` is a share of the tolerance."""
+        if list(self.most) == ["latency_ms"] and costs["latency_ms"] > self.dense["latency_ms"]:
+            return False  # channels that cost score, and save nothing
         return all(costs[name] <= most * (1 + slack * TOLERANCE[name]) for name, most in self.most.items())
 
     def is_near(self, costs: Costs) -> bool:
@@ -96,20 +110,15 @@ class Search:
     def estimated(self, plan: Plan) -> Costs:
         """From shapes; the time, and conventions other than ``macs``, are taken to shrink as the ``macs`` do."""
         params, macs = self._shapes.of(plan)
-        return {name: cost * macs / (self._shapes.macs or 1) for name, cost in self._dense.items()} | {"params": params}
+        return {name: cost * macs / (self._shapes.macs or 1) for name, cost in self.dense.items()} | {"params": params}
 
     def measured(self, plan: Plan) -> Costs:
         """Of the reconstructed model."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotReconstructedWarning)
-            try:
-                return self._of(reconstruct(self._model, self._question.graph, plan))
-            except TraceError:  # the model's code needs some group as it is; comparing finds out which
-                return self._of(reconstruct(self._model, self._question.graph, plan, example_inputs=self._inputs))
+        return of_rebuilt(lambda small: self._of(small, plan), self._model, self._question.graph, plan, self._inputs)
 
     def reach(self) -> Reach:
         """From the plan that removes the most."""
-        return Reach(self._dense, self.measured(self.plan(len(self.ranking))), self.most)
+        return Reach(self.dense, self.measured(self.plan(len(self.ranking))), self.most)
 
     def fewest(self, cost: Callable[[Plan], Costs], guess: int, *, exactly: bool = False) -> int | None:
         """How many have to go, None if all are not enough; ``exactly`` the fewest, where another is near the limit."""
@@ -147,14 +156,26 @@ class Search:
                 best, now = plan, costs
         return back
 
-    def _of(self, model: nn.Module) -> Costs:
+    def _of(self, model: nn.Module, plan: Plan | None = None) -> Costs:
         found: dict[str, float] = {
             "flops": flops_by_convention(model, self._inputs)[self._budget.convention],
             "params": count_params(model, trainable=False),
         }
-        if self._budget.latency_ms is not None:
-            found["latency_ms"] = measure_latency(model, self._inputs, repeats=self._budget.repeats).median
+        if self._watch is not None:
+            found["latency_ms"] = self._watch.time(model) if plan else self._watch.dense
         return found
+
+
+def of_rebuilt(
+    cost: Callable[[nn.Module], T], model: nn.Module, graph: ChannelGraph, plan: Plan, example_inputs: Any
+) -> T:
+    """Something of the reconstructed model, less the groups that the model's code needs as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotReconstructedWarning)
+        try:
+            return cost(reconstruct(model, graph, plan))
+        except TraceError:  # it does not run; comparing finds out which groups
+            return cost(reconstruct(model, graph, plan, example_inputs=example_inputs))
 
 
 def smallest(verdict: Callable[[int], Verdict], last: int, guess: int) -> int | None:

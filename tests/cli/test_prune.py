@@ -6,6 +6,7 @@ import errno
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.cli import main
-from lightning_prune.measure import Latency
+from lightning_prune.engines import Eager, Program
+from lightning_prune.measure import latency
+from lightning_prune.measure.table_making import make_table
 from lightning_prune.report.table import TIMES
 from lightning_prune.tasks import ClassificationTask
 from tests.cli.tiny import MODEL, NET, TinyData, files, refused, tiny_net
@@ -54,17 +57,62 @@ def test_a_lightning_checkpoint_is_scored_on_the_loss_of_its_task(capsys, traine
     assert files() == {"dense.pt", "dense.ckpt", "task.yaml", "pruned.pt"}  # no logs, no checkpoints of Lightning's
 
 
+class Counted(Eager):
+    """Passes take a nanosecond per multiply-accumulate, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.samples: list[int] = []
+        self._now = 0.0
+        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=self._tick))
+        monkeypatch.setattr("lightning_prune.selection.stopwatch.engine_from", lambda _: self)
+
+    def _tick(self) -> float:
+        self._now += 1e-12
+        return self._now
+
+    def prepare(self, model: nn.Module, example_inputs: torch.Tensor) -> Program:
+        engine, macs = self, lp.measure.count_flops(model, example_inputs)
+
+        class Waits(Program):
+            def run(self, inputs: torch.Tensor) -> None:
+                engine.samples.append(len(inputs))
+                engine._now += 1e-9 * macs * len(inputs)
+
+        return Waits()
+
+
 def test_a_latency_budget_is_of_one_sample(capsys, monkeypatch, trained) -> None:
-    timed = []
+    engine = Counted(monkeypatch)
+    milliseconds = f"latency_ms={0.5e-6 * lp.measure.count_flops(trained, torch.zeros(1, 3, 8, 8)):.6f}"
+    assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--budget", milliseconds]) == 0
+    assert {*engine.samples} == {1}  # the task's example has 2
+    assert re.search(r"\d+ of 35 channels removed by l1, --budget latency_ms=0.\d+, ", capsys.readouterr().out)
 
-    def once(model, inputs, **options):
-        timed.append(len(inputs))
-        return Latency(lp.measure.count_params(model) / 1e3, 0.0, ())
 
-    monkeypatch.setattr("lightning_prune.selection.search.measure_latency", once)
-    assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--budget", "latency_ms=1"]) == 0
-    assert set(timed) == {1}  # the task's example has 2
-    assert re.search(r"\d+ of 35 channels removed by l1, --budget latency_ms=1, ", capsys.readouterr().out)
+def test_a_latency_table_is_asked_and_its_answer_told(capsys, monkeypatch, trained) -> None:
+    table = make_table(trained, torch.zeros(1, 3, 8, 8), engine="eager", coarse=True)
+    table.save("table.json")
+    Counted(monkeypatch)
+    milliseconds = f"latency_ms={0.6e-6 * lp.measure.count_flops(trained, torch.zeros(1, 3, 8, 8)):.6f}"
+    asked = ["prune", "dense.ckpt", "--config", "task.yaml", "--latency-table", "table.json", "--budget", milliseconds]
+    told = r"the most score kept within [\d.e-]+ ms by the table: [\d.]+ of at most [\d.]+ \(gap [\d.]+ %\), measured"
+    assert main([*asked, "--explain"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(told, out)
+    assert "Nothing was done" in out
+    assert main(asked) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(told, out)
+    assert re.search(r"--latency-table table.json, coupling joint", out)
+    assert "engine: eager there, onnxruntime here" in refused(capsys, *asked, "--engine", "onnxruntime")
+
+
+def test_an_engine_without_a_latency_is_refused(capsys) -> None:
+    for words in (["--engine", "onnxruntime"], ["--latency-table", "no.json", "--budget", "flops=0.5"]):
+        message = refused(capsys, "prune", "dense.pt", *MODEL, *words)
+        assert "--engine and --latency-table are for --budget latency_ms=MILLISECONDS" in message
+    words = ["--latency-table", "no.json", "--budget", "latency_ms=1"]
+    assert "cannot read no.json" in refused(capsys, "prune", "dense.pt", *MODEL, *words)
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys) -> None:

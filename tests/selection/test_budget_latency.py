@@ -11,22 +11,27 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.errors import NoEffectWarning, PlanError
-from lightning_prune.measure import Latency, measure_latency
+from lightning_prune.measure import measure_latency
 from lightning_prune.selection import Budget, search
 from tests.selection.test_budget import chosen, shares, wide
 from tests.zoo import images
 
 
-def clock(monkeypatch, *noise: float) -> list[float]:
+def clock(monkeypatch, *noise: float, ratio=lambda macs: macs) -> list[float]:
     """Latency is 1 ms and 1e-5 ms per multiply-accumulate, times the noise of each reading in turn."""
     readings: list[float] = []
 
-    def read(model: nn.Module, x: Tensor, *, repeats: int) -> Latency:
-        factor = noise[len(readings) % len(noise)] if noise else 1.0
-        readings.append((1 + 1e-5 * lp.measure.count_flops(model, x)) * factor)
-        return Latency(readings[-1], 0.0, (readings[-1],) * repeats)
+    class Clock:
+        def __init__(self, engine: str, model: nn.Module, x: Tensor, repeats: int) -> None:
+            self._x = x
+            self.dense = self.time(model)
 
-    monkeypatch.setattr(search, "measure_latency", read)
+        def time(self, model: nn.Module) -> float:
+            factor = noise[len(readings) % len(noise)] if noise else 1.0
+            readings.append((1 + 1e-5 * ratio(lp.measure.count_flops(model, self._x))) * factor)
+            return readings[-1]
+
+    monkeypatch.setattr(search, "Stopwatch", Clock)
     return readings
 
 
@@ -45,6 +50,16 @@ def test_a_latency_that_is_met_already_removes_nothing(monkeypatch) -> None:
     with pytest.warns(NoEffectWarning, match="removes no channel"):
         plan, _ = chosen(wide(), images(), Budget(latency_ms=100))
     assert not plan
+
+
+def test_a_model_slower_than_its_parent_is_not_returned(monkeypatch) -> None:
+    dense = lp.measure.count_flops(wide(), images())
+    clock(monkeypatch, ratio=lambda macs: macs if macs in (dense, 0) else 1.01 * dense)  # any smaller one is slower
+    for milliseconds in (1.02 * (1 + 1e-5 * dense), 1 + 1e-5 * dense):
+        with pytest.warns(NoEffectWarning, match="removes no channel"):
+            assert not chosen(wide(), images(), Budget(latency_ms=milliseconds))[0]
+    with pytest.raises(PlanError, match="cannot be met"):
+        chosen(wide(), images(), Budget(latency_ms=0.99 * (1 + 1e-5 * dense)))
 
 
 def test_a_latency_and_a_share_hold_at_once(monkeypatch) -> None:
@@ -67,12 +82,11 @@ def test_an_impossible_latency_is_refused(monkeypatch) -> None:
 def test_a_clock_that_cannot_be_trusted_is_refused(monkeypatch) -> None:
     seen: dict[int, int] = {}
 
-    def read(model: nn.Module, x: Tensor, *, repeats: int) -> Latency:
-        macs = lp.measure.count_flops(model, x)
-        seen[macs] = seen.get(macs, 0) + 1  # every second reading of a model takes longer
-        return Latency(1e-5 * macs * (1.2 if seen[macs] % 2 == 0 else 1.0), 0.0, ())
+    def worse_the_second_time(macs: int) -> float:
+        seen[macs] = seen.get(macs, 0) + 1
+        return macs * (1.2 if seen[macs] % 2 == 0 else 1.0)
 
-    monkeypatch.setattr(search, "measure_latency", read)
+    clock(monkeypatch, ratio=worse_the_second_time)
     with pytest.raises(PlanError, match="keep differing by more than 5%; leave the machine alone"):
         chosen(wide(), images(), Budget(latency_ms=10))
 

@@ -1,0 +1,56 @@
+"""Times of smaller models on an engine, always in turns with the dense one: what else the machine does hits both."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.engines import Engine, engine_from
+from lightning_prune.measure.latency import Latency, compare_programs, in_eval_mode
+
+LEAST_MS, MOST_ROUNDS = 300.0, 100  # short passes are timed for this long together, or this often
+SURE, PATIENCE = 0.005, 4  # standard error of a ratio that is enough; so many times the rounds are made at most for it
+
+
+class Stopwatch:
+    """Milliseconds of models, as if the machine were as fast as when the dense one was timed first.
+
+    Args:
+        engine: what runs them.
+        model: dense; left as it is.
+        inputs: of a pass.
+        repeats: passes timed per model, at least.
+
+    Attributes:
+        engine: what runs them.
+        dense: median milliseconds of the dense model.
+    """
+
+    def __init__(self, engine: str | Engine, model: nn.Module, inputs: Any, repeats: int) -> None:
+        self.engine = engine_from(engine)
+        self._model, self._inputs, self._rounds = model, inputs, repeats
+        with in_eval_mode({"dense": (model, inputs)}):
+            self._dense = self.engine.prepare(model, inputs)
+            programs = {"dense": (self._dense, inputs)}
+            self.dense = compare_programs(programs, repeats=repeats)["dense"].median
+            self._rounds = max(repeats, min(MOST_ROUNDS, math.ceil(LEAST_MS / max(self.dense, 1e-9))))
+            if self._rounds > repeats:
+                self.dense = compare_programs(programs, repeats=self._rounds)["dense"].median
+
+    def time(self, model: nn.Module) -> float:
+        """Milliseconds of another model on the same inputs; timed for longer where the rounds differ."""
+        with in_eval_mode({"dense": (self._model, self._inputs), "smaller": (model, self._inputs)}):
+            prepared = {"dense": self._dense, "smaller": self.engine.prepare(model, self._inputs)}
+            programs = {name: (program, self._inputs) for name, program in prepared.items()}
+            ratios: list[float] = []
+            while len(ratios) < PATIENCE * self._rounds:
+                found = compare_programs(programs, warmup=0 if ratios else None, repeats=self._rounds)
+                pairs = zip(found["smaller"].samples, found["dense"].samples, strict=True)
+                ratios += [smaller / max(dense, 1e-9) for smaller, dense in pairs]
+                ratio = Latency.of(ratios)
+                # 0.93 quartile distances / sqrt(n): standard error of a median of normal values
+                if 0.93 * ratio.iqr <= SURE * ratio.median * math.sqrt(len(ratios)):
+                    break
+        return self.dense * ratio.median
