@@ -172,6 +172,22 @@ def test_a_graph_tells_which_channels_stay() -> None:
     assert layers_of(alone, images, lp.trace(alone, images))[0].fixed == (True, True)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self, *outs: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(3, out, 3) for out in outs)
+
+    def forward(self, x):
+        return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("outs", [(4, 6), (6, 4), (5, 5)])
+def test_widths_that_stay_but_differ_from_layer_to_layer_are_varied(outs) -> None:
+    model, images = TwoHeads(*outs), torch.zeros(1, 3, 8, 8)
+    (layer,) = layers_of(model, images, lp.trace(model, images))
+    assert (layer.largest, layer.fixed) == ((3, max(outs)), (True, outs[0] == outs[1]))
+
+
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(TableError, match="ReLU has no convolution"):
         make_table(nn.ReLU(), torch.zeros(1), engine="eager")
