@@ -50,7 +50,7 @@ class Known(Preparer):
         self.prepared: list[tuple[int, int]] = []
 
     def layer(self, kind, channels):
-        self.clock.now += self.seconds
+        self.clock.now += 0.0 if channels in self.prepared else self.seconds  # compilers remember
         self.prepared.append(channels)
         return self.clock.spend(OVERHEAD + self.cost(*channels))
 
