@@ -56,7 +56,7 @@ def main(folder: Path, argv: Sequence[str] | None = None) -> int:
     made = maker.make(layers, options.coarse or None)
     options.out.write_text(json.dumps(table_data(made, **head), allow_nan=False), encoding="utf-8")
     print(f"\n{len(layers)} layers, {maker.points} points, {time.perf_counter() - started:.0f} s: {options.out}")
-    print("Bring this file back, and give it to lightning-prune with --force, since it is another machine's.")
+    print("Bring it back: lightning_prune.measure.LatencyTable.load(file, force=True), since it is another machine's.")
     return 0
 
 
