@@ -73,7 +73,7 @@ class Budget(Selection):
     params: float | None = None
     latency_ms: float | None = None
     engine: str | Engine = "eager"
-    table: LatencyTable | str | os.PathLike[str] | None = None
+    table: Any = None  # jsonargparse would read the file of a declared class as its arguments
     convention: Convention = "macs"
     repeats: int = 10
 
