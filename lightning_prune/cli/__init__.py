@@ -27,6 +27,7 @@ COMMANDS = {
     "test": ("Evaluate on the test set.", "training:test"),
     "prune": ("Prune a checkpoint; checked to be lossless, then written.", "prune:run"),
     "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
+    "latency-table": ("Time every layer over its widths, on an engine; minutes.", "latency_table:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
     "graph": ("Show which channels of a model go together; table and picture.", "graph:run"),
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),

@@ -20,6 +20,7 @@ from lightning_prune.measure.layer_calls import LayerCall, LayerKind, layer_call
 from lightning_prune.measure.layer_findings import Finding, explain_speed
 from lightning_prune.measure.layers import LayerTime, Machine, ModelTime, measure_machine, time_layers
 from lightning_prune.measure.measurement import Measurement, measure
+from lightning_prune.measure.profile_kit import write_profile_kit
 from lightning_prune.measure.table_making import make_table
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "thread_count",
     "time_layers",
     "with_samples",
+    "write_profile_kit",
 ]
 
 # `lp.measure` is the function, and the place of all these names: lp.measure.count_flops(model, inputs).

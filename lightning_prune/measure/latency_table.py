@@ -19,9 +19,9 @@ from lightning_prune.files import atomic
 from lightning_prune.measure.layer_calls import LayerKind, Operator
 from lightning_prune.measure.portable.machine import this_machine
 from lightning_prune.measure.portable.making import as_data
+from lightning_prune.measure.portable.table_data import FORMAT, VERSION
 from lightning_prune.measure.portable.widths import rounded_up
 
-FORMAT, VERSION = "lightning-prune latency table", 1
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from lightning_prune.engines.torch_engines import device_of
 from lightning_prune.errors import TableError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure.latency import thread_count
-from lightning_prune.measure.latency_table import FORMAT, VERSION, LatencyTable
+from lightning_prune.measure.latency_table import LatencyTable
 from lightning_prune.measure.layer_calls import LayerKind, layer_calls
 from lightning_prune.measure.portable.layer_files import context_file, context_key, layer_file
 from lightning_prune.measure.portable.machine import this_machine
 from lightning_prune.measure.portable.making import Layer, Maker, Preparer
+from lightning_prune.measure.portable.table_data import table_data
 
 Run = Callable[[], object]
 
@@ -70,17 +70,8 @@ def make_table(
     preparer: Preparer = _OfFiles(engine) if isinstance(engine, OnnxEngine) else _OfModules(engine, device)
     with thread_count(threads) as running:
         made = Maker(preparer, progress=progress, clock=clock).make(layers, coarse)
-    data = {
-        "format": FORMAT,
-        "version": VERSION,
-        "engine": engine.name,
-        "settings": repr(engine),
-        "machine": this_machine(gpu="cuda" in (engine.device, device.type)),
-        "threads": running,
-        "versions": engine.versions,
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "layers": made,
-    }
+    machine = this_machine(gpu="cuda" in (engine.device, device.type))
+    data = table_data(made, engine.name, repr(engine), machine, running, engine.versions)
     return LatencyTable.of(data)
 
 

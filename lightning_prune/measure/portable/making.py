@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,30 @@ from .widths import FIRST, LAST, Steps, find_steps, grid
 
 CHUNK_BYTES, CHUNK_POINTS = 2**29, 160  # prepared at once
 SLOW = 0.2  # seconds to prepare a layer, above which fewer points are timed
+NARROW = 16  # channels: of fewer no steps are sought
 TOO_SHORT = 0.004  # milliseconds of which no step can be told
 PROBED = 4e7  # multiply-accumulates of the layer whose steps are sought, about
+
+
+class Kind(NamedTuple):
+    """What `lightning_prune.measure.LayerKind` is, where that is not installed."""
+
+    operator: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    size: tuple[int, ...]
+    batch: int
+    norm: bool
+    activation: str | None
+
+
+def as_data(kind: Any) -> dict[str, Any]:
+    """A `lightning_prune.measure.LayerKind` as plain data."""
+    values = {name: getattr(kind, name) for name in Kind._fields}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Layer(NamedTuple):
@@ -65,6 +88,7 @@ class Maker:
     def make(self, layers: list[Layer], coarse: bool | None = None) -> list[dict[str, Any]]:
         """Every layer's surfaces of milliseconds as plain data; ``coarse=None``: where preparing is slow."""
         if coarse is None:
+            self._preparer.layer(layers[0].kind, layers[0].largest)  # the first of a process starts the engine
             started = self._clock()
             self._preparer.layer(layers[0].kind, layers[0].largest)
             coarse = self._clock() - started > SLOW
@@ -147,15 +171,20 @@ class Maker:
         """{(family, dimension): the points that tell its steps}."""
         found = {}
         families: dict[tuple[Any, ...], list[Any]] = {}
+        most: Counter[tuple[Any, ...]] = Counter()  # channels
         for layer in layers:
             if layer.kind.groups < 2 and not all(layer.fixed):
-                families.setdefault(_family(layer.kind), []).append(layer.kind)
+                family = _family(layer.kind)
+                families.setdefault(family, []).append(layer.kind)
+                most[family] = max(most[family], *layer.largest)
         if coarse and families:  # one for all
             families = dict([max(families.items(), key=lambda item: sum(_macs(kind, 64) for kind in item[1]))])
         for family, kinds in families.items():
             kind = min(kinds, key=lambda kind: abs(np.log(_macs(kind, 64) / PROBED)))
             other = int(np.clip(64 * round(PROBED / _macs(kind, 64)), 64, 512))
             widths = range(FIRST, LAST + 1)
+            if most[family] < NARROW:
+                continue
             found[family, 1] = [(kind, (width if kind.groups == 0 else other, width)) for width in widths]
             if kind.groups != 0:
                 found[family, 0] = [(kind, (width, other)) for width in widths]
@@ -208,13 +237,6 @@ def _entry(
         rows = np.reshape(times, [len(widths) for widths in surface["widths"]])
         made.append({**surface, "milliseconds": np.round(rows, 6).tolist()})
     return {"kind": as_data(layer.kind), "largest": list(layer.largest), "surfaces": made}
-
-
-def as_data(kind: Any) -> dict[str, Any]:
-    """A kind as plain data."""
-    names = "operator kernel stride padding dilation groups size batch norm activation".split()
-    values = {name: getattr(kind, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _name(kind: Any) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 FIRST, LAST = 64, 96  # widths probed
+EVIDENCE = 0.7  # an alignment must explain this much: errors smaller by its exponential
 _POWERS = (1, 2, 4, 8, 16, 32)
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)  # of the largest width
 _COARSE = (1.0, 0.5, 0.25)
@@ -52,6 +53,7 @@ def find_steps(milliseconds: Sequence[float]) -> Steps:
             for others, others_error, others_values in _fits(widths[~aligned], times[~aligned], 1, 1):
                 mean = max((error + others_error) / len(widths), 0.01 * float(np.median(times)))  # no clock is better
                 score = len(widths) * np.log(mean) + (values + others_values) * np.log(len(widths))
+                score += len(widths) * (alignment > 1) * EVIDENCE
                 if score < best - 1e-9:
                     best, found = score, Steps(alignment, lane, others)
     return found
