@@ -7,6 +7,7 @@ learnt from them (`tasks`), and pruning, of which they know nothing.
 from lightning_prune.data.cifar10 import CIFAR10DataModule
 from lightning_prune.data.coco import COCODetection
 from lightning_prune.data.digits import DigitsDataModule
+from lightning_prune.data.image_folder import ImageFolderDataModule
 from lightning_prune.data.scenes import Scene, Scenes, ScenesDetection, ScenesSegmentation
 from lightning_prune.data.voc import VOCDetection, VOCSegmentation
 from lightning_prune.data.voc_files import write_voc
@@ -15,6 +16,7 @@ __all__ = [
     "CIFAR10DataModule",
     "COCODetection",
     "DigitsDataModule",
+    "ImageFolderDataModule",
     "Scene",
     "Scenes",
     "ScenesDetection",

@@ -1,4 +1,8 @@
-"""Networks for 32x32 images: torchvision's ResNets with a 3x3 stem of stride 1, under its module names, and VGG16."""
+"""Networks for 32x32 images: torchvision's ResNets with a 3x3 stem of stride 1, under its module names, and VGG16.
+
+They have 64 to 512 (times 4) channels; the thin ones that CIFAR-10's first paper had, ResNet-20 to 110, are in
+`lightning_prune.models.cifar_thin`.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,7 @@ class CifarResNet(nn.Module):
         )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        _initialise(self)
+        initialise_(self)
 
     def _stage(self, block: type[BasicBlock | Bottleneck], width: int, depth: int, stride: int) -> nn.Sequential:
         outputs = width * block.expansion
@@ -139,7 +143,7 @@ class CifarVgg16(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs, num_classes)
-        _initialise(self)
+        initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.features(x), 1))
@@ -155,7 +159,8 @@ def vgg16_bn(num_classes: int = 10) -> CifarVgg16:
     return CifarVgg16(num_classes)
 
 
-def _initialise(model: nn.Module) -> None:
+def initialise_(model: nn.Module) -> None:
+    """He initialisation of every convolution."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

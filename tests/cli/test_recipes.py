@@ -2,7 +2,8 @@
 
 The task recipes run two training batches and one validation batch of their own model and optimizer, those on digits
 and scenes on their own data. CIFAR-10 and Pascal VOC would have to be downloaded: random images of CIFAR's shape take
-the place of the one (and the data module is only constructed), a tiny tree in the format of the other. The prune
+the place of the one (and the data module is only constructed), a tiny tree in the format of the other; a tiny tree of
+classes stands for ImageNet and for one's own images. The prune
 recipes run on top of the digits recipe, those that spare a segmentation network's heads on top of the scenes recipe.
 The experiments run in tests/experiments/test_orders.py. A recipe without an entry in the tables here fails.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -52,6 +54,7 @@ BOXES = [*NARROW, "--data.size=64", "--data.lengths=[4,2,2]", "--data.batch_size
 VOC = ["--data.root=.", "--data.batch_size=2", "--data.num_workers=0"]
 VOC_PIXELS = [*VOC, "--data.download=false", "--data.base=48", "--data.crop=32", "--model.input_size=[3,32,32]"]
 VOC_BOXES = [*VOC, *NARROW, f"--data.classes={[str(number) for number in range(20)]}"]  # scenes know the first ten
+FOLDER = ["--data.root=.", "--data.batch_size=2", "--data.num_workers=0"]
 TINY_TASKS = {
     **{name: [f"--data={__name__}.CifarShaped"] for name in CIFAR},
     "task/resnet18_digits.yaml": DIGITS,
@@ -60,6 +63,8 @@ TINY_TASKS = {
     "task/yolov3_tiny_scenes.yaml": BOXES,
     "task/yolov3_scenes.yaml": BOXES,
     "task/yolov3_voc.yaml": VOC_BOXES,
+    "task/resnet56_folder.yaml": [*FOLDER, "--data.val_share=0.25"],
+    "task/resnet50_imagenet.yaml": [*FOLDER, "--data.size=32", "--model.input_size=[3,32,32]"],
 }
 
 
@@ -125,6 +130,11 @@ def test_a_task_recipe_trains_a_step(name):
         for part in ("train", "val"):
             write_voc(Scenes(part, 4, size=48), Path(), part)
         untrained("fcn_resnet101", num_classes=21, aux_loss=True)
+    if FOLDER[0] in TINY_TASKS[name] and "voc" not in name:
+        for place in (Path(part, kind) for part in ("train", "val") for kind in ("ant", "bee")):
+            place.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (40, 32), (50 * index,) * 3).save(place / f"{index}.jpg")
     cli = run_lightning("fit", ["--config", name, *TINY, *TINY_TASKS[name]])
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
