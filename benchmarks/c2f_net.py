@@ -1,4 +1,4 @@
-"""A small detector of the kind that ultralytics builds: C2f blocks (split, concatenation), SPPF, two ways of upsampling.
+"""A small detector of the kind that ultralytics builds: C2f blocks (split, concatenation), SPPF, upsampling.
 
 Own code after the published architecture of YOLOv8; raw maps per scale, as its exported form has before decoding.
 """

@@ -1,4 +1,4 @@
-"""Budgets of latency by a table: are they met, what do they save, and the ordinary search at the same time beside it.
+r"""Budgets of latency by a table: are they met, what do they save, and the ordinary search at the same time beside it.
 
 Run from the repository's root on an idle machine, about an hour on two cores:
 

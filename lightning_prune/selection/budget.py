@@ -157,8 +157,6 @@ class Budget(Selection):
         found = search.fewest(search.estimated, last // 2, exactly=True)
         guess = last if found is None else found
         if self.latency_ms is not None:
-            if search.allows(search.dense):
-                return kept(0)
             return kept(self._timed(search, guess))
         if found is not None:
             back = search.spared(search.estimated, found, ESTIMATES)
