@@ -23,7 +23,7 @@ Activation = Literal[
 ]
 _BATCH_NORMS = frozenset("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm".split())
 _PRODUCTS = {"mm": 0, "mv": 0, "addmm": 1, "addmv": 1}  # where the first factor stands
-_SAME = frozenset("view _unsafe_view alias detach".split())
+_SAME = frozenset("view _unsafe_view squeeze alias detach".split())
 
 
 @dataclass(frozen=True)

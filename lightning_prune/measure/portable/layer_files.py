@@ -23,7 +23,7 @@ def layer_file(kind: Any, channels: tuple[int, int], seed: int = 0) -> tuple[byt
         make.input((kind.size[0], channels[0]))
         make.add("Gemm", weight=(channels[0], channels[1]), bias=channels[1])
         make.activate(kind.activation, (channels[1],))
-        return make.file()
+        return make.file((kind.size[0], channels[1]))
     _feed(make, kind, channels[0])
     groups = kind.groups or channels[0]
     dims = len(kind.size)
@@ -42,7 +42,7 @@ def layer_file(kind: Any, channels: tuple[int, int], seed: int = 0) -> tuple[byt
         make.add("Conv", weight=(channels[1], channels[0] // groups, *kind.kernel), bias=channels[1], **attributes)
     make.activate(kind.activation, (channels[1], *[1] * dims))
     _drop(make, output_size(kind))
-    return make.file()
+    return make.file((kind.batch, channels[1], *[1] * dims))
 
 
 def context_file(kind: Any, channels_in: int) -> tuple[bytes, dict[str, tuple[int, ...]]]:
@@ -51,10 +51,10 @@ def context_file(kind: Any, channels_in: int) -> tuple[bytes, dict[str, tuple[in
     if kind.operator == "linear":
         make.input((1, 1))
         make.add("Relu")
-        return make.file()
+        return make.file((1, 1))
     _feed(make, kind, channels_in)
     _drop(make, kind.size)
-    return make.file()
+    return make.file((kind.batch, channels_in, *[1] * len(kind.size)))
 
 
 def context_key(kind: Any, channels_in: int) -> tuple[Any, ...]:
@@ -145,8 +145,8 @@ class _Maker:
         elif name is not None:
             self.add(_OPERATORS[name])
 
-    def file(self) -> tuple[bytes, dict[str, tuple[int, ...]]]:
-        return onnx.model(self._nodes, self._weights, self._inputs, self._last), self._inputs
+    def file(self, shape: tuple[int, ...]) -> tuple[bytes, dict[str, tuple[int, ...]]]:
+        return onnx.model(self._nodes, self._weights, self._inputs, {self._last: shape}), self._inputs
 
     def _number(self, value: float) -> str:
         return self._constant(np.full((), value, np.float32))

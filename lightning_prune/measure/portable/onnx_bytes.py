@@ -18,13 +18,16 @@ _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_INTS = 1, 2, 7  # AttributeProto.At
 
 
 def model(
-    nodes: Iterable[bytes], weights: dict[str, np.ndarray], inputs: Mapping[str, Sequence[int]], output: str
+    nodes: Iterable[bytes],
+    weights: Mapping[str, np.ndarray],
+    inputs: Mapping[str, Sequence[int]],
+    outputs: Mapping[str, Sequence[int]],
 ) -> bytes:
-    """A ModelProto: operators, their constants, the shapes of the inputs, and which value is its output."""
+    """A ModelProto: operators, their constants, and the shapes of inputs and outputs."""
     graph = b"".join(_field(1, each) for each in nodes) + _field(2, b"layer")
     graph += b"".join(_field(5, _tensor(name, value)) for name, value in weights.items())
     graph += b"".join(_field(11, _value(name, shape)) for name, shape in inputs.items())
-    graph += _field(12, _value(output, None))
+    graph += b"".join(_field(12, _value(name, shape)) for name, shape in outputs.items())
     return _field(1, IR_VERSION) + _field(7, graph) + _field(8, _field(1, b"") + _field(2, OPSET))
 
 
@@ -49,12 +52,10 @@ def _tensor(name: str, value: np.ndarray) -> bytes:
     return shape + _field(2, kind) + _field(8, name.encode()) + _field(9, value.tobytes())
 
 
-def _value(name: str, shape: Sequence[int] | None) -> bytes:
-    """A ValueInfoProto of floats; without a shape the engine infers it."""
-    tensor = _field(1, _FLOAT)
-    if shape is not None:
-        tensor += _field(2, b"".join(_field(1, _field(1, size)) for size in shape))
-    return _field(1, name.encode()) + _field(2, _field(1, tensor))
+def _value(name: str, shape: Sequence[int]) -> bytes:
+    """A ValueInfoProto of floats."""
+    dims = b"".join(_field(1, _field(1, size)) for size in shape)
+    return _field(1, name.encode()) + _field(2, _field(1, _field(1, _FLOAT) + _field(2, dims)))
 
 
 def _field(number: int, value: int | bytes) -> bytes:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-WARMUP, LEAST, MOST = 2, 7, 31  # rounds
-STABLE, SHARE = 0.03, 0.9  # standard error of a quartile relative to it, in so many of the programs
+WARMUP, LEAST, MOST = 2, 10, 41  # rounds
+STABLE, SHARE = 0.04, 0.9  # largest difference, relative, and in how many of the programs
 
 
 def time_in_turns(
     programs: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter, least: int = LEAST
 ) -> list[float]:
-    """Milliseconds of each: the lower quartile over rounds in which all run once, until it is stable.
+    """Milliseconds of each: the lower decile over rounds in which all run once, until it is stable.
 
     In turns, so that each finds its weights outside the caches, as in a network that does not fit into them, and that
-    whatever else the machine does falls on all alike. The lower quartile, since that can only add.
+    whatever else the machine does falls on all alike. The lower decile, since that can only add.
 
     >>> ticks = iter(range(1000))
     >>> time_in_turns([lambda: None, lambda: next(ticks)], clock=lambda: next(ticks))
@@ -36,10 +36,10 @@ def time_in_turns(
         rounds.append(spent)
         if len(rounds) >= least and _stable(np.array(rounds)):
             break
-    return [float(quartile) for quartile in np.percentile(np.array(rounds), 25, axis=0)]
+    return [float(decile) for decile in np.percentile(np.array(rounds), 10, axis=0)]
 
 
 def _stable(rounds: np.ndarray) -> bool:
-    low, median = np.percentile(rounds, (25, 50), axis=0)
-    error = 1.36 * (median - low) / 0.674 / np.sqrt(len(rounds))  # as of a normal distribution
-    return bool(np.mean(error <= STABLE * low) >= SHARE)
+    """Whether every second round says the same as the others, of most programs."""
+    even, odd = np.percentile(rounds[::2], 10, axis=0), np.percentile(rounds[1::2], 10, axis=0)
+    return bool(np.mean(np.abs(even - odd) <= STABLE * np.minimum(even, odd)) >= SHARE)

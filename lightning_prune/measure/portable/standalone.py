@@ -70,7 +70,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _layer(entry: dict[str, Any]) -> Layer:
-    kind = {name: tuple(value) if isinstance(value, list) else value for name, value in entry["kind"].items()}
+    values = entry["kind"].items()
+    kind: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
     largest, fixed = entry["largest"], entry["fixed"]
     return Layer(Kind(**kind), (largest[0], largest[1]), (fixed[0], fixed[1]))
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 FIRST, LAST = 64, 96  # widths probed
-EVIDENCE = 0.7  # an alignment must explain this much: errors smaller by its exponential
+OUTLIER = 0.5  # relative to the median time: what is further off was disturbed
+EVIDENCE = 0.1  # an alignment must explain this much: errors smaller by its exponential
 _POWERS = (1, 2, 4, 8, 16, 32)
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)  # of the largest width
 _COARSE = (1.0, 0.5, 0.25)
@@ -35,7 +36,7 @@ def find_steps(milliseconds: Sequence[float]) -> Steps:
     """From the times of the widths FIRST to LAST: the steps that explain them best.
 
     Each class is a straight line over widths rounded up to its lane, or a value for every lane; candidates are compared
-    by the Bayesian information criterion of absolute errors, and among equals the smaller step wins.
+    by the Bayesian information criterion of absolute errors, outliers cut, and among equals the smaller step wins.
 
     >>> find_steps([-(-width // 16) * 0.1 for width in range(FIRST, LAST + 1)])
     Steps(alignment=1, aligned=16, others=1)
@@ -63,19 +64,31 @@ def _fits(widths: np.ndarray, times: np.ndarray, least: int, offset: int) -> lis
     """Of every lane: the sum of absolute errors, and of how many values."""
     if not len(widths):
         return [(1, 0.0, 0)]
+    most = OUTLIER * float(np.median(times))
     found = []
     for lane in _POWERS:
         if lane < least:
             continue
         x = rounded_up(widths, lane, offset)
         ends = set(x.tolist())
-        slope, start = np.polyfit(x, times, 1) if len(ends) > 1 else (0.0, 0.0)
-        start = np.median(times - slope * x)
-        found.append((lane, float(np.abs(times - slope * x - start).sum()), 2))
+        slope = _slope(x, times)
+        found.append((lane, _error(times - slope * x, most), 2))
         if 2 < len(ends) <= 5:
-            free = sum(float(np.abs(times[x == end] - np.median(times[x == end])).sum()) for end in ends)
-            found.append((lane, free, len(ends)))
+            found.append((lane, sum(_error(times[x == end], most) for end in ends), len(ends)))
     return found
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Of Theil and Sen: the median over all pairs."""
+    first, second = np.triu_indices(len(x), 1)
+    apart = x[second] != x[first]
+    first, second = first[apart], second[apart]
+    return float(np.median((y[second] - y[first]) / (x[second] - x[first]))) if len(first) else 0.0
+
+
+def _error(times: np.ndarray, most: float) -> float:
+    """Sum of absolute distances from the median, none above the most."""
+    return float(np.minimum(np.abs(times - np.median(times)), most).sum())
 
 
 def rounded_up(widths: np.ndarray, lane: int, offset: int) -> np.ndarray:
