@@ -8,6 +8,7 @@ from . import experiments as experiments
 from . import graph as graph
 from . import models as models
 from . import plan as plan
+from . import quantization as quantization
 from . import reconstruction as reconstruction
 from . import report as report
 from . import schedule as schedule

@@ -52,6 +52,10 @@ class EngineError(PruningError):
     """An engine that is unknown, not installed, or cannot run the model."""
 
 
+class QuantizationError(PruningError, ValueError):
+    """A model that cannot be computed in 8 bits, or batches that it cannot be calibrated on."""
+
+
 class WeightsError(PruningError):
     """Weights that do not belong to the model."""
 

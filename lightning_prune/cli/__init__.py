@@ -29,6 +29,7 @@ COMMANDS = {
     "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
     "latency-table": ("Time every layer over its widths, on an engine; minutes.", "latency_table:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
+    "quantize": ("Write a model in 8 bits; compared with float32, dense and pruned.", "quantize:run"),
     "graph": ("Show which channels of a model go together; table and picture.", "graph:run"),
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),
     "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of
 
-#: `lightning_prune.plan.Coupling`, `export.Format` and `experiments.comparison.run.SelectionName`, which import torch.
+#: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`, and
+#: `experiments.comparison.run.SelectionName`, which import torch.
 COUPLINGS = ("joint", "union", "intersection")
 FORMATS = ("onnx", "torch_export")
 SELECTIONS = ("global", "layer", "flops")
+METHODS = ("minmax", "percentile")
+CPUS = ("vnni", "x86", "arm")
 PICTURES = (".html", ".svg")
 #: `lightning_prune.engines.ENGINES`, likewise.
 ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "openvino", "tensorrt")
@@ -32,6 +35,8 @@ _LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...] [-
        lightning-prune latency-table CHECKPOINT (--model NAME | --config TASK.yaml) [...]"""
 _GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
        lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
+_QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx
+                                [--calibration-batches 8] [--ignore LAYER]"""
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
 
@@ -132,6 +137,31 @@ def latency_table(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_with_fit_options(argv)
 
 
+def quantize(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx`."""
+    parser = Parser(
+        "quantize",
+        usage=_QUANTIZE,
+        description="Write a model in 8 bits, calibrated on training data, and compare it with float32 and, given both "
+        "checkpoints, with the dense model.",
+        epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="dense or pruned weights of the task")
+    add("pruned", metavar="PRUNED", nargs="?", help="pruned weights, when CHECKPOINT is dense; --out is of these")
+    add(*CONFIG_FLAGS, action="append", required=True, metavar="TASK", help="YAML file or recipe, with its data")
+    add("--out", type=Path, required=True, metavar="FILE", help="ending in .onnx")
+    add("--calibration-batches", type=count, default=8, metavar="N", help="of the training data; default: 8")
+    add("--method", choices=METHODS, default="minmax", help="how ranges are chosen; default: minmax")
+    add("--ignore", action="append", default=[], metavar="LAYER", help="stays in float; a pattern; repeat")
+    add("--cpu", choices=CPUS, help="where the file will run; default: a machine like this")
+    add("--metric", metavar="NAME", help="logged name without stage; default: miou, map or acc")
+    add("--threads", type=count, metavar="N", help="default: as torch is set")
+    add("--repeats", type=count, default=30, metavar="N", help="passes timed per file; default: 30")
+    parser.set_defaults(model=None, arg=[], input=None)
+    return parser.parse_with_fit_options(argv)
+
+
 def graph(argv: Sequence[str]) -> argparse.Namespace:
     """`lightning-prune graph MODEL` or `lightning-prune graph --config TASK`."""
     parser = Parser(
@@ -177,5 +207,6 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
 
 #: By command: what parses its words, before anything of it is imported.
 PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
-    parse.__name__.replace("_", "-"): parse for parse in (prune, measure, latency_table, export, graph, compare)
+    parse.__name__.replace("_", "-"): parse
+    for parse in (prune, measure, latency_table, export, quantize, graph, compare)
 }

@@ -86,6 +86,49 @@ class Runner:
             raise PruningError(f"{type(task).__name__} logs no {name!r} in test_step; it logs {', '.join(results)}")
         return float(results[name]), time.perf_counter() - started
 
+    def results(self, task: LightningModule) -> tuple[str, dict[str, float]]:
+        """All that is logged on the test part, or on the validation part where there is no test; and which it was."""
+        stage = self._stage(task)
+        with self._trainer(task) as trainer:
+            run = trainer.test if stage == "test" else trainer.validate
+            results = run(task, self.data, verbose=False)
+        return stage, {name.removeprefix(f"{stage}_"): float(value) for name, value in (results or [{}])[0].items()}
+
+    def see_training_data(self, task: LightningModule, batches: int, seed: int = 0) -> None:
+        """Run the step that `results` measures by on some batches of the training data."""
+        stage, data = self._stage(task), self.data
+        if not is_overridden("train_dataloader", data, LightningDataModule):
+            raise PruningError(f"{type(data).__name__} has no training data")
+
+        def train_batches() -> Any:
+            data.setup("fit")
+            return data.train_dataloader()
+
+        seed_everything(seed, verbose=False)
+        limits: dict[str, Any] = {f"limit_{stage}_batches": batches}
+        with self._trainer(task, **limits) as trainer, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*sampler has shuffling enabled")
+            name = f"{stage}_dataloader"
+            before = vars(data).get(name)
+            setattr(data, name, train_batches)
+            try:
+                (trainer.test if stage == "test" else trainer.validate)(task, data, verbose=False)
+            finally:
+                vars(data).pop(name)
+                if before is not None:
+                    setattr(data, name, before)
+
+    def _stage(self, task: LightningModule) -> Literal["test", "val"]:
+        steps: dict[Literal["test", "val"], str] = {"test": "test_step", "val": "validation_step"}
+        for stage, step in steps.items():
+            loaded = is_overridden(f"{stage}_dataloader", self.data, LightningDataModule)
+            if loaded and is_overridden(step, task, LightningModule):
+                return stage
+        raise PruningError(
+            f"{type(task).__name__} and {type(self.data).__name__} measure nothing together: neither test_step with "
+            "test_dataloader, nor validation_step with val_dataloader"
+        )
+
     def validate(self, task: LightningModule) -> float | None:
         """The metric on the validation part; None if there is none."""
         loaded = is_overridden("val_dataloader", self.data, LightningDataModule)

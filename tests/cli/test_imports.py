@@ -15,6 +15,7 @@ from lightning_prune.engines import ENGINES
 from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.export import Format
 from lightning_prune.plan import Coupling
+from lightning_prune.quantization import Cpu, Method
 
 HEAVY = ("torch", "numpy", "jsonargparse", "networkx", "jinja2")
 TRAINING = (
@@ -72,5 +73,7 @@ def test_prune_by_name_needs_no_lightning(tmp_path: Path) -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(Coupling) == options.COUPLINGS
     assert get_args(Format) == options.FORMATS
+    assert get_args(Method) == options.METHODS
+    assert get_args(Cpu) == options.CPUS
     assert tuple(ENGINES) == options.ENGINES
     assert get_args(SelectionName) == options.SELECTIONS
