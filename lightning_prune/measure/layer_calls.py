@@ -160,7 +160,7 @@ class _LayerObserver(Observer):
         """Whether this operator belongs to the layer whose output it is the first to take."""
         tensors = list(taken)
         numbers = [(tensor, self._open.pop(tensor)) for tensor in tensors if tensor in self._open]
-        if len(numbers) != 1:
+        if not numbers:
             return
         tensor, number = numbers[0]
         call = self.calls[number]

@@ -39,6 +39,12 @@ def test_widths_that_are_not_aligned_have_times_of_their_own() -> None:
     assert np.allclose(table().time(CONV, [4, 36, 64, 3, 33, 63], 16), [1, 9, 16, 2, 17, 32])
 
 
+def test_lanes_of_widths_that_are_not_aligned_end_before_a_multiple() -> None:
+    surface = Surface(((7, 63), (1,)), np.array([[7.0], [63.0]]), (8, 1), (4, 1), (False, True))
+    alone = LatencyTable({LINEAR: LayerTimes((64, 1), (surface,))}, engine="eager")
+    assert np.allclose(alone.time(LINEAR, [1, 7, 9, 15, 17, 63], 1), [7, 7, 15, 15, 23, 63])
+
+
 def test_channels_broadcast_and_none_take_no_time() -> None:
     times = table().time(LINEAR, np.arange(3)[:, None], np.arange(4))
     assert times.shape == (3, 4)

@@ -68,6 +68,21 @@ def test_functional_calls_and_additions_between() -> None:
     assert calls[3].kind == LayerKind("linear", size=(2,))
 
 
+class Slopes(nn.Module):
+    """The slopes of an activation come out of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return F.prelu(x, self.slopes(x[0, 0, 0]))
+
+
+def test_an_activation_belongs_to_the_layer_that_it_is_of() -> None:
+    assert layer_calls(Slopes(), IMAGE)[0].kind.activation is None
+
+
 def test_a_weight_used_twice_is_called_twice() -> None:
     layer = conv(3, 3)
     calls = layer_calls(nn.Sequential(layer, nn.ReLU(), layer), IMAGE)

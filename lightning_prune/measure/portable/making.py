@@ -88,7 +88,7 @@ class Maker:
     def make(self, layers: list[Layer], coarse: bool | None = None) -> list[dict[str, Any]]:
         """Every layer's surfaces of milliseconds as plain data; ``coarse=None``: where preparing is slow."""
         if coarse is None:
-            self._preparer.layer(layers[0].kind, layers[0].largest)  # the first of a process starts the engine
+            self._preparer.context(layers[0].kind, layers[0].largest[0])  # the first of a process starts the engine
             started = self._clock()
             self._preparer.layer(layers[0].kind, layers[0].largest)
             coarse = self._clock() - started > SLOW
