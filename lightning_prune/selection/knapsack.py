@@ -285,4 +285,4 @@ class Knapsack:
     def _packing(self, choice: Choice, bound: float) -> Packing:
         widths = zip(self._names, self._widths, choice, strict=True)
         value = self._value(choice)
-        return Packing({n: int(own[j]) for n, own, j in widths}, value, self._time(choice), max(bound, value))
+        return Packing({n: int(own[j]) for n, own, j in widths}, value, self._time(choice), bound)

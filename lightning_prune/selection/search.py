@@ -162,7 +162,7 @@ class Search:
             "params": count_params(model, trainable=False),
         }
         if self._watch is not None:
-            found["latency_ms"] = self._watch.time(model) if plan else self._watch.dense
+            found["latency_ms"] = self._watch.time(self._watch.prepared(model)) if plan else self._watch.dense
         return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.engines import Engine, engine_from
+from lightning_prune.engines import Engine, Program, engine_from
 from lightning_prune.measure.latency import Latency, compare_programs, in_eval_mode
 
 LEAST_MS, MOST_ROUNDS = 300.0, 100  # short passes are timed for this long together, or this often
@@ -39,11 +39,14 @@ class Stopwatch:
             if self._rounds > repeats:
                 self.dense = compare_programs(programs, repeats=self._rounds)["dense"].median
 
-    def time(self, model: nn.Module) -> float:
+    def prepared(self, model: nn.Module) -> Program:
+        """A smaller model, from now on in eval mode, as `time` takes it."""
+        return self.engine.prepare(model.eval(), self._inputs)
+
+    def time(self, program: Program) -> float:
         """Milliseconds of another model on the same inputs; timed for longer where the rounds differ."""
-        with in_eval_mode({"dense": (self._model, self._inputs), "smaller": (model, self._inputs)}):
-            prepared = {"dense": self._dense, "smaller": self.engine.prepare(model, self._inputs)}
-            programs = {name: (program, self._inputs) for name, program in prepared.items()}
+        with in_eval_mode({"dense": (self._model, self._inputs)}):
+            programs = {"dense": (self._dense, self._inputs), "smaller": (program, self._inputs)}
             ratios: list[float] = []
             while len(ratios) < PATIENCE * self._rounds:
                 found = compare_programs(programs, warmup=0 if ratios else None, repeats=self._rounds)

@@ -26,6 +26,9 @@ def clock(monkeypatch, *noise: float, ratio=lambda macs: macs) -> list[float]:
             self._x = x
             self.dense = self.time(model)
 
+        def prepared(self, model: nn.Module) -> nn.Module:
+            return model
+
         def time(self, model: nn.Module) -> float:
             factor = noise[len(readings) % len(noise)] if noise else 1.0
             readings.append((1 + 1e-5 * ratio(lp.measure.count_flops(model, self._x))) * factor)
@@ -60,6 +63,20 @@ def test_a_model_slower_than_its_parent_is_not_returned(monkeypatch) -> None:
             assert not chosen(wide(), images(), Budget(latency_ms=milliseconds))[0]
     with pytest.raises(PlanError, match="cannot be met"):
         chosen(wide(), images(), Budget(latency_ms=0.99 * (1 + 1e-5 * dense)))
+
+
+def test_nor_is_one_that_is_slower_when_it_is_timed_again(monkeypatch) -> None:
+    macs = lp.measure.count_flops(wide(), images())
+    seen: set[int] = set()
+
+    def slower_the_second_time(now: int) -> float:
+        first = now not in seen
+        seen.add(now)
+        return now if now == macs else (0.96 if first else 1.01) * macs
+
+    clock(monkeypatch, ratio=slower_the_second_time)
+    with pytest.raises(PlanError):  # although 5 % more than the budget would be near enough
+        chosen(wide(), images(), Budget(latency_ms=0.975 * (1 + 1e-5 * macs)))
 
 
 def test_a_latency_and_a_share_hold_at_once(monkeypatch) -> None:
