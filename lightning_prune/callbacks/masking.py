@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.module import uncompiled
-from lightning_prune.callbacks.processes import check_same_plan, check_strategy
+from lightning_prune.callbacks.processes import check_same_plan, check_strategy, of_the_first
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
 from lightning_prune.callbacks.train_mode import EvalModeCheck
@@ -130,7 +130,7 @@ class MaskingCallback(Callback):
     def _mask(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         session = self._run.session
         with uncompiled(pl_module):
-            plan = session.select()
+            plan = of_the_first(session.select) if session.selection.measures_time else session.select()
             check_same_plan(plan)
             for check in self._run.checks if session.plan is None else ():
                 check(trainer)

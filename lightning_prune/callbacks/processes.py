@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
-from lightning_prune.errors import CallbackError
+from lightning_prune.errors import CallbackError, PruningError, first_line
 from lightning_prune.plan import Plan
 
 # By name: the same classes exist in pytorch_lightning and in lightning.pytorch.
@@ -62,6 +62,22 @@ def check_same_plan(plan: Plan) -> None:
             f"processes {others} chose other channels than process 0: their weights, data or versions differ. Nothing "
             "was masked. Seed everything (seed_everything(workers=True)) and load the same weights in every process"
         )
+
+
+def of_the_first(choose: Callable[[], Plan]) -> Plan:
+    """The plan that process 0 chooses while the others wait: what is chosen by measuring differs between processes."""
+    if not _several():
+        return choose()
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = choose().to_dict()
+        except Exception as error:  # noqa: BLE001  # the others wait
+            found[1] = error if isinstance(error, PruningError) else CallbackError(first_line(error))
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return Plan.from_dict(found[0])
 
 
 def gathered(value: Any) -> list[Any]:

@@ -61,6 +61,7 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     amount("--budget", type=_budget, metavar="COST=N", help=costs)
     add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
     add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
+    add("--force-table", action="store_true", help="it is of the machine that will run the model, not of this one")
     add("--per-layer", action="store_true", help="that share of every layer, not of the network")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")

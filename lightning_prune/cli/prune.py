@@ -18,7 +18,7 @@ from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructed
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.unreached import note_of
-from lightning_prune.measure import samples_in
+from lightning_prune.measure import LatencyTable, samples_in
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
@@ -94,7 +94,8 @@ def _selection(options: argparse.Namespace) -> Selection:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
     if options.per_layer:
         raise PlanError("--budget decides how many channels go; leave out --per-layer")
-    timed = {"engine": options.engine, "table": options.latency_table}
+    table = options.latency_table and LatencyTable.load(options.latency_table, force=options.force_table)
+    timed = {"engine": options.engine, "table": table}
     return Budget(**options.budget, **constraints, **timed, repeats=REPEATS)
 
 
@@ -127,6 +128,7 @@ def _asked(options: argparse.Namespace) -> str:
     words = [f"--budget {costs}" if costs else f"--ratio {options.ratio:g}"]
     words += [f"--engine {options.engine}"] * (options.engine != "eager")
     words += [f"--latency-table {options.latency_table}"] * (options.latency_table is not None)
+    words += ["--force-table"] * options.force_table
     words += ["--per-layer"] * options.per_layer
     words += [f"--round-to {options.round_to}"] * (options.round_to != 1)
     return " ".join([*words, *(f"--ignore {layer}" for layer in options.ignore)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +96,8 @@ class LatencyTable:
         threads: of the CPU.
         versions: of the engine's packages.
         made: when, in UTC.
+        whole_ms: milliseconds of the whole dense model there, if it was timed too.
+        elsewhere: whether it was made on another machine than this one, so that nothing can be checked by measuring.
 
     Example:
         >>> kind = LayerKind("linear", size=(1,))
@@ -111,6 +114,8 @@ class LatencyTable:
     threads: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     made: str = ""
+    whole_ms: float | None = None
+    elsewhere: bool = False
 
     def time(self, kind: LayerKind, channels_in: ArrayLike, channels_out: ArrayLike) -> Floats:
         """Milliseconds of a layer of so many channels.
@@ -146,6 +151,12 @@ class LatencyTable:
             times[here] = surface.time(into[here], out[here])
         times[(into == 0) | (out == 0)] = 0.0
         return times.reshape(given[0].shape)
+
+    def alignment(self, kind: LayerKind) -> tuple[int, int]:
+        """Multiples of channels in and out that the engine likes; others take a slower way, next to it too."""
+        surfaces = self.layers[kind].surfaces if kind in self.layers else ()
+        first, second = (math.lcm(*(surface.alignment[dim] for surface in surfaces)) for dim in (0, 1))
+        return first, second
 
     def check(self, engine: str | Engine, threads: int | None = None, *, force: bool = False) -> None:
         """Refuse to speak for another engine, machine or number of threads.
@@ -185,7 +196,9 @@ class LatencyTable:
 
     def data(self) -> dict[str, Any]:
         """It as plain data."""
-        head = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "layers"}
+        head = {
+            name.name: getattr(self, name.name) for name in fields(self) if name.name not in ("layers", "elsewhere")
+        }
         layers = [
             {
                 "kind": as_data(kind),
@@ -238,13 +251,16 @@ class LatencyTable:
                 f"{path} was made on another machine ({'; '.join(differing)}): make one here, or force it if the model "
                 "is to run there"
             )
-        return table
+        return replace(table, elsewhere=bool(differing))
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """From plain data."""
         layers = {_kind(entry["kind"]): _layer_times(entry) for entry in data["layers"]}
         head = {name: data[name] for name in ("engine", "settings", "machine", "threads", "versions", "made")}
+        head["whole_ms"] = whole = data.get("whole_ms")
+        if whole is not None and not 0 < float(whole) < math.inf:
+            raise ValueError(f"whole_ms must be positive, got {whole}")
         if not (isinstance(head["machine"], dict) and isinstance(head["versions"], dict)):
             raise ValueError("machine and versions must be objects")
         if not (isinstance(head["engine"], str) and isinstance(head["threads"], int) and head["threads"] > 0):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from lightning_prune.engines import OnnxRuntime
+from lightning_prune.engines.base import tensors_of
+from lightning_prune.engines.onnx_file import onnx_bytes
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
@@ -49,8 +54,8 @@ def write_profile_kit(
     """Write what times the layers of a model on another machine: ``profile.py``, and a list of the layers.
 
     Copy the folder there, run ``python profile.py`` (Python 3.8, numpy, onnxruntime), bring ``table.json`` back and
-    open it by ``LatencyTable.load("table.json", force=True)``. The script builds the ONNX file of every layer there, so
-    the folder is a few kilobytes. Interrupted, it goes on where it was.
+    open it by ``LatencyTable.load("table.json", force=True)``. The script builds the ONNX file of every layer there;
+    the folder holds the whole model besides, since budgets need its time. Interrupted, it goes on where it was.
 
     Args:
         folder: is made; files of the same names are replaced.
@@ -64,6 +69,7 @@ def write_profile_kit(
 
     Raises:
         PruningError: the folder cannot be written.
+        EngineError: the model cannot be exported to ONNX, or the packages for that are missing.
         TableError: the model has no layers.
         TraceError: the model does not run on the inputs.
 
@@ -72,7 +78,7 @@ def write_profile_kit(
         >>> with tempfile.TemporaryDirectory() as place:
         ...     script = write_profile_kit(f"{place}/kit", nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8))
         ...     sorted(path.name for path in script.parent.iterdir())
-        ['manifest.json', 'portable', 'profile.py']
+        ['inputs.npz', 'manifest.json', 'model.onnx', 'portable', 'profile.py']
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -81,9 +87,14 @@ def write_profile_kit(
         {"kind": as_data(layer.kind), "largest": list(layer.largest), "fixed": list(layer.fixed)}
         for layer in layers_of(model, example_inputs, graph)
     ]
+    OnnxRuntime().check()
+    arrays = io.BytesIO()
+    np.savez(arrays, *(tensor.detach().cpu().numpy() for tensor in tensors_of(example_inputs)))
     source = Path(standalone.__file__).parent
     files = {f"portable/{path.name}": path.read_bytes() for path in source.glob("*.py")}
     files[standalone.MANIFEST] = json.dumps({"threads": threads, "layers": layers}, indent=1).encode()
+    files[standalone.MODEL] = onnx_bytes(model, example_inputs)
+    files[standalone.INPUTS] = arrays.getvalue()
     files["profile.py"] = PROFILE.encode()
     for name, content in files.items():
         with atomic(folder / name) as stream:

@@ -6,10 +6,10 @@ out (reconstruction/), the removal in several steps (schedule).
 
 from lightning_prune.selection.base import Question, Selection
 from lightning_prune.selection.budget import Budget
-from lightning_prune.selection.by_table import TableChoice
 from lightning_prune.selection.explanation import Explanation, explain
 from lightning_prune.selection.ratio import GlobalRatio, LayerRatio
 from lightning_prune.selection.search import Reach
+from lightning_prune.selection.table_choice import TableChoice
 
 __all__ = [
     "Budget",

@@ -115,6 +115,11 @@ class Selection(ABC):
         names = tuple(name for item in ignored for name in names_in("ignore", item, model))
         return self if names == ignored else replace(self, ignore=names)
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether it times models, so that it may choose otherwise when it is asked again."""
+        return False
+
     @final
     def select(
         self,

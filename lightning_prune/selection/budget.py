@@ -18,8 +18,9 @@ from lightning_prune.measure import Convention
 from lightning_prune.measure.latency_table import LatencyTable
 from lightning_prune.plan import Coupling
 from lightning_prune.selection.base import ByLayer, Question, Selection, is_count, is_number
-from lightning_prune.selection.by_table import TableChoice, TableSearch
+from lightning_prune.selection.by_table import TableSearch
 from lightning_prune.selection.search import TOLERANCE, Reach, Search
+from lightning_prune.selection.table_choice import TableChoice
 
 ESTIMATES, RECONSTRUCTIONS, CONFIRMATIONS = 500, 16, 4  # how many tries each stage of the search has
 
@@ -46,7 +47,8 @@ class Budget(Selection):
             number of threads. Machines differ: select on the one that will serve. Models are timed in turns with the
             dense one; what is not faster than that is never chosen.
         engine: what runs the model when it is timed, see `lightning_prune.engines`.
-        table: a `lightning_prune.measure.LatencyTable` of this model's layers on that engine, or its file. Then it is
+        table: a `lightning_prune.measure.LatencyTable` of this model's layers on that engine, or its file. One of
+            another machine, loaded by force, is believed without measuring. Then it is
             not the weakest channels over the network that go: every group keeps as many as bring the most score for
             their time, by the table, and widths that take as long as larger ones are not chosen. Up to eight such
             models are measured, to correct what the table does not know. Under joint coupling only.
@@ -99,6 +101,11 @@ class Budget(Selection):
         if not is_count(self.repeats):
             raise PlanError(f"repeats must be an integer >= 1, got {self.repeats!r}")
         self.repeats = int(self.repeats)
+
+    @property
+    @override
+    def measures_time(self) -> bool:
+        return self.latency_ms is not None
 
     @override
     def part(self, share: float) -> Budget:

@@ -4,71 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lightning_prune.engines import Program
+from lightning_prune.engines import Program, engine_from
 from lightning_prune.errors import PlanError
-from lightning_prune.graph import Group
 from lightning_prune.measure.counting import count_flops
 from lightning_prune.measure.latency_table import LatencyTable
-from lightning_prune.measure.time_model import TimedLayer, TimeModel
+from lightning_prune.measure.time_model import TimeModel
 from lightning_prune.plan import Plan
 from lightning_prune.selection.base import ByLayer, Question
 from lightning_prune.selection.knapsack import Knapsack, Packing
 from lightning_prune.selection.search import TOLERANCE, Reach, of_rebuilt
 from lightning_prune.selection.stopwatch import Stopwatch
+from lightning_prune.selection.table_choice import TableChoice
+from lightning_prune.selection.table_widths import widths_of
 
 if TYPE_CHECKING:
     from lightning_prune.selection.budget import Budget
 
-WIDTHS = 48  # of a group that the knapsack chooses among, at most
 MODELS = 8  # that are built and measured
 AIM = 0.98  # of the budget; a second measurement comes out a little apart
 NEAR = 0.96  # of the budget: close enough to stop
-
-
-@dataclass(frozen=True)
-class TableChoice:
-    """What a table's knapsack came to.
-
-    Attributes:
-        plan: the channels.
-        kept: {group: how many}.
-        value: sum of the scores kept; where some are negative, all are raised by the least.
-        bound: no choice among the widths considered keeps more in that time, by the table.
-        budget_ms: milliseconds allowed.
-        measured_ms: of the reconstructed model, on the engine.
-        dense_ms: of the dense model, likewise.
-        models: how many were built and measured.
-    """
-
-    plan: Plan
-    kept: Mapping[str, int]
-    value: float
-    bound: float
-    budget_ms: float
-    measured_ms: float
-    dense_ms: float
-    models: int
-
-    @property
-    def gap(self) -> float:
-        """Share of the bound that may be missing."""
-        return max(self.bound - self.value, 0.0) / self.bound if self.bound > 0 else 0.0
-
-    def __str__(self) -> str:
-        if not self.models:
-            return f"within {self.budget_ms:g} ms all channels stay: the dense model takes {self.dense_ms:,.2f} ms"
-        return (
-            f"the most score kept within {self.budget_ms:g} ms by the table: {self.value:.5g} of at most "
-            f"{self.bound:.5g} (gap {100 * self.gap:.1f} %), measured {self.measured_ms:,.2f} ms, dense "
-            f"{self.dense_ms:,.2f} ms"
-        )
 
 
 @dataclass
@@ -99,10 +61,17 @@ class TableSearch:
         if question.model is None or question.example_inputs is None:
             raise PlanError(f"{budget!r} measures the pruned model: pass select(..., model=..., example_inputs=...)")
         assert isinstance(budget.table, LatencyTable)
-        budget.table.check(budget.engine, torch.get_num_threads())
+        self._table = budget.table
         self._model, self._inputs = question.model, question.example_inputs
-        self._times = TimeModel(self._model, question.graph, self._inputs, budget.table)
-        self._watch = Stopwatch(budget.engine, self._model, self._inputs, budget.repeats)
+        if not self._table.elsewhere:
+            self._table.check(budget.engine, torch.get_num_threads())
+        elif self._table.engine != engine_from(budget.engine).name or self._table.whole_ms is None:
+            raise PlanError(
+                f"the latency table of another machine is of the engine {self._table.engine!r}, and its whole model "
+                f"takes {self._table.whole_ms} ms; engine={budget.engine!r} needs one of that engine, made by a kit, "
+                "which times the whole model too"
+            )
+        self._times = TimeModel(self._model, question.graph, self._inputs, self._table)
         self._tried: dict[tuple[int, ...], _Tried] = {}
         self._last: tuple[tuple[int, ...], Program] | None = None
 
@@ -116,8 +85,10 @@ class TableSearch:
 
     def run(self) -> TableChoice:
         """The choice whose model has been measured to be within the budget, and near it where widths allow."""
+        if self._table.elsewhere:
+            return self._unmeasured()
         if self._watch.dense <= self._most:
-            return self._whole()
+            return self._whole(self._watch.dense)
         knapsack = self._knapsack()
         for _ in range(MODELS):
             packing = self._next(knapsack)
@@ -133,18 +104,44 @@ class TableSearch:
         times = self._most, best.measured, dense
         return TableChoice(plan, packing.kept, packing.value, packing.bound, *times, len(self._tried))
 
+    def _unmeasured(self) -> TableChoice:
+        """By the table alone, scaled so that the dense model takes as long as it took there."""
+        dense = self._dense
+        if dense <= self._most:
+            return self._whole(dense)
+        per_ms = self._times.dense / dense
+        knapsack = self._knapsack()
+        if (least := knapsack.least().time / per_ms) > self._most:
+            raise self._budget.unreachable(self._reach(least))
+        packing = knapsack.solve(per_ms * self._most)
+        times = self._most, packing.time / per_ms, dense
+        where = str(self._table.machine.get("gpu") or self._table.machine.get("cpu"))
+        return TableChoice(
+            self._plan(packing.kept), packing.kept, packing.value, packing.bound, *times, models=0, elsewhere=where
+        )
+
     def reach(self) -> Reach:
         """From the widths that take the least time by the table."""
-        return self._reach(self._measured(self._knapsack().least()).measured)
+        least = self._knapsack().least()
+        if self._table.elsewhere:
+            return self._reach(least.time * self._dense / self._times.dense)
+        return self._reach(self._measured(least).measured)
+
+    @cached_property
+    def _watch(self) -> Stopwatch:
+        return Stopwatch(self._budget.engine, self._model, self._inputs, self._budget.repeats)
+
+    @property
+    def _dense(self) -> float:
+        return self._table.whole_ms if self._table.elsewhere and self._table.whole_ms else self._watch.dense
 
     def _reach(self, least: float) -> Reach:
-        costs = ({"latency_ms": milliseconds} for milliseconds in (self._watch.dense, least, self._most))
+        costs = ({"latency_ms": milliseconds} for milliseconds in (self._dense, least, self._most))
         return Reach(*costs)
 
-    def _whole(self) -> TableChoice:
+    def _whole(self, dense: float) -> TableChoice:
         kept = {group.name: group.size for group in self._question.groups}
         value = float(sum(values[-1] for values in self._values().values()))
-        dense = self._watch.dense
         return TableChoice(self._plan(kept), kept, value, value, self._most, dense, dense, 0)
 
     def _plan(self, widths: Mapping[str, int]) -> Plan:
@@ -205,51 +202,9 @@ class TableSearch:
 
     def _knapsack(self) -> Knapsack:
         values = self._values()
-        widths = {group.name: self._widths(group) for group in self._question.groups}
+        groups, layers, multiple = self._question.groups, self._times.layers, self._budget.round_to
+        widths = {
+            group.name: widths_of(group, groups, layers, self._table, multiple, self._budget._least(group.size))
+            for group in groups
+        }
         return Knapsack(widths, {name: values[name][own] for name, own in widths.items()}, self._times.layers)
-
-    def _widths(self, group: Group) -> NDArray[np.int64]:
-        """Where the table steps."""
-        multiple, least = self._budget.round_to, self._budget._least(group.size)
-        every = np.unique([*range(-(-least // multiple) * multiple, group.size, multiple), group.size])
-        names = {name for layer in self._times.layers for name in (*layer.into.parts, *layer.out.parts)}
-        dense = {other.name: other.size for other in self._question.groups if other.name in names}
-        own = [layer for layer in self._times.layers if group.name in {**layer.into.parts, **layer.out.parts}]
-        return every[steps(every, np.add(*(_profile(own, group.name, every, dense, share) for share in (1.0, 0.5))))]
-
-
-def _profile(
-    layers: list[TimedLayer], name: str, widths: NDArray[np.int64], dense: Mapping[str, int], share: float
-) -> NDArray[np.float64]:
-    """Milliseconds of a group's layers by its width, while all other groups keep a share."""
-    kept: dict[str, Any] = {other: max(round(share * size), 1) for other, size in dense.items()}
-    kept[name] = widths
-    return np.asarray(sum((layer.at(kept) for layer in layers), np.zeros(len(widths))))
-
-
-def steps(widths: NDArray[np.int64], times: NDArray[np.float64], most: int = WIDTHS) -> NDArray[np.int64]:
-    """Which widths are worth choosing among: none that takes as long as a larger one, and those before a step.
-
-    Args:
-        widths: ascending.
-        times: milliseconds at each.
-        most: how many are left, about.
-
-    Returns:
-        Their positions, ascending; the widest and the fastest are among them.
-
-    Example:
-        >>> steps(np.arange(1, 9), np.array([1.0, 1, 1, 3, 2, 2, 2, 4]))  # widths 3, 7 and 8
-        array([2, 6, 7])
-    """
-    least_later = np.minimum.accumulate(times[::-1])[::-1]
-    good = np.flatnonzero(np.append(times[:-1] < least_later[1:], True))
-    if len(good) <= most:
-        return good
-    # Of each stretch of widths the one that lies lowest under the slope of all.
-    slope = (times[good[-1]] - times[good[0]]) / (widths[good[-1]] - widths[good[0]])
-    height = times[good] - slope * widths[good]
-    edges = np.linspace(widths[good[0]], widths[good[-1]], most)
-    stretch = np.searchsorted(edges, widths[good], side="right")
-    parts = (np.flatnonzero(stretch == number) for number in np.unique(stretch))
-    return np.unique([good[0], *(good[part[height[part].argmin()]] for part in parts), good[-1]])

@@ -12,8 +12,8 @@ from lightning_prune.graph.describe import percent, shortened
 from lightning_prune.measure import CostModel, count_flops, count_params
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction.small_model import reconstruct
-from lightning_prune.selection.by_table import TableChoice
 from lightning_prune.selection.search import Reach
+from lightning_prune.selection.table_choice import TableChoice
 
 HEAD = ("group", "channels", "kept", "params saved", "MACs saved")
 

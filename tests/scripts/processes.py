@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_prune.callbacks import DistillationCallback, MaskingCallback, PruneCallback, ScoringCallback
 from lightning_prune.errors import CallbackError
 from lightning_prune.schedule import Gradual
+from lightning_prune.selection import Question, Selection
+from lightning_prune.selection.base import ByLayer
 from tests.callbacks.helpers import Task, loader
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -32,6 +35,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "unused": {"reconstruct": "during", "schedule": Gradual(2)},
     "distilled": {"reconstruct": "before"},
 }
+
+
+@dataclass(repr=False, eq=False, kw_only=True)
+class Differs(Selection):
+    """What is chosen by measuring comes out otherwise in every process."""
+
+    measures_time = True
+
+    def _kept(self, question: Question) -> ByLayer:
+        gone = 1 + (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+        return {name: {"": scores.argsort().argsort() >= gone} for name, scores in question.whole.items()}
+
+
+RUNS["measured"] = {"reconstruct": "before", "selection": Differs()}
 RESUMED = ("before", "during", "after")
 
 

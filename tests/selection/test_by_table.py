@@ -248,3 +248,53 @@ def test_layers_that_the_table_lacks_are_named(monkeypatch) -> None:
     engine = Simulated(monkeypatch, Steps())
     with pytest.raises(PlanError, match=r"no times of 9.weight, as this model runs .* lightning-prune latency-table"):
         chosen(model, x, Budget(latency_ms=0.1, engine=engine, table=Lacking()))
+
+
+def test_a_table_of_another_machine_is_believed_without_measuring(monkeypatch) -> None:
+    model, x, table = wide(), images(), Steps(lane=2)
+    engine = Simulated(monkeypatch, table)
+    dense = engine.milliseconds(model, x)
+    there = Steps(lane=2)
+    vars(there).update(elsewhere=True, whole_ms=10 * dense, machine={"cpu": "Cortex-A72", "gpu": None})
+    graph = lp.trace(model, x)
+    about = {"model": model, "example_inputs": x}
+    scores = RandomScores(graph, 5)
+    found = Budget(latency_ms=5 * dense, engine=engine, table=there).by_table(graph, scores, **about)
+    assert engine.prepared == 0
+    small = lp.reconstruct(model, graph, found.plan, example_inputs=x)
+    assert 0.45 * dense < engine.milliseconds(small, x) <= 0.5 * dense  # ten times as long there
+    assert found.measured_ms == pytest.approx(10 * engine.milliseconds(small, x))
+    assert f"expected {found.measured_ms:,.2f} ms" in str(found)
+    assert "on Cortex-A72: measure it there" in str(found)
+    reach = Budget(latency_ms=1e-3 * dense, engine=engine, table=there).reach(graph, scores, **about)
+    assert not reach.met
+    with pytest.raises(PlanError, match=rf"latency_ms={reach.nearest['latency_ms']:.6g}"):
+        Budget(latency_ms=1e-3 * dense, engine=engine, table=there).by_table(graph, scores, **about)
+    whole = Budget(latency_ms=11 * dense, engine=engine, table=there).by_table(graph, scores, **about)
+    assert "all channels stay" in str(whole)
+
+
+def test_a_table_of_another_machine_has_to_know_the_whole_model_and_the_engine(monkeypatch) -> None:
+    model, x, there = wide(), images(), Steps(lane=2)
+    engine = Simulated(monkeypatch, there)
+    vars(there).update(elsewhere=True)
+    graph = lp.trace(model, x)
+    budget = Budget(latency_ms=1.0, engine=engine, table=there)
+    with pytest.raises(PlanError, match="its whole model takes None ms"):
+        budget.select(graph, RandomScores(graph, 5), model=model, example_inputs=x)
+    vars(there).update(whole_ms=2.0)
+    with pytest.raises(PlanError, match=r"is of the engine 'simulated'.*engine='eager' needs one"):
+        Budget(latency_ms=1.0, table=there).select(graph, RandomScores(graph, 5), model=model, example_inputs=x)
+
+
+def test_widths_that_the_engine_does_not_like_are_left_out(monkeypatch) -> None:
+    class Likes(Steps):
+        def alignment(self, kind):
+            return 4, 1
+
+    model, x, table = wide(), images(), Likes(lane=1)
+    engine = Simulated(monkeypatch, table)
+    plan, _ = chosen(model, x, Budget(latency_ms=0.6 * engine.milliseconds(model, x), engine=engine, table=table))
+    kept = {name: (len(group.keep), group.size) for name, group in plan.groups.items()}
+    assert all(width % 4 == 0 or width == size for width, size in kept.values())
+    assert any(width < size for width, size in kept.values())

@@ -11,9 +11,9 @@ from lightning_prune.measure.latency_table import LatencyTable
 from lightning_prune.measure.layer_calls import LayerKind
 from lightning_prune.measure.time_model import TimedLayer, Width
 from lightning_prune.selection import knapsack as knapsack_module
-from lightning_prune.selection.by_table import steps
 from lightning_prune.selection.elimination import Factor, Order
 from lightning_prune.selection.knapsack import Knapsack
+from lightning_prune.selection.table_widths import steps
 
 KIND = LayerKind("conv", kernel=(1, 1), size=(1, 1))
 

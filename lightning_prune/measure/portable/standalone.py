@@ -17,7 +17,8 @@ from .machine import this_machine
 from .making import Kind, Layer, Maker, Preparer
 from .table_data import table_data
 
-MANIFEST, POINTS = "manifest.json", "points.jsonl"
+MANIFEST, MODEL, INPUTS, POINTS = "manifest.json", "model.onnx", "inputs.npz", "points.jsonl"
+WHOLE = 31  # passes of the whole model
 _SETTINGS = {"CPUExecutionProvider": "OnnxRuntime('cpu')", "CUDAExecutionProvider": "OnnxRuntime('cuda')"}
 
 
@@ -47,15 +48,13 @@ def main(folder: Path, argv: Sequence[str] | None = None) -> int:
     if points.known:
         print(f"{len(points.known)} times are known from before ({points.path.name})")
     started = time.perf_counter()
-    maker = Maker(
-        _InOnnxRuntime(onnxruntime, threads, options.provider),
-        known=points.known,
-        keep=points.keep,
-        progress=bar(sys.stderr),
-    )
+    runtime = _InOnnxRuntime(onnxruntime, threads, options.provider)
+    maker = Maker(runtime, known=points.known, keep=points.keep, progress=bar(sys.stderr))
     made = maker.make(layers, options.coarse or None)
-    options.out.write_text(json.dumps(table_data(made, **head), allow_nan=False), encoding="utf-8")
-    print(f"\n{len(layers)} layers, {maker.points} points, {time.perf_counter() - started:.0f} s: {options.out}")
+    whole = runtime.whole(folder)
+    options.out.write_text(json.dumps(table_data(made, **head, whole_ms=whole), allow_nan=False), encoding="utf-8")
+    print(f"\nThe whole model takes {whole:.2f} ms here with {threads} threads.")
+    print(f"{len(layers)} layers, {maker.points} points, {time.perf_counter() - started:.0f} s: {options.out}")
     print("Bring it back: lightning_prune.measure.LatencyTable.load(file, force=True), since it is another machine's.")
     return 0
 
@@ -115,17 +114,31 @@ class _InOnnxRuntime(Preparer):
     def context_key(self, kind: Any, channels_in: int) -> tuple[Any, ...]:
         return context_key(kind, channels_in)
 
+    def whole(self, folder: Path) -> float:
+        """Milliseconds of the dense model."""
+        session = self._session(str(folder / MODEL))
+        with np.load(folder / INPUTS) as arrays:
+            given = dict(zip([entry.name for entry in session.get_inputs()], arrays.values()))
+        spent = []
+        for _ in range(WHOLE):
+            started = time.perf_counter()
+            session.run(None, given)
+            spent.append(1e3 * (time.perf_counter() - started))
+        return float(np.median(spent[WHOLE // 4 :]))  # the first ones warm up
+
     def _load(self, content: bytes, shapes: dict[str, tuple[int, ...]]) -> Callable[[], object]:
-        options = self._onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.force_spinning_stop", "1"
-        )  # its threads must not disturb the next one
-        session = self._onnxruntime.InferenceSession(content, options, providers=[self._provider])
+        session = self._session(content)
         random = np.random.default_rng(0)
         inputs = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
         return lambda: session.run(None, inputs)
+
+    def _session(self, file: bytes | str) -> Any:
+        options = self._onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # Its threads must not disturb the next one.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return self._onnxruntime.InferenceSession(file, options, providers=[self._provider])
 
 
 def bar(stream: TextIO) -> Callable[[int, int], None]:

@@ -15,6 +15,7 @@ def table_data(
     machine: dict[str, Any],
     threads: int,
     versions: dict[str, str],
+    whole_ms: float | None = None,
 ) -> dict[str, Any]:
     """A table made now."""
     return {
@@ -26,5 +27,6 @@ def table_data(
         "threads": threads,
         "versions": versions,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "whole_ms": whole_ms,
         "layers": layers,
     }
