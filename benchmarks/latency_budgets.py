@@ -8,8 +8,8 @@ Run from the repository's root on an idle machine, about an hour on two cores:
 
 A latency table per model and engine goes to ``OUT``, a row per budget to ``OUT/latency_budgets.jsonl`` as soon as it is
 there; what is there is not done again. Weights are random, scores are L1: times do not depend on them. Measured: the
-median of three comparisons with the dense model in turns, after the selection; what the selection itself measured does
-not count. Efficiency: (speed-up - 1) / (FLOPs ratio - 1). Ordinary: ``Budget(latency_ms=...)`` without a table, the
+median of three comparisons with the dense model in turns, after the selection, times the dense model's milliseconds as
+the selection read them at its start; what the selection itself measured of smaller models does not count. Efficiency: (speed-up - 1) / (FLOPs ratio - 1). Ordinary: ``Budget(latency_ms=...)`` without a table, the
 weakest channels over the network.
 """
 
@@ -35,6 +35,7 @@ from lightning_prune.errors import PlanError
 from lightning_prune.measure import LatencyTable, make_table
 from lightning_prune.models import YoloV3Tiny
 from lightning_prune.report.table import TIMES
+from lightning_prune.selection.stopwatch import Stopwatch
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: torchvision.models.resnet18(weights=None), 224),
@@ -81,7 +82,7 @@ def _rows(base: Row, shares: list[float], options: argparse.Namespace) -> Any:
     engine = base["engine"]
     table, seconds = _table(model, images, base, options.out)
     for share in shares:
-        dense = lp.measure.measure_latency(model, images, engine=engine, repeats=options.repeats).median
+        dense = Stopwatch(engine, model, images, options.repeats).dense
         row = {**base, "share": share, "dense_ms": dense, "target_ms": share * dense, "table_s": seconds}
         row["versions"] = {"torch": torch.__version__, **table.versions}
         row["load"] = os.getloadavg()[0]
@@ -94,6 +95,7 @@ def _rows(base: Row, shares: list[float], options: argparse.Namespace) -> Any:
             yield {**row, "refused": str(error)}
             continue
         row |= {"seconds": time.perf_counter() - started, "models": found.models, "gap": found.gap}
+        row["dense_ms"] = found.dense_ms  # as the selection read it: all milliseconds are relative to that
         whole = sum(float(values.clamp(min=0).sum()) for name, values in scores.items() if name in found.kept)
         row |= {"score": found.value / whole, **_costs(model, images, graph, found.plan, row, options)}
         if not options.no_ordinary:
@@ -133,7 +135,8 @@ def _costs(
     ratio = statistics.median(ratios)
     flops = lp.measure.count_flops(model, images) / lp.measure.count_flops(small, images)
     efficiency = (1 / ratio - 1) / (flops - 1) if flops > 1 else None
-    measured = {"measured_ms": ratio * row["dense_ms"], "of_target": [r / row["share"] for r in ratios]}
+    per_target = row["dense_ms"] / row["target_ms"]
+    measured = {"measured_ms": ratio * row["dense_ms"], "of_target": [r * per_target for r in ratios]}
     return {**measured, "flops_ratio": flops, "speed_up": 1 / ratio, "efficiency": efficiency}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_prune.engines import Engine, Program, engine_from
 from lightning_prune.measure.latency import Latency, compare_programs, in_eval_mode
 
-LEAST_MS, MOST_ROUNDS = 300.0, 100  # short passes are timed for this long together, or this often
+LEAST_MS, MOST_ROUNDS = 500.0, 100  # short passes are timed for this long together, or this often
 SURE, PATIENCE = 0.005, 4  # standard error of a ratio that is enough; so many times the rounds are made at most for it
 
 
