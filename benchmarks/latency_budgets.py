@@ -9,8 +9,9 @@ Run from the repository's root on an idle machine, about an hour on two cores:
 A latency table per model and engine goes to ``OUT``, a row per budget to ``OUT/latency_budgets.jsonl`` as soon as it is
 there; what is there is not done again. Weights are random, scores are L1: times do not depend on them. Measured: the
 median of three comparisons with the dense model in turns, after the selection, times the dense model's milliseconds as
-the selection read them at its start; what the selection itself measured of smaller models does not count. Efficiency: (speed-up - 1) / (FLOPs ratio - 1). Ordinary: ``Budget(latency_ms=...)`` without a table, the
-weakest channels over the network.
+the selection read them at its start; what the selection itself measured of smaller models does not count. Efficiency:
+(speed-up - 1) / (FLOPs ratio - 1). Ordinary: ``Budget(latency_ms=...)`` without a table, the weakest channels over the
+network.
 """
 
 from __future__ import annotations

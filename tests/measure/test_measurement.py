@@ -302,18 +302,19 @@ def test_models_are_timed_in_turns_after_warming_up(clock):
 
     latencies = compare_latency(
         {
-            # every second pass of a turn is the one that counts: the first brings the weights back into the caches
-            "slow": model("slow", [7, 9, 7, 9, 7, 0.004, 7, 0.008, 7, 0.006, 7, 0.001]),
-            "fast": model("fast", [7, 5] * 2 + [7, 1] * 4),
+            # the first four passes of a turn bring the weights back into the caches
+            "slow": model("slow", [9, 9, *[7] * 4, 0.004, 0.008, 0.006, 0.001, *[7] * 4, 0.005]),
+            "fast": model("fast", [5, 5, *[7] * 4, *[1] * 4, *[7] * 4, 1]),
         },
         warmup=2,
-        repeats=4,
+        repeats=5,
     )
-    assert calls == [*[("slow", False, False)] * 2, *[("fast", False, False)] * 2] * 6
-    assert latencies["slow"].samples == pytest.approx((4, 8, 6, 1))
+    slow, fast = ("slow", False, False), ("fast", False, False)
+    assert calls == [slow, fast] * 2 + [slow] * 8 + [fast] * 8 + [slow] * 5 + [fast] * 5
+    assert latencies["slow"].samples == pytest.approx((4, 8, 6, 1, 5))
     assert latencies["slow"].median == pytest.approx(5)
-    # quartiles of 1 4 6 8 lie at 3/4 and 9/4 of the way: 3.25 and 6.5
-    assert latencies["slow"].iqr == pytest.approx(3.25)
+    # quartiles of 1 4 5 6 8
+    assert latencies["slow"].iqr == pytest.approx(2)
     assert latencies["fast"].median == pytest.approx(1000)
     assert latencies["fast"].iqr == pytest.approx(0)
 

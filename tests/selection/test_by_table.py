@@ -67,6 +67,36 @@ def test_a_model_that_was_fast_by_chance_is_timed_again(monkeypatch) -> None:
     assert engine.milliseconds(small, x) <= 0.3 * dense
 
 
+def test_a_model_that_was_slow_by_chance_does_not_lead_astray(monkeypatch) -> None:
+    model, x, table = wide(), images(), Steps(lane=2)
+    engine = Simulated(monkeypatch, table)
+    dense = engine.milliseconds(model, x)
+    watched: list[float] = []
+    really = Stopwatch.time
+
+    def unlucky_at_first(self: Stopwatch, program: Program) -> float:
+        watched.append(really(self, program))
+        return watched[-1] * (2.5 if len(watched) == 1 else 1.0)
+
+    monkeypatch.setattr(Stopwatch, "time", unlucky_at_first)
+    _, small = chosen(model, x, Budget(latency_ms=0.5 * dense, engine=engine, table=table))
+    assert 0.95 * 0.5 * dense <= engine.milliseconds(small, x) <= 0.5 * dense
+
+
+def test_a_reading_of_a_busy_machine_does_not_count(monkeypatch) -> None:
+    model, x, table = wide(), images(), Steps(lane=2)
+    engine = Simulated(monkeypatch, table)
+    watch = Stopwatch(engine, model, x, repeats=5)
+    small = engine.prepare(lp.prune(model, x, ratio=0.5).model.eval(), x)
+    takes = watch.time(small)
+    start, own = engine.passes, engine.milliseconds(model, x)
+    assert watch.dense == pytest.approx(own)
+    # For a while each pass takes longer, a short one relatively more.
+    engine.mood = lambda passes: 1.0 + (passes - start < 600) * (1.5 if passes % 4 in (0, 1) else 0.5)
+    assert watch.time(small) == pytest.approx(takes)
+    assert engine.passes - start > 600
+
+
 def test_it_keeps_more_score_in_the_same_time_than_the_weakest_of_the_network_do(monkeypatch) -> None:
     model, x, table = build("Residual"), images(), Steps(lane=2)
     engine = Simulated(monkeypatch, table)
