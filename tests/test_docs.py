@@ -25,6 +25,7 @@ from lightning_prune import schedule
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.cli import COMMANDS, main
 from lightning_prune.cli.training import build_task
+from lightning_prune.measure import LatencyTable
 from tests.callbacks.helpers import Task, fit
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +165,10 @@ def understood(words: list[str]) -> bool:
 
 
 def write_checkpoints(words: list[str]) -> None:
-    """Of the dense model, under every name that a command line has for a checkpoint."""
+    """Of the dense model, under every name that a command line has for a checkpoint; and a latency table."""
+    for before, word in itertools.pairwise(words):
+        if before == "--latency-table":
+            LatencyTable({}, engine="onnxruntime").save(word)
     files = [
         word for before, word in itertools.pairwise(words) if word.endswith((".pt", ".ckpt")) and before != "--out"
     ]

@@ -22,15 +22,15 @@ from lightning_prune.errors import PruningError, UnknownRecipeError
 # By name: what it does, and `module:function` in this folder, which takes the options that `PARSERS` made of the
 # remaining arguments, or these themselves.
 COMMANDS = {
-    "fit": ("Train; with a prune recipe also score, mask and reconstruct.", "training:fit"),
+    "fit": ("Train; with a prune recipe score, mask and reconstruct too.", "training:fit"),
     "validate": ("Evaluate on the validation set.", "training:validate"),
     "test": ("Evaluate on the test set.", "training:test"),
     "prune": ("Prune a checkpoint; checked to be lossless, then written.", "prune:run"),
     "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
     "latency-table": ("Time every layer over its widths, on an engine; minutes.", "latency_table:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
-    "quantize": ("Write a model in 8 bits; compared with float32, dense and pruned.", "quantize:run"),
-    "graph": ("Show which channels of a model go together; table and picture.", "graph:run"),
+    "quantize": ("Write a model in 8 bits, compared with float32.", "quantize:run"),
+    "graph": ("Show which channels go together; table and picture.", "graph:run"),
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),
     "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),
     "compare": ("Compare criteria on one trained model.", "studies:compare"),
@@ -76,9 +76,9 @@ def _fail(message: str, status: int) -> int:
 def _show_help() -> None:
     console = Console(highlight=False, markup=False)
     console.print("Channel pruning for PyTorch Lightning.\n\nusage: lightning-prune COMMAND [options]")
-    table = Table(box=None, show_header=False, padding=(0, 2))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     for name, (summary, _) in COMMANDS.items():
-        table.add_row(Text(name, "bold"), summary)
+        table.add_row(Text(f"  {name}", "bold"), summary)
     console.print(table)
     console.print(
         "\n  lightning-prune fit --config task/resnet18_digits.yaml --config prune/jre.yaml\n\n"

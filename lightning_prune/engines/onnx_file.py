@@ -100,8 +100,11 @@ def as_onnx(
     assert written is not None
     proto: ModelProto = written.model_proto
     _name_open_dimensions(proto, program)
-    for node in proto.graph.node:  # lines of source files, paths included
+    for node in proto.graph.node:  # not the lines of source files, paths included
+        modules = [(each.key, each.value) for each in node.metadata_props if each.key.endswith(".name_scopes")]
         del node.metadata_props[:]
+        for key, value in modules:
+            node.metadata_props.add(key=key, value=value)
     return proto
 
 

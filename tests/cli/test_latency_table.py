@@ -30,7 +30,13 @@ def test_a_table_is_made_and_shown(capsys, monkeypatch, columns) -> None:
 def test_a_kit_is_written_instead(capsys) -> None:
     assert main([*TABLE, "--kit", "kit", "--threads", "4"]) == 0
     assert "python profile.py" in capsys.readouterr().out
-    assert {path.name for path in Path("kit").iterdir()} == {"profile.py", "portable", "manifest.json"}
+    assert {path.name for path in Path("kit").iterdir()} == {
+        "profile.py",
+        "portable",
+        "manifest.json",
+        "model.onnx",
+        "inputs.npz",
+    }
     assert "table.json" not in files()
 
 
