@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -92,16 +93,13 @@ class OpenVINO(OnnxEngine):
     def load(self, onnx: bytes) -> Program:
         """See `OnnxEngine.load`."""
         self.check()
-        import openvino
-
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self.precision,
         }
         try:
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(onnx), "CPU", settings)
+            compiled = _core().compile_model(_core().read_model(onnx), "CPU", settings)
         except Exception as error:
             raise EngineError(f"OpenVINO refuses the file: {first_line(error)}") from error
         request = compiled.create_infer_request()
@@ -157,6 +155,14 @@ class TensorRT(OnnxEngine):
 
     def __repr__(self) -> str:
         return f"TensorRT({self.precision!r})"
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the whole process: a core that goes unloads its plugins, whose threads may still be running."""
+    import openvino
+
+    return openvino.Core()
 
 
 class _OnNumpy(Program):
