@@ -129,9 +129,8 @@ class Budget(Selection):
             PlanError: nothing to prune.
             ScoreError: scores are missing, of wrong length, NaN or infinite.
         """
-        named = self.named(model)
-        question = Question(graph, named._candidates(graph), scores, coupling, True, model, example_inputs)
-        return Search(named, question).reach() if self.table is None else TableSearch(named, question).reach()
+        asked = self._asked(graph, scores, coupling, True, model, example_inputs)
+        return Search(*asked).reach() if self.table is None else TableSearch(*asked).reach()
 
     def by_table(
         self,
@@ -151,9 +150,20 @@ class Budget(Selection):
         """
         if self.table is None:
             raise PlanError(f"{self!r} has no latency table; use select")
+        return TableSearch(*self._asked(graph, scores, coupling, batch_norm, model, example_inputs)).run()
+
+    def _asked(
+        self,
+        graph: ChannelGraph,
+        scores: Mapping[str, Tensor],
+        coupling: Coupling,
+        batch_norm: bool,
+        model: nn.Module,
+        example_inputs: Any,
+    ) -> tuple[Budget, Question]:
+        """The budget with names in place of modules, and what it has to decide on."""
         named = self.named(model)
-        question = Question(graph, named._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
-        return TableSearch(named, question).run()
+        return named, Question(graph, named._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
 
     def _kept(self, question: Question) -> ByLayer:
         if self.table is not None:

@@ -51,18 +51,23 @@ def test_times_are_relative_to_the_dense_model_s_which_a_busy_machine_slows_too(
     assert 0.95 * 0.5 * dense <= engine.milliseconds(small, x) <= 0.5 * dense
 
 
+def first_reading(monkeypatch, factor: float) -> None:
+    """The first timing of a smaller model comes out wrong by a factor."""
+    watched: list[float] = []
+    really = Stopwatch.time
+
+    def time(self: Stopwatch, program: Program) -> float:
+        watched.append(really(self, program))
+        return watched[-1] * (factor if len(watched) == 1 else 1.0)
+
+    monkeypatch.setattr(Stopwatch, "time", time)
+
+
 def test_a_model_that_was_fast_by_chance_is_timed_again(monkeypatch) -> None:
     model, x, table = wide(), images(), Steps(lane=2)
     engine = Simulated(monkeypatch, table, offset=2.0)
     dense = engine.milliseconds(model, x)
-    watched: list[float] = []
-    really = Stopwatch.time
-
-    def lucky_at_first(self: Stopwatch, program: Program) -> float:
-        watched.append(really(self, program))
-        return watched[-1] * (0.5 if len(watched) == 1 else 1.0)
-
-    monkeypatch.setattr(Stopwatch, "time", lucky_at_first)
+    first_reading(monkeypatch, 0.5)
     _, small = chosen(model, x, Budget(latency_ms=0.3 * dense, engine=engine, table=table))
     assert engine.milliseconds(small, x) <= 0.3 * dense
 
@@ -71,14 +76,7 @@ def test_a_model_that_was_slow_by_chance_does_not_lead_astray(monkeypatch) -> No
     model, x, table = wide(), images(), Steps(lane=2)
     engine = Simulated(monkeypatch, table)
     dense = engine.milliseconds(model, x)
-    watched: list[float] = []
-    really = Stopwatch.time
-
-    def unlucky_at_first(self: Stopwatch, program: Program) -> float:
-        watched.append(really(self, program))
-        return watched[-1] * (2.5 if len(watched) == 1 else 1.0)
-
-    monkeypatch.setattr(Stopwatch, "time", unlucky_at_first)
+    first_reading(monkeypatch, 2.5)
     _, small = chosen(model, x, Budget(latency_ms=0.5 * dense, engine=engine, table=table))
     assert 0.95 * 0.5 * dense <= engine.milliseconds(small, x) <= 0.5 * dense
 
