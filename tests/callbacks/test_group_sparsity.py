@@ -95,6 +95,29 @@ def test_the_condemned_shrink_the_others_stay_and_the_condemned_are_pruned() -> 
     assert prune.reconstruction.lossless.passed
 
 
+class Recorded(GroupSparsityCallback):
+    """Remembers its rankings."""
+
+    ranked: tuple[dict[str, torch.Tensor], ...] = ()
+
+    def _rank(self, pl_module):
+        found = super()._rank(pl_module)
+        self.ranked += (found,)
+        return found
+
+
+@pytest.mark.parametrize("renew", [True, False])
+def test_channels_are_ranked_again_every_epoch_or_once(renew: bool) -> None:
+    task, sparse = Task(), Recorded(0.1, renew=renew)
+    graph = lp.trace(task, task.example_input_array)
+    fit(task, sparse, epochs=3)
+    assert len(sparse.ranked) == (3 if renew else 1)
+    in_force = GroupSparsity(task, graph, sparse.ranked[-1]).value()
+    assert torch.equal(sparse._penalty.value(), in_force)
+    if renew:
+        assert not torch.equal(GroupSparsity(task, graph, sparse.ranked[-2]).value(), in_force)
+
+
 class Gradients(Callback):
     """The gradients before an optimizer step, as the next callback finds them."""
 
