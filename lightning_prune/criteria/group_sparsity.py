@@ -19,7 +19,7 @@ class GroupSparsity:
     and the weights that read it, wherever they are. `add_` adds the gradient, :math:`\lambda_k w` for every w in W_k.
     A weight between two groups counts in both, once in each dimension.
 
-    Fang et al., DepGraph (2023), eq. 3, for the strengths `importance_strengths`; Wang et al., Neural Pruning via
+    Fang et al., DepGraph (2023), for the strengths `importance_strengths`; Wang et al., Neural Pruning via
     Growing Regularization (2021), GReg-1, for `condemned_strengths` under a growing factor, there on single layers.
     Biases and betas, which both leave out, count too: a channel whose beta stays is not gone when its weights are.
 
@@ -95,8 +95,7 @@ def importance_strengths(scores: Mapping[str, Tensor], alpha: float = 4.0) -> di
     r"""Strengths from 1 for the best channel of a group to 2^alpha for its worst.
 
     :math:`\lambda_k = 2^{\alpha (I_{max} - I_k) / (I_{max} - I_{min})}`, with the maximum and minimum of the group:
-    Fang et al., DepGraph (2023), eq. 4, with alpha = 4. I_k is the score; the paper's text takes the squared norm of
-    W_k, its released code the norm. Where all channels of a group score the same, all have 1.
+    Fang et al., DepGraph (2023), with alpha = 4. I_k is the score; their released code takes the norm of W_k. Where all channels of a group score the same, all have 1.
 
     Args:
         scores: {group: (channels,)}, from `lightning_prune.score`.
