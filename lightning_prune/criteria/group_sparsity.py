@@ -95,7 +95,8 @@ def importance_strengths(scores: Mapping[str, Tensor], alpha: float = 4.0) -> di
     r"""Strengths from 1 for the best channel of a group to 2^alpha for its worst.
 
     :math:`\lambda_k = 2^{\alpha (I_{max} - I_k) / (I_{max} - I_{min})}`, with the maximum and minimum of the group:
-    Fang et al., DepGraph (2023), with alpha = 4. I_k is the score; their released code takes the norm of W_k. Where all channels of a group score the same, all have 1.
+    Fang et al., DepGraph (2023), with alpha = 4. I_k is the score; their released code takes the norm of W_k. Where
+    all channels of a group score the same, all have 1.
 
     Args:
         scores: {group: (channels,)}, from `lightning_prune.score`.
