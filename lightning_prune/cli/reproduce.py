@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         data=options.data,
         seeds=options.seeds,
         only=options.only,
+        progress=console.is_terminal,
         on_outcome=show,
     )
     files = write_page(found, output)

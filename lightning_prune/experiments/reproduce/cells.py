@@ -18,7 +18,8 @@ from lightning_prune.errors import ConfigurationError, PruningError
 from lightning_prune.experiments.comparison.cells import named_path, read_kept, write_kept
 from lightning_prune.experiments.reproduce.building import built, built_task
 from lightning_prune.experiments.reproduce.history import BestEpoch, Curve
-from lightning_prune.experiments.reproduce.recipe import DATA, Pruning, Recipe, Row, Scale, Training, in_folder
+from lightning_prune.experiments.reproduce.plain_data import DATA, in_folder
+from lightning_prune.experiments.reproduce.recipe import Pruning, Recipe, Row, Scale, Training
 from lightning_prune.experiments.runner import Runner
 from lightning_prune.files import atomic
 from lightning_prune.measure import count_flops, count_params
@@ -61,14 +62,18 @@ class Study:
         scale: how much of it.
         output: folder for cells and weights.
         folder: that --data named.
+        progress: show progress bars.
     """
 
-    def __init__(self, recipe: Recipe, scale: Scale, output: Path, folder: str | None) -> None:
+    def __init__(
+        self, recipe: Recipe, scale: Scale, output: Path, folder: str | None, *, progress: bool = False
+    ) -> None:
         self.recipe = recipe
         self.scale = scale
         self.output = output
         self.data_spec = _placed(scale.data, folder, recipe.name)
         self.metric = recipe.metrics[0]
+        self.progress = progress
 
     @property
     def where(self) -> str:
@@ -90,7 +95,7 @@ class Study:
     @cached_property
     def runner(self) -> Runner:
         """What trains and tests on them."""
-        return Runner(self.data, self.metric)
+        return Runner(self.data, self.metric, self.progress)
 
     def model_spec(self, model: str) -> Mapping[str, Any]:
         """What is trained under a model's name: the stand-in, or the published one."""

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from lightning_prune.errors import ConfigurationError, UnknownRecipeError, check_choice
+from lightning_prune.experiments.reproduce.plain_data import filled, merged
 from lightning_prune.plan import Coupling
 
-T = TypeVar("T")
 Spec = Mapping[str, Any]  # class_path and init_args
 ScaleName = Literal["smoke", "hour", "paper"]
 KindName = Literal["pruned", "masked", "timed", "feature_maps", "rounds"]
 Choose = Literal["last", "best"]
 SCALES: tuple[ScaleName, ...] = ("smoke", "hour", "paper")
-DATA = "{data}"  # in a recipe: the folder that --data names
 FOLDER = Path(str(resources.files("lightning_prune") / "conf" / "reproduce"))
 
 
@@ -185,7 +184,7 @@ class Recipe:
     def pruning(self, row: Row, scale: Scale | None = None) -> Pruning:
         """How a row is pruned at a scale, or as published."""
         settings = {**self.prune, **({} if scale is None else scale.prune), **row.prune}
-        return _filled(Pruning, settings, f"recipe {self.name}, {row.label!r}")
+        return filled(Pruning, settings, f"recipe {self.name}, {row.label!r}")
 
     def chosen(self, scale: Scale, only: Sequence[str] = ()) -> list[Row]:
         """The rows that a scale runs; of these, those that a pattern, or a part of the label, names.
@@ -254,44 +253,16 @@ def recipe_from(content: Mapping[str, Any], name: str) -> Recipe:
         {**{key: row[key] for key in own & set(row)}, "prune": {k: v for k, v in row.items() if k not in own}}
         for row in data.get("rows", ())
     ]
-    data["rows"] = tuple(_filled(Row, row, f"{where}, a row") for row in rows)
+    data["rows"] = tuple(filled(Row, row, f"{where}, a row") for row in rows)
     data["scales"] = {key: _scale(scale, f"{where}, {key}") for key, scale in data.get("scales", {}).items()}
-    return _filled(Recipe, {"name": name, **data}, where)
+    return filled(Recipe, {"name": name, **data}, where)
 
 
 def _scale(data: Mapping[str, Any], where: str) -> Scale:
     trainings = {
-        key: _filled(Training, data[key], f"{where}, {key}") for key in ("dense", "tune") if data.get(key) is not None
+        key: filled(Training, data[key], f"{where}, {key}") for key in ("dense", "tune") if data.get(key) is not None
     }
-    return _filled(Scale, {**data, **trainings}, where)
-
-
-def merged(base: Any, over: Any) -> Any:
-    """Plain data with other data on top: mappings are merged, but for those of another class_path; the rest replaced.
-
-    Example:
-        >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
-        {'a': {'b': 3, 'c': 2}}
-    """
-    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
-        return over
-    if "class_path" in over and over["class_path"] != base.get("class_path"):
-        return over
-    return {**base, **{key: merged(base.get(key), value) for key, value in over.items()}}
-
-
-def in_folder(spec: Any, folder: str) -> Any:
-    """The same plain data with the folder of --data in its place."""
-    if isinstance(spec, Mapping):
-        return {key: in_folder(value, folder) for key, value in spec.items()}
-    if isinstance(spec, (list, tuple)):
-        return [in_folder(value, folder) for value in spec]
-    return spec.replace(DATA, folder) if isinstance(spec, str) else spec
-
-
-def plain_settings(scale: Scale) -> dict[str, Any]:
-    """A scale as plain data."""
-    return asdict(scale)
+    return filled(Scale, {**data, **trainings}, where)
 
 
 def with_seeds(scale: Scale, seeds: Sequence[int] | None) -> Scale:
@@ -307,17 +278,6 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds no settings")
     return content
-
-
-def _filled(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a mapping that may only have its fields."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if unknown := [key for key in data if key not in known]:
-        raise ConfigurationError(f"{where}: '{unknown[0]}' is not accepted. Valid here: {', '.join(known)}")
-    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in data]:
-        raise ConfigurationError(f"{where}: '{missing[0]}' is missing")
-    return kind(**data)
 
 
 def _named(label: str, pattern: str) -> bool:

@@ -85,6 +85,7 @@ def reproduce(
     data: str | None = None,
     seeds: Sequence[int] | None = None,
     only: Sequence[str] = (),
+    progress: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Reproduction:
     """Compute the rows of a recipe at a scale; nothing is computed twice, in whatever way the run before ended.
@@ -99,6 +100,7 @@ def reproduce(
         data: folder that takes the place of ``{data}`` in the recipe.
         seeds: instead of the scale's.
         only: patterns, or parts, of the labels of rows; the others are left out.
+        progress: show progress bars.
         on_outcome: called with every cell and refusal as soon as it is known.
 
     Raises:
@@ -111,7 +113,7 @@ def reproduce(
     if len(set(settings.seeds)) < len(settings.seeds) or any(not 0 <= seed < 2**31 for seed in settings.seeds):
         raise PlanError(f"seeds must be integers in [0, 2**31), each once, got {list(settings.seeds)}")
     check_writable(output / "page.md")
-    study = Study(recipe, settings, output, data)
+    study = Study(recipe, settings, output, data, progress=progress)
     found = Reproduction(recipe, scale, settings, recipe.chosen(settings, only))
     try:
         with quiet():

@@ -19,7 +19,8 @@ from lightning_prune.experiments.reproduce.building import (
     task_spec,
 )
 from lightning_prune.experiments.reproduce.pictures import PICTURES
-from lightning_prune.experiments.reproduce.recipe import FOLDER, in_folder, merged, read_recipe, recipe_names
+from lightning_prune.experiments.reproduce.plain_data import in_folder, merged
+from lightning_prune.experiments.reproduce.recipe import FOLDER, read_recipe, recipe_names
 from lightning_prune.experiments.reproduce.run import KINDS
 from tests.experiments.reproduce.tiny import CONTENT, recipe, smoke
 
@@ -47,9 +48,10 @@ def test_a_recipe_is_whole(name: str) -> None:
     assert set(found.pictures) <= set(PICTURES)
     assert {"smoke", "paper"} <= set(found.scales)
     assert found.known
-    assert any(found.published(row) for row in found.rows)
     for scale in found.scales.values():
         assert found.chosen(scale)
+    if name == "jre-figure2":
+        return  # pictures without numbers
     printed = {key for row in found.rows for key in found.published(row)}
     assert printed & set(found.columns)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria.base import WeightCriterion
-from lightning_prune.experiments.reproduce.recipe import Recipe, merged, recipe_from
+from lightning_prune.experiments.reproduce.plain_data import merged
+from lightning_prune.experiments.reproduce.recipe import Recipe, recipe_from
 from lightning_prune.tasks import ClassificationTask
 
 HERE = "tests.experiments.reproduce.tiny"
