@@ -1,7 +1,7 @@
 """Published tables and figures, one recipe each, run at three scales, with ours beside the published numbers.
 
-Here: reading recipes, the cells of every kind of table, the page. Not here: one pruning (callbacks, session), how tables
-and figures look (report/); the recipes themselves lie in conf/reproduce.
+Here: reading recipes, the cells of every kind of table, the page. Not here: one pruning (callbacks, session), how
+tables and figures look (report/); the recipes themselves lie in conf/reproduce.
 """
 
 from lightning_prune.experiments.reproduce.cells import Cell

@@ -1,4 +1,4 @@
-"""What a reproduction consists of: a cell for every row and seed, a file each, on dense models that are trained once."""
+"""What a reproduction consists of: a cell for every row and seed, a file each; dense models are trained once."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Study:
         """What a model costs and reaches, compared with the dense one; and its ROC curves where it has some."""
         example = task.example_input_array
         assert example is not None
-        values = {"flops": count_flops(task, example[:1], "paper"), "params": count_params(task)}
+        values: dict[str, float] = {"flops": count_flops(task, example[:1], "paper"), "params": count_params(task)}
         values |= self.reached(task)
         if dense is not None:
             values["left"] = 100 * values["flops"] / dense.values["flops"]

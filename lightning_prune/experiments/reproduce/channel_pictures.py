@@ -79,7 +79,9 @@ def rounds_figure(found: Reproduction) -> Figure:
             axes.tick_params(length=0, colors=palette.quiet)
         panels[1].legend(frameon=False, fontsize=9, loc="lower left")
         said = f"{found.recipe.paper}; {found.scale.about}"
-        add_title(figure, palette, "Accuracy against channels left (%)", said if len(said) < 130 else said[:127] + "...")
+        add_title(
+            figure, palette, "Accuracy against channels left (%)", said if len(said) < 130 else said[:127] + "..."
+        )
     return figure
 
 

@@ -25,7 +25,11 @@ def feature_maps(study: Study, row: Row, seed: int) -> Cell:
     dense = study.dense(row.model, seed)
     how = study.pruning(row)
     task = study.task(row.model, "dense", dense.weights)
-    named = {"score": criterion(how, seed, study.where), "local": LRE(normalize="none"), "global": GRE(normalize="none")}
+    named = {
+        "score": criterion(how, seed, study.where),
+        "local": LRE(normalize="none"),
+        "global": GRE(normalize="none"),
+    }
     found: dict[str, Scores] = {}
     for name, one in named.items():
         graph, found[name] = study.runner.score(task, one, batches=how.score_batches, seed=seed)

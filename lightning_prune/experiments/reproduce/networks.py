@@ -15,7 +15,7 @@ VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 def thin_fcn(depth: int = 20, num_classes: int = 21) -> FCN:
-    """torchvision's FCN with auxiliary head on a CIFAR ResNet of 16 to 64 channels, output stride 4.
+    """The FCN of torchvision with its auxiliary head on a CIFAR ResNet of 16 to 64 channels, output stride 4.
 
     Example:
         >>> net = thin_fcn(8, num_classes=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from lightning_prune.files import atomic
 from lightning_prune.report.figures import save_figure
 from lightning_prune.report.pages import render
 from lightning_prune.report.summary import MINUS
-from lightning_prune.report.table import MISSING, Column, Entry, Table, print_line
+from lightning_prune.report.table import MISSING, Column, Entry, Look, Table, print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,8 @@ DECIMALS = {"left": 1, "params_left": 1, "or_left": 1, "and_left": 1, "removed":
 DECIMALS |= dict.fromkeys(("energy_removed", "energy_kept", "shown_removed", "shown_kept"), 0)
 DECIMALS |= dict.fromkeys(("rpi", "nano", "gpu", "eager", "onnxruntime"), 4)
 SIGNED = ("change",)
+OPTIONAL = ("params_left", "gpu", "gpu_faster")  # where a terminal is too narrow
+Sides = dict[str, dict[str, dict[str, Spread]]]  # {paper or ours: {row: {column: number}}}
 CHOSEN = {
     "last": "the last epoch counts, and no image of the test part chooses anything",
     "best": "as published, the epoch that is best on the test images counts",
@@ -67,25 +69,59 @@ def sections(found: Reproduction) -> Iterator[Section]:
 
 
 def results_table(found: Reproduction) -> Table:
-    """Every row of the paper with ours beside it, column by column."""
-    recipe = found.recipe
-    published = {row.label: recipe.published(row) for row in recipe.rows}
-    ours = {row.label: _spreads(found, row) for row in recipe.rows}
+    """Every row of the paper with ours beside it, column by column; or below it."""
+    rows = found.recipe.rows
+    sides = {
+        PAPER: {row.label: _printed(found, row) for row in rows},
+        OURS: {row.label: _spreads(found, row) for row in rows},
+    }
+    return _stacked(found, sides) if found.recipe.stacked else _side_by_side(found, sides)
+
+
+def _side_by_side(found: Reproduction, sides: Sides) -> Table:
+    rows = found.recipe.rows
     columns: list[Column] = [Column("")]
-    cells: list[list[str | Entry]] = [[row.label] for row in recipe.rows]
-    for key, heading in recipe.columns.items():
+    lines: list[list[str | Entry]] = [[row.label] for row in rows]
+    for key, heading in found.recipe.columns.items():
         title, _, unit = heading.partition(", ")
-        shown = [who for who, of in ((PAPER, published), (OURS, ours)) if any(key in values for values in of.values())]
+        for who, values in sides.items():
+            if any(key in of for of in values.values()):
+                columns.append(Column(f"{title}\n{who}", unit, optional=key in OPTIONAL))
+                for line, row in zip(lines, rows, strict=True):
+                    line.append(_entry(key, values[row.label].get(key)))
+    return Table(tuple(columns), tuple(map(tuple, lines)), _looks(found, rows), _gaps(rows))
+
+
+def _stacked(found: Reproduction, sides: Sides) -> Table:
+    known = {key for values in sides.values() for of in values.values() for key in of}
+    keys = [key for key in found.recipe.columns if key in known]
+    parts = [(key, *found.recipe.columns[key].partition(", ")) for key in keys]
+    columns = [
+        Column(""),
+        Column(""),
+        *(Column(title, unit, optional=key in OPTIONAL) for key, title, _, unit in parts),
+    ]
+    lines: list[tuple[str | Entry, ...]] = []
+    of: list[Row] = []
+    for row in found.recipe.rows:
+        shown = [who for who, values in sides.items() if any(key in values[row.label] for key in keys)]
         for who in shown:
-            columns.append(Column(f"{title}\n{who}", unit, optional=key == "params_left"))
-            for entries, row in zip(cells, recipe.rows, strict=True):
-                value = published[row.label].get(key) if who == PAPER else None
-                spread = ours[row.label].get(key) if who == OURS else Spread(value, None) if value is not None else None
-                entries.append(_entry(key, spread))
-    rows, run = recipe.rows, {cell.row for cell in found.cells}
-    looks = {n: "key" if row.dense else "quiet" for n, row in enumerate(rows) if row.dense or row.label not in run}
-    gaps = frozenset(n for n, row in enumerate(rows[:-1]) if rows[n + 1].model != row.model)
-    return Table(tuple(columns), tuple(map(tuple, cells)), looks, gaps)  # type: ignore[arg-type]
+            label = row.label if who == shown[0] else ""
+            lines.append((label, who, *(_entry(key, sides[who][row.label].get(key)) for key in keys)))
+            of.append(row)
+    ends = frozenset(n for n, row in enumerate(of[:-1]) if of[n + 1] is not row)
+    return Table(tuple(columns), tuple(lines), _looks(found, of), ends)
+
+
+def _looks(found: Reproduction, rows: Sequence[Row]) -> dict[int, Look]:
+    """Dense models stand out, and rows that were not run stay back."""
+    run = {cell.row for cell in found.cells}
+    looks: dict[int, Look] = {n: "key" for n, row in enumerate(rows) if row.dense}
+    return looks | {n: "quiet" for n, row in enumerate(rows) if row.label not in run}
+
+
+def _gaps(rows: Sequence[Row]) -> frozenset[int]:
+    return frozenset(n for n, row in enumerate(rows[:-1]) if rows[n + 1].model != row.model)
 
 
 def costs_table(found: Reproduction) -> Table:
@@ -184,6 +220,10 @@ def write_page(found: Reproduction, folder: str | Path) -> dict[str, Path]:
         files[picture.name] = folder / f"{picture.name}.png"
         save_figure(picture.draw(), files[picture.name])
     return files
+
+
+def _printed(found: Reproduction, row: Row) -> dict[str, Spread]:
+    return {key: Spread(value, None) for key, value in found.recipe.published(row).items()}
 
 
 def _spreads(found: Reproduction, row: Row) -> dict[str, Spread]:

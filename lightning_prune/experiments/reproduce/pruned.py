@@ -1,4 +1,4 @@
-"""Cells of tables of pruned models: prune, fine-tune and reconstruct in either order, test; the latency if asked for."""
+"""Cells of tables of pruned models: prune, fine-tune and reconstruct in either order, test; time, if asked for."""
 
 from __future__ import annotations
 

@@ -134,6 +134,7 @@ class Recipe:
         metrics: names of logged metrics from 0 to 1; the first is compared with the dense model's.
         units: of published FLOPs and parameters: M or G.
         input_size: of one image, for counting the published models.
+        stacked: a line of the table for the paper and one for ours, where there are too many columns.
         known: what is known of the published protocol, and to differ from it here.
         pictures: names of `lightning_prune.experiments.reproduce.pictures.PICTURES`.
         prune: common to all rows.
@@ -151,6 +152,7 @@ class Recipe:
     metrics: Sequence[str] = ("acc",)
     units: Mapping[str, str] = field(default_factory=lambda: {"flops": "M", "params": "M"})
     input_size: Sequence[int] = (3, 32, 32)
+    stacked: bool = False
     known: Sequence[str] = ()
     pictures: Sequence[str] = ()
     prune: Mapping[str, Any] = field(default_factory=dict)

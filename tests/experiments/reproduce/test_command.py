@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(CONTENT), encoding="utf-8")
+    path.write_text(yaml.safe_dump(CONTENT, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -66,7 +66,7 @@ def test_the_table_has_ours_beside_the_published_column_by_column() -> None:
     ]  # fmt: skip
     row = [str(entry) for entry in table.rows[1]]
     assert row == [
-        "net L1 .5", "50.0", "45.0 ± 0.0", MISSING, "50.0 ± 0.0", "88.00", "89.50 ± 0.71", f"{MINUS}2.00",
+        "net L1 .5", "50.0", "45.0 ± 0.0", "50.0", "50.0 ± 0.0", "88.00", "89.50 ± 0.71", f"{MINUS}2.00",
         f"{MINUS}1.00 ± 0.00",
     ]  # fmt: skip
     assert [str(entry) for entry in table.rows[2][1:]] == [
@@ -76,11 +76,25 @@ def test_the_table_has_ours_beside_the_published_column_by_column() -> None:
 
 
 def test_a_column_that_only_one_side_has_is_one_column() -> None:
-    columns = {"acc": "accuracy, %", "time": "seconds"}
-    found = made_up({"columns": columns})
+    found = made_up()
+    found.recipe = replace(found.recipe, columns={"acc": "accuracy, %", "time": "seconds"})
     assert results_table(found).headings[1:] == ["accuracy paper (%)", "accuracy ours (%)"]
     found.cells[0].values["time"] = 3.0
     assert results_table(found).headings[3:] == ["seconds ours"]
+
+
+def test_a_wide_table_has_a_line_for_each_side() -> None:
+    found = made_up({"stacked": True})
+    table = results_table(found)
+    assert table.headings == ["", "", "FLOPs left (%)", "params left (%)", "accuracy (%)", "change"]
+    lines = [[str(entry) for entry in row] for row in table.rows]
+    assert lines[:4] == [
+        ["net", "paper", MISSING, MISSING, "90.00", MISSING],
+        ["", "ours", "100.0 ± 0.0", "100.0 ± 0.0", "90.50 ± 0.71", MISSING],
+        ["net L1 .5", "paper", "50.0", "50.0", "88.00", f"{MINUS}2.00"],
+        ["", "ours", "45.0 ± 0.0", "50.0 ± 0.0", "89.50 ± 0.71", f"{MINUS}1.00 ± 0.00"],
+    ]
+    assert [line[:2] for line in lines[4:]] == [["net GM .5", "paper"]]  # not run
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -94,7 +108,8 @@ def test_costs_stand_beside_the_print_with_the_difference() -> None:
     assert rows[0] == ["net", "0.66", "0.66", "±0.00", "0.01", "0.01", "±0.00"]
     assert rows[1] == ["net GM .5", "0.33", "0.33 ± 0.01", "+1.00", MISSING, "0.00", MISSING]
     assert agreement(found) == (
-        "Dense models differ from the print by at most 0.000%; random masks and their union by at most 1.00% (net GM .5)."
+        "Dense models differ from the print by at most 0.000%; "
+        "random masks and their union by at most 1.00% (net GM .5)."
     )
 
 
