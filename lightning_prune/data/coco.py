@@ -29,7 +29,8 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         root: folder that holds ``annotations/instances_NAME.json`` and the images as ``NAME/*.jpg``.
         batch_size: images per batch.
         train_on: image set to train on.
-        evaluate_on: image set to validate and test on.
+        evaluate_on: image set to validate on.
+        test_on: image set to test on; None: the one to validate on.
         classes: names of the categories to learn, in the order of the labels; None: all of the training file.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
@@ -49,6 +50,7 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         *,
         train_on: str = "train2017",
         evaluate_on: str = "val2017",
+        test_on: str | None = None,
         classes: Sequence[str] | None = None,
         size: int | None = 416,
         augment: Augmentation = "yolo",
@@ -56,7 +58,7 @@ class COCODetection(FilesDataModule, DetectionDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(root, train_on, evaluate_on, batch_size, num_workers, drop_last)
+        super().__init__(root, train_on, evaluate_on, test_on, batch_size, num_workers, drop_last)
         self.class_names = None if classes is None else tuple(classes)
         self.bad_boxes = bad_boxes
         self.training = detection_training(augment, size)

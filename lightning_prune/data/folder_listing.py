@@ -52,7 +52,9 @@ def listed_parts(root: Path, val_share: float, lists: Mapping[str, str] | None, 
         found = {"train": _images(root, class_folders(root))}
     if val_share:
         found.setdefault("test", found.get("val", []))
-        found["train"], found["val"] = _held_out(found["train"], class_names(root), val_share, seed)
+        files = found["train"]
+        rest, held = held_out([file.label for file in files], class_names(root), val_share, seed)
+        found["train"], found["val"] = [files[k] for k in rest], [files[k] for k in held]
     evaluated = found.get("val") or found.get("test")
     if not evaluated:
         raise DataError(
@@ -84,16 +86,13 @@ def _images(root: Path, classes: Sequence[str]) -> Files:
     """Every image below the folders of the classes, in alphabetical order."""
     files: Files = []
     for label, name in enumerate(classes):
-        before = len(files)
-        for folder, below, names in sorted(os.walk(root / name, followlinks=True)):
-            below.sort()
-            images = sorted(each for each in names if each.lower().endswith(IMG_EXTENSIONS) and each[0] != ".")
-            files += [ImageFile(Path(folder, each), label) for each in images]
-        if len(files) == before:
+        images = images_below(root / name)
+        if not images:
             raise DataError(
                 f"the folder {(root / name).absolute()} stands for a class and holds no image "
                 f"({', '.join(IMG_EXTENSIONS)}): add its images, or remove it"
             )
+        files += [ImageFile(path, label) for path in images]
     return files
 
 
@@ -108,9 +107,7 @@ def _by_lists(root: Path, lists: Mapping[str, str]) -> dict[str, Files]:
         if not source.is_file():
             raise DataError(f"lists: the file {source.absolute()} of {part} does not exist")
         found[part] = []
-        for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-            if not (text := line.strip()):
-                continue
+        for number, text in numbered_lines(source):
             path, where = root / text, f"{source}, line {number}"
             folder = Path(text).parts[0]
             if folder not in numbers:
@@ -125,11 +122,11 @@ def _by_lists(root: Path, lists: Mapping[str, str]) -> dict[str, Files]:
     return found
 
 
-def _held_out(files: Files, classes: Sequence[str], share: float, seed: int) -> tuple[Files, Files]:
-    """The rest, and of each class a share at random."""
+def held_out(labels: Sequence[int], classes: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The places of what is left, and of a share of each class at random."""
     of_class: dict[int, list[int]] = {}
-    for index, file in enumerate(files):
-        of_class.setdefault(file.label, []).append(index)
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
     generator = torch.Generator().manual_seed(seed)
     held: set[int] = set()
     for label, indices in sorted(of_class.items()):
@@ -140,4 +137,35 @@ def _held_out(files: Files, classes: Sequence[str], share: float, seed: int) -> 
                 "left to validate on, or to train on; choose another share, or add images"
             )
         held.update(indices[k] for k in torch.randperm(len(indices), generator=generator)[:count].tolist())
-    return [f for k, f in enumerate(files) if k not in held], [f for k, f in enumerate(files) if k in held]
+    return [k for k in range(len(labels)) if k not in held], sorted(held)
+
+
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """The images in a folder by their names without ending, in alphabetical order; hidden files are none."""
+    if not folder.is_dir():
+        raise DataError(f"the folder {folder.absolute()} does not exist")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMG_EXTENSIONS or path.name[0] == ".":
+            continue
+        if (twin := found.setdefault(path.stem, path)) is not path:
+            raise DataError(f"{folder.absolute()} holds {twin.name} and {path.name}: remove the one that is not meant")
+    return found
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, in alphabetical order; hidden files are none."""
+    files: list[Path] = []
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        images = sorted(each for each in names if each.lower().endswith(IMG_EXTENSIONS) and each[0] != ".")
+        files += [Path(place, each) for each in images]
+    return files
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers from 1."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable text file ({error})") from error
+    return [(number, text) for number, line in enumerate(lines, 1) if (text := line.strip())]

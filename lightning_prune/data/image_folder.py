@@ -111,6 +111,7 @@ class ImageFolderDataModule(PartsDataModule):
         check_choice("normalisation", normalisation, Normalisation, DataError)
         default = STATISTICS[normalisation]
         self.mean, self.std = tuple(mean or default[0]), tuple(std or default[1])
+        self.normalisation = self.mean, self.std  # for exported files
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise DataError(f"mean and std need three numbers each, std above 0, got {self.mean} and {self.std}")
         self.resize = resize or (round(size / 0.875) if augment == "resized_crop" else size)

@@ -100,6 +100,12 @@ def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
     return crop_flip(images, down, across, torch.rand(count, generator=own) < 0.5, padding)
 
 
+def random_shift(images: Tensor, pixels: int) -> Tensor:
+    """Each image (N, C, H, W) moved by up to ``pixels`` at random, down and across; zeros come in from outside."""
+    down, across = torch.randint(2 * pixels + 1, (2, len(images)), generator=_own_generator())
+    return crop_flip(images, down, across, torch.zeros(len(images), dtype=torch.bool), pixels)
+
+
 def _own_generator() -> torch.Generator:
     """Seeded by torch's, which the processes of a distributed run share: each is to draw other numbers."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -71,23 +71,32 @@ class PartsDataModule(LightningDataModule, ABC):
 
 
 class FilesDataModule(PartsDataModule):
-    """Image sets in files: what is trained on, and what is validated and tested on."""
+    """Image sets in files: what is trained on, validated on, and tested on if that is something else."""
 
     training: Callable[..., Any]  # transforms of training samples
     evaluation: Callable[..., Any]  # and of the others
 
     def __init__(
-        self, root: str, train_on: Any, evaluate_on: Any, batch_size: int, num_workers: int, drop_last: bool
+        self,
+        root: str,
+        train_on: Any,
+        evaluate_on: Any,
+        test_on: Any,
+        batch_size: int,
+        num_workers: int,
+        drop_last: bool,
     ) -> None:
         super().__init__(batch_size, num_workers, drop_last)
         self.root = root
         self.train_on = train_on
         self.evaluate_on = evaluate_on
+        self.test_on = test_on
 
     def _load(self) -> dict[str, Any]:
         train = self._part(self.train_on, self.training, train=True)
         val = self._part(self.evaluate_on, self.evaluation, train=False)
-        return {"train": train, "val": val, "test": val}
+        test = val if self.test_on is None else self._part(self.test_on, self.evaluation, train=False)
+        return {"train": train, "val": val, "test": test}
 
     @abstractmethod
     def _part(self, image_sets: Any, transforms: Callable[..., Any], *, train: bool) -> Dataset[Any]:

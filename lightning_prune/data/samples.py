@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -88,19 +88,34 @@ def check_files(paths: Sequence[Path], listed_in: Path | str) -> None:
         )
 
 
-def read_image(path: Path) -> tv_tensors.Image:
-    """An image file as (3, H, W) uint8."""
+def read_image(path: Path, *, upright: bool = False) -> tv_tensors.Image:
+    """An image file as (3, H, W) uint8; ``upright``: turned as its EXIF says, which viewers do."""
     try:
         with Image.open(path) as image:
-            return tv_tensors.Image(transform.pil_to_tensor(image.convert("RGB")))
+            turned = ImageOps.exif_transpose(image) if upright else image
+            return tv_tensors.Image(transform.pil_to_tensor(turned.convert("RGB")))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise DataError(f"{path} is not a readable image ({error}); fetch it again") from error
 
 
-def read_detection(item: tuple[Path, Target], transforms: Callable[..., Any]) -> tuple[Tensor, Target]:
+def image_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
+    """Height and width of an image file, from its header alone; ``upright`` as in `read_image`."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            told = upright and (image.format != "PNG" or "exif" in image.info)  # a PNG is read to its end for it
+            turned = told and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{path} is not a readable image ({error}); fetch it again") from error
+    return (width, height) if turned else (height, width)
+
+
+def read_detection(
+    item: tuple[Path, Target], transforms: Callable[..., Any], *, upright: bool = False
+) -> tuple[Tensor, Target]:
     """Image (3, H, W) and target after the transforms, of an image file of the size that its target says."""
     path, target = item
-    image = read_image(path)
+    image = read_image(path, upright=upright)
     (height, width), size = image.shape[-2:], target["orig_size"]
     if (height, width) != size:
         raise DataError(
@@ -126,6 +141,13 @@ def read_segmentation(
     transforms: Callable[..., Any],
 ) -> tuple[Tensor, Tensor]:
     """Image (3, H, W) and mask (H, W) int64 after the transforms, of an image file and that of its classes."""
+    return segmentation_sample(*read_masked(item, read_classes, num_classes), transforms)
+
+
+def read_masked(
+    item: tuple[Path, Path], read_classes: Callable[[Path], np.ndarray], num_classes: int
+) -> tuple[Tensor, np.ndarray]:
+    """Image (3, H, W) uint8 and classes (H, W) of an image file and that of its classes, of one size and known."""
     image, path = read_image(item[0]), item[1]
     classes = read_classes(path)
     if classes.shape != tuple(image.shape[-2:]):
@@ -136,7 +158,7 @@ def read_segmentation(
             f"{path}: {unknown[0]} is none of {num_classes} classes, background included, nor {IGNORE}, ignored: set "
             "classes"
         )
-    return segmentation_sample(image, classes, transforms)
+    return image, classes
 
 
 def segmentation_sample(image: Tensor, classes: np.ndarray, transforms: Callable[..., Any]) -> tuple[Tensor, Tensor]:

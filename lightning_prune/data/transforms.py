@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,10 @@ _TO_FLOAT = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=
 _NORMALISED = (_TO_FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
 
 
-def segmentation_training(base: int = 520, crop: int = 480) -> v2.Compose:
+def segmentation_training(base: int = 520, crop: int | Sequence[int] = 480) -> v2.Compose:
     """Torchvision's reference, and LR's: shorter side 0.5 to 2 times ``base``, flip, crop, ImageNet's normalisation.
 
-    Outside of the image the crop is 0 in the image and 255, ignored, in the mask.
+    ``crop``: a side, or height and width. Outside of the image it is 0 in the image and 255, ignored, in the mask.
     """
     return v2.Compose(
         [

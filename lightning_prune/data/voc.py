@@ -1,4 +1,4 @@
-"""Pascal VOC: segmentation and detection, from the original folders."""
+"""Pascal VOC: segmentation and detection, from the original folders or one's own in their layout."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ VOC_CLASSES = (
 
 
 class VOCDataModule(FilesDataModule):
-    """Image sets of ``VOCdevkit``, downloaded if asked for."""
+    """Image sets of ``VOCdevkit``, downloaded if asked for, or of a folder of one's own in its layout."""
 
     kind: Any  # torchvision's dataset that lists the files
     download: bool
 
     def prepare_data(self) -> None:
         if self.download:
-            for name in (*self.train_on, *self.evaluate_on):
+            wanted = (*self.train_on, *self.evaluate_on, *(self.test_on or ()))
+            for name in (name for name in wanted if "/" in name):  # others are one's own
                 try:
                     listing(self.kind, self.root, name)
                 except DataError:  # not there; torchvision would unpack 2 GB again for each that is
@@ -54,10 +55,11 @@ class VOCSegmentation(VOCDataModule, SegmentationDataModule):
     (N, H, W): 0 for background, then the classes; 255, the border of objects and the padding, counts nowhere.
 
     Args:
-        root: folder that holds, or will hold, ``VOCdevkit``.
+        root: folder that holds, or will hold, ``VOCdevkit``; or one of your own with what ``VOC2012`` holds in it.
         batch_size: images per batch.
-        train_on: image sets to train on, as "YEAR/SET".
-        evaluate_on: image sets to validate and test on.
+        train_on: image sets to train on, as "YEAR/SET", or as "SET" of a folder of your own.
+        evaluate_on: image sets to validate on.
+        test_on: image sets to test on, such as ("2007/test",); None: those to validate on.
         classes: names of the classes after background; other than VOC's for data of one's own in VOC's format.
         base: shorter side of evaluation images in pixels; training images vary around it.
         crop: height and width of training images.
@@ -81,6 +83,7 @@ class VOCSegmentation(VOCDataModule, SegmentationDataModule):
         *,
         train_on: Sequence[str] = ("2012/train",),
         evaluate_on: Sequence[str] = ("2012/val",),
+        test_on: Sequence[str] | None = None,
         classes: Sequence[str] = VOC_CLASSES,
         base: int = 520,
         crop: int = 480,
@@ -89,7 +92,7 @@ class VOCSegmentation(VOCDataModule, SegmentationDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(root, tuple(train_on), tuple(evaluate_on), batch_size, num_workers, drop_last)
+        super().__init__(root, train_on, evaluate_on, test_on, batch_size, num_workers, drop_last)
         self.class_names = ("background", *classes)
         self.num_classes = len(self.class_names)
         self.sbd_root = sbd_root
@@ -112,10 +115,12 @@ class VOCDetection(VOCDataModule, DetectionDataModule):
     negatives. All annotations are read and checked before training starts.
 
     Args:
-        root: folder that holds, or will hold, ``VOCdevkit``.
+        root: folder that holds, or will hold, ``VOCdevkit``; or one of your own with what ``VOC2012`` holds in it.
         batch_size: images per batch.
-        train_on: image sets to train on, as "YEAR/SET"; ("2007/trainval", "2012/trainval") is the usual large one.
-        evaluate_on: image sets to validate and test on, such as ("2007/test",).
+        train_on: image sets to train on, as "YEAR/SET", or as "SET" of a folder of your own; ("2007/trainval",
+            "2012/trainval") is the usual large one.
+        evaluate_on: image sets to validate on.
+        test_on: image sets to test on, such as ("2007/test",); None: those to validate on.
         classes: names of the classes.
         size: side of the letterbox in pixels; None: images keep their sizes and come as a list.
         augment: of training images: "none", "flip", "yolo" or "ssd", see `detection_training`.
@@ -138,6 +143,7 @@ class VOCDetection(VOCDataModule, DetectionDataModule):
         *,
         train_on: Sequence[str] = ("2012/train",),
         evaluate_on: Sequence[str] = ("2012/val",),
+        test_on: Sequence[str] | None = None,
         classes: Sequence[str] = VOC_CLASSES,
         size: int | None = 416,
         augment: Augmentation = "yolo",
@@ -146,7 +152,7 @@ class VOCDetection(VOCDataModule, DetectionDataModule):
         drop_last: bool = True,
         num_workers: int = 2,
     ) -> None:
-        super().__init__(root, tuple(train_on), tuple(evaluate_on), batch_size, num_workers, drop_last)
+        super().__init__(root, train_on, evaluate_on, test_on, batch_size, num_workers, drop_last)
         self.class_names = tuple(classes)
         self.num_classes = len(self.class_names)
         self.bad_boxes = bad_boxes

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
+from lightning_prune.data.folder_listing import images_by_stem, numbered_lines
 from lightning_prune.data.samples import (
     BadBoxes,
     Samples,
@@ -26,6 +27,10 @@ from lightning_prune.data.samples import (
 from lightning_prune.data.scenes import CLASS_NAMES, Scene, Scenes
 from lightning_prune.errors import DataError
 
+_FOLDERS = {  # the lists of each kind, its annotations or masks, and how these end
+    datasets.VOCDetection: ("Main", "Annotations", ".xml"),
+    datasets.VOCSegmentation: ("Segmentation", "SegmentationClass", ".png"),
+}
 _ANNOTATION = """<annotation>
   <folder>{folder}</folder>
   <filename>{name}.jpg</filename>
@@ -53,7 +58,12 @@ _OBJECT = """  <object>
 
 
 def listing(kind: Any, root: str, name: str, *, download: bool = False) -> list[tuple[Path, Path]]:
-    """Image files of an image set "YEAR/SET", each with its annotation or mask, by one of torchvision's datasets."""
+    """Image files of an image set "YEAR/SET", each with its annotation or mask, by one of torchvision's datasets.
+
+    Of a "SET" alone: those that the folder ``root`` itself holds.
+    """
+    if "/" not in name:
+        return _own_listing(kind, Path(root).resolve(), name)
     year, _, image_set = name.partition("/")
     folder = Path(root).resolve()
     try:
@@ -71,6 +81,24 @@ def listing(kind: Any, root: str, name: str, *, download: bool = False) -> list[
     pairs = [(Path(image), Path(target)) for image, target in zip(found.images, found.targets, strict=True)]
     check_files([path for pair in pairs for path in pair], f"image set {name} of {folder}")
     return pairs
+
+
+def _own_listing(kind: Any, root: Path, name: str) -> list[tuple[Path, Path]]:
+    """The same of an image set of a folder that holds what ``VOC2012`` does, its images in any format."""
+    lists, folder, ending = _FOLDERS[kind]
+    source, images = root / "ImageSets" / lists / f"{name}.txt", root / "JPEGImages"
+    missing = [path for path in (root, images, root / folder, source) if not path.exists()]
+    if missing:
+        raise DataError(
+            f"Pascal VOC: {missing[0]} does not exist. The image set {name!r} of {root} needs JPEGImages, {folder} and "
+            f"ImageSets/{lists}/{name}.txt there; those of VOCdevkit are named YEAR/SET, such as 2012/train"
+        )
+    stems, files = numbered_lines(source), images_by_stem(images)
+    for number, stem in stems:
+        if stem not in files:
+            raise DataError(f"{source}, line {number}: {images} holds no image called {stem}")
+    check_files(targets := [root / folder / (stem + ending) for _, stem in stems], source)
+    return [(files[stem], target) for (_, stem), target in zip(stems, targets, strict=True)]
 
 
 def read_annotation(path: Path, classes: Sequence[str], image_id: int = 0, bad_boxes: BadBoxes = "refuse") -> Target:
@@ -113,9 +141,12 @@ def read_classes(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             mode, classes = image.mode, np.array(image)
     except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} is not a readable mask ({error}); unpack it again") from error
+        raise DataError(f"{path} is not a readable mask ({error}); fetch it again") from error
     if mode not in ("P", "L"):
-        raise DataError(f"{path} holds colours (mode {mode}), not class numbers; use VOC's palette PNGs")
+        raise DataError(
+            f"{path} holds colours or wide numbers (mode {mode}), not class numbers: masks have 8 bits a pixel, "
+            "grey or with a palette"
+        )
     return classes
 
 

@@ -25,6 +25,7 @@ from lightning_prune.cli.recipes import describe, recipe_paths
 from lightning_prune.cli.training import run_lightning
 from lightning_prune.data import Scenes, write_voc
 from lightning_prune.errors import CallbackError
+from tests.data.helpers import write_camvid, write_mnist
 
 RECIPES = recipe_paths()
 TASKS = [name for name in RECIPES if name.startswith("task/")]
@@ -55,6 +56,10 @@ VOC = ["--data.root=.", "--data.batch_size=2", "--data.num_workers=0"]
 VOC_PIXELS = [*VOC, "--data.download=false", "--data.base=48", "--data.crop=32", "--model.input_size=[3,32,32]"]
 VOC_BOXES = [*VOC, *NARROW, f"--data.classes={[str(number) for number in range(20)]}"]  # scenes know the first ten
 FOLDER = ["--data.root=.", "--data.batch_size=2", "--data.num_workers=0"]
+CELLS = [  # scenes of digits stand for blood cells
+    *("--data.root=VOCdevkit/VOC2012", f"--data.classes={[str(number) for number in range(10)]}", "--data.size=64"),
+    *("--model.model.num_classes=10", "--model.num_classes=10", "--model.class_names=[]", *NARROW, *FOLDER[1:]),
+]
 TINY_TASKS = {
     **{name: [f"--data={__name__}.CifarShaped"] for name in CIFAR},
     "task/resnet18_digits.yaml": DIGITS,
@@ -63,6 +68,9 @@ TINY_TASKS = {
     "task/yolov3_tiny_scenes.yaml": BOXES,
     "task/yolov3_scenes.yaml": BOXES,
     "task/yolov3_voc.yaml": VOC_BOXES,
+    "task/lenet_mnist.yaml": ["--data.root=.", "--data.classes=[even,odd]", "--data.batch_size=2"],
+    "task/lraspp_camvid.yaml": [*FOLDER, "--data.base=48", "--data.crop=32", "--model.input_size=[3,32,32]"],
+    "task/yolov3_tiny_bccd.yaml": CELLS,
     "task/resnet56_folder.yaml": [*FOLDER, "--data.val_share=0.25"],
     "task/resnet50_imagenet.yaml": [*FOLDER, "--data.size=32", "--model.input_size=[3,32,32]"],
 }
@@ -91,6 +99,22 @@ def untrained(name, **options):
     model = {"class_path": f"torchvision.models.segmentation.{name}", "init_args": init_args}
     task = {"class_path": "lightning_prune.tasks.SegmentationTask", "init_args": {"model": model}}
     Path("untrained.yaml").write_text(yaml.safe_dump({"model": task}), encoding="utf-8")
+
+
+def write_files(name):
+    """What a recipe reads that has its data in files."""
+    if "voc" in name or "bccd" in name:
+        for part in ("train", "val", "test"):
+            write_voc(Scenes(part, 4, size=48), Path(), part)
+    elif "camvid" in name:
+        write_camvid(Path(), {part: Scenes(part, 4, size=48) for part in ("train", "val")})
+    elif "mnist" in name:
+        write_mnist(Path())
+    elif TINY_TASKS[name][: len(FOLDER)] == FOLDER:
+        for place in (Path(part, kind) for part in ("train", "val") for kind in ("ant", "bee")):
+            place.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (40, 32), (50 * index,) * 3).save(place / f"{index}.jpg")
 
 
 def settings(name):
@@ -128,15 +152,9 @@ def test_a_prune_recipe_only_appends_callbacks(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_recipe_trains_a_step(name):
-    if "voc" in name:
-        for part in ("train", "val"):
-            write_voc(Scenes(part, 4, size=48), Path(), part)
+    write_files(name)
+    if name == "task/fcn_resnet101_voc.yaml":
         untrained("fcn_resnet101", num_classes=21, aux_loss=True)
-    if FOLDER[0] in TINY_TASKS[name] and "voc" not in name:
-        for place in (Path(part, kind) for part in ("train", "val") for kind in ("ant", "bee")):
-            place.mkdir(parents=True)
-            for index in range(4):
-                Image.new("RGB", (40, 32), (50 * index,) * 3).save(place / f"{index}.jpg")
     cli = run_lightning("fit", ["--config", name, *TINY, *TINY_TASKS[name]])
     assert cli.trainer.global_step == 2
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
@@ -224,3 +242,19 @@ def test_the_network_of_a_scenes_recipe_sees_scenes_at_their_size(name):
     task, size = content["model"]["init_args"], content["data"]["init_args"]["size"]
     assert task["detector"]["init_args"]["size"] == size
     assert task["input_size"] == [3, size, size]
+
+
+@pytest.mark.parametrize("name", ["lraspp_camvid", "yolov3_tiny_bccd"])
+def test_an_experiment_on_files_has_the_task_and_data_of_its_recipe(name):
+    experiment, task = settings(f"experiment/{name}_jre.yaml"), settings(f"task/{name}.yaml")
+    assert experiment["task"] == task["model"]
+    assert experiment["data"] == task["data"]
+    assert experiment["dense_epochs"] == task["trainer"]["max_epochs"]
+
+
+def test_the_lenet_recipe_has_guos_settings():
+    content = settings("task/lenet_mnist.yaml")
+    task, data = content["model"]["init_args"], content["data"]["init_args"]
+    assert content["trainer"]["max_epochs"] == 100
+    assert task["optimizer"]["init_args"] == {"lr": 0.001, "momentum": 0.9, "weight_decay": 1e-4}
+    assert (data["batch_size"], data["padding"]) == (32, 2)

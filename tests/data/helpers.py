@@ -1,8 +1,10 @@
-"""Targets made of boxes, and scenes on disk as COCO."""
+"""Targets made of boxes, scenes on disk as COCO and CamVid have them, and MNIST's files."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import struct
 
 import numpy as np
 from PIL import Image
@@ -44,3 +46,34 @@ def write_coco(scenes, root, name):
     categories = [{"id": digit + 1, "name": digit_name} for digit, digit_name in enumerate(CLASS_NAMES)]
     content = {"images": images, "annotations": objects, "categories": categories}
     (annotations / f"instances_{name}.json").write_text(json.dumps(content))
+
+
+def idx(content, *shape, kind=8):
+    """An IDX file: a header and what follows it."""
+    return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + content
+
+
+def write_mnist(root, train=20, test=4, *, size=(28, 28), prefix="", part="t10k", ending=""):
+    """MNIST's four files of two classes in turns; pixels count up by place and image, in the test part from 100."""
+    pack = gzip.compress if ending == ".gz" else bytes
+    for name, count in (("train", train), (part, test)):
+        first = np.arange(count)[:, None] + 100 * (name != "train")
+        pixels = (first + np.arange(size[0] * size[1])).astype(np.uint8).tobytes()
+        labels = bytes(index % 2 for index in range(count))
+        (root / f"{prefix}{name}-images-idx3-ubyte{ending}").write_bytes(pack(idx(pixels, count, *size)))
+        (root / f"{prefix}{name}-labels-idx1-ubyte{ending}").write_bytes(pack(idx(labels, count)))
+    return root
+
+
+def write_camvid(root, parts, void=None):
+    """Scenes as PNGs in CamVid's folders; with ``void``, the first row of each mask is of that number."""
+    for part, scenes in parts.items():
+        (root / part).mkdir(parents=True)
+        (root / f"{part}annot").mkdir()
+        for index in range(len(scenes)):
+            mask = scenes[index].mask.copy()
+            if void is not None:
+                mask[0] = void
+            Image.fromarray(scenes[index].image).save(root / part / f"{index}.png")
+            Image.fromarray(mask).save(root / f"{part}annot" / f"{index}.png")
+    return root

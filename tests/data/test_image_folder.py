@@ -72,6 +72,12 @@ def test_test_images_choose_nothing_where_a_share_is_held_out(tmp_path):
     assert first.parts["val"].files != first.parts["test"].files
 
 
+def test_what_is_exported_knows_the_normalisation(tmp_path):
+    assert ready(tree(tmp_path), normalisation="imagenet").normalisation == (IMAGENET_MEAN, IMAGENET_STD)
+    data = ready(tmp_path, mean=(0.1, 0.2, 0.3))
+    assert data.normalisation == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+
+
 def test_what_was_there_to_validate_on_is_tested_on_where_a_share_is_held_out(tmp_path):
     data = ready(tree(tmp_path, count=4), val_share=0.25)
     assert [len(data.parts[name]) for name in ("train", "val")] == [6, 2]

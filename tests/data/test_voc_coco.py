@@ -187,7 +187,7 @@ def test_missing_voc_is_named_with_the_way_out(tree, read):
         read(tree, evaluate_on=("2007/test",))
     with pytest.raises(DataError, match=r"VOC2012 has no usable image set 'trainval'"):
         read(tree, train_on=("2012/trainval",))
-    for name in ("2012", "2012/test", "1999/train"):
+    for name in ("2012/test", "1999/train"):
         with pytest.raises(DataError, match=r"YEAR/SET, such as 2012/train, got"):
             read(tree, train_on=(name,))
 
@@ -226,7 +226,7 @@ def test_masks_of_unknown_classes_or_colours_are_refused(tree):
     with pytest.raises(DataError, match=r"val_000000\.png: 11 is none of 11 classes"):
         voc_masks(tree).parts["val"][0]
     Image.fromarray(mask).convert("RGB").save(path)
-    with pytest.raises(DataError, match=r"holds colours \(mode RGB\)"):
+    with pytest.raises(DataError, match=r"holds colours or wide numbers \(mode RGB\)"):
         voc_masks(tree).parts["val"][0]
 
 

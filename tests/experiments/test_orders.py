@@ -15,13 +15,15 @@ from torch import nn
 from lightning_prune.cli import main
 from lightning_prune.cli.recipes import recipe_paths
 from lightning_prune.criteria import JRE, L1
-from lightning_prune.data import DigitsDataModule
+from lightning_prune.data import DigitsDataModule, Scenes, write_voc
+from lightning_prune.data.scenes import CLASS_NAMES
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.experiments.orders import OrderSettings, compare_orders
 from lightning_prune.measure import count_params
 from lightning_prune.reconstruction.checkpoint import load
 from lightning_prune.report import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED
 from lightning_prune.tasks import ClassificationTask
+from tests.data.helpers import write_camvid
 from tests.zoo import Residual
 
 
@@ -279,19 +281,40 @@ def test_a_wrong_key_names_its_path_and_the_valid_ones(tmp_path: Path, monkeypat
     assert "'finetune_epoch' is not accepted. Did you mean 'finetune_epochs'?" in error
 
 
+SCENES = ["--data.init_args.lengths=[8,2,2]", "--data.init_args.batch_size=2"]
+FILES = ["--data.init_args.batch_size=2", "--data.init_args.num_workers=0"]
 TINY_RECIPES = {
     "experiment/resnet18_digits_jre.yaml": ["--data.init_args.size=8", "--task.init_args.input_size=[3,8,8]"],
-    "experiment/fcn_resnet50_scenes_jre.yaml": ["--data.init_args.size=32", "--task.init_args.input_size=[3,32,32]"],
-    "experiment/yolov3_tiny_scenes_jre.yaml": ["--task.init_args.model.init_args.width=0.125"],
-}
+    "experiment/fcn_resnet50_scenes_jre.yaml": [
+        *SCENES, "--data.init_args.size=32", "--task.init_args.input_size=[3,32,32]"
+    ],
+    "experiment/yolov3_tiny_scenes_jre.yaml": [*SCENES, "--task.init_args.model.init_args.width=0.125"],
+    "experiment/lraspp_camvid_jre.yaml": [
+        *FILES, "--data.init_args.root=.", "--data.init_args.base=48", "--data.init_args.crop=32"
+    ],
+    "experiment/yolov3_tiny_bccd_jre.yaml": [  # scenes of digits stand for blood cells
+        *FILES, "--data.init_args.root=VOCdevkit/VOC2012", f"--data.init_args.classes={list(CLASS_NAMES)}",
+        "--task.init_args.num_classes=10", "--task.init_args.class_names=[]",
+        "--task.init_args.model.init_args.num_classes=10", "--task.init_args.model.init_args.width=0.125",
+    ],
+}  # fmt: skip
+
+
+def write_files(name: str) -> None:
+    """What a recipe reads that has its data in files."""
+    for part, count in (("train", 8), ("val", 2), ("test", 2)):
+        if "bccd" in name:
+            write_voc(Scenes(part, count, size=64), Path(), part)
+        elif "camvid" in name:
+            write_camvid(Path(), {part: Scenes(part, count, size=48)})
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_paths() if name.startswith("experiment/")])
 def test_an_experiment_recipe_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = [] if "digits" in name else ["--data.init_args.lengths=[8,2,2]", "--data.init_args.batch_size=2"]
+    write_files(name)
     options = ["--dense_epochs=1", "--finetune_epochs=1", "--orders=[B]", "--latency_repeats=1", "--progress=false"]
-    assert main(["experiment", "--config", name, *options, *small, *TINY_RECIPES[name], "--output=out"]) == 0
+    assert main(["experiment", "--config", name, *options, *TINY_RECIPES[name], "--output=out"]) == 0
     report, stages = written("out")
     assert stages[MASKED]["accuracy"] == stages[RECONSTRUCTED]["accuracy"]
     assert report["losslessness"]["passed"]

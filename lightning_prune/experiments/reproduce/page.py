@@ -95,8 +95,10 @@ def _side_by_side(found: Reproduction, sides: Sides) -> Table:
 def _stacked(found: Reproduction, sides: Sides) -> Table:
     known = {key for values in sides.values() for of in values.values() for key in of}
     keys = [key for key in found.recipe.columns if key in known]
-    parts = [(key, *found.recipe.columns[key].partition(", ")) for key in keys]
-    columns = [
+    columns = [Column(""), Column("")]
+    for key in keys:
+        title, _, unit = found.recipe.columns[key].partition(", ")
+        columns.append(Column(title, unit, optional=key in OPTIONAL))
         Column(""),
         Column(""),
         *(Column(title, unit, optional=key in OPTIONAL) for key, title, _, unit in parts),
