@@ -99,10 +99,6 @@ def _stacked(found: Reproduction, sides: Sides) -> Table:
     for key in keys:
         title, _, unit = found.recipe.columns[key].partition(", ")
         columns.append(Column(title, unit, optional=key in OPTIONAL))
-        Column(""),
-        Column(""),
-        *(Column(title, unit, optional=key in OPTIONAL) for key, title, _, unit in parts),
-    ]
     lines: list[tuple[str | Entry, ...]] = []
     of: list[Row] = []
     for row in found.recipe.rows:
