@@ -26,9 +26,9 @@ def maps_figure(found: Reproduction) -> Figure:
     values = [value for one in maps for line in one["map"] for value in line]
     scale: dict[str, Any] = {"vmin": min(values), "vmax": max(values), "cmap": "gray", "interpolation": "nearest"}
     with styled("light") as palette:
-        figure = Figure(figsize=(WIDTH, 5.0), dpi=DPI)
+        figure = Figure(figsize=(WIDTH, 5.3), dpi=DPI)
         panels = figure.subplots(
-            2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "top": 0.82, "bottom": 0.03, "hspace": 0.25, "wspace": 0.06}
+            2, 4, gridspec_kw={"left": 0.02, "right": 0.98, "top": 0.78, "bottom": 0.02, "hspace": 0.25, "wspace": 0.06}
         )
         for axes in panels.flat:
             axes.axis("off")
@@ -78,10 +78,8 @@ def rounds_figure(found: Reproduction) -> Figure:
             axes.spines["left"].set_visible(False)
             axes.tick_params(length=0, colors=palette.quiet)
         panels[1].legend(frameon=False, fontsize=9, loc="lower left")
-        said = f"{found.recipe.paper}; {found.scale.about}"
-        add_title(
-            figure, palette, "Accuracy against channels left (%)", said if len(said) < 130 else said[:127] + "..."
-        )
+        said = f"{found.recipe.paper}; {found.name} scale, {sum(map(len, map(found.of, rows)))} runs"
+        add_title(figure, palette, "Accuracy against channels left (%)", said)
     return figure
 
 

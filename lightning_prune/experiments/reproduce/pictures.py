@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_prune.experiments.reproduce.recipe import Row
     from lightning_prune.experiments.reproduce.run import Reproduction
 
-NAMES = {"random": "random (published as GM)", "next_layer_taylor": "next-layer Taylor", "fpgm": "FPGM"}
+NAMES = {"random": "random (published as GM)", "fpgm": "FPGM", "thinet": "ThiNet"}
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 
 

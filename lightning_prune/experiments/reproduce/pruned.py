@@ -42,13 +42,11 @@ def pruned(study: Study, row: Row, seed: int) -> Cell:
 def masked(study: Study, row: Row, seed: int) -> Cell:
     """A row of Lee et al.'s Tables 7 and 8: one fine-tuned masked model, tested, and reconstructed in two ways."""
     dense = study.dense(row.model, seed)
-    if row.dense:
-        return dense_row(study, row, dense, seed)
     started = time.perf_counter()
     how = study.pruning(row)
     prune = prune_callback(how, seed, "never", study.where)
     task, curve = _tuned(study, row, dense, seed, prune)
-    values = {"finetuned": study.reached(task)[study.metric]}
+    values = {"dense": dense.cell.values[study.metric], "finetuned": study.reached(task)[study.metric]}
     graph, scores = prune.scoring.dense_graph, prune.scoring.scores
     assert graph is not None
     assert scores is not None

@@ -27,7 +27,7 @@ def cells(folder: Path, changes: dict) -> dict[str, Cell]:
 
 
 def test_union_keeps_what_the_masked_network_reaches_and_intersection_cuts_more(tmp_path: Path) -> None:
-    rows = [DENSE, {"label": "GM", "model": "net", "criterion": "random", "ratio": 0.5}]
+    rows = [{"label": "GM", "model": "net", "criterion": "random", "ratio": 0.5}]
     columns = {"finetuned": "masked", "and": "AND", "or": "OR"}
     values = cells(tmp_path, {"kind": "masked", "rows": rows, "columns": columns})["GM"].values
     assert values["or"] == values["finetuned"]
@@ -38,7 +38,6 @@ def test_union_keeps_what_the_masked_network_reaches_and_intersection_cuts_more(
 def test_masks_without_batch_norm_lose_their_constants(tmp_path: Path) -> None:
     """As a row of the published table has it; the loss of outputs is large enough to show in so few images."""
     rows = [
-        DENSE,
         {"label": "whole", "model": "net", "criterion": "random", "ratio": 0.75},
         {"label": "alone", "model": "net", "criterion": "random", "ratio": 0.75, "batch_norm": False},
     ]
