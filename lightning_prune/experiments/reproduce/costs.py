@@ -1,8 +1,9 @@
-"""Published FLOPs and parameters that follow from the architecture alone, counted on models without data."""
+"""Published FLOPs, parameters and latency that follow from the architecture alone: counted and timed untrained."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from lightning_prune.experiments.reproduce.building import built, selection
 from lightning_prune.experiments.reproduce.cells import Cell, machine
 from lightning_prune.experiments.reproduce.recipe import Recipe, Row
 from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.measure import count_flops, count_params
+from lightning_prune.measure import compare_latency, count_flops, count_params
+from lightning_prune.model_state.copying import copied
 from lightning_prune.reconstruction.small_model import reconstruct
 
 DRAWS = 3  # of random masks: one of ResNet-34 scatters by 0.5 %
+REPEATS = 40  # passes timed
 TRACED = 64  # pixels at most: channels do not depend on them
 
 
@@ -27,12 +30,16 @@ def countable(recipe: Recipe) -> list[Row]:
 
 
 def count_published(recipe: Recipe, output: Path) -> list[Cell]:
-    """A cell for each of these rows, ``flops`` and ``params`` in the recipe's units; kept like all cells."""
+    """A cell for each of these rows, ``flops`` and ``params`` in the recipe's units; kept like all cells.
+
+    Where the recipe has a column of latency, also milliseconds of one image, all rows of a model in turns.
+    """
     found: list[Cell] = []
     for model in dict.fromkeys(row.model for row in countable(recipe)):
         rows = [row for row in countable(recipe) if row.model == model]
         settings = [(row.label, repr(recipe.pruning(row))) for row in rows]
         depends = {"model": recipe.models[model], "rows": settings, "size": list(recipe.input_size), "draws": DRAWS}
+        depends["timed"] = _timed(recipe)
         paths = {row.label: named_path(output, f"costs-{row.label}", depends) for row in rows}
         kept = [read_kept(path, Cell) for path in paths.values()]
         cells = [cell for cell in kept if cell is not None]
@@ -53,18 +60,21 @@ def _counted(recipe: Recipe, model: str, rows: list[Row]) -> list[Cell]:
     traced = torch.zeros(1, channels, *(min(side, TRACED) for side in sides))
     graph = trace(dense, traced) if pruned else None
     scores = [score(dense, graph, Random(seed=seed)) for seed in range(DRAWS)] if graph is not None else []
-    blank, images = dense.to("meta"), torch.empty(1, *recipe.input_size, device="meta")
+    blank, images = copied(dense).to("meta"), torch.empty(1, *recipe.input_size, device="meta")
+    nets_by_row: dict[str, nn.Module] = {}
     cells = []
     for row in rows:
         started = time.perf_counter()
         if row.dense:
-            nets = [blank]
+            nets, nets_by_row[row.label] = [blank], dense
         else:
             assert isinstance(graph, ChannelGraph)
             how = recipe.pruning(row)
             chosen = selection(how, where)
             plans = [chosen.select(graph, values, coupling=how.coupling) for values in scores]
             nets = [reconstruct(blank, graph, plan) for plan in plans]
+            if _timed(recipe):
+                nets_by_row[row.label] = reconstruct(dense, graph, plans[0])
         costs = {
             "flops": Spread.of(count_flops(net, images, "paper") for net in nets),
             "params": Spread.of(count_params(net) for net in nets),
@@ -73,7 +83,15 @@ def _counted(recipe: Recipe, model: str, rows: list[Row]) -> list[Cell]:
         values = {key: spread.mean / units[key] for key, spread in costs.items()}
         values |= {f"{key}_spread": (spread.deviation or 0.0) / units[key] for key, spread in costs.items()}
         cells.append(Cell(row.label, 0, values, seconds=time.perf_counter() - started))
-    return cells
+    if not _timed(recipe):
+        return cells
+    example = torch.rand(1, *recipe.input_size)
+    latency = compare_latency({label: (net, example) for label, net in nets_by_row.items()}, repeats=REPEATS)
+    return [replace(cell, values={**cell.values, "latency": latency[cell.row].median}) for cell in cells]
+
+
+def _timed(recipe: Recipe) -> bool:
+    return "latency" in recipe.columns
 
 
 def _untrained(spec: object) -> object:

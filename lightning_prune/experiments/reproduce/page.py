@@ -123,25 +123,28 @@ def _gaps(rows: Sequence[Row]) -> frozenset[int]:
 
 
 def costs_table(found: Reproduction) -> Table:
-    """Published FLOPs and parameters beside those counted here, with the difference."""
+    """Published FLOPs and parameters beside those counted here, with the difference; milliseconds if there are some."""
     recipe = found.recipe
     published = {row.label: row.published for row in recipe.rows}
     columns = [Column("")]
-    for title, key in (("FLOPs", "flops"), ("parameters", "params")):
-        unit = recipe.units[key]
-        columns += [Column(f"{title}\n{PAPER}", unit), Column(f"{title}\n{OURS}", unit), Column("differ", "%")]
-    lines = []
-    for cell in found.costs:
-        line: list[str | Entry] = [cell.row]
-        for key in ("flops", "params"):
-            value, ours = published[cell.row].get(key), cell.values[key]
-            digits = 3 if recipe.units["flops"] == "G" and max(ours, value or 0) < 100 else 2
-            spread = cell.values[f"{key}_spread"]
-            line.append(MISSING if value is None else f"{value:.{digits}f}")
-            line.append(Entry(f"{ours:.{digits}f}", f"{spread:.{digits}f}" if spread else ""))
-            line.append(MISSING if value is None else _signed(100 * (ours / value - 1), 2))
-        lines.append(tuple(line))
-    return Table(tuple(columns), tuple(lines))
+    lines: list[list[str | Entry]] = [[cell.row] for cell in found.costs]
+    for key, title in (("flops", "FLOPs"), ("params", "parameters"), ("latency", "latency")):
+        both = [(published[cell.row].get(key), cell.values.get(key)) for cell in found.costs]
+        if not any(ours is not None for _, ours in both):
+            continue
+        unit, printed = recipe.units.get(key, "ms"), any(paper is not None for paper, _ in both)
+        counted = key != "latency"
+        digits = 3 if not counted or (unit == "G" and max(ours or 0 for _, ours in both) < 100) else 2
+        columns += [Column(f"{title}\n{PAPER}", unit)] if printed else []
+        columns += [Column(f"{title}\n{OURS}", unit)]
+        columns += [Column("differ", "%")] if printed and counted else []
+        for line, cell, (paper, ours) in zip(lines, found.costs, both, strict=True):
+            spread = cell.values.get(f"{key}_spread")
+            line += [MISSING if paper is None else f"{paper:.{digits}f}"] if printed else []
+            line += [MISSING if ours is None else Entry(f"{ours:.{digits}f}", f"{spread:.{digits}f}" if spread else "")]
+            if printed and counted:
+                line.append(MISSING if paper is None or ours is None else _signed(100 * (ours / paper - 1), 2))
+    return Table(tuple(columns), tuple(map(tuple, lines)))
 
 
 def agreement(found: Reproduction) -> str:

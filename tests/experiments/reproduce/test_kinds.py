@@ -193,3 +193,11 @@ def test_the_epoch_that_counts_is_what_the_scale_says(tmp_path: Path) -> None:
     best = max(one["accuracy"] for one in dense.cell.curve)
     task = study.task("net", "dense", dense.weights)
     assert study.runner.validate(task) == pytest.approx(best, abs=1e-6)
+
+
+def test_the_published_network_is_timed_too_where_latency_is_a_column(tmp_path: Path) -> None:
+    changes = {"columns": {"latency": "latency, ms"}, **smoke(options={"repeats": 2})}
+    dense, drawn = reproduce(recipe(changes), "smoke", tmp_path, only=["L1"]).costs
+    assert dense.values["latency"] > 0
+    assert drawn.values["latency"] > 0
+    assert "latency" not in reproduce(recipe(), "smoke", tmp_path / "plain", only=["L1"]).costs[0].values

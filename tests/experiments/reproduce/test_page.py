@@ -113,6 +113,14 @@ def test_costs_stand_beside_the_print_with_the_difference() -> None:
     )
 
 
+def test_latency_of_the_published_network_stands_beside_its_costs() -> None:
+    found = made_up()
+    found.costs[0].values["latency"] = 5.4321
+    row = [str(entry) for entry in costs_table(found).rows[0]]
+    assert row[-1] == "5.432"
+    assert costs_table(found).headings[-1] == "latency ours (ms)"
+
+
 def test_the_page_says_everything_in_every_form() -> None:
     found = made_up()
     for text in (markdown(found), html(found), shown(found)):
