@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.experiments.comparison.cells import Spread
+from lightning_prune.experiments.reproduce.costs import DRAWS
 from lightning_prune.experiments.reproduce.pictures import Picture, pictures
 from lightning_prune.experiments.reproduce.recipe import Row
 from lightning_prune.experiments.reproduce.run import Reproduction
@@ -56,7 +57,7 @@ def sections(found: Reproduction) -> Iterator[Section]:
         text = () if found.complete else ("The run was interrupted; the same command goes on from here.",)
         yield Section("Ours beside the published", text, results_table(found), foot, tuple(pictures(found)))
     if found.costs:
-        foot = "no training in it: FLOPs and parameters of the published architectures, counted here"
+        foot = f"published architectures, untrained; random rows: mean ± standard deviation of {DRAWS} draws"
         yield Section("Published costs, counted here", (agreement(found),), costs_table(found), foot)
     if found.refused:
         reasons = tuple(f"{one.row}, seed {one.seed}: {' '.join(one.reason.split())}" for one in found.refused)
