@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.experiments.comparison.picture import COLORS, MARKERS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_prune.experiments.reproduce.run import Reproduction
 
 NAMES = {"random": "random (published as GM)", "fpgm": "FPGM", "thinet": "ThiNet"}
+FAR = 30  # times the median loss
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 
 
@@ -96,7 +98,11 @@ def losses_figure(found: Reproduction) -> Figure:
                 look: dict[str, Any] = {"color": palette.orders[order], "marker": marker, "ms": 4, "lw": 1.6}
                 axes.plot(*zip(*points, strict=True), label=label, **look)
             axes.set_title(cell.row, loc="left", size=10, color=palette.ink)
-            axes.set_ylim(bottom=0)
+            losses = [one[key] for one in cell.curve for key in ("train_loss", "val_loss") if key in one]
+            if max(losses) > FAR * median(losses):
+                axes.set_yscale("log")  # a first validation may be off by orders of magnitude
+            else:
+                axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
             _finish(axes, palette, "epoch")
             axes.legend(**LEGEND)
@@ -105,7 +111,7 @@ def losses_figure(found: Reproduction) -> Figure:
 
 
 def roc_figure(found: Reproduction) -> Figure:
-    """One class against the rest, a panel per row; a part of the axes, where the curves are."""
+    """One class against the rest, a panel per row."""
     from matplotlib.figure import Figure
 
     cells = [cell for cell in found.cells if "roc" in cell.more]

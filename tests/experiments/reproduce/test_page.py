@@ -176,6 +176,14 @@ def test_the_tradeoff_has_ours_filled_and_theirs_hollow() -> None:
     assert points[50.0, -3.0] == "none"
 
 
+def test_a_loss_that_is_far_off_does_not_flatten_the_rest() -> None:
+    found = made_up({"pictures": ["losses"]}, seeds=1)
+    assert {axes.get_yscale() for axes in next(iter(pictures(found))).draw().axes} == {"linear"}
+    found.cells[0].curve[0]["val_loss"] = 900.0
+    scales = {axes.get_title(loc="left"): axes.get_yscale() for axes in next(iter(pictures(found))).draw().axes}
+    assert scales["net"] == "log"
+
+
 def test_orders_are_drawn_a_panel_per_ratio() -> None:
     rows = [
         {"label": "net", "model": "net"},
