@@ -135,7 +135,7 @@ def costs_table(found: Reproduction) -> Table:
             continue
         unit, printed = recipe.units.get(key, "ms"), any(paper is not None for paper, _ in both)
         counted = key != "latency"
-        digits = 3 if not counted or (unit == "G" and max(ours or 0 for _, ours in both) < 100) else 2
+        digits = max((len(str(paper).partition(".")[2]) for paper, _ in both if paper is not None), default=2)
         columns += [Column(f"{title}\n{PAPER}", unit)] if printed else []
         columns += [Column(f"{title}\n{OURS}", unit)]
         columns += [Column("differ", "%")] if printed and counted else []
