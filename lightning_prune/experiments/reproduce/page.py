@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 PAPER, OURS = "paper", "ours"
 #: Decimals of columns; the others have two.
-DECIMALS = {"left": 1, "params_left": 1, "or_left": 1, "and_left": 1, "removed": 0, "latency": 3, "faster": 1}
+DECIMALS = {
+    "left": 1,
+    "params_left": 1,
+    "or_left": 1,
+    "and_left": 1,
+    "removed": 0,
+    "latency": 3,
+    "faster": 1,
+    "time": 0,
+    "epoch": 1,
+}
 DECIMALS |= dict.fromkeys(("energy_removed", "energy_kept", "shown_removed", "shown_kept"), 0)
 DECIMALS |= dict.fromkeys(("rpi", "nano", "gpu", "eager", "onnxruntime"), 4)
 SIGNED = ("change",)

@@ -157,7 +157,7 @@ def orders_figure(found: Reproduction) -> Figure:
             axes.set_title(f"{ratio:.0%} of every layer removed", loc="left", size=10, color=palette.ink)
             axes.set_xlim(left=0)
             _finish(axes, palette, "seconds since the start of pruning")
-            axes.legend(**LEGEND, loc="lower right")
+            axes.legend(**LEGEND, loc="best")
         what = f"Validation {metric_name(recipe.metrics[0])} against time (%)"
         said = "A: prune, fine-tune, reconstruct; B: prune, reconstruct, fine-tune; a marker per epoch"
         add_title(figure, palette, what, said)
