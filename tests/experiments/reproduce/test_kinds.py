@@ -35,17 +35,25 @@ def test_union_keeps_what_the_masked_network_reaches_and_intersection_cuts_more(
     assert values["and"] != values["or"]
 
 
-def test_masks_without_batch_norm_lose_their_constants(tmp_path: Path) -> None:
+def test_masks_without_batch_norm_lose_their_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a row of the published table has it; the loss of outputs is large enough to show in so few images."""
     rows = [
         {"label": "whole", "model": "net", "criterion": "random", "ratio": 0.75},
         {"label": "alone", "model": "net", "criterion": "random", "ratio": 0.75, "batch_norm": False},
     ]
     changes = {"kind": "masked", "rows": rows, "columns": {"finetuned": "masked", "or": "OR"}}
+    plans = []
+
+    def noted(task, graph, plan):
+        plans.append(plan)
+        return lp.reconstruct(task, graph, plan)
+
+    monkeypatch.setattr("lightning_prune.experiments.reproduce.pruned.reconstruct", noted)
     found = cells(tmp_path, {**changes, **smoke(tune={"epochs": 4}, dense={"epochs": 4})})
     assert found["whole"].values["or"] == found["whole"].values["finetuned"]
     assert found["alone"].values["or"] != found["alone"].values["finetuned"]
     assert "and" not in found["whole"].values
+    assert [plan.batch_norm for plan in plans] == [True, False]  # channels that the union keeps hold their constants
 
 
 # --- timed: Table 5
@@ -131,13 +139,15 @@ def test_channels_go_round_by_round_and_accuracy_is_read_before_and_after(tmp_pa
             "init_args": {"channels": 6, "batches": 2, "intensive_every": 2, "intensive_epochs": 1},
         },
     }
-    found = cells(tmp_path, {"kind": "rounds", "rows": rows, "prune": prune, "columns": {"drop": "lost"}})
+    changes = {"kind": "rounds", "rows": rows, "prune": prune, "columns": {"drop": "lost"}}
+    found = cells(tmp_path, {**changes, **smoke(dense={"epochs": 4})})
     rounds = found["Taylor"].more["rounds"]
     assert [one["epochs"] for one in rounds] == [0, 1, 0]
     left = [one["left"] for one in rounds]
     assert left == sorted(left, reverse=True)
     assert left[-1] >= 24 * 0.25
     assert all(0 < one["rate"] < 1 and 0 <= one["before"] <= 100 and 0 <= one["after"] <= 100 for one in rounds)
+    assert rounds[1]["before"] != rounds[1]["after"]
     assert rounds[1]["drop"] == pytest.approx(rounds[0]["after"] - rounds[1]["before"])
     assert found["net"].values["acc"] - rounds[0]["before"] == pytest.approx(rounds[0]["drop"])
 
