@@ -34,6 +34,7 @@ COMMANDS = {
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),
     "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),
     "compare": ("Compare criteria on one trained model.", "studies:compare"),
+    "reproduce": ("Run a published table or figure, ours beside theirs.", "reproduce:run"),
     "demo": ("Prune a small ResNet on real digits, start to end.", "studies:demo"),
 }
 

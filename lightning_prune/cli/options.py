@@ -12,12 +12,13 @@ from pathlib import Path
 
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of
 
-#: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`, and
-#: `experiments.comparison.run.SelectionName`, which import torch.
+#: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`,
+#: `experiments.comparison.run.SelectionName` and `experiments.reproduce.recipe.SCALES`, which import torch.
 COUPLINGS = ("joint", "union", "intersection")
 FORMATS = ("onnx", "torch_export")
 SELECTIONS = ("global", "layer", "flops")
 METHODS = ("minmax", "percentile")
+SCALES = ("smoke", "hour", "paper")
 CPUS = ("vnni", "x86", "arm")
 PICTURES = (".html", ".svg")
 #: `lightning_prune.engines.ENGINES`, likewise.
@@ -222,8 +223,27 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**vars(options), fit_options=rest, prog=parser.prog)
 
 
+def reproduce(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune reproduce [NAME] --scale smoke --out DIR`."""
+    parser = Parser(
+        "reproduce",
+        description="Run a published table or figure, and show ours beside the published numbers. Without a name: list "
+        "what can be reproduced.",
+        epilog="Rows that an earlier run of the same settings has computed are not computed again, in whatever way it "
+        "ended. Scales: smoke takes minutes and needs no data, hour about an hour on two cores, paper is as published.",
+    )
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="such as lr-table2, or a YAML file")
+    add("--scale", choices=SCALES, default="smoke", help="default: smoke")
+    add("--out", dest="output", type=Path, metavar="DIR", help="default: runs/reproduce/NAME-SCALE")
+    add("--data", metavar="FOLDER", help="where the data sets lie that the scale names")
+    add("--seeds", type=list_of(int), metavar="0,1,2", help="default: the scale's")
+    add("--only", type=list_of(str), default=[], metavar="A,B", help="rows with this in their label, or such patterns")
+    return parser.parse_args(argv)
+
+
 #: By command: what parses its words, before anything of it is imported.
 PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
     parse.__name__.replace("_", "-"): parse
-    for parse in (prune, measure, latency_table, export, quantize, graph, compare)
+    for parse in (prune, measure, latency_table, export, quantize, graph, compare, reproduce)
 }

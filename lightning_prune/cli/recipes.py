@@ -17,9 +17,10 @@ from lightning_prune.errors import UnknownRecipeError
 
 
 def recipe_paths() -> dict[str, Path]:
-    """Shipped recipes by short name, in alphabetical order."""
+    """Shipped recipes by short name, in alphabetical order; those of `reproduce` are its own."""
     root = Path(str(resources.files("lightning_prune") / "conf"))
-    return {path.relative_to(root).as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
+    paths = (path for path in sorted(root.glob("*/*.yaml")) if path.parent.name != "reproduce")
+    return {path.relative_to(root).as_posix(): path for path in paths}
 
 
 def describe(path: Path) -> str:

@@ -9,10 +9,15 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,24 +139,34 @@ def digest(settings: Any) -> str:
 
 
 def cell_path(folder: Path, criterion: str, depends: Mapping[str, Any]) -> Path:
+    """Where the cell of a criterion, ratio and seed is kept; see `named_path`."""
+    return named_path(folder, f"{criterion}-{depends['ratio']:g}-seed{depends['seed']}", depends)
+
+
+def named_path(folder: Path, name: str, depends: Mapping[str, Any]) -> Path:
     """Named after all that a cell's numbers depend on: cells of other settings are neither found nor overwritten."""
-    name = re.sub(r"[^\w.-]+", "-", criterion)
-    return folder / "cells" / f"{name}-{depends['ratio']:g}-seed{depends['seed']}-{digest(depends)[:12]}.json"
+    stem = re.sub(r"[^\w.-]+", "-", name)
+    return folder / "cells" / f"{stem}-{digest(depends)[:12]}.json"
 
 
 def read_cell(path: Path) -> Cell | None:
     """The cell in a file, None if there is no file."""
+    return read_kept(path, Cell)
+
+
+def read_kept(path: Path, kind: type[T]) -> T | None:
+    """The dataclass of plain data that `write_kept` wrote, None if there is no file."""
     if not path.is_file():
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Cell(**{field.name: data[field.name] for field in fields(Cell)})
+        return kind(**{field.name: data[field.name] for field in fields(kind)})  # type: ignore[arg-type]
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"
         raise PruningError(message) from error
 
 
-def write_cell(path: Path, cell: Cell, settings: Mapping[str, Any]) -> None:
+def write_kept(path: Path, cell: DataclassInstance, settings: Mapping[str, Any]) -> None:
     """Write a cell, with the settings it belongs to."""
     with atomic(path) as stream:
         stream.write(json.dumps({**asdict(cell), "settings": settings}, indent=1).encode())

@@ -24,7 +24,7 @@ from lightning_prune.experiments.comparison.cells import (
     cell_path,
     digest,
     read_cell,
-    write_cell,
+    write_kept,
 )
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
@@ -252,7 +252,7 @@ class _Study:
                 except PruningError as error:
                     yield Refusal(name, ratio, str(error))
                 else:
-                    write_cell(paths[ratio], cell, self.settings)
+                    write_kept(paths[ratio], cell, self.settings)
                     yield cell
 
     def compute(self, name: str, ratio: float, seed: int, graph: ChannelGraph, scores: Scores) -> Cell:
