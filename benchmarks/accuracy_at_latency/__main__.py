@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +32,26 @@ import torch
 
 import lightning_prune as lp
 from benchmarks.accuracy_at_latency.report import render
-from benchmarks.accuracy_at_latency.selections import SELECTIONS, Bench, scoring_batches
-from benchmarks.accuracy_at_latency.training import PUBLIC, Settings, accuracy, adapted, images, train
+from benchmarks.accuracy_at_latency.selections import SELECTIONS, Bench
+from benchmarks.cifar_training import (
+    PUBLIC,
+    Settings,
+    accuracy,
+    adapted,
+    images,
+    public_network,
+    scoring_batches,
+    train,
+)
+from benchmarks.rows import Row, Rows, cpu_name, read_rows
 from lightning_prune.engines import engine_from
-
-Row = dict[str, Any]
-
-
-class Rows:
-    """The lines of a file, of one set-up; a line is written as soon as its part is finished."""
-
-    def __init__(self, path: Path, setup: dict[str, Any]) -> None:
-        self.path, self.setup = path, setup
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        self.rows: list[Row] = [row for row in map(_row, lines) if row is not None and row["setup"] == setup]
-
-    def find(self, **known: Any) -> Row | None:
-        """The row of which this is known."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in known.items())), None)
-
-    def add(self, **content: Any) -> Row:
-        """One line more."""
-        row = {"setup": self.setup, **content}
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        return row
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, or render what was measured."""
     options = _options(argv)
     if options.render:
-        rows = [row for row in map(_row, options.render.read_text("utf-8").splitlines()) if row is not None]
+        rows = read_rows(options.render)
         page = options.page or options.render.with_suffix(".md")
         page.write_text(render(rows, page.with_suffix(".png")), encoding="utf-8")
         print(page)
@@ -74,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     data = images(options.data)
     path = options.adapted or options.data / f"adapted_{options.model}.pt"
-    made = adapted(options.model, options.weights, data, Settings(options.adapt_epochs, 0.05), path)
+    start = partial(public_network, options.model, options.weights)
+    made = adapted(PUBLIC[options.model], start, data, Settings(options.adapt_epochs, 0.05), path)
     dense = getattr(lp.models, options.model)()
     dense.load_state_dict(made["state_dict"])
     rows = Rows(options.out, _setup(options, made["made"]))
@@ -136,23 +122,9 @@ def _setup(options: argparse.Namespace, made: Row) -> Row:
     return {
         **{name: getattr(options, name) for name in names},
         "dense": made,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "versions": {"torch": torch.__version__, **engine_from(options.engine).versions},
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _row(line: str) -> Row | None:
-    """None for a line that a kill has cut off."""
-    try:
-        return dict(json.loads(line))
-    except json.JSONDecodeError:
-        return None
 
 
 def _said(row: Row, *names: str) -> str:
