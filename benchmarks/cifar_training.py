@@ -93,7 +93,8 @@ class Training:
         self.network.train()
         losses = 0.0
         for _ in range(steps):
-            self.optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(math.pi * self.step / self.total)) / 2
+            passed = math.pi * self.step / self.total
+            self.optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(passed)) / 2
             x, y = self._batch()
             loss = self.loss(self.network, x.contiguous(memory_format=torch.channels_last), y)
             loss.backward()

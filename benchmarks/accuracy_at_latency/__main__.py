@@ -27,7 +27,6 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 

@@ -60,7 +60,8 @@ def _intro(setup: Row) -> str:
         f"{setup['epochs']} epochs of "
         f"{count} images, SGD with momentum at {setup['lr']} and a cosine, batch 128, for the pruned and for the dense "
         f"network alike. Accuracy: all 10,000 test images.\n\nLatency: {setup['engine']}, batch {setup['batch']}, "
-        f"{setup['threads']} threads, {setup['cpu']}; {versions}. Medians over five preparations of the medians of passes in turns, all models together, and half their range. The "
+        f"{setup['threads']} threads, {setup['cpu']}; {versions}. Medians over five"
+        " preparations of the medians of passes in turns, all models together, and half their range. The "
         "settings of `Budget(flops)` and `LayerRatio` (share of FLOPs, share of channels, that stays) were found by "
         "bisection on measured latency, to lie at the budget or within 5 % below."
     )

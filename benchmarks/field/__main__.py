@@ -116,7 +116,8 @@ class Bench:
         training.run(training.total - training.step)
         seconds["train"], _ = _since(started)
         model = training.network
-        cost = {"macs": count_flops(model, self.inputs) / self.macs, "params": count_params(model) / count_params(self.dense)}
+        cost = {"macs": count_flops(model, self.inputs) / self.macs}
+        cost["params"] = count_params(model) / count_params(self.dense)
         return {**cost, "before": before, "accuracy": accuracy(model, self.data), "seconds": seconds}
 
     def _targets(self, method: Method, macs: float) -> list[float]:

@@ -125,8 +125,8 @@ def projected(network: nn.Module, batches: list[Batch]) -> nn.Module:
     """
     layers = sum(isinstance(module, nn.Conv2d) for module in network.modules()) + 1
     other = lp.models.ThinCifarResNet(layers, shortcut="B", num_classes=network.linear.out_features)
-    own = other.state_dict()
-    other.load_state_dict({**own, **{name: of for name, of in network.state_dict().items() if ".shortcut." not in name}})
+    known = {name: of for name, of in network.state_dict().items() if ".shortcut." not in name}
+    other.load_state_dict({**other.state_dict(), **known})
     seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def note(norm: nn.Module, args: tuple[Tensor]) -> None:

@@ -35,6 +35,7 @@ class Line(NamedTuple):
 
     @property
     def deviation(self) -> float | None:
+        """Of the accuracy, over the seeds."""
         return stdev(row["accuracy"] for row in self.rows) if len(self.rows) > 1 else None
 
     @property
@@ -84,8 +85,9 @@ def _intro(setup: Row) -> str:
     return (
         f"Dense: {dense['of']}, trained on the copies ({dense['settings']}): {dense['accuracy']:.2f} % (before: "
         f"{dense['before']:.2f} %). Then {setup['epochs']} epochs of {setup['images'] or 50_000} images for all alike, "
-        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}. Scores: {128 * setup['score_batches']} training "
-        f"images. {setup['cpu']}, {setup['threads']} threads, torch {setup['torch']}."
+        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}. Scores: "
+        f"{128 * setup['score_batches']} training images. {setup['cpu']}, {setup['threads']} threads, torch "
+        f"{setup['torch']}."
     )
 
 
