@@ -2,6 +2,7 @@
 
 from lightning_prune.callbacks.bn_sparsity import BNSparsityCallback
 from lightning_prune.callbacks.distillation import DistillationCallback
+from lightning_prune.callbacks.group_sparsity import GroupSparsityCallback
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.prune import PruneCallback
 from lightning_prune.callbacks.random_state import RandomStateCallback
@@ -14,6 +15,7 @@ __all__ = [
     "BNSparsityCallback",
     "DistillationCallback",
     "EpochTimerCallback",
+    "GroupSparsityCallback",
     "MaskingCallback",
     "PruneCallback",
     "RandomStateCallback",

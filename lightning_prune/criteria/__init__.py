@@ -9,6 +9,7 @@ from lightning_prune.criteria.apoz import APoZ
 from lightning_prune.criteria.base import Criterion, Member, Tap, WeightCriterion, criterion_from
 from lightning_prune.criteria.bn_scale import BNScale, add_bn_sparsity_
 from lightning_prune.criteria.dcp import DCP
+from lightning_prune.criteria.group_sparsity import GroupSparsity, condemned_strengths, importance_strengths
 from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
@@ -29,6 +30,7 @@ __all__ = [
     "APoZ",
     "BNScale",
     "Criterion",
+    "GroupSparsity",
     "Member",
     "NextLayerTaylor",
     "Random",
@@ -40,6 +42,8 @@ __all__ = [
     "ThiNet",
     "WeightCriterion",
     "add_bn_sparsity_",
+    "condemned_strengths",
     "criterion_from",
+    "importance_strengths",
     "score",
 ]

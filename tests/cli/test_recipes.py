@@ -36,7 +36,7 @@ SCHEDULES = {
     "prune/jre_paper.yaml": r"the 19 steps of .* need max_epochs of at least 361, got 1",
     "prune/guo_paper.yaml": r"the 2400 steps of Rounds.channels=1",
 }
-EPOCHS = {"prune/fpgm_soft.yaml": 10, "prune/l1_gradual.yaml": 5}
+EPOCHS = {"prune/fpgm_soft.yaml": 10, "prune/l1_gradual.yaml": 5, "prune/group_sparsity.yaml": 6}
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",

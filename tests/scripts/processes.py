@@ -19,10 +19,16 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune.callbacks import DistillationCallback, MaskingCallback, PruneCallback, ScoringCallback
+from lightning_prune.callbacks import (
+    DistillationCallback,
+    GroupSparsityCallback,
+    MaskingCallback,
+    PruneCallback,
+    ScoringCallback,
+)
 from lightning_prune.errors import CallbackError
 from lightning_prune.schedule import Gradual
-from lightning_prune.selection import Question, Selection
+from lightning_prune.selection import LayerRatio, Question, Selection
 from lightning_prune.selection.base import ByLayer
 from tests.callbacks.helpers import Task, loader
 
@@ -34,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "union": {"reconstruct": "before", "coupling": "union"},
     "unused": {"reconstruct": "during", "schedule": Gradual(2)},
     "distilled": {"reconstruct": "before"},
+    "sparse": {"reconstruct": "before", "start": 1},
 }
 
 
@@ -118,6 +125,8 @@ def main(folder: Path, processes: int) -> None:
         task = Direct(False) if name == "distilled" else FrozenStatistics(name == "unused")
         prune = PruneCallback("jre", 0.5, **options)
         extra: list[Callback] = [DistillationCallback()] if name == "distilled" else []
+        if name == "sparse":
+            extra.append(GroupSparsityCallback(0.1, selection=LayerRatio(0.5)))
         if name in RESUMED:
             extra.append(every_epoch(folder / f"{name}-{processes}"))
         trainer = new_trainer(processes, *extra, prune)
