@@ -69,11 +69,14 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
 
 def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
     """What `reshape_` needs beside the state dict; plain data."""
+    dense, state = dense_shapes(small), small.state_dict()
+    buffers = dict(small.named_buffers())
     return {
         "format": FORMAT,
         "plan": plan.to_dict(),
         "sizes": changed_sizes(small),
-        "dense": dense_shapes(small),
+        "dense": dense,
+        "buffers": {name: buffers[name] for name in dense if name in buffers and name not in state},  # not persistent
     }
 
 
@@ -139,7 +142,8 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
     """
     try:
-        state, plan = dict(content["state_dict"]), Plan.from_dict(content["plan"])
+        buffers, plan = dict(content.get("buffers", {})), Plan.from_dict(content["plan"])  # a file may be older
+        state = {**content["state_dict"], **buffers}
         sizes = {module: dict(values) for module, values in content["sizes"].items()}
         dense = {name: list(shape) for name, shape in content["dense"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -151,7 +155,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         **dict(dense_model.named_parameters(remove_duplicate=False)),
         **dict(dense_model.named_buffers(remove_duplicate=False)),
     }
-    own = dense_model.state_dict()
+    own = {**dense_model.state_dict(), **{name: tensors[name] for name in buffers if name in tensors}}
     smaller = {name: state[name] for name in _other_shapes(own, state, source)}
     for name in {**smaller, **dense}:
         saved = state.get(name)
@@ -168,7 +172,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
             )
     modules = dict(dense_model.named_modules())
     _check_sizes(modules, sizes, source)
-    for name, saved in smaller.items():
+    for name, saved in {**smaller, **buffers}.items():
         tensor = tensors[name]
         tensor.grad = None
         set_data_(tensor, dense_copy(saved.to(tensor), tensor))

@@ -294,3 +294,36 @@ def test_a_model_that_has_the_pruned_shapes_already_is_loaded_too(tmp_path):
     other = lp.prune(dense(), images, ratio=0.25).model
     with pytest.raises(CheckpointError, match=r"another model: '0.weight' is \[4, 3, 3, 3\] in the file"):
         lp.load(tmp_path / "small.pt", other)
+
+
+class ScaledByPlace(nn.Module):
+    """A buffer per channel that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("scale", torch.arange(1.0, 9.0).view(1, 8, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)) * self.scale)
+
+
+def test_buffers_that_are_not_persistent_are_cut_too(tmp_path):
+    torch.manual_seed(0)
+    model, x = ScaledByPlace().eval(), torch.rand(2, 3, 8, 8)
+    plans = []
+    for criterion in ("l1", lp.criteria.Random(seed=3)):
+        result = lp.prune(model, x, criterion=criterion, ratio=0.5)
+        assert result.model.scale.shape == (1, 4, 1, 1)
+        save(tmp_path / f"{len(plans)}.pt", result.model, result.plan)
+        plans.append(result)
+    fresh = ScaledByPlace().eval()
+    for number, result in enumerate(plans):  # the second into what was pruned as the first: of the same shape
+        load(tmp_path / f"{number}.pt", fresh)
+        assert torch.equal(fresh(x), result.model(x))
+    assert not torch.equal(plans[0].model.scale, plans[1].model.scale)
+    older = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert list(older.pop("buffers")) == ["scale"]
+    torch.save(older, tmp_path / "older.pt")
+    with pytest.raises(CheckpointError, match="'scale' is NoneType in the file"):
+        load(tmp_path / "older.pt", ScaledByPlace())
