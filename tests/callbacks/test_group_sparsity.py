@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -126,6 +127,22 @@ def test_half_precision(precision: str) -> None:
     assert not torch.equal(before.seen[0], after.seen[0])
     assert after.seen[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert 0 < runner.callback_metrics["condemned_norm"] < 1
+
+
+def test_with_a_gradient_scaler_the_penalty_meets_unscaled_gradients() -> None:
+    class Plain(Task):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    task = Plain()
+    task.net.float()
+    task.example_input_array = zoo.images(2).float()
+    before = task.net.a1[0].weight.detach().clone()
+    data = DataLoader(TensorDataset(zoo.images(4).float(), torch.arange(4)), 4)
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    trainer(GroupSparsityCallback(50.0, alpha=0.0), epochs=1, plugins=scaled).fit(task, data, data)
+    left = (task.net.a1[0].weight.detach() / before).median()
+    assert abs(left) < 0.05  # 1 - 0.01 * 50 as filters, and as much less as weights that read others
 
 
 def sparse_run(task: Task, folder: Path, ckpt: Path | None = None, *, seed: int = 0, **options: Any) -> Any:
