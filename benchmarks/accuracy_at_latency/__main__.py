@@ -23,50 +23,37 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
 
 import lightning_prune as lp
 from benchmarks.accuracy_at_latency.report import render
-from benchmarks.accuracy_at_latency.selections import SELECTIONS, Bench, scoring_batches
-from benchmarks.accuracy_at_latency.training import PUBLIC, Settings, accuracy, adapted, images, train
+from benchmarks.accuracy_at_latency.selections import SELECTIONS, Bench
+from benchmarks.cifar_training import (
+    PUBLIC,
+    Settings,
+    accuracy,
+    adapted,
+    images,
+    public_network,
+    scoring_batches,
+    train,
+)
+from benchmarks.rows import Row, Rows, cpu_name, read_rows
 from lightning_prune.engines import engine_from
 
-Row = dict[str, Any]
-
-
-class Rows:
-    """The lines of a file, of one set-up; a line is written as soon as its part is finished."""
-
-    def __init__(self, path: Path, setup: dict[str, Any]) -> None:
-        self.path, self.setup = path, setup
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        self.rows: list[Row] = [row for row in map(_row, lines) if row is not None and row["setup"] == setup]
-
-    def find(self, **known: Any) -> Row | None:
-        """The row of which this is known."""
-        return next((row for row in self.rows if all(row.get(key) == value for key, value in known.items())), None)
-
-    def add(self, **content: Any) -> Row:
-        """One line more."""
-        row = {"setup": self.setup, **content}
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        return row
+PREPARED = 5  # times that all models are prepared and timed
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, or render what was measured."""
     options = _options(argv)
     if options.render:
-        rows = [row for row in map(_row, options.render.read_text("utf-8").splitlines()) if row is not None]
+        rows = read_rows(options.render)
         page = options.page or options.render.with_suffix(".md")
         page.write_text(render(rows, page.with_suffix(".png")), encoding="utf-8")
         print(page)
@@ -74,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     data = images(options.data)
     path = options.adapted or options.data / f"adapted_{options.model}.pt"
-    made = adapted(options.model, options.weights, data, Settings(options.adapt_epochs, 0.05), path)
+    start = partial(public_network, options.model, options.weights)
+    made = adapted(PUBLIC[options.model], start, data, Settings(options.adapt_epochs, 0.05), path)
     dense = getattr(lp.models, options.model)()
     dense.load_state_dict(made["state_dict"])
     rows = Rows(options.out, _setup(options, made["made"]))
@@ -92,17 +80,22 @@ def main(argv: list[str] | None = None) -> None:
     cases = [(budget, kind) for budget in options.budgets for kind in options.selections]
     for budget, kind in cases:
         if rows.find(part="plan", budget=budget, selection=kind) is None:
-            found = bench.chosen(kind, budget, table)
+            try:
+                found = bench.chosen(kind, budget, table)
+            except lp.PruningError as error:
+                rows.add(part="plan", budget=budget, selection=kind, refused=str(error))
+                print(f"{kind} {budget}: {error}", flush=True)
+                continue
             before = accuracy(bench.small(lp.Plan.from_dict(found["plan"])), data)
             row = rows.add(part="plan", budget=budget, selection=kind, before=before, **found)
             print(_said(row, "share", "flops", "params", "before", "seconds"), flush=True)
-    plans = {case: _plan(rows, *case) for case in cases}
+    plans = {case: plan for case in cases if (plan := _plan(rows, *case)) is not None}
     _time(rows, bench, plans)
     if options.no_training:
         return
     settings = Settings(options.epochs, options.lr, images=options.images)
     for seed in options.seeds:
-        for budget, kind in [(1.0, "dense"), *cases]:
+        for budget, kind in [(1.0, "dense"), *plans]:
             if rows.find(part="run", budget=budget, selection=kind, seed=seed) is None:
                 model = copy.deepcopy(dense) if kind == "dense" else bench.small(plans[budget, kind])
                 started = time.perf_counter()
@@ -113,21 +106,23 @@ def main(argv: list[str] | None = None) -> None:
                 print(_said(row, "seed", "accuracy", "seconds"), flush=True)
 
 
-def _plan(rows: Rows, budget: float, kind: str) -> lp.Plan:
+def _plan(rows: Rows, budget: float, kind: str) -> lp.Plan | None:
+    """None for a selection that cannot come down to the budget."""
     row = rows.find(part="plan", budget=budget, selection=kind)
     assert row is not None
-    return lp.Plan.from_dict(row["plan"])
+    return lp.Plan.from_dict(row["plan"]) if "plan" in row else None
 
 
 def _time(rows: Rows, bench: Bench, plans: dict[tuple[float, str], lp.Plan]) -> None:
-    """All models together, in turns: once."""
+    """All models together, in turns, prepared anew several times: where its memory lies makes a small one faster."""
     names = [["dense", 1.0], *([kind, budget] for budget, kind in plans)]
     if rows.find(part="latency", models=names) is None:
         small = {f"{kind} {budget}": bench.small(plan) for (budget, kind), plan in plans.items()}
-        found = bench.compare({"dense 1.0": bench.dense, **small})
-        times = [[of.median, of.iqr] for of in found.values()]
-        rows.add(part="latency", models=names, milliseconds=times)
-        print(*(f"{name}: {of.median:.3f} ms" for name, of in found.items()), sep="\n", flush=True)
+        found = [bench.compare({"dense 1.0": bench.dense, **small}) for _ in range(PREPARED)]
+        times = {name: [of[name].median for of in found] for name in found[0]}
+        milliseconds = [[median(of), (max(of) - min(of)) / 2] for of in times.values()]
+        rows.add(part="latency", models=names, milliseconds=milliseconds)
+        print(*(f"{name}: {median(of):.3f} ms of {of}" for name, of in times.items()), sep="\n", flush=True)
 
 
 def _setup(options: argparse.Namespace, made: Row) -> Row:
@@ -136,23 +131,9 @@ def _setup(options: argparse.Namespace, made: Row) -> Row:
     return {
         **{name: getattr(options, name) for name in names},
         "dense": made,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "versions": {"torch": torch.__version__, **engine_from(options.engine).versions},
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _row(line: str) -> Row | None:
-    """None for a line that a kill has cut off."""
-    try:
-        return dict(json.loads(line))
-    except json.JSONDecodeError:
-        return None
 
 
 def _said(row: Row, *names: str) -> str:

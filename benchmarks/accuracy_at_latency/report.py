@@ -22,14 +22,14 @@ def render(rows: list[Row], picture: Path) -> str:
     setup = rows[-1]["setup"]
     rows = [row for row in rows if row["setup"] == setup]
     times = _times(rows)
-    plans = {(row["selection"], row["budget"]): row for row in rows if row["part"] == "plan"}
+    plans = {(row["selection"], row["budget"]): row for row in rows if row["part"] == "plan" and "plan" in row}
     found: dict[Case, list[float]] = {}
     for row in sorted((row for row in rows if row["part"] == "run"), key=lambda row: row["seed"]):
         found.setdefault((row["selection"], row["budget"]), []).append(row["accuracy"])
     seeds = sorted({row["seed"] for row in rows if row["part"] == "run"})
     cases = sorted(times, key=lambda case: (-case[1], list(TITLES).index(case[0])))
     _draw(times, found, picture, setup)
-    head = ("budget", "selection", "setting", "latency, ms", "IQR", "of dense", "FLOPs", "parameters")
+    head = ("budget", "selection", "setting", "latency, ms", "+-", "of dense", "FLOPs", "parameters")
     head += ("before", *(f"seed {seed}" for seed in seeds), "mean", "deviation", "against control")
     control = found.get(("dense", 1.0), [])
     lines = [_cells(case, times, plans.get(case), found.get(case, []), control, len(seeds)) for case in cases]
@@ -43,6 +43,9 @@ def render(rows: list[Row], picture: Path) -> str:
         "Deviation: of the seeds, the sample's. Against control: mean less that of the dense network after the same "
         "fine-tuning, in points.",
         _verdict(cases, found),
+        "\n".join(
+            f"{TITLES[row['selection']]} at {row['budget']:g}: {row['refused']}." for row in rows if "refused" in row
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -57,14 +60,15 @@ def _intro(setup: Row) -> str:
         f"{setup['epochs']} epochs of "
         f"{count} images, SGD with momentum at {setup['lr']} and a cosine, batch 128, for the pruned and for the dense "
         f"network alike. Accuracy: all 10,000 test images.\n\nLatency: {setup['engine']}, batch {setup['batch']}, "
-        f"{setup['threads']} threads, {setup['cpu']}; {versions}. Medians of passes in turns, all models together. The "
+        f"{setup['threads']} threads, {setup['cpu']}; {versions}. Medians over five"
+        " preparations of the medians of passes in turns, all models together, and half their range. The "
         "settings of `Budget(flops)` and `LayerRatio` (share of FLOPs, share of channels, that stays) were found by "
         "bisection on measured latency, to lie at the budget or within 5 % below."
     )
 
 
 def _times(rows: list[Row]) -> dict[Case, tuple[float, float]]:
-    """Median and IQR in milliseconds, of the last timing of all models together."""
+    """Median and half the range in milliseconds, of the last timing of all models together."""
     timed = [row for row in rows if row["part"] == "latency"]
     if not timed:
         raise SystemExit("nothing was timed yet: run the benchmark to the end of its selections")

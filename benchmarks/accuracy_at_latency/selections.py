@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -170,12 +169,3 @@ def nearest_below(attempt: Callable[[float], Point], target: float) -> Point:
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def scoring_batches(data: Any, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Training images as they are, the same in every run."""
-    part = data.parts["train"]
-    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[: count * 128]
-    plain = data.parts["val"].transforms  # without crops and flips
-    images, labels = (tensor[order] for tensor in part.tensors)
-    return list(zip(plain(images).split(128), labels.split(128), strict=True))

@@ -11,9 +11,9 @@ from PIL import Image
 import lightning_prune as lp
 from benchmarks.accuracy_at_latency import __main__ as benchmark
 from benchmarks.accuracy_at_latency.report import render
-from benchmarks.accuracy_at_latency.selections import Bench, Point, nearest_below, scoring_batches
-from benchmarks.accuracy_at_latency.training import Settings, accuracy, adapted, images, train
-from lightning_prune.models import ThinCifarResNet
+from benchmarks.accuracy_at_latency.selections import Bench, Point, nearest_below
+from benchmarks.cifar_training import Settings, accuracy, adapted, images, scoring_batches, train
+from tests.benchmarks.cifar_folder import make_folder, network
 
 PLAN = lp.Plan({}, "joint", True)
 SETUP = {
@@ -34,20 +34,7 @@ SETUP = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes of 32 x 32 images, dark and light, in CIFAR-10's place."""
-    root = tmp_path_factory.mktemp("data")
-    for part in ("train", "test"):
-        for name, grey in (("dark", 20), ("light", 200)):
-            place = root / "cifar10" / part / name
-            place.mkdir(parents=True)
-            for index in range(16):
-                Image.new("RGB", (32, 32), (grey + index,) * 3).save(place / f"{index}.png")
-    return root
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return ThinCifarResNet(8, num_classes=2)
+    return make_folder(tmp_path_factory.mktemp("data"))
 
 
 # --- the search
@@ -126,18 +113,16 @@ def test_training_is_the_same_for_a_seed_and_goes_on_after_a_kill(folder, tmp_pa
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
 
 
-def test_adapted_weights_are_made_once(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.accuracy_at_latency.training.public_network", lambda name, weights: network())
+def test_adapted_weights_are_made_once(folder, tmp_path, capsys):
     data, settings = images(folder, 8), Settings(epochs=1, lr=0.02, batch=8)
     path = tmp_path / "adapted.pt"
-    made = adapted("resnet20", tmp_path, data, settings, path)
+    made = adapted("resnet20", network, data, settings, path)
     model = network(seed=3)
     model.load_state_dict(made["state_dict"])
     assert accuracy(model, data) == made["made"]["accuracy"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapted.pt"]
-    monkeypatch.setattr("benchmarks.accuracy_at_latency.training.public_network", None)
-    assert adapted("resnet20", tmp_path, data, settings, path)["made"] == made["made"]
-    assert "as published" in capsys.readouterr().out
+    assert adapted("resnet20", None, data, settings, path)["made"] == made["made"]
+    assert "trained; " in capsys.readouterr().out
 
 
 def test_missing_data_and_weights_say_what_to_do(tmp_path):

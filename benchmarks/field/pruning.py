@@ -1,0 +1,154 @@
+"""Networks made smaller, by this library and by Torch-Pruning, to the same MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_prune as lp
+from benchmarks.cifar_training import Batch
+from benchmarks.field.methods import Method, Repair
+from lightning_prune.compensation import least_squares_, recalibrate_bn_
+from lightning_prune.measure import count_flops
+from lightning_prune.model_state.copying import copied
+
+CLOSE = 0.004  # of the dense MACs: how far under the target every layer alike may end
+PEER_STEPS, PEER_BATCHES = 400, 10  # as the peer's own benchmark has them
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of a batch of images and labels."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -> nn.Module:
+    """A network of at most so many MACs; the model is left as it is."""
+    if method.library == "Torch-Pruning":
+        return by_peer(model, method.criterion, macs, batches)
+    inputs = batches[0][0][:1]
+    share = macs / count_flops(model, inputs)
+    if share >= 1:
+        return model
+    graph = lp.trace(model, inputs)
+    scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
+
+    def small(selection: lp.LayerRatio | lp.Budget) -> nn.Module:
+        return lp.prune(
+            model, inputs, selection=selection, scores=scores, batches=batches, loss=loss_of,
+            compensate=_compensation(method.repair, batches),
+        ).model  # fmt: skip
+
+    if not method.uniform:
+        return repaired(small(lp.Budget(flops=share)), method.repair, batches)
+
+    def cost(ratio: float) -> float:
+        plan = lp.LayerRatio(ratio).select(graph, scores)
+        return count_flops(lp.reconstruct(model, graph, plan), inputs) / count_flops(model, inputs)
+
+    return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
+
+
+def repaired(small: nn.Module, repair: Repair, batches: list[Batch]) -> nn.Module:
+    """Batch norms measured anew, which follows least squares too."""
+    if repair != "none":
+        recalibrate_bn_(small, batches, loss=loss_of)
+    return small
+
+
+def _compensation(repair: Repair, batches: list[Batch]) -> Callable[..., Any] | None:
+    if repair != "least squares":
+        return None
+    images = [images for images, _ in batches[:4]]  # every position of an image is a row
+    return lambda *of: least_squares_(*of, images)
+
+
+def _smallest(cost: Callable[[float], float], share: float) -> float:
+    """The smallest ratio whose cost is no more than the share."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        found = cost(middle)
+        low, high = (low, middle) if found <= share else (middle, high)
+        if share - CLOSE < found <= share:
+            break
+    return high
+
+
+def by_peer(model: nn.Module, criterion: str, macs: float, batches: list[Batch]) -> nn.Module:
+    """Torch-Pruning's steps until the MACs are reached, as its own benchmark takes them."""
+    small, inputs = copied(model), batches[0][0][:1]
+    pruner = peer_pruner(small, criterion, inputs)
+    for _ in range(PEER_STEPS):
+        if count_flops(small, inputs) <= macs:
+            break
+        if criterion == "taylor":
+            small.zero_grad()
+            for batch in batches[:PEER_BATCHES]:
+                loss_of(small.eval(), batch).backward()
+        pruner.step()
+    small.zero_grad()
+    return small
+
+
+def peer_pruner(model: nn.Module, criterion: str, inputs: Tensor) -> Any:
+    """A pruner of Torch-Pruning, with the settings of its own benchmark on CIFAR-10."""
+    import torch_pruning as tp
+
+    magnitude = tp.importance.GroupMagnitudeImportance
+    importance = {
+        "l1": lambda: tp.importance.MagnitudeImportance(p=1),
+        "l2": lambda: tp.importance.MagnitudeImportance(p=2),
+        "group_norm": lambda: magnitude(p=2),
+        "group_sl": lambda: magnitude(p=2, normalizer="max"),
+        "bn_scale": lambda: tp.importance.BNScaleImportance(),
+        "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    }[criterion]()
+    kinds: dict[str, Any] = dict.fromkeys(("group_norm", "group_sl"), tp.pruner.GroupNormPruner)
+    kinds["bn_scale"] = tp.pruner.BNScalePruner
+    strength = {"group_sl": {"reg": 5e-4}, "bn_scale": {"reg": 1e-5}}.get(criterion, {})
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return kinds.get(criterion, tp.pruner.MagnitudePruner)(
+        model, inputs, importance=importance, global_pruning=True, pruning_ratio=1.0, iterative_steps=PEER_STEPS,
+        ignored_layers=last, in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={}, **strength,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def projected(network: nn.Module, batches: list[Batch]) -> nn.Module:
+    """The same function with a convolution and batch norm in every shortcut that pads channels with zeros.
+
+    Torch-Pruning, and the networks of its published table, have such shortcuts; so both libraries prune the same.
+    """
+    layers = sum(isinstance(module, nn.Conv2d) for module in network.modules()) + 1
+    other = lp.models.ThinCifarResNet(layers, shortcut="B", num_classes=network.linear.out_features)
+    known = {name: of for name, of in network.state_dict().items() if ".shortcut." not in name}
+    other.load_state_dict({**other.state_dict(), **known})
+    seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(norm: nn.Module, args: tuple[Tensor]) -> None:
+        seen[norm].append(torch.var_mean(args[0], (0, 2, 3)))
+
+    for name, padded in network.named_modules():
+        if isinstance(padded, lp.models.cifar_thin.PaddedShortcut):
+            convolution, norm = other.get_submodule(name)
+            convolution.weight.zero_()
+            rows = torch.arange(convolution.in_channels)
+            convolution.weight[rows + padded.before.shape[1], rows] = 1.0
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())  # the identity
+            seen[norm] = []
+            norm.register_forward_pre_hook(note)
+    other.eval()
+    for images, _ in batches:
+        other(images)
+    for norm, found in seen.items():  # the identity again, now with the statistics that training will find
+        norm._forward_pre_hooks.clear()
+        variance, mean = (torch.stack(of).mean(0) for of in zip(*found, strict=True))
+        norm.running_var.copy_(variance)
+        norm.running_mean.copy_(mean)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.bias.copy_(mean)
+    return other
