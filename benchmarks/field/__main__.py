@@ -194,7 +194,7 @@ def _setup(options: argparse.Namespace, made: Row) -> Row:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="the folder that holds cifar10")
-    parser.add_argument("--weights", type=Path, default=Path("../shared/data/resnet_cifar10"), help="folder, or a file of this model")
+    parser.add_argument("--weights", type=Path, default=Path("../shared/data/resnet_cifar10"), help="folder, or a file")
     parser.add_argument("--adapted", type=Path, help="weights to start from; default: field_MODEL.pt in --data")
     parser.add_argument("--adapt-epochs", type=int, default=12)
     parser.add_argument("--model", choices=[*sorted(PUBLIC), "vgg16_bn"], default="resnet20")

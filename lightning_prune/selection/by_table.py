@@ -194,7 +194,24 @@ class TableSearch:
             packing = knapsack.solve(allowed)
             if tuple(packing.kept.values()) not in self._tried:
                 return packing
-        return None
+        return self._half_way()
+
+    def _half_way(self) -> Packing | None:
+        """The best that fits, with half of what the fastest that does not has more: the table may call both alike."""
+        packings = [(tried.packing, tried.measured <= self._most) for tried in self._tried.values()]
+        low = max((packing for packing, fits in packings if fits), key=lambda packing: packing.value, default=None)
+        high = min((packing for packing, fits in packings if not fits), key=lambda packing: packing.time, default=None)
+        if low is None or high is None:
+            return None
+        values = self._values()
+        gains = {name: float(values[name][high.kept[name]] - values[name][kept]) for name, kept in low.kept.items()}
+        wider = sorted((name for name in gains if high.kept[name] > low.kept[name]), key=lambda name: -gains[name])
+        taken = wider[: (len(wider) + 1) // 2]
+        kept = {**low.kept, **{name: high.kept[name] for name in taken}}
+        if tuple(kept.values()) in self._tried:
+            return None
+        value, time = low.value + sum(gains[name] for name in taken), (low.time + high.time) / 2
+        return Packing(kept, value, time, max(high.bound, value))
 
     def _is_near(self, tried: _Tried) -> bool:
         return NEAR * self._most <= tried.measured <= self._most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ import lightning_prune as lp
 from lightning_prune.engines import Program
 from lightning_prune.errors import NoEffectWarning, NotReconstructedWarning, PlanError
 from lightning_prune.selection import Budget
-from lightning_prune.selection.by_table import MODELS
+from lightning_prune.selection.by_table import MODELS, TableSearch
 from lightning_prune.selection.stopwatch import Stopwatch
 from tests.criteria.helpers import assert_same, snapshot
 from tests.helpers import RandomScores
@@ -190,6 +191,24 @@ def test_where_widths_are_coarse_the_budget_is_filled_as_far_as_they_fit(monkeyp
     for milliseconds in (1.001 * reached, 1.02 * reached):
         _, again = chosen(model, x, Budget(latency_ms=milliseconds, engine=engine, table=table, round_to=32))
         assert engine.milliseconds(again, x) == reached
+
+
+def test_where_the_table_calls_alike_what_is_not_half_of_the_groups_grow(monkeypatch) -> None:
+    """Wider than 47 channels a layer takes three times as long, which the table does not know."""
+    model, x, table = wide(), images(), Steps(lane=16)
+    engine = Simulated(monkeypatch, Steps(lane=2, slow=lambda out: np.where(out > 47, 3.0, 1.0)))
+    budget = Budget(latency_ms=0.25 * engine.milliseconds(model, x), engine=engine, table=table)
+    graph = lp.trace(model, x)
+    about = {"model": model, "example_inputs": x}
+    found = budget.by_table(graph, RandomScores(graph, 5), **about)
+    assert found.models <= MODELS
+    small = lp.reconstruct(model, graph, found.plan, example_inputs=x)
+    assert engine.milliseconds(small, x) <= budget.latency_ms
+    assert found.value == pytest.approx(
+        sum(float(RandomScores(graph, 5)[name][list(of.keep)].sum()) for name, of in found.plan.groups.items())
+    )
+    monkeypatch.setattr(TableSearch, "_half_way", lambda self: None)
+    assert budget.by_table(graph, RandomScores(graph, 5), **about).value < found.value
 
 
 def test_negative_scores_count_too(monkeypatch) -> None:
