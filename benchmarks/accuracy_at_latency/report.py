@@ -42,7 +42,7 @@ def render(rows: list[Row], picture: Path) -> str:
         f"Runs finished: {finished} of {len(cases) * len(seeds)}. Before: accuracy once pruned, before fine-tuning. "
         "Deviation: of the seeds, the sample's. Against control: mean less that of the dense network after the same "
         "fine-tuning, in points.",
-        _verdict(cases, found),
+        _verdict(times, found),
         "\n".join(
             f"{TITLES[row['selection']]} at {row['budget']:g}: {row['refused']}." for row in rows if "refused" in row
         ),
@@ -100,11 +100,11 @@ def _cells(
     return [budget, TITLES[case[0]], setting, *times_, *chosen, before, *single, mean, deviation, gap]
 
 
-def _verdict(cases: list[Case], found: dict[Case, list[float]]) -> str:
+def _verdict(times: dict[Case, tuple[float, float]], found: dict[Case, list[float]]) -> str:
     """Per budget, what the table gains over the best of the others, beside the spread."""
     said = []
-    for budget in sorted({budget for _, budget in cases if budget < 1}, reverse=True):
-        runs = {kind: found.get((kind, budget), []) for kind, of in cases if of == budget}
+    for budget in sorted({budget for _, budget in times if budget < 1}, reverse=True):
+        runs = {kind: found.get((kind, budget), []) for kind, of in times if of == budget}
         if not all(len(values) > 1 for values in runs.values()) or "table" not in runs or len(runs) < 2:
             continue
         other = max((kind for kind in runs if kind != "table"), key=lambda kind: fmean(runs[kind]))
@@ -112,8 +112,9 @@ def _verdict(cases: list[Case], found: dict[Case, list[float]]) -> str:
         spread = max(stdev(runs["table"]), stdev(runs[other]))
         beyond = "more" if abs(gain) > spread else "no more"
         said.append(
-            f"At {budget:g} of the latency the table's selection has {gain:+.2f} points against {TITLES[other]}, the "
-            f"better of the others: {beyond} than the larger deviation ({spread:.2f})."
+            f"At {budget:g} of the latency the table's selection ({times['table', budget][0]:.2f} ms) has {gain:+.2f} "
+            f"points against {TITLES[other]} ({times[other, budget][0]:.2f} ms), the better of the others: {beyond} "
+            f"than the larger deviation ({spread:.2f})."
         )
     return "\n".join(said)
 

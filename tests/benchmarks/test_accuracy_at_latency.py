@@ -214,7 +214,7 @@ def test_the_page_says_means_deviations_and_who_wins(tmp_path):
     assert rows["LayerRatio"][-5:-1] == ["", "88.25", "0.35", "-1.95"]
     assert rows["dense"][-5:-1] == ["90.40", "90.20", "0.20", ""]
     assert "Runs finished: 11 of 12." in page
-    assert "+0.95 points against LayerRatio" in page
+    assert "selection (1.40 ms) has +0.95 points against LayerRatio (1.30 ms)" in page
     assert "of the others: more than the larger deviation (0.35)" in page
     assert "batch 16, 2 threads, a CPU; torch 2.14" in page
     assert (tmp_path / "page.png").stat().st_size > 10_000
