@@ -72,10 +72,10 @@ class Training:
         settings: Settings,
         seed: int,
         loss: Loss = cross_entropy,
-        before_step: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self.part, self.settings, self.seed = data.parts["train"], settings, seed
-        self.loss, self.before_step = loss, before_step
+        self.loss = loss
+        self.before_step: Callable[[nn.Module], object] | None = None  # between backward and step
         self.batches = (settings.images or len(self.part)) // settings.batch
         self.total, self.step = settings.epochs * self.batches, 0
         self.use(network)

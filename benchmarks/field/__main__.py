@@ -129,12 +129,9 @@ class Bench:
     def _learn_sparsely(self, model: nn.Module, method: Method, macs: float, batches: list[Batch], seed: int) -> None:
         """Epochs at the fine-tuning's first learning rate, with the library's regulariser; the control's without."""
         settings = replace(self.settings, epochs=method.sparse_epochs)
-        before_step = regulariser(model, method, macs / self.macs, batches, self._steps(settings))
-        training = Training(model, self.data, settings, seed + 100, before_step=before_step)
+        training = Training(model, self.data, settings, seed + 100)
+        training.before_step = regulariser(model, method, macs / self.macs, batches, training.total)
         training.run(training.total)
-
-    def _steps(self, settings: Settings) -> int:
-        return settings.epochs * ((settings.images or len(self.data.parts["train"])) // settings.batch)
 
     def _loss(self, method: Method) -> Any:
         if not method.distilled:

@@ -30,7 +30,8 @@ def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -
     if method.library == "Torch-Pruning":
         return by_peer(model, method.criterion, macs, batches)
     inputs = batches[0][0][:1]
-    share = macs / count_flops(model, inputs)
+    whole = count_flops(model, inputs)
+    share = macs / whole
     if share >= 1:
         return model
     graph = lp.trace(model, inputs)
@@ -47,7 +48,7 @@ def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -
 
     def cost(ratio: float) -> float:
         plan = lp.LayerRatio(ratio).select(graph, scores)
-        return count_flops(lp.reconstruct(model, graph, plan), inputs) / count_flops(model, inputs)
+        return count_flops(lp.reconstruct(model, graph, plan), inputs) / whole
 
     return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
 

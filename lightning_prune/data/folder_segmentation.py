@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_prune.data.folder_listing import PARTS, images_by_stem
+from lightning_prune.data.in_memory import KEPT_BYTES
 from lightning_prune.data.modules import SegmentationDataModule
 from lightning_prune.data.samples import Samples, image_size, read_masked, read_segmentation, segmentation_sample
 from lightning_prune.data.transforms import IGNORE, segmentation_evaluation, segmentation_training
@@ -18,7 +19,6 @@ from lightning_prune.data.voc_files import read_classes
 from lightning_prune.errors import DataError
 
 Pairs = list[tuple[Path, Path]]
-KEPT_BYTES = 2**30  # of decoded images and masks that are kept in memory unless asked for otherwise
 
 
 class FolderSegmentation(SegmentationDataModule):

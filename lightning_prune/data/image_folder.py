@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transform
 from lightning_prune.data.cifar10 import MEAN as CIFAR10_MEAN
 from lightning_prune.data.cifar10 import STD as CIFAR10_STD
 from lightning_prune.data.folder_listing import Files, class_names, listed_parts
-from lightning_prune.data.in_memory import ImageTensors, WholeBatches, random_crop_flip, standardised
+from lightning_prune.data.in_memory import KEPT_BYTES, ImageTensors, WholeBatches, random_crop_flip, standardised
 from lightning_prune.data.modules import PartsDataModule
 from lightning_prune.data.samples import read_image
 from lightning_prune.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -28,7 +28,6 @@ STATISTICS = {
     "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
     "none": ((0.0,) * 3, (1.0,) * 3),
 }
-KEPT_BYTES = 2**30  # of pixels that are kept in memory unless asked for otherwise
 
 
 class ImageFolderDataModule(PartsDataModule):

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as transform
 
+KEPT_BYTES = 2**30  # of decoded images and masks that are kept in memory unless asked for otherwise
+
 
 class WholeBatches(Dataset[Any], ABC):
     """Samples that are made a batch at a time.
