@@ -14,7 +14,8 @@ from pathlib import Path
 
 OUTPUT = "<!-- output -->"
 BLOCK = re.compile(
-    r"(?:^<!-- (?:needs (?P<needs>\w+)|(?P<name>[\w.]+)) -->\n)?^```(?P<kind>\w*)\n(?P<shown>.*?)^```$(?P<output>\n+<!-- output -->$)?"
+    r"(?:^<!-- (?:needs (?P<needs>\w+)|(?P<name>[\w.]+)) -->\n)?^```(?P<kind>\w*)\n(?P<shown>.*?)^```$"
+    r"(?P<output>\n+<!-- output -->$)?"
     r"|^<!-- python\n(?P<hidden>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )

@@ -39,7 +39,7 @@ def rewrite_links(source: str, text: str) -> str:
             return match[0]
         path = os.path.normpath(os.path.join(folder, target))  # noqa: PTH118
         place = on_site(path)
-        known = place and (place.endswith((".md", ".png", ".svg")) or source.startswith("docs/") and not mark)
+        known = place and (place.endswith((".md", ".png", ".svg")) or (source.startswith("docs/") and not mark))
         if not known or place.endswith(".py"):
             return f"**{words}**" if mark else words
         start = PurePosixPath(on_site(source)).parent.as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
+
 from site_building.blocks import BLOCK, OUTPUT
 
 MADE = re.compile(r"\]\(made/([\w.-]+)\)")  # a link to a file that the page's own code has written
@@ -26,12 +28,9 @@ ENVIRONMENT = {
     "PL_TRAINER_ACCELERATOR": "cpu",
 }
 # Colours that keep a contrast of 4.5 and more on the dark ground that terminals have on the site, in either mode.
-THEME = TerminalTheme(
-    (30, 30, 40),
-    (222, 222, 230),
-    [(30, 30, 40), (255, 123, 114), (126, 231, 135), (242, 204, 96), (121, 192, 255), (210, 168, 255), (118, 227, 234)]
-    + [(222, 222, 230)],
-)
+BACK, TEXT = (30, 30, 40), (222, 222, 230)
+RED, GREEN, YELLOW, BLUE = (255, 123, 114), (126, 231, 135), (242, 204, 96), (121, 192, 255)
+THEME = TerminalTheme(BACK, TEXT, [BACK, RED, GREEN, YELLOW, BLUE, (210, 168, 255), (118, 227, 234), TEXT])
 
 
 def run_pages(pages: list[Path], folder: Path) -> None:
@@ -77,7 +76,7 @@ def show_outputs(name: str, text: str, folder: Path) -> str:
 
 def terminal(printed: str) -> str:
     """What a command printed, as HTML; lines are not broken, but scrolled."""
-    console = Console(record=True, width=250, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=250, file=io.StringIO())
     console.print(Text.from_ansi(printed.rstrip("\n")), soft_wrap=True)
     code = console.export_html(theme=THEME, code_format="{code}", inline_styles=True).rstrip()
     return f'<pre class="terminal" tabindex="0">{code}</pre>'

@@ -8,7 +8,10 @@ from types import ModuleType
 
 import lightning_prune as lp
 
-SUMMARY = "[^`]*(?:`[^`]*`[^`]*)*"
+HEAD = """# The names at the top
+
+`import lightning_prune as lp`: the verbs, and the names that nearly every script needs."""
+BELOW = "One step down, without an import of its own:"
 
 
 def public_names() -> dict[str, list[str]]:
@@ -32,16 +35,16 @@ def reference_pages() -> dict[str, str]:
     """Markdown by page: a table of the names with what each is, then each in full, once."""
     names = public_names()
     top = names.pop("")
-    namespaces = [f"- [`lp.{name}`]({name}.md): {_first_line(getattr(lp, name))}" for name in names]
-    head = (
-        "# The names at the top\n\n`import lightning_prune as lp`: the verbs, and the names that nearly every script needs."
-    )
-    page = [head, _table({name: f"#lightning_prune.{name}" for name in top}, lp), "One step down, without an import of "]
-    pages = {"reference/index.md": "\n\n".join([*page[:2], page[2] + "its own:", "\n".join(namespaces), *map(_full, top)])}
+    lines = [f"- [`lp.{name}`]({name}.md): {_first_line(getattr(lp, name))}" for name in names]
+    table = _table({name: f"#lightning_prune.{name}" for name in top}, lp)
+    pages = {"reference/index.md": "\n\n".join([HEAD, table, BELOW, "\n".join(lines), *map(_full, top)])}
     for namespace, public in names.items():
         module = getattr(lp, namespace)
         elsewhere = {name for name in public if name in top and getattr(lp, name) is getattr(module, name)}
-        places = {n: ("index.md" if n in elsewhere else "") + f"#lightning_prune.{_path(namespace, n, elsewhere)}" for n in public}
+        places = {
+            n: ("index.md" if n in elsewhere else "") + f"#lightning_prune.{_path(namespace, n, elsewhere)}"
+            for n in public
+        }
         full = [_full(f"{namespace}.{name}") for name in public if name not in elsewhere]
         text = [f"# lp.{namespace}", _docstring(module), _table(places, module), *full]
         pages[f"reference/{namespace}.md"] = "\n\n".join(text)

@@ -1,4 +1,4 @@
-"""Run the code of pages and keep what every block prints: `python run_pages.py FOLDER PAGE.md ...`, in a process of its own.
+"""Run the code of pages and keep what every block prints: `python run_pages.py FOLDER PAGE.md ...`, a process apart.
 
 Each page runs in a folder of its own, FOLDER/PAGE; what it printed goes to FOLDER/PAGE.json, a list.
 """
