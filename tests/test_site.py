@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed|object|use|image)\b[^>]*"""
     r"""\b(?:src|data|srcset|href)="((?:https?:)?//[^"]+)"""
-    r"""|<link\b[^>]*\bhref="((?:https?:)?//[^"]+)"|url\(["']?((?:https?:)?//[^)]+)|@import ["']((?:https?:)?//[^"']+)"""
+    r"""|<link\b[^>]*\bhref="((?:https?:)?//[^"]+)"|url\(["']?((?:https?:)?//[^)]+)"""
+    r"""|@import ["']((?:https?:)?//[^"']+)"""
 )
 
 

@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "PL_TRAINER_ACCELERATOR": "cpu",
 }
 # Colours that keep a contrast of 4.5 and more on the dark ground that terminals have on the site, in either mode.
-BACK, TEXT = (30, 30, 40), (222, 222, 230)
+BACK, TEXT = (30, 30, 40), (238, 238, 244)
 RED, GREEN, YELLOW, BLUE = (255, 123, 114), (126, 231, 135), (242, 204, 96), (121, 192, 255)
 THEME = TerminalTheme(BACK, TEXT, [BACK, RED, GREEN, YELLOW, BLUE, (210, 168, 255), (118, 227, 234), TEXT])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 from types import ModuleType
@@ -61,7 +62,7 @@ def _full(path: str) -> str:
 
 def _table(places: dict[str, str], module: ModuleType) -> str:
     rows = [f"| [`{name}`]({place}) | {_first_line(getattr(module, name))} |" for name, place in places.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+    return "\n".join(["| name | what it is |", "| --- | --- |", *rows])
 
 
 def _docstring(value: object) -> str:
@@ -72,5 +73,7 @@ def _first_line(value: object) -> str:
     """The summary of a docstring, on one line and safe in a table."""
     if not (inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value)):
         return ""
-    line = " ".join(_docstring(value).partition("\n\n")[0].split())
-    return re.sub(r"([|*_<])", r"\\\1", line) if "`" not in line else line.replace("|", "\\|")
+    line = html.escape(" ".join(_docstring(value).partition("\n\n")[0].split()), quote=False)
+    line = re.sub(r":math:`([^`]+)`", r"$\1$", line).replace("\\|", r"\Vert ")
+    line = re.sub(r"[|*_]", lambda match: f"&#{ord(match[0])};", line) if "$" not in line else line
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", line)
