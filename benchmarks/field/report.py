@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
     @property
     def minutes(self) -> float:
-        """All that a run took, but for testing."""
+        """All that a run took of the processor, but for testing."""
         return fmean(sum(row["seconds"].values()) for row in self.rows) / 60
 
 
@@ -111,8 +111,7 @@ def _legend() -> str:
     return (
         "MACs and parameters: share of the dense network's. Before: accuracy once pruned, before fine-tuning. Against "
         "its control: points to the dense network with as many epochs, and the same teacher where one teaches. Sparse "
-        "learning comes on top of the fine-tuning. Minutes: scoring, pruning and training on a machine that did other "
-        "work besides."
+        "learning comes on top of the fine-tuning. Minutes: the processor's, of scoring, pruning and training."
     )
 
 
