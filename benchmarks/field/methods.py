@@ -21,6 +21,7 @@ class Method:
         library: whose pruning; "none": the dense network, the control.
         criterion: what is scored, as the library names it.
         uniform: the same share of every layer goes; else the weakest over the network.
+        per_mac: of the network, those go whose score is lowest for the multiply-accumulates that they cost.
         sparse_epochs: of sparse learning before anything goes; they come on top of the fine-tuning.
         rounds: prune in so many steps over the first half of the fine-tuning; 1: at once, before it.
         repair: of what remains, before fine-tuning.
@@ -30,6 +31,7 @@ class Method:
     library: Library
     criterion: str = ""
     uniform: bool = False
+    per_mac: bool = False
     sparse_epochs: int = 0
     rounds: int = 1
     repair: Repair = "none"
@@ -73,6 +75,7 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, distilled": _ours(PART, distilled=True),
         f"{PART}, sparse learning": _ours(PART, sparse_epochs=SPARSE),
         f"{PART}, every layer alike": _ours(PART, uniform=True),
+        f"{PART}, per MAC": _ours(PART, per_mac=True),
         f"{PART}, least squares, distilled": _ours(PART, repair="least squares", distilled=True),
         f"{PART}, 4 rounds, distilled": _ours(PART, rounds=4, distilled=True),
         f"{PART}, 4 rounds, least squares, distilled": _ours(PART, rounds=4, repair="least squares", distilled=True),
