@@ -54,7 +54,6 @@ METHODS: dict[str, dict[str, Method]] = {
         "dense": Method("none"),
         "dense, distilled": Method("none", distilled=True),
         f"dense, {SPARSE} epochs more": Method("none", sparse_epochs=SPARSE),
-        f"dense, {SPARSE} epochs more, distilled": Method("none", sparse_epochs=SPARSE, distilled=True),
     },
     "criteria": {
         **{name: _ours(name) for name in CRITERIA},

@@ -85,7 +85,7 @@ def _intro(setup: Row) -> str:
     return (
         f"Dense: {dense['of']}, trained on the copies ({dense['settings']}): {dense['accuracy']:.2f} % (before: "
         f"{dense['before']:.2f} %). Then {setup['epochs']} epochs of {setup['images'] or 50_000} images for all alike, "
-        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}. Scores: "
+        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}{', bf16' * setup['bf16']}. Scores: "
         f"{128 * setup['score_batches']} training images. {setup['cpu']}, {setup['threads']} threads, torch "
         f"{setup['torch']}."
     )

@@ -140,7 +140,7 @@ def test_a_missing_peer_is_said_before_anything_runs(folder, tmp_path, monkeypat
 def test_the_page_ranks_methods_and_names_failures(tmp_path):
     dense = {"of": "public", "settings": "Settings()", "before": 81.0, "accuracy": 89.5}
     setup = {"model": "resnet56", "dense": dense, "epochs": 2, "images": 0, "lr": 0.02}
-    setup |= {"batch": 128, "score_batches": 16, "cpu": "a CPU", "threads": 2, "torch": "2.14"}
+    setup |= {"bf16": False, "batch": 128, "score_batches": 16, "cpu": "a CPU", "threads": 2, "torch": "2.14"}
     rows = []
     for seed in (0, 1):
         for name, speed_up, accuracy in (
