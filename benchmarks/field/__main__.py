@@ -199,7 +199,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapt-epochs", type=int, default=12)
     parser.add_argument("--model", choices=[*sorted(PUBLIC), "vgg16_bn"], default="resnet20")
     parser.add_argument("--speed-ups", nargs="+", type=float, default=[2.57], help="dense over pruned MACs")
-    parser.add_argument("--methods", nargs="+", default=["control", "criteria", "peer", "parts"], help="sets, or names")
+    parser.add_argument(
+        "--methods", nargs="+", default=["control", "peer", "parts", "together", "criteria"], help="sets, or names"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.02)

@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "TP Taylor": _peer("taylor"),
         "TP GroupNorm, sparse learning": _peer("group_sl", sparse_epochs=SPARSE),
         "TP BN scale, sparse learning": _peer("bn_scale", sparse_epochs=SPARSE),
+        "TP Taylor, distilled": _peer("taylor", distilled=True),
     },
     "parts": {
         f"{PART}, batch norm": _ours(PART, repair="batch norm"),
@@ -78,6 +79,18 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, least squares, distilled": _ours(PART, repair="least squares", distilled=True),
         f"{PART}, 4 rounds, distilled": _ours(PART, rounds=4, distilled=True),
         f"{PART}, 4 rounds, least squares, distilled": _ours(PART, rounds=4, repair="least squares", distilled=True),
+    },
+    "together": {
+        f"{PART}, alike, distilled": _ours(PART, uniform=True, distilled=True),
+        f"{PART}, alike, least squares, distilled": _ours(PART, uniform=True, repair="least squares", distilled=True),
+        f"{PART}, alike, 4 rounds, distilled": _ours(PART, uniform=True, rounds=4, distilled=True),
+        f"{PART}, alike, 4 rounds, least squares, distilled": _ours(
+            PART, uniform=True, rounds=4, repair="least squares", distilled=True
+        ),
+        f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
+        f"{PART}, per MAC, 4 rounds, least squares, distilled": _ours(
+            PART, per_mac=True, rounds=4, repair="least squares", distilled=True
+        ),
     },
 }
 ALL = {name: method for methods in METHODS.values() for name, method in methods.items()}
