@@ -90,6 +90,7 @@ METHODS: dict[str, dict[str, Method]] = {
             PART, uniform=True, rounds=4, repair="least squares", distilled=True
         ),
         f"{PART}, alike, sparse learning, distilled": _ours(PART, uniform=True, sparse_epochs=SPARSE, distilled=True),
+        f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
         "thinet, distilled": _ours("thinet", distilled=True),
         "thinet, least squares, distilled": _ours("thinet", repair="least squares", distilled=True),
     },
