@@ -76,4 +76,4 @@ def _first_line(value: object) -> str:
     line = html.escape(" ".join(_docstring(value).partition("\n\n")[0].split()), quote=False)
     line = re.sub(r":math:`([^`]+)`", r"$\1$", line).replace("\\|", r"\Vert ")
     line = re.sub(r"[|*_]", lambda match: f"&#{ord(match[0])};", line) if "$" not in line else line
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", line)
+    return re.sub(r"`+([^`]+)`+", r"<code>\1</code>", line)
