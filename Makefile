@@ -9,7 +9,7 @@ UV := $(shell command -v uv 2>/dev/null)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint format clean
+.PHONY: help setup demo test test-all check lint docs format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## ruff, mypy and import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED) ## build the documentation into site/, its code run anew
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 check: lint ## what CI runs: lint, then test
 	@$(MAKE) --no-print-directory test
 
@@ -39,7 +42,7 @@ format: $(INSTALLED) ## rewrite the code in the house style
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environments, caches and builds; keeps runs/
-	rm -rf .venv .venv-ci build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-ci build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an install that fails is tried again.

@@ -1,8 +1,7 @@
 """README.md and docs/ hold what they show: Python runs, YAML and command lines are understood, links lead somewhere.
 
 All Python of a page runs in order in one namespace, as a reader would type it, with two batches an epoch. What a page
-needs besides what it shows stands in the page itself, in comments that no reader sees: ``<!-- python ... -->`` is run
-in its place, and ``<!-- NAME -->`` above a block says that it is the file NAME.
+needs besides what it shows stands in the page itself, in comments that no reader sees: docs/site_building/blocks.py.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import importlib.util
 import itertools
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from site_building.blocks import BLOCK, Block, blocks_of, command_lines
+from site_building.blocks import write_files as write_blocks
 from torch import nn
 from torchvision.models import get_model
 
@@ -30,10 +30,6 @@ from tests.callbacks.helpers import Task, fit
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-BLOCK = re.compile(
-    r"(?:^<!-- (?P<name>[\w.]+) -->\n)?^```(?P<kind>\w*)\n(?P<shown>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$",
-    re.MULTILINE | re.DOTALL,
-)
 # What the README shows comes true; other pages say it themselves, in comments.
 AFTERWARDS = {
     "README.md": """
@@ -49,32 +45,14 @@ THEIRS = (  # its exporter warns
 )
 
 
-@dataclass(frozen=True)
-class Block:
-    """One block of a page; ``kind`` is its language, ``name`` the file that it is."""
-
-    page: str
-    line: int
-    kind: str
-    name: str
-    text: str
-
-
 def blocks(page: str, *kinds: str, hidden: bool = False) -> list[Block]:
-    text = PAGES[page].read_text("utf-8")
-    found = []
-    for match in BLOCK.finditer(text):
-        part = "shown" if match["hidden"] is None else "hidden"
-        line = text.count("\n", 0, match.start(part)) + 1
-        kind = match["kind"] if part == "shown" else "python"
-        if (hidden or part == "shown") and kind in (kinds or (kind,)):
-            found.append(Block(page, line, kind, match["name"] or "", match[part]))
-    return found
+    found = blocks_of(page, PAGES[page].read_text("utf-8"))
+    return [block for block in found if (hidden or not block.hidden) and block.kind in (kinds or (block.kind,))]
 
 
 def commands(page: str) -> list[str]:
     """Every line of shell blocks, and every `lightning-prune ...` in the text."""
-    lines = [line for block in blocks(page, "", "bash") for line in block.text.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks(page, "", "bash") for line in command_lines(block.text)]
     spans = re.findall(r"`([^`]+)`", BLOCK.sub("", PAGES[page].read_text("utf-8")))
     lines += [" ".join(span.split()) for span in spans if "lightning-prune " in span]
     return [line for line in lines if shlex.split(line, comments=True)]
@@ -82,6 +60,7 @@ def commands(page: str) -> list[str]:
 
 ALL_COMMANDS = [(page, line) for page in PAGES for line in commands(page)]
 YAML = [block for page in PAGES for block in blocks(page, "yaml")]
+OTHERS = [block for page in PAGES for block in blocks(page, "python") if block.needs]
 
 
 @pytest.fixture
@@ -89,13 +68,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty one to work in, with what lies beside the pages on the path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
 def write_files(page: str) -> None:
-    for block in blocks(page):
-        if block.name:
-            Path(block.name).write_text(block.text, "utf-8")
+    write_blocks(blocks(page))
 
 
 # Nothing escapes
@@ -132,12 +110,20 @@ def test_the_python_of_a_page_runs(page: str, folder: Path, monkeypatch: pytest.
     monkeypatch.setenv("WANDB_MODE", "offline")
     namespace: dict[str, object] = {}
     for block in blocks(page, "python", hidden=True):
-        if block.name:
-            assert block.text == PAGES[page].with_name(block.name).read_text("utf-8")
-        else:
+        if block.name:  # a file beside the page, or one that the reader writes
+            beside = PAGES[page].with_name(block.name)
+            Path(block.name).write_text(beside.read_text("utf-8") if beside.exists() else block.text, "utf-8")
+            assert block.text == Path(block.name).read_text("utf-8")
+        elif not block.needs:
             exec(compile("\n" * (block.line - 1) + block.text, str(PAGES[page]), "exec"), namespace)
     namespace["printed"] = capsys.readouterr().out
     exec(AFTERWARDS.get(page, ""), namespace)
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=[f"{block.page}:{block.line}" for block in OTHERS])
+def test_a_block_runs_where_the_package_that_it_needs_is_installed(block: Block, folder: Path) -> None:
+    pytest.importorskip(block.needs)
+    exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), {})
 
 
 # Configurations and command lines
@@ -174,7 +160,11 @@ def write_checkpoints(words: list[str]) -> None:
     ]
     if files:
         option, name = next(pair for pair in itertools.pairwise(words) if pair[0] in ("--config", "--model"))
-        model = get_model(name, weights=None) if option == "--model" else build_task([option, name], "docs").task
+        if option == "--config":
+            model = build_task([option, name], "docs").task
+        else:
+            module, _, attribute = name.rpartition(".")
+            model = getattr(importlib.import_module(module), attribute)() if module else get_model(name, weights=None)
         for file in files:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"state_dict": model.state_dict()}, file)
@@ -233,7 +223,8 @@ def test_there_are_configurations_and_command_lines() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)", path.read_text("utf-8")):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+        built = target.startswith(("made/", "reference/"))  # by the site, which refuses to be built without
+        assert built or target.startswith("https://") or (path.parent / target).exists(), target
 
 
 def test_the_moments_of_the_table_are_settings_of_the_callback() -> None:

@@ -13,6 +13,7 @@ from lightning_prune.errors import EngineError
 ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (Eager, ChannelsLast, Compile, CudaGraphs, OnnxRuntime, OpenVINO, TensorRT)
 }
+"""The engines that ship, by name."""
 
 
 def engine_from(engine: str | Engine) -> Engine:

@@ -13,7 +13,9 @@ from lightning_prune.errors import QuantizationError
 from lightning_prune.selection.layer_names import matches
 
 Method = Literal["minmax", "percentile"]
+"""How ranges of activations are chosen: all values seen, or all but 0.001 %."""
 Cpu = Literal["vnni", "x86", "arm"]
+"""Where a file in 8 bits will run: x86 with VNNI instructions, x86 without, ARM."""
 
 # A batch norm that folds into no layer has no kernel in 8 bits: it would run in float behind three conversions.
 NEVER = {"BatchNormalization"}

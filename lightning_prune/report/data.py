@@ -13,8 +13,14 @@ from lightning_prune.errors import PruningError
 if TYPE_CHECKING:
     from lightning_prune.reconstruction import LosslessReport
 
-DENSE, MASKED, RECONSTRUCTED = "dense", "masked", "reconstructed"
+DENSE = "dense"
+"""Name of the state of a model before pruning."""
+MASKED = "masked"
+"""Name of the state of a model whose removed channels are zero."""
+RECONSTRUCTED = "reconstructed"
+"""Name of the state of a model without them."""
 FINE_TUNED = {"A": "fine-tuned (order A)", "B": "fine-tuned (order B)"}
+"""Names of the two states after fine-tuning."""
 
 
 def plain(value: Any) -> Any:

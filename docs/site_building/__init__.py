@@ -1,0 +1,1 @@
+"""What `make docs` does beside mkdocs: outputs of the pages' own code, reference, links, formulas."""
