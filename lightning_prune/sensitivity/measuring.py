@@ -103,7 +103,7 @@ def measure_sensitivity(
     for key, plan in left.items():
         if progress is not None:
             progress(done, len(wanted))
-        value = _evaluated(model, graph, plan, evaluate)
+        value = evaluated(model, graph, plan, evaluate)
         if key == (DENSE, 0) and not math.isfinite(value):
             raise SensitivityError(f"the {metric} of the dense model is {value}: there is nothing to compare with")
         journal.add(key, value)
@@ -141,7 +141,8 @@ def _plans(
     return found
 
 
-def _evaluated(model: nn.Module, graph: ChannelGraph, plan: Plan, evaluate: Callable[[nn.Module], float]) -> float:
+def evaluated(model: nn.Module, graph: ChannelGraph, plan: Plan, evaluate: Callable[[nn.Module], float]) -> float:
+    """The metric of the model in eval mode, with what a plan removes masked meanwhile."""
     with preserved(model), torch.no_grad(), mask_(model, graph, plan):
         model.eval()
         value = evaluate(model)

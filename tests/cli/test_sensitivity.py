@@ -53,7 +53,7 @@ def test_curves_are_shown_kept_and_become_ratios(capsys, caplog, monkeypatch, tr
     assert "on the first 2 validation batches, channels by L1" in out
     assert written() == {"sensitivity.jsonl", "sensitivity.csv", "sensitivity.png"}
 
-    monkeypatch.setattr("lightning_prune.sensitivity.measuring._evaluated", None)  # nothing is measured anew
+    monkeypatch.setattr("lightning_prune.sensitivity.measuring.evaluated", None)  # nothing is measured anew
     assert main([*ASKED, "--batches", "2", "--drop", "100"]) == 0
     assert "chosen: no layer alone loses more than 100 of loss; together they lose more" in capsys.readouterr().out
     assert written() >= {"layer_ratios.json", "prune.yaml"}
