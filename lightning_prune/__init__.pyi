@@ -13,6 +13,7 @@ from . import reconstruction as reconstruction
 from . import report as report
 from . import schedule as schedule
 from . import selection as selection
+from . import sensitivity as sensitivity
 from . import session as session
 from . import tasks as tasks
 from .callbacks import MaskingCallback as MaskingCallback

@@ -24,6 +24,10 @@ class ReconstructionError(PruningError):
     """The smaller model could not be built, or is not equal to the masked one."""
 
 
+class SensitivityError(PruningError, ValueError):
+    """A sensitivity that cannot be measured, or a file of points that is damaged or of other settings."""
+
+
 class CompensationError(PruningError, ValueError):
     """Remaining weights could not be repaired; the model is as it was."""
 

@@ -30,6 +30,19 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             draft.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to the end of a file; what an interruption left of an earlier line is dropped.
+
+    Raises:
+        PruningError: it cannot be written.
+    """
+    with _explained(path), path.open("r+b") as stream:
+        whole = stream.read().rfind(b"\n") + 1
+        stream.seek(whole)
+        stream.truncate()
+        stream.write(f"{line}\n".encode())
+
+
 def check_writable(path: Path) -> None:
     """Refuse before the work what its result cannot be written to."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())

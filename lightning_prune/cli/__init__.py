@@ -30,6 +30,7 @@ COMMANDS = {
     "latency-table": ("Time every layer over its widths, on an engine; minutes.", "latency_table:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),
     "quantize": ("Write a model in 8 bits, compared with float32.", "quantize:run"),
+    "sensitivity": ("What masking one layer alone costs; ratios of layers.", "sensitivity:run"),
     "graph": ("Show which channels go together; table and picture.", "graph:run"),
     "recipes": ("List the recipes that ship with the package.", "recipes:show"),
     "experiment": ("Train, prune and fine-tune in both orders; write a report.", "studies:experiment"),

@@ -27,8 +27,8 @@ ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --budget flops=0.5 | --budget latency_ms=20
-                             [--engine onnxruntime] [--latency-table TABLE.json]]
+                             [--ratio 0.5 | --layer-ratios RATIOS.json | --budget flops=0.5 |
+                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json]]
                              [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
@@ -41,6 +41,9 @@ _GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 2
        lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
 _QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx
                                 [--calibration-batches 8] [--ignore LAYER]"""
+_SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml [--criterion l1]
+                                   [--ratios 0.1,0.2,...] [--batches N] [--metric acc]
+                                   [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
 
@@ -63,6 +66,7 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
     add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
     add("--force-table", action="store_true", help="it is of the machine that will run the model, not of this one")
+    amount("--layer-ratios", metavar="FILE", help="of every layer its own, see sensitivity --drop")
     add("--per-layer", action="store_true", help="the same share of every layer, not the network's weakest")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
@@ -180,6 +184,37 @@ def quantize(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_with_fit_options(argv)
 
 
+def sensitivity(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune sensitivity CHECKPOINT --config TASK.yaml --criterion l1 --out DIR`."""
+    parser = Parser(
+        "sensitivity",
+        usage=_SENSITIVITY,
+        description="Mask the weakest channels of one layer alone (with those that share its channels), evaluate on "
+        "validation data, undo: for every layer and ratio. Values that an earlier run into the same folder has kept, "
+        "in whatever way it ended, are not measured again.",
+        epilog=f"{_WITH_CONFIG}, as --model.KEY=VALUE.",
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="dense weights of the task")
+    add(*CONFIG_FLAGS, action="append", required=True, metavar="TASK", help="YAML file or recipe, with its data")
+    add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
+    ratios = [round(0.1 * tenth, 1) for tenth in range(1, 10)]
+    add("--ratios", type=list_of(float), default=ratios, metavar="A,B", help="shares masked; default: 0.1,0.2,...,0.9")
+    add("--batches", type=count, metavar="N", help="of the validation data; default: all")
+    add("--metric", metavar="NAME", help="logged name without stage, such as loss; default: miou, map or acc")
+    add("--mode", choices=("max", "min"), help="whether a high metric is good; default: max, of a loss min")
+    amount = parser.add_mutually_exclusive_group().add_argument
+    amount("--drop", type=float, metavar="N", help="choose ratios: tolerated per layer, 0.01 is 1 %% of accuracy")
+    amount("--budget", type=_budget, metavar="COST=N", help="choose ratios: flops=, params= (share that remains)")
+    add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
+    add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
+    default = "runs/sensitivity"
+    add("--out", dest="output", type=Path, default=Path(default), metavar="DIR", help=f"default: {default}")
+    parser.set_defaults(model=None, arg=[], input=None)
+    return parser.parse_with_fit_options(argv)
+
+
 def graph(argv: Sequence[str]) -> argparse.Namespace:
     """`lightning-prune graph MODEL` or `lightning-prune graph --config TASK`."""
     parser = Parser(
@@ -245,5 +280,5 @@ def reproduce(argv: Sequence[str]) -> argparse.Namespace:
 #: By command: what parses its words, before anything of it is imported.
 PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
     parse.__name__.replace("_", "-"): parse
-    for parse in (prune, measure, latency_table, export, quantize, graph, compare, reproduce)
+    for parse in (prune, measure, latency_table, export, quantize, sensitivity, graph, compare, reproduce)
 }

@@ -91,6 +91,10 @@ def _selection(options: argparse.Namespace) -> Selection:
     constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
     if "latency_ms" not in (options.budget or {}) and (options.engine != "eager" or options.latency_table):
         raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
+    if options.layer_ratios is not None:
+        if options.per_layer:
+            raise PlanError("--layer-ratios says how many channels go of every layer; leave out --per-layer")
+        return LayerRatio.load(options.layer_ratios, **constraints)
     if options.budget is None:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
     table = options.latency_table and LatencyTable.load(options.latency_table, force=options.force_table)
@@ -125,7 +129,8 @@ def _scored(
 def _asked(options: argparse.Namespace) -> str:
     """What decides how many channels go, in the command line's words."""
     costs = ",".join(f"{name}={value:g}" for name, value in (options.budget or {}).items())
-    words = [f"--budget {costs}" if costs else f"--ratio {options.ratio:g}"]
+    amount = f"--ratio {options.ratio:g}" if options.layer_ratios is None else f"--layer-ratios {options.layer_ratios}"
+    words = [f"--budget {costs}" if costs else amount]
     words += [f"--engine {options.engine}"] * (options.engine != "eager")
     words += [f"--latency-table {options.latency_table}"] * (options.latency_table is not None)
     words += ["--force-table"] * options.force_table

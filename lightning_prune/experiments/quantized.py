@@ -16,8 +16,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from lightning_prune.engines import OnnxEngine, OnnxRuntime, Program
 from lightning_prune.engines.onnx_file import onnx_bytes
-from lightning_prune.errors import PruningError, QuantizationError
-from lightning_prune.experiments.runner import METRICS, Runner, metric_name, quiet
+from lightning_prune.errors import QuantizationError
+from lightning_prune.experiments.runner import Runner, logged_metric, metric_name, quiet
 from lightning_prune.files import atomic, check_writable
 from lightning_prune.graph.running import as_args, call_model
 from lightning_prune.measure import Latency, compare_programs, samples_in, with_samples
@@ -25,7 +25,6 @@ from lightning_prune.model_state.copying import copied
 from lightning_prune.quantization import Cpu, Method, QuantizationReport, quantize
 from lightning_prune.report.table import TIMES, Column, Entry, Table
 
-SHOWN = ("miou", "map", "acc")  # the metric, where none is named: the first of these that is logged
 FLOAT, INT8 = "fp32", "int8"
 
 
@@ -160,7 +159,7 @@ def compare_quantized(
                 program = settings.engine.load(content)
                 with _run_by(program, network, inside, example):
                     stage, logged = runner.results(task)
-                metric = _metric(task, settings.metric, logged, stage)
+                metric = logged_metric(task, settings.metric, logged, stage)
                 programs[name, precision] = program, example
                 measured[name, precision] = logged[metric], len(content), told
         keys = {f"{name} {precision}": (name, precision) for name, precision in programs}
@@ -267,13 +266,3 @@ def _sample_by_sample(program: Program, given: Any, spec: TreeSpec) -> Any:
     ]
     results = [[output.clone() for output in program.run(one)] for one in zip(*parts, strict=True)]
     return tree_unflatten([torch.cat(of) for of in zip(*results, strict=True)], spec)
-
-
-def _metric(task: LightningModule, wanted: str | None, logged: Mapping[str, float], stage: str) -> str:
-    names = (*SHOWN, *METRICS) if wanted is None else (wanted,)
-    for name in names:
-        if name in logged:
-            return name
-    asked = f"no '{stage}_{wanted}'" if wanted else f"none of {', '.join(f'{stage}_{name}' for name in SHOWN)}"
-    known = ", ".join(f"{stage}_{name}" for name in logged) or "nothing"
-    raise PruningError(f"{type(task).__name__} logs {asked}; it logs {known}: name a metric")

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.model_state.copying import copied
 
+SHOWN = ("miou", "map", "acc")  # the metric, where none is named: the first of these that is logged
 METRICS = {"acc": "accuracy", "miou": "mIoU", "map": "mAP", "map_50": "mAP50"}
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
@@ -134,9 +135,13 @@ class Runner:
         loaded = is_overridden("val_dataloader", self.data, LightningDataModule)
         if not loaded or not is_overridden("validation_step", task, LightningModule):
             return None
-        with self._trainer(task) as trainer:
+        return self.validated(task).get(self.metric)
+
+    def validated(self, task: LightningModule, batches: int | None = None) -> dict[str, float]:
+        """All that is logged on the validation part, or on its first batches."""
+        with self._trainer(task, limit_val_batches=batches) as trainer:
             results = trainer.validate(task, self.data, verbose=False)
-        return results[0].get(f"val_{self.metric}") if results else None
+        return {name.removeprefix("val_"): float(value) for name, value in (results or [{}])[0].items()}
 
     def predict(self, task: LightningModule, batches: int | None = None) -> list[Any]:
         """What ``predict_step`` gives for batches of the test part, in float64; forward's results without one."""
@@ -170,6 +175,17 @@ def _learning_rate(lr: float) -> Callback:
             config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
 
     return LambdaCallback(on_fit_start=set_)
+
+
+def logged_metric(task: LightningModule, wanted: str | None, logged: Mapping[str, float], stage: str) -> str:
+    """The metric that is meant, by its name without the stage: of those that are logged."""
+    names = (*SHOWN, *METRICS) if wanted is None else (wanted,)
+    for name in names:
+        if name in logged:
+            return name
+    asked = f"no '{stage}_{wanted}'" if wanted else f"none of {', '.join(f'{stage}_{name}' for name in SHOWN)}"
+    known = ", ".join(f"{stage}_{name}" for name in logged) or "nothing"
+    raise PruningError(f"{type(task).__name__} logs {asked}; it logs {known}: name a metric")
 
 
 def metric_name(metric: str) -> str:

@@ -250,6 +250,13 @@ def remember_dense_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> No
     vars(model)[DENSE] = {**{name: list(shape) for name, shape in shapes.items()}, **dense_shapes(model)}
 
 
+def forget_dense_(model: nn.Module) -> None:
+    """Let `dense_shapes` say nothing of tensors that the model no longer has."""
+    names = {name for kind in (model.named_parameters, model.named_buffers) for name, _ in kind(remove_duplicate=False)}
+    if DENSE in vars(model):
+        vars(model)[DENSE] = {name: shape for name, shape in dense_shapes(model).items() if name in names}
+
+
 def sizes_of(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes that are integers, or lists or tuples of integers."""
     return {name: value for name, value in vars(module).items() if _is_size(value) or name == CHANGED}

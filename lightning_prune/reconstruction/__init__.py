@@ -3,20 +3,29 @@
 Here: what carries a plan out. Not here: choosing it (selection/), what any model's tensors allow (model_state/).
 """
 
+from lightning_prune.reconstruction.blocks import Block, block_plan, residual_blocks
 from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints, load, load_dense, save
+from lightning_prune.reconstruction.depth import choose_blocks, drop_blocks_
+from lightning_prune.reconstruction.dropped_blocks import DroppedBlock
 from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
 from lightning_prune.reconstruction.masks import MaskHandle, mask_
 from lightning_prune.reconstruction.small_model import reconstruct, reconstruct_
 
 __all__ = [
+    "Block",
+    "DroppedBlock",
     "LosslessReport",
     "MaskHandle",
     "PrunedCheckpoints",
+    "block_plan",
     "check_lossless",
+    "choose_blocks",
+    "drop_blocks_",
     "load",
     "load_dense",
     "mask_",
     "reconstruct",
     "reconstruct_",
+    "residual_blocks",
     "save",
 ]

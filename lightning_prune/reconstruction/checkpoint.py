@@ -27,6 +27,7 @@ from lightning_prune.model_state.cutting import (
 from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.dropped_blocks import drop_as_noted_, dropped_blocks
 
 FORMAT = "lightning-prune/1"
 KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
@@ -76,6 +77,7 @@ def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "sizes": changed_sizes(small),
         "dense": dense,
+        "blocks": dropped_blocks(small),
         "buffers": {name: buffers[name] for name in dense if name in buffers and name not in state},  # not persistent
     }
 
@@ -141,6 +143,17 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
 
     On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
     """
+    if knows_shapes(dense_model):
+        raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
+    undo = drop_as_noted_(dense_model, content.get("blocks", {}), source)
+    try:
+        return _reshape_(dense_model, content, source)
+    except BaseException:
+        undo()
+        raise
+
+
+def _reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str) -> Plan:
     try:
         buffers, plan = dict(content.get("buffers", {})), Plan.from_dict(content["plan"])  # a file may be older
         state = {**content["state_dict"], **buffers}
@@ -148,8 +161,6 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         dense = {name: list(shape) for name, shape in content["dense"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
-    if knows_shapes(dense_model):
-        raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
     # Shared tensors are in a state dict under every name they have.
     tensors: dict[str, Tensor] = {
         **dict(dense_model.named_parameters(remove_duplicate=False)),

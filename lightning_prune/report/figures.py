@@ -101,14 +101,21 @@ def channels_figure(layers: Sequence[LayerChannels], theme: Theme = "light") -> 
 
 
 def figure_of_rows(
-    names: Sequence[str], palette: Palette, title: str, subtitle: str, *, bottom: float, right: float
+    names: Sequence[str],
+    palette: Palette,
+    title: str,
+    subtitle: str,
+    *,
+    bottom: float,
+    right: float,
+    top: float = 0.85,
 ) -> tuple[Figure, Axes, int]:
     """A figure with a row per layer, its axes, and the size of text; margins in inches."""
     from matplotlib.figure import Figure
 
     rows = len(names)
     pitch, size = (0.28, 9) if rows <= 24 else (0.22, 8)  # inches a row, points of text
-    height = 0.85 + rows * pitch + bottom
+    height = top + rows * pitch + bottom
     shown = [shorten(name) for name in names]
     left = 0.35 + max(map(len, shown)) * size * 0.62 / 72  # a character of DejaVu Sans is about 0.6 of its size
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)

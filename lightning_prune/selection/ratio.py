@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal, final
+from pathlib import Path
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.errors import PlanError, check_choice
+from lightning_prune.errors import PlanError, check_choice, first_line
+from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.selection.base import ByLayer, Question, Selection, check_ratio
 from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, matches, names_in
 
 Over = Literal["all", "inner", "groups"]
 Rounding = Literal["round", "floor"]
+FORMAT = "lightning-prune-layer-ratios/1"
 Key = Callable[[Group, Tensor], Tensor]
 
 
@@ -29,8 +34,8 @@ class LayerRatio(Selection):
     Args:
         ratio: share removed, in [0, 1).
         rounding: ``round`` (half to even, as the LR paper's code on ResNet) or ``floor`` (on YOLOv3).
-        overrides: ratio by name, pattern or module, as ``ignore`` takes them; the first match counts, and under joint
-            coupling one matching layer is enough.
+        overrides: ratio by name, pattern or module, as ``ignore`` takes them, or by a group's name; the first match
+            counts, and under joint coupling one matching layer is enough.
         min_channels, round_to, ignore: see `Selection`.
 
     Raises:
@@ -74,22 +79,74 @@ class LayerRatio(Selection):
         overrides = {pattern: share * ratio for pattern, ratio in self.overrides.items()}
         return replace(self, ratio=share * self.ratio, overrides=overrides)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ratio and overrides as JSON, which `lightning-prune prune --layer-ratios` reads too.
+
+        Raises:
+            PlanError: modules among the overrides; use `named` first.
+            PruningError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     LayerRatio(0.0, overrides={"conv1": 0.5}).save(f"{folder}/ratios.json")
+            ...     LayerRatio.load(f"{folder}/ratios.json", round_to=8).overrides
+            {'conv1': 0.5}
+        """
+        if not all(isinstance(name, str) for name in self.overrides):
+            raise PlanError("overrides by module cannot be written: LayerRatio.named(model) has their names")
+        content = {"format": FORMAT, "ratio": self.ratio, "rounding": self.rounding, "overrides": self.overrides}
+        with atomic(Path(path)) as stream:
+            stream.write(f"{json.dumps(content, indent=1)}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **constraints: Any) -> LayerRatio:
+        """Read what `save` wrote; ``constraints`` are those of `Selection`.
+
+        Raises:
+            PlanError: there is no such file, or it holds no ratios.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"there is no file {path}")
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{path} holds no ratios of layers: {first_line(error)}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f"{path} holds no ratios of layers of format {FORMAT}")
+        try:
+            given = {name: data[name] for name in ("ratio", "rounding", "overrides")}
+            return cls(**given, **constraints)
+        except KeyError as error:
+            raise PlanError(f"{path} is not complete: there is no {error}") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
     def _asks_for_removal(self) -> bool:
         return max(self.ratio, *self.overrides.values(), 0.0) > 0
 
     def _candidates(self, graph: ChannelGraph) -> list[Group]:
-        check_patterns("overrides", self.overrides, graph)
+        shared = _sharing_a_layer(graph)
+        check_patterns("overrides", (name for name in self.overrides if name not in shared), graph)
         return super()._candidates(graph)
 
     def _kept(self, question: Question) -> ByLayer:
+        shared = _sharing_a_layer(question.graph)
         return {
-            group.name: {name: self._strongest(group, name, s) for name, s in question.ranked[group.name].items()}
+            group.name: {
+                name: self._strongest(group, name, scores, shared)
+                for name, scores in question.ranked[group.name].items()
+            }
             for group in question.groups
         }
 
-    def _strongest(self, group: Group, layer: str, scores: Tensor) -> Tensor:
+    def _strongest(self, group: Group, layer: str, scores: Tensor, shared: Collection[str]) -> Tensor:
         names = [layer] if layer else [member.name for member in group.layers]
-        matching = (v for p, v in self.overrides.items() if any(matches(str(p), n) for n in names))
+        matching = (
+            ratio
+            for pattern, ratio in self.overrides.items()
+            if (pattern == group.name if pattern in shared else any(matches(str(pattern), name) for name in names))
+        )
         wanted = next(matching, self.ratio) * group.size
         count = round(wanted) if self.rounding == "round" else math.floor(wanted)
         mask = torch.ones(group.size, dtype=torch.bool)
@@ -162,6 +219,11 @@ class GlobalRatio(Selection):
             return 1
         layers = [group.layer(layer)] if layer else group.layers
         return sum(member.index.shape[1] for member in layers)
+
+
+def _sharing_a_layer(graph: ChannelGraph) -> set[str]:
+    """Groups named ``conv1[0:4]``, after a part of a layer's filters: for `matches` the brackets are a pattern."""
+    return {group.name for group in graph.groups if group.name != group.layers[0].name}
 
 
 def _is_chain(group: Group) -> bool:

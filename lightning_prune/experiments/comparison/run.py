@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from lightning_prune.experiments.runner import Runner, metric_name, quiet
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import count_flops, count_params
+from lightning_prune.model_state.digest import digest_of
 from lightning_prune.plan import Coupling
 from lightning_prune.reconstruction.checkpoint import load_dense
 from lightning_prune.reconstruction.small_model import reconstruct
@@ -198,21 +198,17 @@ def trained_once(
 
 def weights_digest(task: LightningModule) -> str:
     """A name for all parameters and buffers."""
-    found = hashlib.sha256()
-    for name, tensor in task.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    return digest_of(task.state_dict())
 
 
-def data_summary(data: LightningDataModule) -> dict[str, Any]:
-    """What tells this data from other data: its class, and the first batch of the training and the test part."""
+def data_summary(data: LightningDataModule, parts: Sequence[str] = ("train", "test")) -> dict[str, Any]:
+    """What tells this data from other data: its class, and the first batch of some parts."""
     data.prepare_data()
     summary: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
-    for part, stage, loader in (("train", "fit", data.train_dataloader), ("test", "test", data.test_dataloader)):
-        data.setup(stage)
+    for part in parts:
+        data.setup({"train": "fit", "val": "validate"}.get(part, part))
         seed_everything(0, verbose=False)
-        batches = loader()
+        batches = getattr(data, f"{part}_dataloader")()
         leaves = [leaf for leaf in tree_leaves(next(iter(batches))) if isinstance(leaf, Tensor)]
         # Three digits: they survive another machine's rounding.
         summary[part] = [len(batches), *([*leaf.shape, f"{leaf.double().mean():.3g}"] for leaf in leaves)]

@@ -1,0 +1,118 @@
+"""`sensitivity`: what masking channels of one layer alone costs, and the ratio of every layer that follows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from pytorch_lightning import LightningModule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
+from lightning_prune.errors import ModelError, PlanError
+from lightning_prune.experiments.sensitivity import SensitivityStudy, measure_task_sensitivity, write_sensitivity
+from lightning_prune.report.sensitivity import sensitivity_table
+from lightning_prune.report.table import print_line
+from lightning_prune.selection import LayerRatio
+from lightning_prune.sensitivity import within_budget
+
+
+def run(options: argparse.Namespace) -> int:
+    """`lightning-prune sensitivity CHECKPOINT --config TASK.yaml --criterion l1 --out DIR`."""
+    if options.budget is not None and "latency_ms" in options.budget:
+        raise PlanError("--budget of sensitivities is flops= or params=; for latency_ms= see lightning-prune prune")
+    checkpoint = Checkpoint.read(options.checkpoint)
+    if checkpoint.pruned:
+        raise ModelError(f"{options.checkpoint} is pruned already; measure the dense checkpoint it came from")
+    known = architecture(options, checkpoint)
+    if known.data is None:
+        raise ModelError("sensitivity is measured on validation data: the TASK of --config has no data: section")
+    task = known.load(checkpoint)
+    assert isinstance(task, LightningModule)
+    console = Console()
+    constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
+    study = _measured(task, known, options, constraints)
+    selection, said = _chosen(study, task, known, options, constraints)
+    _show(console, study, selection, said)
+    files = write_sensitivity(study, options.output, selection)
+    print_line(console, "Written: " + "  ".join(map(str, files.values())))
+    if selection is not None:
+        command = f"lightning-prune prune {options.checkpoint} --config {options.config[0]}"
+        print_line(console, f"{command} --layer-ratios {files['layer_ratios.json']}", "bold")
+    return 0
+
+
+def _measured(
+    task: LightningModule, known: Architecture, options: argparse.Namespace, constraints: dict[str, Any]
+) -> SensitivityStudy:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("evaluations", total=None)
+        assert known.data is not None
+        return measure_task_sensitivity(
+            task,
+            known.data,
+            options.criterion,
+            output=options.output,
+            ratios=options.ratios,
+            batches=options.batches,
+            score_batches=options.score_batches,
+            metric=options.metric,
+            mode=options.mode,
+            task_settings=known.origin,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+            **constraints,
+        )
+
+
+def _chosen(
+    study: SensitivityStudy,
+    task: LightningModule,
+    known: Architecture,
+    options: argparse.Namespace,
+    constraints: dict[str, Any],
+) -> tuple[LayerRatio | None, str]:
+    """The ratios that --drop or --budget ask for, and what they mean."""
+    together = "together they lose more"
+    if options.drop is not None:
+        selection = study.sensitivity.layer_ratio(options.drop, **constraints)
+        return selection, f"chosen: no layer alone loses more than {_amount(study, options.drop)}; {together}"
+    if options.budget is None:
+        return None, ""
+    inputs = known.deployed_inputs()
+    found = within_budget(study.sensitivity, task, study.graph, study.scores, inputs, **options.budget, **constraints)
+    left = ", ".join(f"{100 * share:.1f} % of the {name}" for name, share in found.remains.items())
+    said = f"chosen: no layer alone loses more than {_amount(study, found.drop)} ({together}); {left} remain"
+    return found.selection, said
+
+
+def _amount(study: SensitivityStudy, drop: float) -> str:
+    metric = study.sensitivity.metric
+    return f"{100 * drop:.3g} points of {metric}" if study.percent else f"{drop:.3g} of {metric}"
+
+
+def _show(console: Console, study: SensitivityStudy, selection: LayerRatio | None, said: str) -> None:
+    found = study.sensitivity
+    ratios = None if selection is None else {group: float(selection.overrides.get(group, 0.0)) for group in found.sizes}
+    console.print()
+    console.print(sensitivity_table(found, ratios, percent=study.percent))
+    dense = f"{100 * found.dense:.2f} %" if study.percent else f"{found.dense:.4g}"
+    unit = "points " if study.percent else ""
+    print_line(console, f"{unit}of {found.metric} lost ({dense} dense) at this share masked of one layer alone", "dim")
+    print_line(console, f"on {study.about}", "dim")
+    console.print()
+    if selection is None:
+        print_line(console, "ratios for prune and fit: repeat with --drop or --budget; nothing is measured anew")
+    elif not any(selection.overrides.values()):
+        print_line(console, f"{said}. Every layer stays whole: allow a larger --drop", "yellow")
+    else:
+        print_line(console, said)

@@ -1,0 +1,99 @@
+"""`lightning-prune sensitivity`: what it prints and writes, and that prune and fit take the ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_prune as lp
+from lightning_prune.cli import main
+from lightning_prune.experiments.runner import Runner
+from tests.cli.tiny import DescribedData, files, refused
+
+pytestmark = pytest.mark.usefixtures("workplace")
+ASKED = [
+    "sensitivity",
+    "dense.ckpt",
+    "--config",
+    "task.yaml",
+    "--ratios",
+    "0.25,0.5",
+    "--metric",
+    "loss",
+    "--out",
+    "out",
+]
+
+
+@pytest.fixture(autouse=True)
+def validated(trained) -> None:
+    content = yaml.safe_load(Path("task.yaml").read_text())
+    content["data"] = {"class_path": f"{DescribedData.__module__}.DescribedData"}
+    Path("task.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def written() -> set[str]:
+    return {path.name for path in Path("out").iterdir() if not path.name.startswith("scores-")}
+
+
+def test_curves_are_shown_kept_and_become_ratios(capsys, caplog, monkeypatch, trained) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*ASKED, "--batches", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert max(map(len, out.splitlines())) <= 80
+    rows = {row[0]: row[1:] for line in out.splitlines() if len(row := line.split()) == 4}
+    assert {name: row[0] for name, row in rows.items()} == {"model.0": "16", "model.3": "16"}
+    dense = Runner(DescribedData()).validated(trained, 2)["loss"]
+    assert f"of loss lost ({dense:.4g} dense)" in out
+    assert "on the first 2 validation batches, channels by L1" in out
+    assert written() == {"sensitivity.jsonl", "sensitivity.csv", "sensitivity.png"}
+
+    monkeypatch.setattr("lightning_prune.sensitivity.measuring.evaluated", None)  # nothing is measured anew
+    assert main([*ASKED, "--batches", "2", "--drop", "100"]) == 0
+    assert "chosen: no layer alone loses more than 100 of loss; together they lose more" in capsys.readouterr().out
+    assert written() >= {"layer_ratios.json", "prune.yaml"}
+    content = json.loads(Path("out/layer_ratios.json").read_text())
+    assert content["overrides"] == {"model.0": 0.5, "model.3": 0.5}
+
+    content["overrides"]["model.3"] = 0.25
+    Path("mine.json").write_text(json.dumps(content))
+    assert main(["prune", "dense.ckpt", "--config", "task.yaml", "--layer-ratios", "mine.json"]) == 0
+    assert "channels removed by l1, --layer-ratios mine.json, coupling joint" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    plan = lp.Plan.from_dict(torch.load("pruned.pt", weights_only=True)["plan"])
+    assert [len(group.removed) for group in plan.groups.values()] == [8, 4]
+
+    silent = ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
+    silent += ["--trainer.enable_model_summary", "false"]
+    assert (
+        main(["fit", "--config", "task.yaml", "--config", "out/prune.yaml", "--trainer.max_epochs", "1", *silent]) == 0
+    )
+    assert "Masked 16 of 32 channels" in caplog.text
+
+
+def test_a_budget_says_what_remains(capsys) -> None:
+    assert main([*ASKED, "--batches", "1", "--budget", "flops=0.6"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "chosen: no layer alone loses more than" in said
+    share = float(said.partition("(together they lose more); ")[2].partition(" %")[0])
+    assert 0 < share <= 60
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line(capsys) -> None:
+    assert "logs no 'val_err'; it logs val_loss" in refused(capsys, *ASKED, "--metric", "err")
+    assert "for latency_ms= see lightning-prune prune" in refused(capsys, *ASKED, "--budget", "latency_ms=3")
+    assert "and must be in [0, 1), got 2.0" in refused(capsys, *ASKED, "--ratios", "2")
+    argv = ["prune", "dense.ckpt", "--config", "task.yaml", "--layer-ratios", "task.yaml"]
+    assert "task.yaml holds no ratios of layers" in refused(capsys, *argv)
+    assert "leave out --per-layer" in refused(capsys, *argv, "--per-layer")
+    content = yaml.safe_load(Path("task.yaml").read_text())
+    content["data"]["class_path"] = content["data"]["class_path"].replace("DescribedData", "TinyData")
+    Path("task.yaml").write_text(yaml.safe_dump(content))
+    assert "validate nothing together" in refused(capsys, *ASKED)
+    assert "task.yaml" in files()
