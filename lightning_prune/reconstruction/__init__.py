@@ -3,14 +3,18 @@
 Here: what carries a plan out. Not here: choosing it (selection/), what any model's tensors allow (model_state/).
 """
 
+from lightning_prune.reconstruction.channel_map import ChannelMap, LayerChannels, OldChannels
 from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints, load, load_dense, save
 from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
 from lightning_prune.reconstruction.masks import MaskHandle, mask_
 from lightning_prune.reconstruction.small_model import reconstruct, reconstruct_
 
 __all__ = [
+    "ChannelMap",
+    "LayerChannels",
     "LosslessReport",
     "MaskHandle",
+    "OldChannels",
     "PrunedCheckpoints",
     "check_lossless",
     "load",

@@ -17,6 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.files import atomic
 from lightning_prune.model_state.code_sizes import SIZES, following, own_class
+from lightning_prune.model_state.cut_history import remember_history_
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
@@ -27,6 +28,7 @@ from lightning_prune.model_state.cutting import (
 from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.channel_map import history_in, noted
 
 FORMAT = "lightning-prune/1"
 KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
@@ -76,6 +78,7 @@ def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "sizes": changed_sizes(small),
         "dense": dense,
+        "channels": noted(small),
         "buffers": {name: buffers[name] for name in dense if name in buffers and name not in state},  # not persistent
     }
 
@@ -146,6 +149,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         state = {**content["state_dict"], **buffers}
         sizes = {module: dict(values) for module, values in content["sizes"].items()}
         dense = {name: list(shape) for name, shape in content["dense"].items()}
+        history = history_in(content.get("channels"), state, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
     if knows_shapes(dense_model):
@@ -181,6 +185,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
             set_size_(modules[module], name, value)
     update_attributes_(dense_model)
     remember_dense_(dense_model, dense)
+    remember_history_(dense_model, history)
     return plan
 
 
