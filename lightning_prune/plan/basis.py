@@ -55,7 +55,8 @@ class Basis:
             every = range(group.size)
             return [(group, None, set(every if filters is None else _numbers(name, filters, group.size)))]
         wanted = set(range(parts[0][1].filters) if filters is None else _numbers(name, filters, parts[0][1].filters))
-        found, seen = [], set[int]()
+        found: list[tuple[Group, str | None, set[int]]] = []
+        seen: set[int] = set()
         for group, layer in parts:
             rows = layer.index.tolist()
             channels = {channel for channel, row in enumerate(rows) if not wanted.isdisjoint(row)}

@@ -6,6 +6,7 @@ Here: what carries a plan out. Not here: choosing it (selection/), what any mode
 from lightning_prune.reconstruction.channel_map import ChannelMap, LayerChannels, OldChannels
 from lightning_prune.reconstruction.checkpoint import PrunedCheckpoints, load, load_dense, save
 from lightning_prune.reconstruction.lossless import LosslessReport, check_lossless
+from lightning_prune.reconstruction.mask_tensors import masks_of, plan_from_masks, plan_from_zeros
 from lightning_prune.reconstruction.masks import MaskHandle, mask_
 from lightning_prune.reconstruction.small_model import reconstruct, reconstruct_
 
@@ -20,6 +21,9 @@ __all__ = [
     "load",
     "load_dense",
     "mask_",
+    "masks_of",
+    "plan_from_masks",
+    "plan_from_zeros",
     "reconstruct",
     "reconstruct_",
     "save",

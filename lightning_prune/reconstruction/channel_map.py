@@ -137,8 +137,8 @@ class ChannelMap:
         data = read(path).get("channels")
         if not isinstance(data, Mapping) or not data.get("tensors"):
             raise CheckpointError(
-                f"{path} holds no map of channels: its model is dense or masked, so that all have their old numbers, or "
-                "an early version wrote it"
+                f"{path} holds no map of channels: its model is dense or masked, so that all have their old numbers, "
+                "or an early version wrote it"
             )
         return cls.from_dict(data, str(path))
 

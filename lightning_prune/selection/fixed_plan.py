@@ -22,6 +22,9 @@ class FixedPlan(Selection):
     Wherever a selection is asked for a plan may be given, which is turned into this. Scores are still computed, and
     shown; a criterion of weights, such as "l1", takes no time.
 
+    Attributes:
+        given: the plan, also where its file was given.
+
     Args:
         plan: of the same dense model, or a file (`Plan.save`).
         min_channels, round_to, ignore: must be left as they are: the plan says it all.
@@ -51,17 +54,18 @@ class FixedPlan(Selection):
             raise PlanError(f"plan must be a Plan, or the file of one, got {self.plan!r}")
 
     def __repr__(self) -> str:
-        plan = self._known
+        plan = self.given
         return f"FixedPlan({len(plan.groups)} groups, {100 * plan.ratio:.0f} % of their channels removed)"
 
     @property
-    def _known(self) -> Plan:
+    def given(self) -> Plan:
+        """The plan, read from its file."""
         assert isinstance(self.plan, Plan)
         return self.plan
 
     @override
     def _kept(self, question: Question) -> ByLayer:
-        plan = self._known
+        plan = self.given
         plan.check(question.graph)
         for name in ("coupling", "batch_norm"):
             asked, made = getattr(question, name), getattr(plan, name)
@@ -71,7 +75,7 @@ class FixedPlan(Selection):
 
     @override
     def _group_plan(self, group: Group, question: Question, kept: dict[str, Any]) -> GroupPlan:
-        planned = self._known.groups.get(group.name) or GroupPlan(group.size, tuple(range(group.size)))
+        planned = self.given.groups.get(group.name) or GroupPlan(group.size, tuple(range(group.size)))
         return GroupPlan(
             group.size,
             planned.keep,

@@ -71,7 +71,7 @@ def test_other_tensors_are_cut_as_the_weights_were(name: str) -> None:
     found = ChannelMap.of(small).cut(model.state_dict())
     assert found.keys() == small.state_dict().keys()
     assert all(torch.equal(found[key], value) for key, value in small.state_dict().items())
-    with pytest.raises(PlanError, match="has shape .* and the dense one has"):
+    with pytest.raises(PlanError, match=r"has shape .* and the dense one has"):
         ChannelMap.of(small).cut(small.state_dict())
 
 
