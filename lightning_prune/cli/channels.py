@@ -12,7 +12,8 @@ from lightning_prune.errors import PlanError
 from lightning_prune.files import atomic
 from lightning_prune.graph.describe import ranges
 from lightning_prune.plan.basis import matches
-from lightning_prune.reconstruction import ChannelMap, OldChannels
+from lightning_prune.reconstruction import ChannelMap
+from lightning_prune.report.table import print_line
 
 EVERY = 1 << 30  # characters: nothing is left out
 
@@ -39,11 +40,8 @@ def _show(console: Console, found: ChannelMap, name: str) -> None:
     for path in paths:
         console.print(path, style="bold", soft_wrap=True)
         for title, side in vars(found.layers[path]).items():
-            console.print(f"  {title}: {_told(side)}", soft_wrap=not side.removed)
-
-
-def _told(side: OldChannels) -> str:
-    if not side.removed:
-        return f"{side.size:,}, as they were"
-    pairs = ", ".join(f"{old} → {new}" for old, new in side.new.items())
-    return f"{side}; removed: {ranges(side.removed, EVERY)}\n    old → new: {pairs}"
+            print_line(console, f"{title}: {side if side.removed else f'{side}, as they were'}", indent="  ")
+            if side.removed:
+                print_line(console, f"removed: {ranges(side.removed, EVERY)}", indent="    ")
+                pairs = ", ".join(f"{old}→{new}" for old, new in side.new.items())
+                print_line(console, f"old→new: {pairs}", indent="    ")

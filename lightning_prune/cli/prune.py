@@ -47,9 +47,9 @@ def run(options: argparse.Namespace) -> int:
     known = architecture(options, checkpoint)
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
-    about: dict[str, Any] = {"coupling": options.coupling, "model": model, "example_inputs": deployed}
-    if isinstance(selection, FixedPlan):
-        about.update(coupling=selection.given.coupling, batch_norm=selection.given.batch_norm)
+    given = selection.given if isinstance(selection, FixedPlan) else Plan({}, options.coupling)
+    about: dict[str, Any] = {"coupling": given.coupling, "batch_norm": given.batch_norm}
+    about |= {"model": model, "example_inputs": deployed}
     found: Reach | TableChoice | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)

@@ -22,7 +22,7 @@ from lightning_prune.model_state.recomputing import value_of
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import cuts
 
-LIST = 36  # characters of a list of numbers in a table: it still fits an ordinary terminal
+WIDTH = 80  # characters of a terminal, which a table fills with the numbers that stay
 
 
 @dataclass(frozen=True)
@@ -202,15 +202,12 @@ class ChannelMap:
         if not changed:
             return "all channels have their old numbers"
         head = ("layer", "outputs", "inputs", "old outputs that stay")
-        rows = [
-            (
-                path,
-                str(layer.outputs),
-                str(layer.inputs),
-                "all" if not layer.outputs.removed else ranges(layer.outputs.keep, LIST),
-            )
-            for path, layer in changed.items()
-        ]
+        sides = [(path, str(layer.outputs), str(layer.inputs)) for path, layer in changed.items()]
+        taken = sum(2 + max(map(len, column)) for column in zip(head, *sides, strict=False))
+        room = max(len(head[-1]), WIDTH - taken)
+        kept = [layer.outputs.keep if layer.outputs.removed else None for layer in changed.values()]
+        lists = ["all" if keep is None else ranges(keep, room) for keep in kept]
+        rows = [(*row, text) for row, text in zip(sides, lists, strict=True)]
         return "\n".join(aligned(head, rows))
 
 

@@ -33,8 +33,8 @@ def test_a_layer_is_shown_channel_by_channel(pruned: ChannelMap, capsys) -> None
     name, layer = next((name, layer) for name, layer in pruned.layers.items() if layer.outputs.removed)
     assert main(["channels", "small.pt", "--layer", name]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"{name} outputs: {layer.outputs.size} → {len(layer.outputs.keep)}; removed: " in out
-    assert ", ".join(f"{old} → {new}" for new, old in enumerate(layer.outputs.keep)) in out
+    assert f"{name} outputs: {layer.outputs.size} → {len(layer.outputs.keep)} removed: " in out
+    assert ", ".join(f"{old}→{new}" for new, old in enumerate(layer.outputs.keep)) in out
     assert f"inputs: {layer.inputs.size}, as they were" in out
 
 

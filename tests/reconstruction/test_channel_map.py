@@ -206,6 +206,6 @@ def test_the_table_fits_a_terminal() -> None:
     model = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 4, 1))
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     lines = str(ChannelMap.planned(model, graph, random_plan(graph))).splitlines()
-    assert max(map(len, lines)) <= 80
+    assert 70 < max(map(len, lines)) <= 80
     assert lines[2].endswith(", …")
     assert OldChannels(4, (1,)).new == {1: 0}
