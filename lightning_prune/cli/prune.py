@@ -27,6 +27,7 @@ from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, FixedPlan, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
+from lightning_prune.selection.budget import Order
 from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed for a budget
@@ -48,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
     given = selection.given if isinstance(selection, FixedPlan) else Plan({}, options.coupling)
-    about: dict[str, Any] = {"coupling": given.coupling, "batch_norm": given.batch_norm}
-    about |= {"model": model, "example_inputs": deployed}
+    about: dict[str, Any] = {"coupling": given.coupling, "model": model, "example_inputs": deployed}
     found: Reach | TableChoice | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             found = selection.by_table(graph, scores, **about)
             plan = found.plan
         else:
-            plan = selection.select(graph, scores, **about)
+            plan = selection.select(graph, scores, batch_norm=given.batch_norm, **about)
     if not plan:
         raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
     console = Console()
@@ -100,11 +100,10 @@ def _selection(options: argparse.Namespace) -> Selection:
         raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
     if options.budget is None:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
-    if options.per_layer:
-        raise PlanError("--budget decides how many channels go; leave out --per-layer")
     table = options.latency_table and LatencyTable.load(options.latency_table, force=options.force_table)
     timed = {"engine": options.engine, "table": table}
-    return Budget(**options.budget, **constraints, **timed, repeats=REPEATS)
+    order: Order = "share" if options.per_layer else "score"
+    return Budget(**options.budget, **constraints, **timed, order=order, repeats=REPEATS)
 
 
 def _scored(
