@@ -92,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _selection(options: argparse.Namespace) -> Selection:
     if options.plan:
+        if options.engine != "eager" or options.latency_table:
+            raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
         if options.per_layer or options.round_to != 1 or options.ignore or options.coupling != "joint":
             raise PlanError("--plan says all; leave out --per-layer, --round-to, --ignore and --coupling")
         return FixedPlan(plan=options.plan)

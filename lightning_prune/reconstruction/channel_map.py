@@ -16,8 +16,7 @@ from lightning_prune.errors import CheckpointError, PlanError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.computed_weights import owner, source_of
 from lightning_prune.graph.describe import aligned, ranges
-from lightning_prune.model_state.cut_history import History, history_of
-from lightning_prune.model_state.cutting import dense_shapes
+from lightning_prune.model_state.cut_history import History, Kept, history_of
 from lightning_prune.model_state.recomputing import value_of
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import cuts
@@ -114,7 +113,7 @@ class ChannelMap:
         """
         plan.check(graph)
         graph.check(model)
-        return _map(model, _known(model).after(cuts(graph, plan)))
+        return _map(model, _known(model).after(cuts(graph, plan), graph.shapes))
 
     @classmethod
     def of(cls, small: nn.Module) -> ChannelMap:
@@ -234,7 +233,7 @@ def history_in(data: Any, state: Mapping[str, Any], source: str) -> History | No
                     f"{source} is damaged: {name!r} is {list(shape)}, and its map keeps {len(side.keep)} entries of "
                     f"dimension {dim}"
                 )
-    kept = {name: {dim: side.keep for dim, side in dims.items()} for name, dims in tensors.items()}
+    kept = {name: {dim: Kept(side.size, side.keep) for dim, side in dims.items()} for name, dims in tensors.items()}
     groups = data.get("groups", {})
     if not isinstance(groups, Mapping) or not all(type(count) is int and count > 0 for count in groups.values()):
         raise CheckpointError(f"{source} is damaged: {groups!r} are no groups of convolutions")
@@ -253,30 +252,25 @@ def _known(model: nn.Module) -> History:
 
 def _map(model: nn.Module, history: History) -> ChannelMap:
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # the first, where it is shared
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    dense = {**{name: list(tensor.shape) for name, tensor in tensors.items()}, **dense_shapes(model)}
     layers = {}
     for path, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)) and (weight := _weight(module, path, names)) is not None:
-            sides = [_all(size) for size in dense[weight]]
-            for dim, kept in history.kept.get(weight, {}).items():
-                sides[dim] = OldChannels(sides[dim].size, kept)
+        if isinstance(module, (_ConvNd, nn.Linear)) and (weight := _weight(module, path)) is not None:
+            sides = [_all(size) for size in module.get_parameter(weight).shape]
+            for dim, kept in history.kept.get(names[id(module.get_parameter(weight))], {}).items():
+                sides[dim] = OldChannels(*kept)
             layers[path] = _layer(module, sides[:2], history.groups.get(path, 1))
-    found = {
-        name: {dim: OldChannels(dense[name][dim], kept) for dim, kept in dims.items()}
-        for name, dims in history.kept.items()
-    }
+    found = {name: {dim: OldChannels(*kept) for dim, kept in dims.items()} for name, dims in history.kept.items()}
     return ChannelMap(layers, found)
 
 
-def _weight(module: nn.Module, path: str, names: Mapping[int, str]) -> str | None:
-    """Qualified name of the parameter that a layer's weight is, or is computed from."""
+def _weight(module: nn.Module, path: str) -> str | None:
+    """Name, within the layer, of the parameter that a layer's weight is, or is computed from."""
     value = value_of(module, "weight")
     for name, parameter in module.named_parameters():
         full = f"{path}.{name}" if path else name
         source = name if name == "weight" else source_of(full) if owner(full) == path else None
         if source == "weight" and isinstance(value, Tensor) and parameter.shape == value.shape:
-            return names[id(parameter)]
+            return name
     return None
 
 

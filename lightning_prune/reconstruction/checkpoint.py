@@ -149,7 +149,6 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
         state = {**content["state_dict"], **buffers}
         sizes = {module: dict(values) for module, values in content["sizes"].items()}
         dense = {name: list(shape) for name, shape in content["dense"].items()}
-        history = history_in(content.get("channels"), state, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
     if knows_shapes(dense_model):
@@ -176,6 +175,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
             )
     modules = dict(dense_model.named_modules())
     _check_sizes(modules, sizes, source)
+    history = history_in(content.get("channels"), state, source)
     for name, saved in {**smaller, **buffers}.items():
         tensor = tensors[name]
         tensor.grad = None

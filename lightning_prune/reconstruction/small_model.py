@@ -209,7 +209,7 @@ def _attempt(
         precise = rescale_(model, graph.rescalings(removed), optimizers)
         lossless = plan.lossless and not _lossy(graph, plan)
         report = None if masked is None else rehearse(masked, model, entries, lossless=lossless, precise=precise)
-        remember_history_(model, history and history.after(found))
+        remember_history_(model, history and history.after(found, graph.shapes))
         return report
     except BaseException:
         if undo is not None:

@@ -34,6 +34,8 @@ def test_a_plan_takes_the_place_of_a_selection(reconstruct, tmp_path: Path) -> N
     assert prune.masking.plan == plan
     assert prune.reconstruction.lossless.passed
     channels = ChannelMap.of(task)
+    inside = ChannelMap.of(task.net)  # a part of what was cut knows it, too
+    assert {f"net.{name}": layer for name, layer in inside.layers.items()} == channels.layers
     assert channels.layers[LAYER].outputs.keep == plan.groups[LAYER].keep
     runner.save_checkpoint(tmp_path / "last.ckpt")
     assert ChannelMap.load(tmp_path / "last.ckpt") == channels
