@@ -86,10 +86,10 @@ class ChannelMap:
         >>> plan = lp.LayerRatio(0.5).select(graph, {"0": torch.tensor([4.0, 1.0, 2.0, 3.0])})
         >>> channels = ChannelMap.planned(model, graph, plan)
         >>> print(channels)
-        layer  outputs   inputs  old outputs that stay
-        -----  -------  -------  ---------------------
-        0        4 → 2        1  0, 3
-        3            2   16 → 8  all
+        layer  outputs  inputs  old outputs that stay
+        -----  -------  ------  ---------------------
+        0        4 → 2       1  0, 3
+        3            2  16 → 8  all
         >>> channels.layers["3"].inputs.new
         {0: 0, 1: 1, 2: 2, 3: 3, 12: 4, 13: 5, 14: 6, 15: 7}
         >>> ChannelMap.of(lp.reconstruct(model, graph, plan)) == channels
