@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "dense": Method("none"),
         "dense, distilled": Method("none", distilled=True),
         f"dense, {SPARSE} epochs more": Method("none", sparse_epochs=SPARSE),
+        f"dense, {SPARSE} epochs more, distilled": Method("none", sparse_epochs=SPARSE, distilled=True),
     },
     "criteria": {
         **{name: _ours(name) for name in CRITERIA},
@@ -67,6 +68,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "TP GroupNorm, sparse learning": _peer("group_sl", sparse_epochs=SPARSE),
         "TP BN scale, sparse learning": _peer("bn_scale", sparse_epochs=SPARSE),
         "TP Taylor, distilled": _peer("taylor", distilled=True),
+        "TP GroupNorm, sparse learning, distilled": _peer("group_sl", sparse_epochs=SPARSE, distilled=True),
     },
     "parts": {
         f"{PART}, batch norm": _ours(PART, repair="batch norm"),
@@ -87,10 +89,10 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, alike, 4 rounds, least squares, distilled": _ours(
             PART, uniform=True, rounds=4, repair="least squares", distilled=True
         ),
+        f"{PART}, alike, sparse learning, distilled": _ours(PART, uniform=True, sparse_epochs=SPARSE, distilled=True),
         f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
-        f"{PART}, per MAC, 4 rounds, least squares, distilled": _ours(
-            PART, per_mac=True, rounds=4, repair="least squares", distilled=True
-        ),
+        "thinet, distilled": _ours("thinet", distilled=True),
+        "thinet, least squares, distilled": _ours("thinet", repair="least squares", distilled=True),
     },
 }
 ALL = {name: method for methods in METHODS.values() for name, method in methods.items()}
