@@ -13,7 +13,7 @@ from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import Measurement, measure
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Coupling, Plan
-from lightning_prune.reconstruction import LosslessReport
+from lightning_prune.reconstruction import ChannelMap, LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_masked
 from lightning_prune.selection import Selection
 from lightning_prune.session import PruningSession
@@ -44,6 +44,11 @@ class PruneResult:
     after: Measurement
     lossless: LosslessReport
 
+    @property
+    def channels(self) -> ChannelMap:
+        """Old and new channels, layer by layer."""
+        return ChannelMap.of(self.model)
+
 
 def prune(
     model: nn.Module,
@@ -51,7 +56,7 @@ def prune(
     *,
     criterion: Criterion | str = "l1",
     ratio: float = 0.5,
-    selection: Selection | None = None,
+    selection: Selection | Plan | None = None,
     coupling: Coupling = "joint",
     batch_norm: bool = True,
     statistics: bool = False,
@@ -68,7 +73,8 @@ def prune(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         criterion: an instance, or a name such as "l1", "fpgm", "jre".
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
-        selection: for example ``Budget(flops=0.5, round_to=8)``.
+        selection: for example ``Budget(flops=0.5, round_to=8)``; or a plan of this model, perhaps changed
+            (`Plan.keep`), to carry it out.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters.
         statistics: prune channels under layer norms and the like too, which is not lossless, see `trace`.

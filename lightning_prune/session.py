@@ -15,14 +15,15 @@ from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
+from lightning_prune.measure import CostModel
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
 from lightning_prune.plan import Coupling, Plan, check_coupling
-from lightning_prune.reconstruction import LosslessReport, MaskHandle, mask_, reconstruct_
+from lightning_prune.reconstruction import ChannelMap, LosslessReport, MaskHandle, mask_, reconstruct_
 from lightning_prune.reconstruction.masks import mask_once_
 from lightning_prune.reconstruction.rehearsal import SAMPLES
 from lightning_prune.reconstruction.small_model import reconstruct_masked
 from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
-from lightning_prune.selection import GlobalRatio, Selection
+from lightning_prune.selection import GlobalRatio, Selection, selection_from
 
 
 class PruningSession:
@@ -39,7 +40,7 @@ class PruningSession:
             called whenever they are needed.
         criterion: an instance, or a name such as "jre".
         ratio: share of channels removed over the network; ignored if ``selection`` is given.
-        selection: for example ``Budget(flops=0.5)``; modules in it are those of ``model``.
+        selection: for example ``Budget(flops=0.5)``; modules in it are those of ``model``. Or a plan, to carry it out.
         schedule: `lightning_prune.schedule.Rounds`, ``Gradual`` or ``Soft``: several steps; None: one.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
@@ -75,7 +76,7 @@ class PruningSession:
         *,
         criterion: Criterion | str = "l1",
         ratio: float = 0.5,
-        selection: Selection | None = None,
+        selection: Selection | Plan | None = None,
         schedule: Schedule | None = None,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
@@ -83,12 +84,10 @@ class PruningSession:
         baseline: Mapping[str, Tensor] | None = None,
         also: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     ) -> None:
-        if selection is not None and not isinstance(selection, Selection):
-            raise PlanError(f"selection must be a Selection such as GlobalRatio(0.5), got {selection!r}")
         check_coupling(coupling)
         self.model = model
         self.criterion = criterion_from(criterion)
-        self.selection = GlobalRatio(ratio) if selection is None else selection.named(model)
+        self.selection = GlobalRatio(ratio) if selection is None else selection_from(selection).named(model)
         self.schedule = schedule
         self.coupling: Coupling = coupling
         self.batch_norm = batch_norm
@@ -105,6 +104,7 @@ class PruningSession:
         self._dense: nn.Module | None = None
         self._steps: list[Step] | None = None
         self._rehearsal: _Rehearsal | None = None
+        self._cost: tuple[ChannelGraph, CostModel] | None = None
 
     @property
     def example_inputs(self) -> Any:
@@ -173,6 +173,28 @@ class PruningSession:
         """The plan in the channels of the model as it is now."""
         return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
 
+    @property
+    def channels(self) -> ChannelMap:
+        """Old and new channels: what the model will have once all that is masked so far is gone too."""
+        left = self.left
+        return ChannelMap.of(self.model) if left is None else ChannelMap.planned(self.model, self.graph, left)
+
+    def cost(self, plan: Plan | None = None) -> tuple[int, int]:
+        """Parameters and multiply-accumulates (per sample) that a plan leaves; the model is left as it is.
+
+        Args:
+            plan: from `select`, perhaps changed; None: of the model as it is.
+
+        Raises:
+            PlanError: a plan of another model, or one that keeps channels which are gone.
+        """
+        if self._cost is None or self._cost[0] is not self.graph:
+            inputs = self.example_inputs
+            self._cost = self.graph, CostModel(copy_without_masks(self.model), self.graph, inputs)
+        left = Plan({}) if plan is None else plan if self.built is None else plan.within(self.built)
+        left.check(self.graph)
+        return self._cost[1].of(left)
+
     def scorer(self, bn_mode: BatchNormMode = "eval", model: nn.Module | None = None) -> Scorer:
         """What scores the model as it is, or a copy of it, batch by batch; set `scores` to the result."""
         model = self.model if model is None else model
@@ -227,7 +249,7 @@ class PruningSession:
         """Take the next step: mask what its plan removes, and hold it at zero if the schedule says so.
 
         Args:
-            plan: from `select`; None: select now.
+            plan: from `select`, perhaps changed (`Plan.keep`); None: select now.
             optimizers: see `PruningSession`.
             copies: see `PruningSession`.
             rehearsed: build the smaller model beside the masked one and compare them, as `reconstruct_` will, so that
@@ -369,7 +391,7 @@ class PruningSession:
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
         history = [Scores.from_dict(scores) for scores in state["history"]]
         if plan is not None:
-            plan.check(self.dense_graph)
+            plan = plan.on(self.dense_graph)
         unfinished = plan is not None and (state["held"] or state["taken"] < state["steps"])
         if unfinished and len(self.steps) != state["steps"]:
             raise PlanError(

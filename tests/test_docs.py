@@ -21,11 +21,13 @@ from site_building.blocks import write_files as write_blocks
 from torch import nn
 from torchvision.models import get_model
 
+import lightning_prune as lp
 from lightning_prune import schedule
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.cli import COMMANDS, main
 from lightning_prune.cli.training import build_task
 from lightning_prune.measure import LatencyTable
+from lightning_prune.plan import Plan
 from tests.callbacks.helpers import Task, fit
 
 ROOT = Path(__file__).parents[1]
@@ -151,10 +153,16 @@ def understood(words: list[str]) -> bool:
 
 
 def write_checkpoints(words: list[str]) -> None:
-    """Of the dense model, under every name that a command line has for a checkpoint; and a latency table."""
+    """Of the dense model, under every name that a command line has for a checkpoint; a latency table, a plan."""
     for before, word in itertools.pairwise(words):
         if before == "--latency-table":
             LatencyTable({}, engine="onnxruntime").save(word)
+        if before == "--plan":
+            Plan({}).save(word)
+    if words[0] == "channels":
+        result = lp.prune(get_model("resnet18", weights=None), torch.zeros(1, 3, 32, 32))
+        lp.save(words[1], result.model, result.plan)
+        return
     files = [
         word for before, word in itertools.pairwise(words) if word.endswith((".pt", ".ckpt")) and before != "--out"
     ]

@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule, Trainer
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.model_state.code_sizes import unfollow_
+from lightning_prune.model_state.cut_history import forget_cuts_
 from lightning_prune.model_state.cutting import CHANGED, numbers_of, update_attributes_
 from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.plan import Plan
@@ -89,6 +90,7 @@ class CheckpointShapes:
             unfollow_(part)
             for name in set(vars(part).pop(CHANGED, ())) & set(self._sizes[path]):
                 setattr(part, name, self._sizes[path][name])
+        forget_cuts_(module)
         update_attributes_(module)
 
 

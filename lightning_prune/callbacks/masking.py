@@ -18,14 +18,14 @@ from lightning_prune.errors import CallbackError, NoEffectWarning
 from lightning_prune.plan import Coupling, Plan, check_coupling
 from lightning_prune.reconstruction import MaskHandle
 from lightning_prune.schedule import Schedule
-from lightning_prune.selection import GlobalRatio, Selection
+from lightning_prune.selection import GlobalRatio, Selection, selection_from
 
 
 class MaskingCallback(Callback):
     """Turns the scores of a `ScoringCallback` into a plan and holds the channels it removes at zero.
 
     Args:
-        selection: which channels go; default ``GlobalRatio(0.5)``.
+        selection: which channels go; default ``GlobalRatio(0.5)``. Or a plan of the dense model, to carry it out.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
         schedule: `lightning_prune.schedule.Rounds`, ``Gradual`` or ``Soft``: remove some channels, fine-tune, score
@@ -43,14 +43,14 @@ class MaskingCallback(Callback):
 
     def __init__(
         self,
-        selection: Selection | None = None,
+        selection: Selection | Plan | None = None,
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,
         schedule: Schedule | None = None,
     ) -> None:
         check_coupling(coupling)
-        self.selection = selection if selection is not None else GlobalRatio(0.5)
+        self.selection = GlobalRatio(0.5) if selection is None else selection_from(selection)
         self.coupling = coupling
         self.batch_norm = batch_norm
         self.schedule = schedule

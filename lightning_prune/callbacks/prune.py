@@ -14,7 +14,7 @@ from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import CallbackError, check_choice
-from lightning_prune.plan import Coupling
+from lightning_prune.plan import Coupling, Plan
 from lightning_prune.schedule import Schedule
 from lightning_prune.selection import GlobalRatio, Selection
 
@@ -30,7 +30,7 @@ class PruneCallback(Callback):
     Args:
         criterion: an instance, or a name such as "jre".
         ratio: share of channels removed over the network, in [0, 1); ignored if ``selection`` is given.
-        selection: for example ``Budget(flops=0.5, round_to=8)``.
+        selection: for example ``Budget(flops=0.5, round_to=8)``; or a plan of the dense model, to carry it out.
         coupling: ``joint``, ``union`` or ``intersection``, see `Selection.select`.
         batch_norm: mask batch norms with their filters; False is lossy.
         schedule: remove some channels, fine-tune, score again (`Rounds`, `Gradual`, `Soft`); None: all at once.
@@ -55,7 +55,7 @@ class PruneCallback(Callback):
         self,
         criterion: Criterion | str = "jre",
         ratio: float = 0.5,
-        selection: Selection | None = None,
+        selection: Selection | Plan | None = None,
         *,
         coupling: Coupling = "joint",
         batch_norm: bool = True,

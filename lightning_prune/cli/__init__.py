@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": ("Evaluate on the validation set.", "training:validate"),
     "test": ("Evaluate on the test set.", "training:test"),
     "prune": ("Prune a checkpoint; checked to be lossless, then written.", "prune:run"),
+    "channels": ("Show old and new channels of a pruned file.", "channels:run"),
     "measure": ("Parameters, FLOPs and latency, layer by layer too.", "measure:run"),
     "latency-table": ("Time every layer over its widths, on an engine; minutes.", "latency_table:run"),
     "export": ("Write ONNX or torch.export, checked by running it.", "export:run"),

@@ -28,7 +28,7 @@ BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
                              [--ratio 0.5 | --layer-ratios RATIOS.json | --budget flops=0.5 |
-                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json]]
+                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json] | --plan PLAN.json]
                              [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
@@ -44,6 +44,7 @@ _QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml -
 _SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml [--criterion l1]
                                    [--ratios 0.1,0.2,...] [--batches N] [--metric acc]
                                    [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
+_CHANNELS = "lightning-prune channels PRUNED [--layer NAME] [--out channels.json]"
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
 
@@ -63,10 +64,11 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
     costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
     amount("--budget", type=_budget, metavar="COST=N", help=costs)
+    amount("--layer-ratios", metavar="FILE", help="of every layer its own, see sensitivity --drop")
+    amount("--plan", type=Path, metavar="FILE", help="carry out this one (Plan.save), with its coupling")
     add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
     add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
     add("--force-table", action="store_true", help="it is of the machine that will run the model, not of this one")
-    amount("--layer-ratios", metavar="FILE", help="of every layer its own, see sensitivity --drop")
     add("--per-layer", action="store_true", help="the same share of every layer, not the network's weakest")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
@@ -232,6 +234,21 @@ def graph(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def channels(argv: Sequence[str]) -> argparse.Namespace:
+    """`lightning-prune channels PRUNED [--layer NAME]`."""
+    parser = Parser(
+        "channels",
+        usage=_CHANNELS,
+        description="Show which channels of the dense model a pruned one still has, and their new numbers. The file "
+        "alone is read: no model is built.",
+    )
+    add = parser.add_argument
+    add("pruned", metavar="PRUNED", help="file of lightning-prune prune or lightning_prune.save, or a checkpoint")
+    add("--layer", metavar="NAME", help="every channel of these layers; a name, a module around some, or a pattern")
+    add("--out", type=Path, metavar="FILE", help="write the whole map as JSON, too")
+    return parser.parse_args(argv)
+
+
 def compare(argv: Sequence[str]) -> argparse.Namespace:
     """`lightning-prune compare --criteria l1,jre --ratios 0.5,0.7 --seeds 0,1,2 --out DIR [--config TASK]`."""
     parser = Parser(
@@ -280,5 +297,5 @@ def reproduce(argv: Sequence[str]) -> argparse.Namespace:
 #: By command: what parses its words, before anything of it is imported.
 PARSERS: dict[str, Callable[[Sequence[str]], argparse.Namespace]] = {
     parse.__name__.replace("_", "-"): parse
-    for parse in (prune, measure, latency_table, export, quantize, sensitivity, graph, compare, reproduce)
+    for parse in (prune, channels, measure, latency_table, export, quantize, sensitivity, graph, compare, reproduce)
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lightning_prune.reconstruction.checkpoint import save
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.report.table import print_line
-from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
+from lightning_prune.selection import Budget, FixedPlan, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
 from lightning_prune.selection.budget import Order
 from lightning_prune.selection.explanation import explain
 
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     known = architecture(options, checkpoint)
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
-    about: dict[str, Any] = {"coupling": options.coupling, "model": model, "example_inputs": deployed}
+    given = selection.given if isinstance(selection, FixedPlan) else Plan({}, options.coupling)
+    about: dict[str, Any] = {"coupling": given.coupling, "model": model, "example_inputs": deployed}
     found: Reach | TableChoice | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             found = selection.by_table(graph, scores, **about)
             plan = found.plan
         else:
-            plan = selection.select(graph, scores, **about)
+            plan = selection.select(graph, scores, batch_norm=given.batch_norm, **about)
     if not plan:
         raise PlanError(f"nothing is removed by {_asked(options)}; there is nothing to write")
     console = Console()
@@ -80,14 +82,21 @@ def run(options: argparse.Namespace) -> int:
     _show(console, graph, plan, lossless, options)
     if found is not None:
         print_line(console, str(found))
-    settings = f"{criterion!r}, {selection!r}, coupling {options.coupling!r}"
+    settings = f"{criterion!r}, {selection!r}, coupling {plan.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
     save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
+    print_line(console, f"old and new channels: lightning-prune channels {shlex.quote(str(out))}", "dim")
     return 0
 
 
 def _selection(options: argparse.Namespace) -> Selection:
+    if options.plan:
+        if options.engine != "eager" or options.latency_table:
+            raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
+        if options.per_layer or options.round_to != 1 or options.ignore or options.coupling != "joint":
+            raise PlanError("--plan says all; leave out --per-layer, --round-to, --ignore and --coupling")
+        return FixedPlan(plan=options.plan)
     constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
     if "latency_ms" not in (options.budget or {}) and (options.engine != "eager" or options.latency_table):
         raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
@@ -129,6 +138,8 @@ def _scored(
 def _asked(options: argparse.Namespace) -> str:
     """What decides how many channels go, in the command line's words."""
     costs = ",".join(f"{name}={value:g}" for name, value in (options.budget or {}).items())
+    if options.plan:
+        return f"--plan {options.plan}"
     amount = f"--ratio {options.ratio:g}" if options.layer_ratios is None else f"--layer-ratios {options.layer_ratios}"
     words = [f"--budget {costs}" if costs else amount]
     words += [f"--engine {options.engine}"] * (options.engine != "eager")
@@ -149,7 +160,8 @@ def _show(
         print_line(console, f"NOT lossless, by choice of the plan: {verdict}", "yellow")
     gone = sum(len(group.removed) for name, group in plan.groups.items() if name not in lossless.left)
     total = sum(group.size for group in graph.groups)
-    by = f"{options.criterion}, {_asked(options)}, coupling {options.coupling}"
+    by = f"{_asked(options)}, coupling {plan.coupling}"
+    by = by if options.plan else f"{options.criterion}, {by}"
     print_line(console, f"{gone:,} of {total:,} channels removed by {by}")
     if graph.unreached:
         print_line(console, note_of(graph.unreached), "yellow")

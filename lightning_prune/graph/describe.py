@@ -19,9 +19,7 @@ LIST = 56  # characters of a list of layers: the table still fits an ordinary te
 def describe(groups: Sequence[Group], shapes: Shapes, notes: Sequence[str] = ()) -> str:
     """See `ChannelGraph.describe`."""
     rows = [_row(group, shapes) for group in groups]
-    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
-    rule = tuple("-" * width for width in (*widths[:-1], len(HEAD[-1])))
-    table = [*(_aligned(row, widths) for row in (HEAD, rule, *rows)), ""] if groups else []
+    table = [*aligned(HEAD, rows), ""] if groups else []
     return "\n".join([*table, totals(groups), *(f"note: {note}" for note in notes)])
 
 
@@ -83,6 +81,32 @@ def shortened(names: Sequence[str], limit: int = LIST) -> str:
     return shown
 
 
+def ranges(numbers: Sequence[int], limit: int) -> str:
+    """List ascending numbers up to a length, neighbours as one range: ``0-3, 7, 9-12``."""
+    parts: list[str] = []
+    start = 0
+    for end, number in enumerate(numbers, 1):
+        if end == len(numbers) or numbers[end] != number + 1:
+            first = numbers[start]
+            parts.append(str(first) if first == number else f"{first}-{number}")
+            start = end
+    text = ", ".join(parts)
+    while len(text) > limit and len(parts) > 1:
+        parts.pop()
+        text = f"{', '.join(parts)}, …"
+    return text
+
+
+def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: first and last column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = tuple("-" * width for width in (*widths[:-1], len(head[-1])))
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
+        for row in (head, rule, *rows)
+    ]
+
+
 def _row(group: Group, shapes: Shapes) -> tuple[str, ...]:
     whole, one = parameters(group, shapes)
     verdict = group.verdict
@@ -90,9 +114,3 @@ def _row(group: Group, shapes: Shapes) -> tuple[str, ...]:
     if others:
         verdict += f"{',' if verdict == 'yes' else ';'} together with {shortened(others)}"
     return group.name, str(len(group.layers)), f"{group.size:,}", f"{whole:,}", f"{one:,}", verdict
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    """Name and verdict to the left, numbers to the right."""
-    numbers = map(str.rjust, row[1:-1], widths[1:-1])
-    return "  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]).rstrip()

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.graph.running import is_dropout
+from lightning_prune.model_state.cut_history import HISTORY
 
 PLAIN = (bool, int, float, str, bytes, type(None), type, FunctionType, BuiltinFunctionType)
-NO_MATTER = frozenset(("training", "_parameters", "_buffers", "_modules"))
+NO_MATTER = frozenset(("training", "_parameters", "_buffers", "_modules", HISTORY))
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:

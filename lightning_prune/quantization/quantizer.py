@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_prune.errors import QuantizationError
-from lightning_prune.selection.layer_names import matches
+from lightning_prune.plan.basis import matches
 
 Method = Literal["minmax", "percentile"]
 """How ranges of activations are chosen: all values seen, or all but 0.001 %."""

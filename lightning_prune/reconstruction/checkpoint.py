@@ -17,6 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.files import atomic
 from lightning_prune.model_state.code_sizes import SIZES, following, own_class
+from lightning_prune.model_state.cut_history import remember_history_
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
@@ -27,6 +28,7 @@ from lightning_prune.model_state.cutting import (
 from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
+from lightning_prune.reconstruction.channel_map import history_in, noted
 from lightning_prune.reconstruction.dropped_blocks import drop_as_noted_, dropped_blocks
 
 FORMAT = "lightning-prune/1"
@@ -78,6 +80,7 @@ def shapes_of(small: nn.Module, plan: Plan) -> dict[str, Any]:
         "sizes": changed_sizes(small),
         "dense": dense,
         "blocks": dropped_blocks(small),
+        "channels": noted(small),
         "buffers": {name: buffers[name] for name in dense if name in buffers and name not in state},  # not persistent
     }
 
@@ -183,6 +186,7 @@ def _reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str) -
             )
     modules = dict(dense_model.named_modules())
     _check_sizes(modules, sizes, source)
+    history = history_in(content.get("channels"), state, source)
     for name, saved in {**smaller, **buffers}.items():
         tensor = tensors[name]
         tensor.grad = None
@@ -192,6 +196,7 @@ def _reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str) -
             set_size_(modules[module], name, value)
     update_attributes_(dense_model)
     remember_dense_(dense_model, dense)
+    remember_history_(dense_model, history)
     return plan
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
+from lightning_prune.model_state.cut_history import history_of, remember_history_
 from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
 from lightning_prune.model_state.memory import NewMemory
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
@@ -202,12 +203,14 @@ def _attempt(
             _zero(model, zeros, optimizers)
             if entries:
                 masked = _twin(model)
+        history = history_of(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
         precise = rescale_(model, graph.rescalings(removed), optimizers)
-        if masked is None:
-            return None
-        return rehearse(masked, model, entries, lossless=plan.lossless and not _lossy(graph, plan), precise=precise)
+        lossless = plan.lossless and not _lossy(graph, plan)
+        report = None if masked is None else rehearse(masked, model, entries, lossless=lossless, precise=precise)
+        remember_history_(model, history and history.after(found, graph.shapes))
+        return report
     except BaseException:
         if undo is not None:
             undo()

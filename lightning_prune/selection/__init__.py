@@ -7,6 +7,7 @@ out (reconstruction/), the removal in several steps (schedule).
 from lightning_prune.selection.base import Question, Selection
 from lightning_prune.selection.budget import Budget
 from lightning_prune.selection.explanation import Explanation, explain
+from lightning_prune.selection.fixed_plan import FixedPlan, selection_from
 from lightning_prune.selection.ratio import GlobalRatio, LayerRatio
 from lightning_prune.selection.search import Reach
 from lightning_prune.selection.table_choice import TableChoice
@@ -14,6 +15,7 @@ from lightning_prune.selection.table_choice import TableChoice
 __all__ = [
     "Budget",
     "Explanation",
+    "FixedPlan",
     "GlobalRatio",
     "LayerRatio",
     "Question",
@@ -21,4 +23,5 @@ __all__ = [
     "Selection",
     "TableChoice",
     "explain",
+    "selection_from",
 ]

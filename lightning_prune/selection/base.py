@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,8 +15,9 @@ from typing_extensions import Self
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.graph.describe import nothing_to_prune
-from lightning_prune.plan import Coupling, GroupPlan, Plan, check_coupling
-from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, matches, names_in
+from lightning_prune.plan import Basis, Coupling, GroupPlan, Plan, check_coupling
+from lightning_prune.plan.basis import least_of, matches, rounded
+from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, names_in
 
 ByLayer = dict[str, dict[str, Tensor]]  # {group: {layer: (channels,)}}; under joint coupling the only layer is ""
 
@@ -161,7 +161,7 @@ class Selection(ABC):
             )
         question = Question(graph, self._candidates(graph), scores, coupling, batch_norm, model, example_inputs)
         if not question.groups:
-            return Plan({}, coupling, batch_norm)
+            return Plan({}, coupling, batch_norm, Basis(graph, {}, self.min_channels, self.round_to))
         plan = self._plan(question, self._kept(question))
         if self._asks_for_removal() and not plan:
             warnings.warn(f"{self!r} removes no channel of this model", NoEffectWarning, stacklevel=2)
@@ -194,7 +194,8 @@ class Selection(ABC):
     def _plan(self, question: Question, kept: ByLayer) -> Plan:
         """What a choice comes to, with the constraints and the coupling applied."""
         plans = {group.name: self._group_plan(group, question, kept[group.name]) for group in question.groups}
-        return Plan(plans, question.coupling, question.batch_norm)
+        basis = Basis(question.graph, question.whole, self.min_channels, self.round_to)
+        return Plan(plans, question.coupling, question.batch_norm, basis)
 
     def _group_plan(self, group: Group, question: Question, kept: dict[str, Tensor]) -> GroupPlan:
         own = {layer.name: kept[layer.name if layer.name in kept else ""] for layer in group.layers}
@@ -202,7 +203,7 @@ class Selection(ABC):
         keep = masks.all(0) if question.coupling == "intersection" else masks.any(0)
         # Layers that each keep enough may have too few in common.
         least = max(int(keep.sum()), self._least(group.size))
-        target = min(group.size, math.ceil(least / self.round_to) * self.round_to)
+        target = rounded(least, self.round_to, group.size)
         condemned = torch.where(keep, torch.inf, -question.whole[group.name])
         back = torch.argsort(condemned, stable=True)[: target - int(keep.sum())]
         keep[back] = masks[:, back] = True
@@ -210,8 +211,7 @@ class Selection(ABC):
 
     def _least(self, size: int) -> int:
         """How many of ``size`` channels have to stay."""
-        least = math.ceil(self.min_channels * size) if self.min_channels < 1 else int(self.min_channels)
-        return min(size, least)
+        return least_of(self.min_channels, size)
 
 
 def _rankable(values: object, title: str, size: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.plan.basis import matches
 
 LayerName = str | nn.Module
 ACCEPTED = "the name of a layer or of a module around some ('layer4'), a pattern ('layer4.*'), or the module itself"
@@ -48,11 +48,6 @@ def names_in(name: str, given: LayerName, model: nn.Module | None) -> tuple[str,
     weights = [path for path, parameter in model.named_parameters() if parameter.dim() > 1]
     own = [path for path in outer if any(weight.startswith(f"{path}.") for weight in weights)]
     return tuple(own or outer)
-
-
-def matches(pattern: str, layer: str) -> bool:
-    """Whether a layer has that name, lies in a module of that name, or fits the pattern."""
-    return layer == pattern or layer.startswith(f"{pattern}.") or fnmatchcase(layer, pattern)
 
 
 def check_patterns(name: str, given: Iterable[LayerName], graph: ChannelGraph) -> list[str]:

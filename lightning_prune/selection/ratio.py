@@ -17,8 +17,9 @@ from typing_extensions import override
 from lightning_prune.errors import PlanError, check_choice, first_line
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph, Group
+from lightning_prune.plan.basis import matches
 from lightning_prune.selection.base import ByLayer, Question, Selection, check_ratio
-from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, matches, names_in
+from lightning_prune.selection.layer_names import LayerName, as_names, check_patterns, names_in
 
 Over = Literal["all", "inner", "groups"]
 Rounding = Literal["round", "floor"]

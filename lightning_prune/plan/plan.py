@@ -1,56 +1,25 @@
-"""The plan: which channels of every group are kept. Masking, reconstruction and loading consume nothing else."""
+"""The kept channels of a whole model: plain integers, their file, and what changes them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lightning_prune.errors import PlanError, check_choice
+from lightning_prune.errors import PlanError
 from lightning_prune.files import atomic
+from lightning_prune.plan.basis import Basis
+from lightning_prune.plan.group_plan import Coupling, GroupPlan, check_coupling
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_prune.graph import ChannelGraph
 
-Coupling = Literal["joint", "union", "intersection"]
 FORMAT = "lightning-prune-plan/1"
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """Kept channels of one group.
-
-    Attributes:
-        size: channels of the dense group.
-        keep: channels that exist in the reconstructed model, ascending.
-        layers: per member layer, the channels it keeps itself. Equal to ``keep`` when coupled jointly; a part of
-            it under ``union`` (the rest are zero filters that fill the addition); possibly more under
-            ``intersection``.
-    """
-
-    size: int
-    keep: tuple[int, ...]
-    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not _are_counts((self.size,)):
-            raise PlanError(f"size must be a number of channels, got {self.size!r}")
-        for name, kept in (("keep", self.keep), *self.layers.items()):
-            if not isinstance(kept, tuple) or not _are_counts(kept):
-                raise PlanError(f"{name}: kept channels must be a tuple of integers >= 0, got {kept!r}")
-            if list(kept) != sorted(set(kept)) or (kept and kept[-1] >= self.size):
-                raise PlanError(
-                    f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}"
-                )
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """Channels that the reconstructed model no longer has."""
-        kept = set(self.keep)
-        return tuple(channel for channel in range(self.size) if channel not in kept)
 
 
 @dataclass(frozen=True)
@@ -61,6 +30,8 @@ class Plan:
         groups: by group name.
         coupling: how the layers of a group were brought together.
         batch_norm: whether batch norms are masked with their filters. False is an ablation, and lossy.
+        basis: the graph and constraints that `keep`, `remove` and `whole` go by. A selection sets it, `on` does too; it
+            is in no file and no copy, and does not count when plans are compared.
 
     Example:
         >>> plan = Plan({"conv1": GroupPlan(4, (0, 2), {"conv1": (0, 2)})})
@@ -73,6 +44,7 @@ class Plan:
     groups: dict[str, GroupPlan]
     coupling: Coupling = "joint"
     batch_norm: bool = True
+    basis: Basis | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_coupling(self.coupling)
@@ -86,6 +58,9 @@ class Plan:
                         f"{layer} keeps channels {sorted(lost)[:5]} that its group {name!r} removes: that is not "
                         "lossless, and only coupling='intersection' does it"
                     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "basis": None}
 
     def __bool__(self) -> bool:
         return any(
@@ -124,6 +99,98 @@ class Plan:
             if unknown:
                 raise PlanError(f"group {name!r} has no layer {', '.join(sorted(unknown))}")
 
+    def on(
+        self,
+        graph: ChannelGraph,
+        scores: Mapping[str, Tensor] | None = None,
+        *,
+        min_channels: float = 1,
+        round_to: int = 1,
+    ) -> Plan:
+        """The same plan, told its graph, so that it can be changed: for one that was loaded or written by hand.
+
+        Args:
+            graph: from `lightning_prune.trace`, of the dense model.
+            scores: from `lightning_prune.score`; only ``round_to`` asks for them.
+            min_channels: how many channels of a group, or which share of them, have to stay.
+            round_to: kept channels are multiples of it.
+
+        Raises:
+            PlanError: the graph cannot carry out this plan.
+        """
+        self.check(graph)
+        return replace(self, basis=Basis(graph, scores or {}, min_channels, round_to))
+
+    def keep(self, layer: str, channels: int | Iterable[int]) -> Plan:
+        """A plan in which some channels stay, whatever this one says of them; all others are as they were.
+
+        A channel stays or goes whole: with the other layers of its group under joint coupling, and with its equal
+        shares in a grouped convolution. Where kept channels have to be multiples (``round_to``), the best of the
+        condemned stay as well.
+
+        Args:
+            layer: module path of a convolution or linear layer, or the name of a group (`ChannelGraph.groups`).
+            channels: numbers of the layer's filters; of a group that has a name of its own, of its channels.
+
+        Raises:
+            PlanError: unknown layer or number, or a constraint that cannot be respected.
+
+        Example:
+            >>> import torch, lightning_prune as lp
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+            >>> graph = lp.trace(model, torch.zeros(1, 3, 8, 8))
+            >>> plan = lp.LayerRatio(0.5).select(graph, {"0": torch.arange(8.0)})
+            >>> plan.groups["0"].keep, plan.keep("0", [0]).remove("0", range(6, 8)).groups["0"].keep
+            ((4, 5, 6, 7), (0, 4, 5))
+            >>> plan.whole("0").groups["0"].keep
+            (0, 1, 2, 3, 4, 5, 6, 7)
+        """
+        return self._changed(layer, channels, stay=True)
+
+    def remove(self, layer: str, channels: int | Iterable[int]) -> Plan:
+        """A plan in which some channels go, whatever this one says of them; see `keep`.
+
+        Under union coupling the layer loses them, and the smaller model those that its whole group loses.
+
+        Args:
+            layer: see `keep`.
+            channels: see `keep`.
+
+        Raises:
+            PlanError: see `keep`; also a group that cannot be pruned, with the reason, or fewer channels than have to
+                stay.
+        """
+        return self._changed(layer, channels, stay=False)
+
+    def whole(self, layer: str) -> Plan:
+        """A plan that removes nothing of a layer; see `keep`.
+
+        Args:
+            layer: see `keep`; also a module around some layers (``layer4``), or a pattern (``layer4.*.conv1``).
+
+        Raises:
+            PlanError: there is no such layer.
+        """
+        plan = self
+        for name in self._based().matching(layer):
+            plan = plan._changed(name, None, stay=True)
+        return plan
+
+    def _changed(self, layer: str, channels: int | Iterable[int] | None, *, stay: bool) -> Plan:
+        basis, groups = self._based(), dict(self.groups)
+        for group, own, found in basis.groups_of(layer, channels):
+            before = groups.get(group.name)
+            after = basis.changed(group, before, own, found, self.coupling, stay=stay)
+            if before is not None or len(after.keep) < after.size or after.layers:
+                groups[group.name] = after
+            basis = basis.remembering(group.name, found, stay=stay)
+        return replace(self, groups=groups, basis=basis)
+
+    def _based(self) -> Basis:
+        if self.basis is None:
+            raise PlanError("this plan does not know its model's layers: call plan.on(graph) first")
+        return self.basis
+
     def within(self, done: Plan) -> Plan:
         """The same plan in the channel numbers of a model that was already reconstructed with an earlier one.
 
@@ -149,7 +216,7 @@ class Plan:
             if name in done.groups and len(left) == 1 < group.size:
                 continue  # the smaller model has no such group: what broadcasts has no channels to follow
             groups[name] = GroupPlan(len(left), tuple(place[channel] for channel in group.keep), layers)
-        return replace(self, groups=groups)
+        return replace(self, groups=groups, basis=None)
 
     def keeping(self, names: Iterable[str], before: Plan | None = None) -> Plan:
         """The plan without what it removes from some groups, which keep the channels that an earlier plan left."""
@@ -217,16 +284,3 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"{path} is not a pruning plan of format {FORMAT}")
         return cls.from_dict(data)
-
-
-def _are_counts(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
-
-
-def check_coupling(coupling: str) -> None:
-    """Refuse anything but the three couplings.
-
-    Raises:
-        PlanError: unknown coupling.
-    """
-    check_choice("coupling", coupling, Coupling, PlanError)
