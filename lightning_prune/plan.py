@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_prune.errors import PlanError, check_choice
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, read_json
 
 if TYPE_CHECKING:
     from lightning_prune.graph import ChannelGraph
 
 Coupling = Literal["joint", "union", "intersection"]
 FORMAT = "lightning-prune-plan/1"
+MOST_CHANNELS = 1 << 24  # of a group: beyond every layer, and few enough to be listed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class GroupPlan:
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _are_counts((self.size,)):
+        if not _are_counts((self.size,)) or self.size > MOST_CHANNELS:
             raise PlanError(f"size must be a number of channels, got {self.size!r}")
         for name, kept in (("keep", self.keep), *self.layers.items()):
             if not isinstance(kept, tuple) or not _are_counts(kept):
@@ -208,15 +209,13 @@ class Plan:
         Raises:
             PlanError: there is no such file, or it holds no plan.
         """
-        if not Path(path).is_file():
-            raise PlanError(f"there is no file {path}")
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except ValueError as error:  # no JSON, or no text at all
-            raise PlanError(f"{path} is not a pruning plan: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read_json(path, PlanError, "pruning plan")
+        if data.get("format") != FORMAT:
             raise PlanError(f"{path} is not a pruning plan of format {FORMAT}")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def _are_counts(values: Iterable[object]) -> bool:
