@@ -236,6 +236,7 @@ class _Shapes:
                     f"{self.source} belongs to another model: {name!r} is {_shape(saved)} in the file{was} and {found} "
                     "in the dense model"
                 )
+            assert saved is not None
             if not all(1 <= new <= old for new, old in zip(saved.shape, tensors[name].shape, strict=True)):
                 raise CheckpointError(
                     f"{self.source} is damaged: {name!r} is {_shape(saved)}, which cannot be cut from {expected}"

@@ -170,7 +170,7 @@ def _hash(value: Any, found: Any) -> None:
         found.update(f"tensor {value.dtype} {list(value.shape)};".encode())
         if value.layout == torch.strided and not value.is_meta and not value.is_quantized:
             plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         found.update(f"names {len(value)};".encode())
         for name in sorted(value, key=repr):

@@ -90,12 +90,12 @@ REFUSED = {
     "integers": (lambda: wrong(lambda s: s.update({"0.bias": torch.ones(8, dtype=torch.int64)})), "'0.bias' is int64"),
     "complex": (
         lambda: wrong(lambda s: s.update({"0.bias": torch.ones(8) + 0j})),
-        "is complex64 in the file and float",
+        "is complex64 in the file",
     ),
     "meta": (lambda: wrong(lambda s: s.update({"0.bias": torch.ones(8, device="meta")})), "'0.bias' is without values"),
     "nan": (
         lambda: wrong(lambda s: s["3.weight"][0, 0].fill_(torch.nan)),
-        r"holds NaN in 1 of 11 tensors \(3.weight\)",
+        r"holds NaN in 1 of 11 \w+ \(3.weight\)",
     ),
     "vast": (
         lambda: wrong(lambda s: s.update({"0.bias": torch.zeros(1).expand(4_000_000_000_000)})),
@@ -189,7 +189,7 @@ CHANGES = {
     "no channel": (lambda c: c["state_dict"].update({"0.weight": torch.zeros(0, 3, 3, 3)}), "cannot be cut from"),
     "one channel": (
         lambda c: c["state_dict"].update({"0.weight": torch.zeros(1, 3, 3, 3)}),
-        "has 1 channels in it, and",
+        "has 1 channels in it",
     ),
     "five dimensions": (
         lambda c: c["state_dict"].update({"0.weight": torch.zeros(4, 3, 3, 3, 1)}),
@@ -197,7 +197,7 @@ CHANGES = {
     ),
     "integers": (
         lambda c: c["state_dict"].update({"0.weight": torch.zeros(4, 3, 3, 3, dtype=torch.int64)}),
-        "is int64 in the file",
+        "is int64 in",
     ),
     "vast": (
         lambda c: c["state_dict"].update({"0.weight": torch.zeros(1).expand(10**12, 3, 3, 3)}),
