@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 CONFIG_FLAGS = ("--config", "-c")
-_FIT_OPTIONS = ("--model.", "--data", "--trainer", "--seed_everything")
+_FIT_OPTIONS = ("--model.", "--data", "--seed_everything")  # of a Trainer none: nothing is trained
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         """Add what says which dense model the command is about; ``name`` is that of its first option."""
         add = self.add_argument_group("the dense model").add_argument
         metavar = "NAME" if name.startswith("-") else "MODEL"
-        add(name, metavar=metavar, help="of torchvision such as resnet18, or an import path")
+        add(name, metavar=metavar, help="of torchvision, package.module:name or file.py:name")
         add("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the model; repeat")
         config = "YAML file or recipe, with the options of fit"
         add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=config)

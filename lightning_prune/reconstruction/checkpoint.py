@@ -148,7 +148,7 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
     check_names(own, state, str(path))
     other = next((name for name, value in state.items() if _shape(value) != _shape(own[name])), None)
     if other is not None:
-        pruned = "; it is of a pruned model: lightning_prune.load" if _is_pruned(content) else ""
+        pruned = "; it is of a pruned model: lightning_prune.load" if is_pruned(content) else ""
         raise CheckpointError(
             f"{path} belongs to another model: {other!r} is {_shape(state[other])} in the file and "
             f"{_shape(own[other])} in the model; its arguments may differ{pruned}"
@@ -176,7 +176,7 @@ def check_fits(model: nn.Module, content: Mapping[str, Any], source: str) -> Non
         CheckpointError: names, shapes or kinds of tensors differ, or are not those of the checkpoint's own plan.
     """
     own, state = model.state_dict(), content["state_dict"]
-    if _is_pruned(content):
+    if is_pruned(content):
         shapes = _Shapes.read({**content[KEY], "state_dict": state}, source)
         shapes.check(model)
     else:
@@ -301,7 +301,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _is_pruned(content: Mapping[str, Any]) -> bool:
+def is_pruned(content: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of a pruned model."""
     noted = content if content.get("format") == FORMAT else content.get(KEY)
     plan = noted.get("plan") if isinstance(noted, Mapping) else None
