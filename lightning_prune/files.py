@@ -35,8 +35,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 def check_writable(path: Path) -> None:
     """Refuse before the work what its result cannot be written to."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _explained(path):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir():
             raise IsADirectoryError("Is a directory")
         tempfile.TemporaryFile(dir=folder).close()
@@ -44,16 +44,21 @@ def check_writable(path: Path) -> None:
 
 def check_readable(path: str | os.PathLike[str], error: type[PruningError]) -> None:
     """Refuse, as ``error``, what is no file with something in it that this process may read."""
-    path = Path(path)
-    if path.is_dir():
-        raise error(f"{path} is a folder, and a file is needed")
-    if not path.is_file():  # a device or a pipe could be read for ever
-        raise error(f"{path} is no regular file" if path.exists() else f"there is no file {path}")
+    path, wrong, start = Path(path), None, b""
     try:
-        with path.open("rb") as stream:
-            start = stream.read(1)
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror or problem}") from problem
+        if path.is_dir():
+            wrong = "is a folder, and a file is needed"
+        elif path.exists() and not path.is_file():  # a device or a pipe could be read for ever
+            wrong = "is no regular file"
+        elif path.exists():
+            with path.open("rb") as stream:
+                start = stream.read(1)
+    except (OSError, ValueError) as problem:  # ValueError: a null character in the name
+        wrong = f"cannot be read: {getattr(problem, 'strerror', None) or problem}"
+    if wrong:
+        raise error(f"{str(path)[:200]} {wrong}")
+    if not path.exists():
+        raise error(f"there is no file {path}")
     if not start:
         raise error(f"{path} is empty: nothing was written to it, or it was cut short")
 
@@ -122,4 +127,4 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PruningError(f"cannot write {path}: {error.strerror or error}") from error
+        raise PruningError(f"cannot write {str(path)[:200]}: {error.strerror or error}") from error

@@ -107,7 +107,7 @@ class Architecture:
         if self.shape is None and self.task_inputs is not None:
             return self.task_inputs
         shape = self.shape or next((file.input for file in checkpoints if file.input), IMAGE)
-        _check_memory(shape)
+        check_memory(shape)
         return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0))
 
     def deployed_inputs(self, *checkpoints: Checkpoint) -> Any:
@@ -116,14 +116,16 @@ class Architecture:
         return with_samples(inputs, 1) if self.shape is None and samples_in(inputs) else inputs
 
 
-def _check_memory(shape: Sequence[int]) -> None:
+def check_memory(shape: Sequence[int]) -> None:
     """Refuse an input that this machine could not hold: it would be killed, and say nothing."""
-    needed, there = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 4 * math.prod(shape), 1 << 40
+    if hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if len(shape) > MOST_DIMENSIONS or needed > there / 2:
         words = " ".join(map(str, shape))
         raise ModelError(
-            f"--input {words[:60]}: one such tensor takes {needed / 1e9:,.1f} GB, and this machine has "
-            f"{there / 1e9:,.1f} GB; its images must be smaller"
+            f"an input of {words[:60]} takes {needed / 1e9:,.1f} GB, and this machine has "
+            f"{there / 1e9:,.1f} GB; fewer samples or smaller images need less"
         )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
+from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture, check_memory
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.layer_table import print_layers
 from lightning_prune.cli.named_objects import is_object_path
@@ -31,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
             f"--layers times modules of PyTorch, and {options.engine} runs none: leave out --engine, or make a table "
             "of its layers with lightning-prune latency-table"
         )
+    if sizes[0] and isinstance(inputs, Tensor):
+        check_memory((max(sizes), *inputs.shape[1:]))
     console = Console()
     console.print()
     batch = with_samples(inputs, sizes[0]) if sizes[0] else inputs

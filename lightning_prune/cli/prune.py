@@ -36,10 +36,12 @@ def run(options: argparse.Namespace) -> int:
     """`lightning-prune prune CHECKPOINT --config TASK.yaml --criterion jre --ratio 0.5`."""
     criterion, selection = criterion_from(options.criterion), _selection(options)
     source, out = Path(options.checkpoint), options.out
-    if source.exists() and out.exists() and out.samefile(source):
+    if _same_file(source, out):
         raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
     if not options.explain:
         check_writable(out)
+    if options.score_batches is not None and not criterion.needs_forward:
+        raise ModelError(f"--score-batches does nothing for {options.criterion}, which looks at weights only")
     checkpoint = Checkpoint.read(options.checkpoint)
     if checkpoint.pruned:
         raise ModelError(f"{source} is pruned already; prune the dense checkpoint it came from, further")
@@ -84,6 +86,13 @@ def run(options: argparse.Namespace) -> int:
     save(out, small, plan, input=shape, origin=known.origin, settings=settings)
     print_line(console, f"pruned model: {out}", "bold")
     return 0
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):  # one is not there, or cannot be by that name
+        return False
 
 
 def _selection(options: argparse.Namespace) -> Selection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -73,6 +74,9 @@ class _CLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
+        devices, most = config.trainer.get("devices"), max(64, 4 * (os.cpu_count() or 1))
+        if str(devices).isdecimal() and int(devices) > most:  # each is a process
+            raise ConfigurationError(f"--trainer.devices must be at most {most} on this machine, got {devices}")
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(self._folder) or "last")
         logger = config.trainer.get("logger")
@@ -103,6 +107,12 @@ class _CLI(LightningCLI):
             if isinstance(root, (PruningError, ValueError)):
                 raise ConfigurationError(str(root)) from error
             raise
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"--seed_everything: {error}") from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """None for `build_task`: one that runs nothing would look for devices and announce them."""
