@@ -18,7 +18,8 @@ from lightning_prune.data import ImageFolderDataModule
 from lightning_prune.files import atomic
 
 Batch = tuple[Tensor, Tensor]
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Logits = Callable[[Tensor], Tensor]
+Loss = Callable[[Logits, Tensor, Tensor], Tensor]
 PUBLIC = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
 
@@ -31,6 +32,7 @@ class Settings:
     batch: int = 128
     weight_decay: float = 5e-4
     images: int = 0  # of each epoch, drawn anew; 0: all
+    bf16: bool = False  # of convolutions and products, by autocast; weights, norms and losses stay in float32
 
 
 def images(folder: Path, batch: int = 128) -> ImageFolderDataModule:
@@ -54,9 +56,19 @@ def public_network(name: str, weights: Path) -> nn.Module:
     return network
 
 
-def cross_entropy(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Logits, x: Tensor, y: Tensor) -> Tensor:
     """The loss of a batch."""
-    return F.cross_entropy(network(x), y)
+    return F.cross_entropy(logits(x), y)
+
+
+def logits_of(network: nn.Module, bf16: bool) -> Logits:
+    """What the network computes in that precision, in float32."""
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return network(x).float()
+
+    return logits
 
 
 class Training:
@@ -84,6 +96,7 @@ class Training:
         """Go on with this network, at the same place of the schedule, without momentum."""
         of = self.settings
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.logits = logits_of(self.network, of.bf16)
         self.optimizer = torch.optim.SGD(
             network.parameters(), of.lr, momentum=0.9, weight_decay=of.weight_decay, fused=True
         )
@@ -96,7 +109,7 @@ class Training:
             passed = math.pi * self.step / self.total
             self.optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(passed)) / 2
             x, y = self._batch()
-            loss = self.loss(self.network, x.contiguous(memory_format=torch.channels_last), y)
+            loss = self.loss(self.logits, x.contiguous(memory_format=torch.channels_last), y)
             loss.backward()
             if self.before_step is not None:
                 self.before_step(self.network)

@@ -219,7 +219,7 @@ def in_dense_channels(scores: Scores, plan: Plan) -> Scores:
 
 def _lowered(scores: Scores, plan: Plan, kept_by: Callable[[GroupPlan, str | None], Iterable[int]]) -> Scores:
     every = (float(values.min()) for of in (scores, *scores.layers.values()) for values in of.values())
-    lowest = min(every, default=0.0) - 1
+    lowest = min((*every, 0.0)) - 1  # below zero, which no cost divides
 
     def lowered(group: str, layer: str | None, values: Tensor) -> Tensor:
         if group not in plan.groups:

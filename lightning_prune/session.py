@@ -143,6 +143,11 @@ class PruningSession:
 
     @scores.setter
     def scores(self, scores: Scores) -> None:
+        if not isinstance(scores, Scores):
+            raise ScoreError(
+                f"scores must be Scores, as `lightning_prune.score` returns them, got a {type(scores).__name__}: "
+                "Scores(by_group, scores.layers) makes others of them"
+            )
         scores.check(self.graph)
         self.history.append(scores)
 

@@ -196,6 +196,15 @@ def test_what_comes_too_early_or_too_late_is_refused() -> None:
         lp.PruningSession(build("Residual"), images(), selection=0.5)
 
 
+def test_a_plain_dictionary_of_scores_is_refused_with_the_way_to_change_scores() -> None:
+    session = session_of(build("Residual"), criterion="l1")
+    scores = session.score()
+    halved = {name: of / 2 for name, of in scores.items()}
+    with pytest.raises(ScoreError, match=r"got a dict: Scores\(by_group, scores\.layers\)"):
+        session.scores = halved
+    session.scores = lp.criteria.Scores(halved, scores.layers)
+
+
 def test_scores_of_the_model_before_a_reconstruction_are_refused() -> None:
     session = session_of(build("Residual"), Gradual(2), criterion="l1")
     session.step(reconstruct=True)

@@ -21,6 +21,7 @@ class Method:
         library: whose pruning; "none": the dense network, the control.
         criterion: what is scored, as the library names it.
         uniform: the same share of every layer goes; else the weakest over the network.
+        per_mac: of the network, those go whose score is lowest for the multiply-accumulates that they cost.
         sparse_epochs: of sparse learning before anything goes; they come on top of the fine-tuning.
         rounds: prune in so many steps over the first half of the fine-tuning; 1: at once, before it.
         repair: of what remains, before fine-tuning.
@@ -30,6 +31,7 @@ class Method:
     library: Library
     criterion: str = ""
     uniform: bool = False
+    per_mac: bool = False
     sparse_epochs: int = 0
     rounds: int = 1
     repair: Repair = "none"
@@ -65,6 +67,8 @@ METHODS: dict[str, dict[str, Method]] = {
         "TP Taylor": _peer("taylor"),
         "TP GroupNorm, sparse learning": _peer("group_sl", sparse_epochs=SPARSE),
         "TP BN scale, sparse learning": _peer("bn_scale", sparse_epochs=SPARSE),
+        "TP Taylor, distilled": _peer("taylor", distilled=True),
+        "TP GroupNorm, sparse learning, distilled": _peer("group_sl", sparse_epochs=SPARSE, distilled=True),
     },
     "parts": {
         f"{PART}, batch norm": _ours(PART, repair="batch norm"),
@@ -73,9 +77,22 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, distilled": _ours(PART, distilled=True),
         f"{PART}, sparse learning": _ours(PART, sparse_epochs=SPARSE),
         f"{PART}, every layer alike": _ours(PART, uniform=True),
+        f"{PART}, per MAC": _ours(PART, per_mac=True),
         f"{PART}, least squares, distilled": _ours(PART, repair="least squares", distilled=True),
         f"{PART}, 4 rounds, distilled": _ours(PART, rounds=4, distilled=True),
         f"{PART}, 4 rounds, least squares, distilled": _ours(PART, rounds=4, repair="least squares", distilled=True),
+    },
+    "together": {
+        f"{PART}, alike, distilled": _ours(PART, uniform=True, distilled=True),
+        f"{PART}, alike, least squares, distilled": _ours(PART, uniform=True, repair="least squares", distilled=True),
+        f"{PART}, alike, 4 rounds, distilled": _ours(PART, uniform=True, rounds=4, distilled=True),
+        f"{PART}, alike, 4 rounds, least squares, distilled": _ours(
+            PART, uniform=True, rounds=4, repair="least squares", distilled=True
+        ),
+        f"{PART}, alike, sparse learning, distilled": _ours(PART, uniform=True, sparse_epochs=SPARSE, distilled=True),
+        f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
+        "thinet, distilled": _ours("thinet", distilled=True),
+        "thinet, least squares, distilled": _ours("thinet", repair="least squares", distilled=True),
     },
 }
 ALL = {name: method for methods in METHODS.values() for name, method in methods.items()}

@@ -13,8 +13,10 @@ import lightning_prune as lp
 from benchmarks.cifar_training import Batch
 from benchmarks.field.methods import Method, Repair
 from lightning_prune.compensation import least_squares_, recalibrate_bn_
-from lightning_prune.measure import count_flops
+from lightning_prune.criteria import Scores
+from lightning_prune.measure import CostModel, count_flops
 from lightning_prune.model_state.copying import copied
+from lightning_prune.plan import GroupPlan
 
 CLOSE = 0.004  # of the dense MACs: how far under the target every layer alike may end
 PEER_STEPS, PEER_BATCHES = 400, 10  # as the peer's own benchmark has them
@@ -36,6 +38,9 @@ def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -
         return model
     graph = lp.trace(model, inputs)
     scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
+    if method.per_mac:
+        costs = macs_of_a_channel(model, graph, inputs)
+        scores = Scores({name: of / costs[name] for name, of in scores.items()}, scores.layers)
 
     def small(selection: lp.LayerRatio | lp.Budget) -> nn.Module:
         return lp.prune(
@@ -51,6 +56,17 @@ def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -
         return count_flops(lp.reconstruct(model, graph, plan), inputs) / whole
 
     return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
+
+
+def macs_of_a_channel(model: nn.Module, graph: lp.ChannelGraph, inputs: Tensor) -> dict[str, int]:
+    """What the dense network saves by one channel of each group that can lose any."""
+    cost, found = CostModel(model, graph, inputs), {}
+    for group in graph.groups:
+        if group.prunable:
+            kept = tuple(range(1, group.size))
+            plan = lp.Plan({group.name: GroupPlan(group.size, kept, dict.fromkeys(group.layers, kept))})
+            found[group.name] = cost.macs - cost.of(plan)[1]
+    return found
 
 
 def repaired(small: nn.Module, repair: Repair, batches: list[Batch]) -> nn.Module:

@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
     @property
     def minutes(self) -> float:
-        """All that a run took, but for testing."""
+        """All that a run took of the processor, but for testing."""
         return fmean(sum(row["seconds"].values()) for row in self.rows) / 60
 
 
@@ -85,7 +85,7 @@ def _intro(setup: Row) -> str:
     return (
         f"Dense: {dense['of']}, trained on the copies ({dense['settings']}): {dense['accuracy']:.2f} % (before: "
         f"{dense['before']:.2f} %). Then {setup['epochs']} epochs of {setup['images'] or 50_000} images for all alike, "
-        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}. Scores: "
+        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}{', bf16' * setup['bf16']}. Scores: "
         f"{128 * setup['score_batches']} training images. {setup['cpu']}, {setup['threads']} threads, torch "
         f"{setup['torch']}."
     )
@@ -111,8 +111,7 @@ def _legend() -> str:
     return (
         "MACs and parameters: share of the dense network's. Before: accuracy once pruned, before fine-tuning. Against "
         "its control: points to the dense network with as many epochs, and the same teacher where one teaches. Sparse "
-        "learning comes on top of the fine-tuning. Minutes: scoring, pruning and training on a machine that did other "
-        "work besides."
+        "learning comes on top of the fine-tuning. Minutes: the processor's, of scoring, pruning and training."
     )
 
 

@@ -37,6 +37,7 @@ def regulariser(
         return peer_pruner(model, method.criterion, inputs).regularize
     graph = lp.trace(model, inputs)
     scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
-    plan = lp.Budget(flops=share).select(graph, scores, model=model, example_inputs=inputs)
+    selection = lp.Budget(flops=share, order="share" if method.uniform else "score")
+    plan = selection.select(graph, scores, model=model, example_inputs=inputs)
     penalty, factors = GroupSparsity(model, graph, condemned_strengths(plan)), iter(range(1, steps + 1))
     return lambda _: penalty.add_(STRENGTH * next(factors) / steps)

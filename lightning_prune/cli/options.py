@@ -63,7 +63,7 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
     add("--latency-table", metavar="FILE", help="keep the most score in latency_ms, see latency-table")
     add("--force-table", action="store_true", help="it is of the machine that will run the model, not of this one")
-    add("--per-layer", action="store_true", help="that share of every layer, not of the network")
+    add("--per-layer", action="store_true", help="the same share of every layer, not the network's weakest")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")

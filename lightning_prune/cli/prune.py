@@ -26,6 +26,7 @@ from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
+from lightning_prune.selection.budget import Order
 from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed for a budget
@@ -101,11 +102,10 @@ def _selection(options: argparse.Namespace) -> Selection:
         raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
     if options.budget is None:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
-    if options.per_layer:
-        raise PlanError("--budget decides how many channels go; leave out --per-layer")
     table = options.latency_table and LatencyTable.load(options.latency_table, force=options.force_table)
     timed = {"engine": options.engine, "table": table}
-    return Budget(**options.budget, **constraints, **timed, repeats=REPEATS)
+    order: Order = "share" if options.per_layer else "score"
+    return Budget(**options.budget, **constraints, **timed, order=order, repeats=REPEATS)
 
 
 def _scored(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.measure.counting import OperatorCounter, count_params, samples_in
 from lightning_prune.plan import Plan
 
@@ -66,6 +66,17 @@ class CostModel:
                     nobody = torch.full((self._shapes[part.tensor][part.dim],), -1)
                     owner = self._owners.setdefault((part.tensor, part.dim), nobody)
                     owner[part.index.flatten()] = channels.expand(part.index.shape).flatten()
+
+    def of_a_channel(self, group: Group) -> tuple[float, float]:
+        """Parameters and multiply-accumulates that go with one channel of a group while all others are there."""
+        params = macs = 0.0
+        for part in group.slices:
+            if part.tensor in self._shapes:
+                shape = self._shapes[part.tensor]
+                share = part.index.shape[1] / shape[part.dim]
+                params += share * prod(shape)
+                macs += share * self._macs.get(part.tensor, 0)
+        return params, macs
 
     def of(self, plan: Plan) -> tuple[int, int]:
         """Parameters and multiply-accumulates of the reconstructed model."""

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -22,6 +22,7 @@ from lightning_prune.selection.by_table import TableSearch
 from lightning_prune.selection.search import TOLERANCE, Reach, Search
 from lightning_prune.selection.table_choice import TableChoice
 
+Order = Literal["score", "score_per_cost", "share"]
 ESTIMATES, RECONSTRUCTIONS, CONFIRMATIONS = 500, 16, 4  # how many tries each stage of the search has
 
 
@@ -32,7 +33,7 @@ class Budget(Selection):
 
     Costs are shares of the dense model that **remain**: ``flops=0.5`` leaves at most half of the FLOPs, within 1% of
     that (relative; 5% for latency) wherever single channels are fine enough. If several are given, all hold, and the
-    one that binds is met this closely. Channels go in the order of their scores, ties in the order of the network.
+    one that binds is met this closely. Channels go as ``order`` says, ties in the order of the network.
     Where the last one overshoots by more than the tolerance (a wide group, ``round_to``), the strongest of the
     removed that still fit come back.
 
@@ -52,6 +53,10 @@ class Budget(Selection):
             not the weakest channels over the network that go: every group keeps as many as bring the most score for
             their time, by the table, and widths that take as long as larger ones are not chosen. Up to eight such
             models are measured, to correct what the table does not know. Under joint coupling only.
+        order: which go first. ``score``: the lowest scores of the network, wherever they are; scores of different
+            layers have to be comparable. ``score_per_cost``: the lowest scores for what a channel costs in the dense
+            model (multiply-accumulates; its parameters where the budget names them; both, each as a share of the
+            network's, where it names both). ``share``: the same share of every layer, its weakest.
         convention: how FLOPs are counted, see `lightning_prune.measure.count_flops`.
         repeats: passes timed per model.
         min_channels, round_to, ignore: see `Selection`.
@@ -76,6 +81,7 @@ class Budget(Selection):
     latency_ms: float | None = None
     engine: str | Engine = "eager"
     table: Any = None  # jsonargparse would read the file of a declared class as its arguments
+    order: Order = "score"
     convention: Convention = "macs"
     repeats: int = 10
 
@@ -97,6 +103,9 @@ class Budget(Selection):
             self.table = LatencyTable.load(self.table)
         if self.table is not None and not isinstance(self.table, LatencyTable):
             raise PlanError(f"table must be a LatencyTable or its file, got {self.table!r}")
+        check_choice("order", self.order, Order, PlanError)
+        if self.table is not None and self.order != "score":
+            raise PlanError(f"a latency table weighs scores against time by itself; leave out order={self.order!r}")
         check_choice("convention", self.convention, Convention, PlanError)
         if not is_count(self.repeats):
             raise PlanError(f"repeats must be an integer >= 1, got {self.repeats!r}")

@@ -18,6 +18,7 @@ from lightning_prune.selection.layer_names import LayerName, as_names, check_pat
 
 Over = Literal["all", "inner", "groups"]
 Rounding = Literal["round", "floor"]
+Key = Callable[[Group, Tensor], Tensor]
 
 
 @final
@@ -170,11 +171,14 @@ def _is_chain(group: Group) -> bool:
 
 
 class Ranking:
-    """The channels that may go, weakest first, ties in the network's order; none that ``min_channels`` keeps."""
+    """The channels that may go, weakest first, ties in the network's order; none that ``min_channels`` keeps.
 
-    def __init__(self, question: Question, least: Callable[[int], int]) -> None:
+    ``key`` makes the scores of a group comparable with those of others, and leaves their order within it.
+    """
+
+    def __init__(self, question: Question, least: Callable[[int], int], key: Key = lambda _, scores: scores) -> None:
         self.layers = [(group, name) for group in question.groups for name in question.ranked[group.name]]
-        scores = [question.ranked[group.name][name] for group, name in self.layers]
+        scores = [key(group, question.ranked[group.name][name]) for group, name in self.layers]
         self._sizes = list(map(len, scores))
         free = [values.argsort(stable=True).argsort() < len(values) - least(len(values)) for values in scores]
         ranked = torch.cat(scores).argsort(stable=True)

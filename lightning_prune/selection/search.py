@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_prune.errors import NotReconstructedWarning, PlanError, TraceError
-from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.measure import CostModel, count_params, flops_by_convention
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.small_model import reconstruct
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"flops": 0.01, "params": 0.01, "latency_ms": 0.05}
 AIM = {"flops": 0.01, "params": 0.01, "latency_ms": 0.04}  # a second measurement of a latency comes out a little apart
+TINY = 1e-12  # share of the dense cost: what costs nothing goes last
 
 T = TypeVar("T")
 Costs = Mapping[str, float]  # by the budget's argument: operations, parameters, milliseconds
@@ -82,16 +84,29 @@ class Search:
     def __init__(self, budget: Budget, question: Question) -> None:
         if question.model is None or question.example_inputs is None:
             raise PlanError(f"{budget!r} counts the pruned model: pass select(..., model=..., example_inputs=...)")
-        self.ranking = Ranking(question, budget._least)
         self._budget, self._question = budget, question
         self._model, self._inputs = question.model, question.example_inputs
         self._shapes = CostModel(self._model, question.graph, self._inputs)
+        self.ranking = Ranking(question, budget._least, self._key)
         self._watch = None
         if budget.latency_ms is not None:
             self._watch = Stopwatch(budget.engine, self._model, self._inputs, budget.repeats)
         self.dense = self._of(self._model)
         units = {**self.dense, "latency_ms": 1.0}  # shares of the dense model, and milliseconds
         self.most = {name: asked * unit for name, unit in units.items() if (asked := getattr(budget, name))}
+
+    def _key(self, group: Group, scores: Tensor) -> Tensor:
+        """By what channels of different groups are compared."""
+        if self._budget.order == "score":
+            return scores
+        if self._budget.order == "share":
+            return (scores.argsort(stable=True).argsort() + 0.5) / len(scores)
+        params, macs = self._shapes.of_a_channel(group)
+        cost = (params / self._shapes.params if self._budget.params is not None else 0.0) + (
+            macs / (self._shapes.macs or 1) if self._budget.params is None or self._budget.flops is not None else 0.0
+        )
+        # what does harm goes first whatever it costs; so does, in a later step, what an earlier one removed
+        return torch.where(scores < 0, scores, scores / max(cost, TINY))
 
     def plan(self, count: int, back: Sequence[int] = ()) -> Plan:
         """What is left once the first ``count`` are gone, but for those of the steps ``back``."""

@@ -16,7 +16,10 @@ from torchvision.utils import draw_segmentation_masks
 
 SIDE = 256  # pixels; on smaller images a label would cover what it names
 MIN_SCORE = 0.5  # from which darknet draws
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
+COLOURS = (
+    "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6",
+    "#800000",
+)  # fmt: skip
 
 
 def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) -> Tensor:
@@ -37,12 +40,12 @@ def draw(image: Tensor, found: dict[str, Tensor], class_names: Sequence[str]) ->
     return pil_to_tensor(picture)
 
 
-def draw_classes(image: Tensor, classes: Tensor) -> Tensor:
-    """An image in the grey levels that it has, a colour over every pixel (H, W) whose class is neither 0 nor 255."""
+def draw_classes(image: Tensor, classes: Tensor, clear: Sequence[int | None] = (0, 255)) -> Tensor:
+    """An image in the grey levels that it has, a colour over every pixel (H, W) whose class is none of `clear`."""
     low, high = image.amin(), image.amax()
     pixels, factor = _enlarged((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny))
     classes = classes.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    shown = [int(label) for label in classes.unique() if label not in (0, 255)]
+    shown = [int(label) for label in classes.unique() if label not in clear]
     if not shown:
         return pixels
     masks = torch.stack([classes == label for label in shown])

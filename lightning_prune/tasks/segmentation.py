@@ -41,6 +41,7 @@ class SegmentationTask(Task):
         num_classes: Number of classes, background included; must be the width of the logits.
         ignore_index: Mask value of pixels that count neither in the loss nor in the metrics.
         aux_weight: Weight of the auxiliary head's loss (torchvision's reference: 0.5).
+        background: Class that `draw_predictions` leaves uncoloured; None where every class is something to see.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: "poly", "cosine", "constant", or what builds a scheduler from the optimizer; see `Task`.
         input_size: One image as (C, H, W), for `example_input_array`.
@@ -62,6 +63,7 @@ class SegmentationTask(Task):
         *,
         ignore_index: int = 255,
         aux_weight: float = 0.5,
+        background: int | None = 0,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, weight_decay=1e-4),
         lr_scheduler: Schedule = "poly",
         input_size: Sequence[int] = (3, 480, 480),
@@ -73,6 +75,7 @@ class SegmentationTask(Task):
             raise ValueError(f"aux_weight must not be negative, got {aux_weight}.")
         self.ignore_index = ignore_index
         self.aux_weight = aux_weight
+        self.background = background
         metrics = MetricCollection(
             {
                 "acc": MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index),
@@ -116,7 +119,8 @@ class SegmentationTask(Task):
         """The images of a batch under the classes found, or the true ones; (3, H, W) uint8, small ones enlarged."""
         images, masks = batch
         shown = zip(images, masks if predictions is None else predictions, strict=True)
-        return [draw_classes(image, classes) for image, classes in shown]
+        clear = (self.background, self.ignore_index)
+        return [draw_classes(image, classes, clear) for image, classes in shown]
 
     def _logits(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         output = self(images)

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
+import lightning_prune as lp
 from benchmarks.cifar_training import Settings, Training, images, scoring_batches
 from benchmarks.field import __main__ as benchmark
 from benchmarks.field.methods import ALL, CRITERIA, METHODS, Method, named
-from benchmarks.field.pruning import projected, prune
+from benchmarks.field.pruning import macs_of_a_channel, projected, prune
 from benchmarks.field.report import control_of, render
 from lightning_prune.criteria import Criterion
 from lightning_prune.criteria.base import _leaves
@@ -46,6 +47,21 @@ def test_a_network_is_pruned_to_the_macs(batches, uniform, repair):
     small = prune(model, Method("lightning-prune", "taylor_fo", uniform=uniform, repair=repair), wanted, batches)
     assert 0.97 * wanted < count_flops(small, inputs) <= wanted
     assert count_flops(model, inputs) == 2 * wanted
+
+
+def test_a_channel_costs_what_the_network_saves_without_it(batches):
+    model, inputs = network().eval(), batches[0][0][:1]
+    graph = lp.trace(model, inputs)
+    costs = macs_of_a_channel(model, graph, inputs)
+    assert costs["layer1.0.conv1"] == 2 * 9 * 16 * 32 * 32  # written once, read once
+    assert costs["layer1.0.conv1"] > costs["layer2.0.conv1"] > costs["layer3.0.conv1"]
+    kept = []
+    for per_mac in (False, True):
+        small = prune(
+            model, Method("lightning-prune", "random", per_mac=per_mac), count_flops(model, inputs) / 2, batches
+        )
+        kept.append(small.layer1[0].conv1.out_channels)
+    assert kept[1] < kept[0]  # what is dear goes first
 
 
 def test_projection_shortcuts_compute_the_same_as_padded_ones(batches):
@@ -124,7 +140,7 @@ def test_a_missing_peer_is_said_before_anything_runs(folder, tmp_path, monkeypat
 def test_the_page_ranks_methods_and_names_failures(tmp_path):
     dense = {"of": "public", "settings": "Settings()", "before": 81.0, "accuracy": 89.5}
     setup = {"model": "resnet56", "dense": dense, "epochs": 2, "images": 0, "lr": 0.02}
-    setup |= {"batch": 128, "score_batches": 16, "cpu": "a CPU", "threads": 2, "torch": "2.14"}
+    setup |= {"bf16": False, "batch": 128, "score_batches": 16, "cpu": "a CPU", "threads": 2, "torch": "2.14"}
     rows = []
     for seed in (0, 1):
         for name, speed_up, accuracy in (

@@ -333,3 +333,52 @@ def test_torchvision_models_meet_their_budget(name: str) -> None:
         reached = shares(model, lp.reconstruct(model, graph, plan), x)
         what = "flops" if asked.flops else "params"
         assert 0.99 * getattr(asked, what) <= reached[what] <= getattr(asked, what)
+
+
+class Stages(nn.Module):
+    """Two convolutions; a channel of the first costs 16 times as many operations as one of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dear, self.cheap = nn.Conv2d(4, 16, 1, bias=False), nn.Conv2d(16, 16, 4, 4, groups=16, bias=False)
+        self.late, self.head = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.cheap(self.dear(x))))
+
+
+def kept_by(order: str, dear: Tensor, late: Tensor, **budget: float) -> tuple[int, int]:
+    model, inputs = Stages(), torch.randn(1, 4, 8, 8)
+    graph = lp.trace(model, inputs)
+    plan = Budget(order=order, **budget).select(graph, {"dear": dear, "late": late}, model=model, example_inputs=inputs)
+    before, after = (lp.measure(of, inputs) for of in (model, lp.reconstruct(model, graph, plan)))
+    assert 0.9 * budget.get("flops", 0.0) <= after.macs / before.macs <= budget.get("flops", 1.0)
+    assert after.params / before.params <= budget.get("params", 1.0)
+    left = {name: 16 - len(group.removed) for name, group in plan.groups.items()}
+    return left.get("dear", 16), left.get("late", 16)
+
+
+def test_a_budget_takes_the_same_share_of_every_layer() -> None:
+    model, inputs = wide(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    graph = lp.trace(model, inputs)
+    scores = {group.name: torch.rand(group.size) * 10.0**place for place, group in enumerate(graph.prunable_groups)}
+    for order, spread in (("share", 2), ("score", 40)):  # scores of different layers are not comparable
+        plan = Budget(order=order, flops=0.5).select(graph, scores, model=model, example_inputs=inputs)
+        kept = [len(plan.groups[name].keep) if name in plan.groups else 64 for name in scores]
+        assert (max(kept) - min(kept) <= spread) == (order == "share")
+        for name, group in plan.groups.items():
+            assert sorted(scores[name].argsort(descending=True)[: len(group.keep)].tolist()) == list(group.keep)
+
+
+def test_a_budget_takes_the_lowest_scores_for_their_cost() -> None:
+    up = torch.arange(1.0, 17)
+    dear, late = kept_by("score_per_cost", 3 * up, up, flops=0.5)
+    assert (dear, late) < kept_by("score", 3 * up, up, flops=0.5)
+    harmful = torch.cat([-up[:8], up[8:]])  # they go first, whatever they cost
+    assert kept_by("score_per_cost", 3 * up, harmful, flops=0.9)[1] <= 8
+    assert kept_by("score_per_cost", up, 4 * up, params=0.9)[0] < 16  # of parameters both cost nearly the same
+
+
+def test_orders_without_meaning_are_refused() -> None:
+    with pytest.raises(PlanError, match="order must be one of score, score_per_cost, share"):
+        Budget(flops=0.5, order="cost")

@@ -106,6 +106,16 @@ def test_both_tasks_draw_the_truth_and_what_they_find():
     assert drawn[:, :128, 128:].float().mean((1, 2)).argmax() == 0  # class 1 is red
     assert drawn[:, 128:, :128].float().mean((1, 2)).argmax() == 1  # class 2 is green
     assert (bare.min(), bare.max()) == (0, 255)
+    segmentation.background = None
+    (all_coloured,) = segmentation.draw_predictions((grey, masks))
+    assert (all_coloured != bare).any(0)[:128, :128].all()
+    assert torch.equal(all_coloured[:, 128:], drawn[:, 128:])
+
+
+def test_as_many_classes_as_street_scenes_have_differ_in_colour():
+    grey, classes = torch.zeros(1, 256, 256), torch.arange(11).repeat_interleave(24)[:256].expand(256, -1)
+    drawn = draw_classes(grey, classes, (None, 255))
+    assert len({tuple(drawn[:, 0, 24 * label].tolist()) for label in range(11)}) == 11
 
 
 def test_sanity_checking_draws_nothing(tmp_path):
