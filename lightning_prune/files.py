@@ -1,15 +1,18 @@
-"""Writing a file as a whole or not at all."""
+"""Writing a file as a whole or not at all, and reading a stranger's: what cannot be read is refused by its name."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import PruningError, first_line
+
+MOST_NODES = 1_000_000  # of a YAML file, counting what its aliases repeat
 
 
 @contextmanager
@@ -45,11 +48,91 @@ def append_line(path: Path, line: str) -> None:
 
 def check_writable(path: Path) -> None:
     """Refuse before the work what its result cannot be written to."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _explained(path):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir():
             raise IsADirectoryError("Is a directory")
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_readable(path: str | os.PathLike[str], error: type[PruningError]) -> None:
+    """Refuse, as ``error``, what is no file with something in it that this process may read."""
+    path, wrong, start = Path(path), None, b""
+    try:
+        if path.is_dir():
+            wrong = "is a folder, and a file is needed"
+        elif path.exists() and not path.is_file():  # a device or a pipe could be read for ever
+            wrong = "is no regular file"
+        elif path.exists():
+            with path.open("rb") as stream:
+                start = stream.read(1)
+    except (OSError, ValueError) as problem:  # ValueError: a null character in the name
+        wrong = f"cannot be read: {getattr(problem, 'strerror', None) or problem}"
+    if wrong:
+        raise error(f"{str(path)[:200]} {wrong}")
+    if not path.exists():
+        raise error(f"there is no file {path}")
+    if not start:
+        raise error(f"{path} is empty: nothing was written to it, or it was cut short")
+
+
+def read_text(path: str | os.PathLike[str], error: type[PruningError], what: str) -> str:
+    """The text of a file; ``what`` it should be, for the refusal, which is raised as ``error``."""
+    check_readable(path, error)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} is no {what}: it holds no text, byte {problem.start} is no UTF-8") from problem
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}") from problem
+
+
+def read_json(path: str | os.PathLike[str], error: type[PruningError], what: str) -> dict[str, Any]:
+    """The object in a JSON file; ``what`` it should be, for the refusal, which is raised as ``error``."""
+    text = read_text(path, error, what)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as problem:  # RecursionError: brackets in brackets without end
+        raise error(f"{path} is no {what}, or a damaged one: {first_line(problem)}") from problem
+    if not isinstance(data, dict):
+        raise error(f"{path} is no {what}: it holds a {type(data).__name__}")
+    return data
+
+
+def read_yaml(path: str | os.PathLike[str], error: type[PruningError], what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ``what`` it should be, for the refusal, which is raised as ``error``."""
+    import yaml  # help needs none
+
+    text = read_text(path, error, what)
+    try:
+        data = yaml.safe_load(text)
+        nodes = _nodes(data, {})
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: a date of month 13
+        raise error(f"{path} is no {what}, or a damaged one: {_yaml_problem(problem)}") from problem
+    if data is None:
+        raise error(f"{path} is no {what}: nothing is in it but comments")
+    if not isinstance(data, dict):
+        raise error(f"{path} is no {what}: it holds a {type(data).__name__}, not names with values")
+    if nodes > MOST_NODES:
+        raise error(f"{path} is no {what}: its aliases repeat one another into more than {MOST_NODES:,} values")
+    return data
+
+
+def _nodes(value: Any, known: dict[int, int]) -> int:
+    """Values in a value, with those that aliases repeat; an alias of what it lies in is endless, as recursion finds."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_nodes(item, known) for item in inside)
+    return known[id(value)]
+
+
+def _yaml_problem(error: BaseException) -> str:
+    """The cause and its place, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return f"{place}{problem or first_line(error)}"
 
 
 @contextmanager
@@ -57,4 +140,4 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PruningError(f"cannot write {path}: {error.strerror or error}") from error
+        raise PruningError(f"cannot write {str(path)[:200]}: {error.strerror or error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.cli.named_objects import find_object, is_module
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import ModelError
 
@@ -19,8 +19,8 @@ from lightning_prune.errors import ModelError
 def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
     """Call what a path names with arguments as ``key=value``; weights are downloaded only if asked for."""
     keywords = dict(key_value("--arg", argument) for argument in arguments)
-    if "." in path:
-        factory = _import(path)
+    if "." in path or ":" in path:
+        factory = find_object(path)
     else:
         factory = _of_torchvision(path)
         if "weights_backbone" in inspect.signature(factory).parameters:
@@ -43,28 +43,17 @@ def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:
     return model
 
 
-def _import(path: str) -> Any:
-    """The object at an import path, or an error that says which part of the path is wrong."""
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelError(f"'{path}': {error}.") from error
-    if not hasattr(module, name):
-        public = [other for other in vars(module) if not other.startswith("_")]
-        raise ModelError(f"there is no '{name}' in {module_name}.{did_you_mean(name, public)}")
-    return getattr(module, name)
-
-
 def _of_torchvision(name: str) -> Callable[..., nn.Module]:
     from torchvision import models
 
     try:
         return models.get_model_builder(name)
     except ValueError as error:
+        if is_module(name):
+            find_object(name)  # which names what is in it
         raise ModelError(
-            f"torchvision has no model '{name}'.{did_you_mean(name, models.list_models())} Others go by import path, "
-            "such as package.module.Net"
+            f"torchvision has no model '{name}'.{did_you_mean(name, models.list_models())} Others go by "
+            "package.module:name, or path/to/file.py:name"
         ) from error
 
 

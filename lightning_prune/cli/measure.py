@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
+from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture, check_memory
 from lightning_prune.cli.cost_table import DENSE, PRUNED, Models, plural, print_costs, print_latency
 from lightning_prune.cli.layer_table import print_layers
+from lightning_prune.cli.named_objects import is_object_path
 from lightning_prune.errors import ModelError
 from lightning_prune.measure import explain_speed, measure_machine, samples_in, thread_count, time_layers, with_samples
 from lightning_prune.report.table import print_line
 
-_FILES = (".pt", ".pth", ".ckpt", ".bin")
+_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
             f"--layers times modules of PyTorch, and {options.engine} runs none: leave out --engine, or make a table "
             "of its layers with lightning-prune latency-table"
         )
+    if sizes[0] and isinstance(inputs, Tensor):
+        check_memory((max(sizes), *inputs.shape[1:]))
     console = Console()
     console.print()
     batch = with_samples(inputs, sizes[0]) if sizes[0] else inputs
@@ -56,7 +60,8 @@ def asked_for(paths: Sequence[str], options: argparse.Namespace) -> tuple[Archit
         raise ModelError(f"at most two models, dense and pruned, can be measured at once, got {' '.join(paths)}")
     if paths and options.model is None and not options.config:
         first = paths[0]  # a file, or meant to be one, or else a name
-        if not (Path(first).is_file() or "/" in first or first.endswith(_FILES)):
+        meant = "/" in first or first.endswith(_FILES)
+        if (not Path(first).is_file() and (is_object_path(first) or not meant)) or first.endswith(".py"):
             options.model, paths = first, paths[1:]
     files = [Checkpoint.read(path) for path in paths]
     return architecture(options, *files), files

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of
+from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of, rate, seed
 
 #: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`,
 #: `experiments.comparison.run.SelectionName` and `experiments.reproduce.recipe.SCALES`, which import torch.
@@ -27,8 +27,8 @@ ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --layer-ratios RATIOS.json | --budget flops=0.5 |
-                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json] | --plan PLAN.json]
+                             [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json | --budget flops=0.5 |
+                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json]]
                              [--out pruned.pt] [--explain]"""
 _MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
@@ -59,7 +59,7 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
     add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
-    add("--score-batches", type=int, metavar="N", help="of the training data, for criteria that need it")
+    add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
     amount = parser.add_mutually_exclusive_group().add_argument
     amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
     costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
@@ -71,11 +71,12 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add("--force-table", action="store_true", help="it is of the machine that will run the model, not of this one")
     add("--per-layer", action="store_true", help="the same share of every layer, not the network's weakest")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
-    add("--round-to", type=int, default=1, metavar="N", help="channels kept are multiples of it")
+    add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
     add("--out", type=Path, default=Path("pruned.pt"), metavar="FILE", help="default: pruned.pt")
     add("--explain", action="store_true", help="say what would be done, and do nothing")
     parser.add_model_options()
+    parser.refuse_idle(argv, {"--force-table": "--latency-table"})
     return parser.parse_with_fit_options(argv)
 
 
@@ -109,6 +110,7 @@ def measure(argv: Sequence[str]) -> argparse.Namespace:
     add("--layers", action="store_true", help="layer by layer, and what sets the pace")
     add("--top", type=count, default=20, metavar="N", help="layers shown; default: 20")
     parser.add_model_options()
+    parser.refuse_idle(argv, {"--top": "--layers"})
     return parser.parse_with_fit_options(argv)
 
 
@@ -158,7 +160,11 @@ def latency_table(argv: Sequence[str]) -> argparse.Namespace:
     kit = "time nothing, but write a script that does on a machine without torch, in ONNX Runtime"
     add("--kit", type=Path, metavar="FOLDER", help=kit)
     parser.add_model_options()
-    return parser.parse_with_fit_options(argv)
+    options = parser.parse_with_fit_options(argv)
+    idle = [word for word in argv if options.kit and word.partition("=")[0] in ("--out", "--coarse")]
+    if idle or (options.kit and options.engine != "onnxruntime"):
+        parser.error(f"{idle[0] if idle else '--engine'} does nothing with --kit, whose script times in ONNX Runtime")
+    return options
 
 
 def quantize(argv: Sequence[str]) -> argparse.Namespace:
@@ -261,17 +267,22 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--criteria", type=list_of(str), default=["l1", "l2", "fpgm", "taylor", "jre"], help="names, with commas")
     add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], help="shares removed; default 0.3,0.5,0.7")
-    add("--seeds", type=list_of(int), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
+    add("--seeds", type=list_of(seed), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
     add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
     add("--checkpoint", metavar="CKPT", help="trained weights; without it the task is trained once and kept in --out")
     add("--epochs", type=int, default=5, help="of fine-tuning; default 5")
-    add("--lr", type=float, help="first learning rate of fine-tuning; default: the task's own")
+    add("--lr", type=rate, help="first learning rate of fine-tuning; default: the task's own")
     add("--selection", choices=SELECTIONS, default="global", help="what a ratio is of; default global")
     add("--coupling", choices=COUPLINGS, default="joint", help="default joint")
-    add("--score-batches", type=int, metavar="N", help="default: one pass over the training data")
+    add("--score-batches", type=count, metavar="N", help="default: one pass over the training data")
     add("--metric", default="acc", help="name of the logged metric; default acc")
-    add("--train-seed", type=int, default=0, metavar="N", help="of the dense training; default 0")
+    add("--train-seed", type=seed, default=0, metavar="N", help="of the dense training; default 0")
     options, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--trainer") and word.partition("=")[0] != "--trainer.max_epochs":
+            parser.error(f"{word} would be ignored: of a Trainer only --trainer.max_epochs, of dense training, counts")
+        if word.startswith("--trainer") and options.checkpoint:
+            parser.error(f"{word} would be ignored: --checkpoint is trained already")
     return argparse.Namespace(**vars(options), fit_options=rest, prog=parser.prog)
 
 
@@ -289,7 +300,7 @@ def reproduce(argv: Sequence[str]) -> argparse.Namespace:
     add("--scale", choices=SCALES, default="smoke", help="default: smoke")
     add("--out", dest="output", type=Path, metavar="DIR", help="default: runs/reproduce/NAME-SCALE")
     add("--data", metavar="FOLDER", help="where the data sets lie that the scale names")
-    add("--seeds", type=list_of(int), metavar="0,1,2", help="default: the scale's")
+    add("--seeds", type=list_of(seed), metavar="0,1,2", help="default: the scale's")
     add("--only", type=list_of(str), default=[], metavar="A,B", help="rows with this in their label, or such patterns")
     return parser.parse_args(argv)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+MOST = 2**31 - 1  # of anything that is counted
 CONFIG_FLAGS = ("--config", "-c")
-_FIT_OPTIONS = ("--model.", "--data", "--trainer", "--seed_everything")
+_FIT_OPTIONS = ("--model.", "--data", "--seed_everything")  # of a Trainer none: nothing is trained
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,11 +28,18 @@ class Parser(argparse.ArgumentParser):
         """Add what says which dense model the command is about; ``name`` is that of its first option."""
         add = self.add_argument_group("the dense model").add_argument
         metavar = "NAME" if name.startswith("-") else "MODEL"
-        add(name, metavar=metavar, help="of torchvision such as resnet18, or an import path")
+        add(name, metavar=metavar, help="of torchvision, package.module:name or file.py:name")
         add("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the model; repeat")
         config = "YAML file or recipe, with the options of fit"
         add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=config)
         add("--input", nargs="+", type=count, metavar="N", help="shape of the input, samples first")
+
+    def refuse_idle(self, argv: Sequence[str], needed: Mapping[str, str]) -> None:
+        """Refuse options that would be ignored: {option: what it needs}."""
+        given = {word.partition("=")[0] for word in argv}
+        for option, other in needed.items():
+            if option in given and other not in given:
+                self.error(f"{option} does nothing without {other}")
 
     def parse_with_fit_options(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options, with those that `fit` knows in ``fit_options`` where there is a configuration to take them."""
@@ -44,16 +53,41 @@ class Parser(argparse.ArgumentParser):
 
 def count(word: str) -> int:
     """A number of at least 1, as the type of an option."""
-    if not word.isascii() or not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got '{word}'")
-    return int(word)
+    if not 1 <= (number := _whole(word)) <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got '{word[:40]}'")
+    return number
+
+
+def seed(word: str) -> int:
+    """What generators of random numbers take, as the type of an option."""
+    if not 0 <= (number := _whole(word)) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a seed from 0 to 4294967295, got '{word[:40]}'")
+    return number
+
+
+def rate(word: str) -> float:
+    """A number above 0, as the type of an option."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got '{word[:40]}'")
+    return number
+
+
+def _whole(word: str) -> int:
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 20 else -1
 
 
 def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     """The type of an option that takes several values, with commas between them."""
 
     def parse(text: str) -> list[T]:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        found = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError("expected values with commas between them, got none")
+        return found
 
     parse.__name__ = f"list of {kind.__name__}"  # argparse names it in errors
     return parse

@@ -37,14 +37,11 @@ SHOWN = 10  # passes timed for the table
 def run(options: argparse.Namespace) -> int:
     """`lightning-prune prune CHECKPOINT --config TASK.yaml --criterion jre --ratio 0.5`."""
     criterion, selection = criterion_from(options.criterion), _selection(options)
-    source, out = Path(options.checkpoint), options.out
-    if source.exists() and out.exists() and out.samefile(source):
-        raise ModelError(f"--out {out} is the checkpoint itself; write to another file")
-    if not options.explain:
-        check_writable(out)
+    out = options.out
+    _check_options(options, criterion)
     checkpoint = Checkpoint.read(options.checkpoint)
     if checkpoint.pruned:
-        raise ModelError(f"{source} is pruned already; prune the dense checkpoint it came from, further")
+        raise ModelError(f"{options.checkpoint} is pruned already; prune the dense checkpoint it came from, further")
     known = architecture(options, checkpoint)
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
     graph, scores = _scored(model, known, criterion, options)
@@ -88,6 +85,23 @@ def run(options: argparse.Namespace) -> int:
     print_line(console, f"pruned model: {out}", "bold")
     print_line(console, f"old and new channels: lightning-prune channels {shlex.quote(str(out))}", "dim")
     return 0
+
+
+def _check_options(options: argparse.Namespace, criterion: Criterion) -> None:
+    """Refuse what can be refused before anything is read."""
+    if _same_file(Path(options.checkpoint), options.out):
+        raise ModelError(f"--out {options.out} is the checkpoint itself; write to another file")
+    if not options.explain:
+        check_writable(options.out)
+    if options.score_batches is not None and not criterion.needs_forward:
+        raise ModelError(f"--score-batches does nothing for {options.criterion}, which looks at weights only")
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):  # one is not there, or cannot be by that name
+        return False
 
 
 def _selection(options: argparse.Namespace) -> Selection:

@@ -6,6 +6,7 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, did_you_mean
-from lightning_prune.errors import UnknownRecipeError
+from lightning_prune.errors import ConfigurationError, UnknownRecipeError
+from lightning_prune.files import read_yaml
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -31,8 +33,9 @@ def describe(path: Path) -> str:
 
 def find_recipe(name: str) -> Path:
     """Path of a configuration: a file in the working directory, or else a shipped recipe."""
-    if Path(name).is_file():
-        return Path(name)
+    with suppress(OSError, ValueError):  # a name that no file can have
+        if Path(name).is_file():
+            return Path(name)
     recipes = recipe_paths()
     for candidate in (name, f"{name}.yaml"):
         if candidate in recipes:
@@ -48,6 +51,7 @@ def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for place, (before, word) in enumerate(itertools.pairwise(words), 1):
         if before in CONFIG_FLAGS:
             path = find_recipe(word)
+            read_yaml(path, ConfigurationError, "configuration")  # jsonargparse, which reads it next, says less
             stems.append(path.stem)
             words[place] = str(path)
     return words, stems

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
-from lightning_prune.errors import ConfigurationError, PruningError
+from lightning_prune.cli.resuming import judge
+from lightning_prune.cli.run_folder import (
+    RUNS,
+    SaveConfig,
+    carry_over,
+    check_unused,
+    folder_of,
+    is_first_process,
+    last_checkpoint,
+    own_folder,
+)
+from lightning_prune.errors import CheckpointError, ConfigurationError, PruningError
 from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
@@ -22,10 +37,58 @@ _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the 
 
 
 class _CLI(LightningCLI):
+    def __init__(self, *, folder: str = "", **options: Any) -> None:
+        self._folder = folder  # of the first run of this name, under runs/
+        self._continued: str | None = None  # that of a run that goes on
+        with ExitStack() as self._opened:
+            super().__init__(**options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only those that mean something for a pruned model."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in _COMMANDS}
+        found = LightningCLI.subcommands()
+        return {name: {*found[name], "weights_only"} for name in _COMMANDS}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Judge the checkpoint before anything is written; no code of a file is ever run."""
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        path, training = options.get("ckpt_path"), subcommand == "fit"
+        if self._continued is None:
+            check_unused(self.trainer)
+        if path == "best":
+            raise CheckpointError("--ckpt_path best: which one is best only the run knows that wrote it; name its file")
+        if path is not None and path not in ("last", "hpc"):
+            content = judge(path, self.model, self.trainer, training=training)
+            if content is None:  # the model has the weights
+                path = None
+            elif training:
+                carry_over(self.trainer, Path(path), content)
+        options["ckpt_path"] = path
+        return {**options, "weights_only": True}
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint name the model's class; here the configuration does, which is the user's own."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose where to write, unless the configuration does: a run that goes on writes where it wrote before."""
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        devices, most = config.trainer.get("devices"), max(64, 4 * (os.cpu_count() or 1))
+        if str(devices).isdecimal() and int(devices) > most:  # each is a process
+            raise ConfigurationError(f"--trainer.devices must be at most {most} on this machine, got {devices}")
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last_checkpoint(self._folder) or "last")
+        logger = config.trainer.get("logger")
+        init_args = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if init_args is None or (init_args.get("name"), init_args.get("version")) != (self._folder, ""):
+            return  # the user's own
+        self._continued = folder_of(config.get("ckpt_path"), self._folder) if self.subcommand == "fit" else None
+        folder = self._continued or self._opened.enter_context(own_folder(self._folder))
+        if folder not in (self._folder, self._continued) and is_first_process():
+            first, own = RUNS / self._folder, RUNS / folder
+            sys.stdout.write(f"{first} holds an earlier run, which stays: this one is in {own}\n")
+        init_args.name = folder
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""
@@ -35,6 +98,8 @@ class _CLI(LightningCLI):
         """Say why a constructor refused a value: jsonargparse buries it in a list of all types it may have meant."""
         try:
             super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise ConfigurationError(str(error)) from error
         except ValueError as error:
             root: BaseException = error
             while (below := root.__cause__ or root.__context__) is not None:
@@ -43,32 +108,44 @@ class _CLI(LightningCLI):
                 raise ConfigurationError(str(root)) from error
             raise
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"--seed_everything: {error}") from error
+
     def instantiate_trainer(self, **options: Any) -> Any:
         """None for `build_task`: one that runs nothing would look for devices and announce them."""
         return super().instantiate_trainer(**options) if self.subcommand else None
 
 
 def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
-    """Run a Trainer method; `runs/NAME/COMMAND`, named after the configurations, is written anew by every run."""
+    """Run a Trainer method; it writes to `runs/NAME/COMMAND`, named after the configurations, or to `COMMAND-2`, ..."""
     resolved, stems = resolve(argv)
     # Of torch to Lightning; nothing that the reader of a training log could act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # a run that goes on
     if command != "fit":  # nothing is saved here, so where the checkpoint once lay does not matter
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    logger = {"save_dir": "runs", "name": f"{'-'.join(stems) or 'unnamed'}/{command}", "version": ""}
-    return _CLI(
-        args=[command, *resolved],
-        parser_class=ExplainingParser,
-        parser_kwargs={"prog": "lightning-prune", **_STRICT, **dict.fromkeys(_COMMANDS, _STRICT)},
-        trainer_defaults={
-            "default_root_dir": "runs",
-            "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
-            "log_every_n_steps": 10,
-        },
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-    )
+    folder = f"{'-'.join(stems) or 'unnamed'}/{command}"
+    logger = {"save_dir": str(RUNS), "name": folder, "version": ""}
+    try:
+        return _CLI(
+            args=[command, *resolved],
+            folder=folder,
+            parser_class=ExplainingParser,
+            parser_kwargs={"prog": "lightning-prune", **_STRICT, **dict.fromkeys(_COMMANDS, _STRICT)},
+            trainer_defaults={
+                "default_root_dir": str(RUNS),
+                "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
+                "log_every_n_steps": 10,
+            },
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            auto_configure_optimizers=False,
+        )
+    except MisconfigurationException as error:
+        raise ConfigurationError(str(error)) from error
 
 
 class BuiltTask(NamedTuple):

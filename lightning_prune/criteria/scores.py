@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_prune.errors import ScoreError
 from lightning_prune.files import atomic
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.tensor_files import read_tensors
 
 FORMAT = "lightning-prune-scores/1"
 
@@ -89,14 +90,11 @@ class Scores(dict[str, Tensor]):
             >>> [len(lp.LayerRatio(ratio).select(graph, scores).groups["0"].keep) for ratio in (0.0, 0.5)]
             [2, 1]
         """
-        if not Path(path).is_file():
-            raise ScoreError(f"there is no file {path}")
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-            raise ScoreError(f"{path} holds no scores: {cause}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            data = read_tensors(path, ScoreError)
+        except ScoreError as error:
+            raise ScoreError(f"no scores: {error}") from error
+        if data.get("format") != FORMAT:
             raise ScoreError(f"{path} holds no scores of format {FORMAT}")
         scores = cls.from_dict(data)
         scores.check(graph)

@@ -117,6 +117,8 @@ def _read_instances(path: Path) -> dict[str, list[dict[str, Any]]]:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: no valid JSON ({error.msg}); unpack it again"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets in brackets without end
+        raise DataError(f"{path}: no valid JSON ({error}); unpack it again") from error
     _check_rows(content, path)
     return content
 

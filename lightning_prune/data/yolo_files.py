@@ -31,7 +31,7 @@ def read_description(root: Path) -> Description:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): root is a data.yaml or its folder") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # bytes that are no text; brackets without end
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise DataError(f"{path}{where}: no valid YAML ({getattr(error, 'problem', error)})") from error

@@ -30,6 +30,7 @@ class Comparison:
     inputs: int = 0
     same: int = 0
     decisions: int = 0
+    nan: int = 0  # inputs for which the model itself computes it
 
     @property
     def agreement(self) -> float | None:
@@ -79,6 +80,7 @@ def compare_program(model: nn.Module, program: Program, passes: Sequence[Any]) -
                 f"the exported model returns {sides[0]} where the model returns {sides[1]}, for inputs of {shapes}"
             )
         result.add(max(1, samples_in(inputs)), *compared(expected, found))
+        result.nan += any(x.is_floating_point() and bool(x.isnan().any()) for x in expected)
     return result
 
 

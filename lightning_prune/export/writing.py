@@ -245,6 +245,12 @@ def _on_cpu(inputs: Any) -> Any:
 def _check_same(found: Comparison, tolerance: float, path: Path, engine: OnnxEngine | None) -> None:
     """Refuse a file that computes something else."""
     where = f" in {engine.name}" if engine is not None else ""
+    if found.nan:
+        raise ExportError(
+            f"the model computes NaN on {found.nan} of the inputs, which can be compared with nothing: its weights "
+            "hold NaN (training diverged: take an earlier checkpoint), or it needs other inputs, inputs=[...]; nothing "
+            f"was written to {path}"
+        )
     if found.max_rel_error > tolerance:
         raise ExportError(
             f"the exported model computes something else{where}: relative error {found.max_rel_error:.1e} over "

@@ -72,6 +72,8 @@ class ComparedRuns:
         for first, second in zip(before, after, strict=True):
             if first.is_floating_point():
                 finite = first.isfinite() & second.isfinite()
+                if not torch.equal(first[~finite].isnan(), second[~finite].isnan()):
+                    return False  # NaN where there was a number, or a number where there was NaN
                 gap = (first - second)[finite].abs()
                 limit = LIMITS[self._dtype] * float(first[finite].abs().max()) if finite.any() else 0.0
                 if gap.any() and float(gap.max()) > limit:

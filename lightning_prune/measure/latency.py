@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.model_state.preservation import preserved
 
 T = TypeVar("T")
+MOST_THREADS = 64  # that any machine grants
 TURN = 4  # passes that a model has in its turn, without the clock and then with it
 SETTLED, SETTLED_ROUNDS, SETTLED_S = 0.03, 30, 2.0  # a pass this much faster than before was not warm yet
 
@@ -185,7 +187,7 @@ def thread_count(threads: int | None) -> Iterator[int]:
     """So many threads of the CPU for whatever is timed inside, and how many that is; None leaves them as they are.
 
     Raises:
-        PruningError: less than one.
+        PruningError: less than one, or many more than the machine has cores.
 
     Example:
         >>> with thread_count(1) as threads:
@@ -195,8 +197,9 @@ def thread_count(threads: int | None) -> Iterator[int]:
     """
     before = torch.get_num_threads()
     threads = before if threads is None else threads
-    if threads < 1:
-        raise PruningError(f"threads must be at least 1, got {threads}")
+    most = max(MOST_THREADS, 4 * (os.cpu_count() or 1))
+    if not 1 <= threads <= most:  # so many that the system refuses one end the process
+        raise PruningError(f"threads must be at least 1 and at most {most} on this machine, got {threads}")
     try:
         torch.set_num_threads(threads)
         yield threads

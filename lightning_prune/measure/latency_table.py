@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_prune.engines import Engine, engine_from
 from lightning_prune.errors import TableError, first_line
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, read_json
 from lightning_prune.measure.layer_calls import LayerKind, Operator
 from lightning_prune.measure.portable.machine import this_machine
 from lightning_prune.measure.portable.making import as_data
@@ -229,13 +229,8 @@ class LatencyTable:
         Raises:
             TableError: no latency table, a damaged one, or one of another machine.
         """
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise TableError(f"cannot read {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise TableError(f"{path} is no latency table, or a damaged one: {first_line(error)}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read_json(path, TableError, "latency table")
+        if data.get("format") != FORMAT:
             raise TableError(f"{path} is no latency table")
         if data.get("version") != VERSION:
             raise TableError(

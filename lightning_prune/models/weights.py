@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import WeightsError
 from lightning_prune.models.cifar_thin import PaddedShortcut
+from lightning_prune.tensor_files import read_tensors
 
 
 def load_torchvision_weights(
@@ -58,7 +57,7 @@ def load_public_weights(model: nn.Module, weights: str | Path | Mapping[str, Any
         True
     """
     where = "the weights" if isinstance(weights, Mapping) else str(weights)
-    state: Any = weights if isinstance(weights, Mapping) else _read(Path(weights))
+    state: Any = weights if isinstance(weights, Mapping) else read_tensors(weights, WeightsError)
     holder = next((name for name in ("state_dict", "model", "net") if isinstance(state.get(name), Mapping)), None)
     state = state if holder is None else state[holder]
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -89,24 +88,12 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], skip: Sequence[str]) ->
     return [name for name in own if name in skip]
 
 
-def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise WeightsError(f"there is no file {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} is not a state dict: {error}") from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
-    return loaded
-
-
 def _state_dict(weights: Any) -> Mapping[str, Tensor]:
     if isinstance(weights, Mapping):
         return weights
     if isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix in (".pt", ".pth", ".ckpt")):
         path = Path(weights)
-        loaded = _read(path)
+        loaded = read_tensors(path, WeightsError)
         if not all(isinstance(value, Tensor) for value in loaded.values()):
             raise WeightsError(f"{path} is not a state dict, which maps names to tensors and holds nothing else")
         return loaded

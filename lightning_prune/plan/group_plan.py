@@ -9,6 +9,7 @@ from typing import Literal
 from lightning_prune.errors import PlanError, check_choice
 
 Coupling = Literal["joint", "union", "intersection"]
+MOST_CHANNELS = 1 << 24  # of a group: beyond every layer, and few enough to be listed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class GroupPlan:
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not are_counts((self.size,)):
+        if not are_counts((self.size,)) or self.size > MOST_CHANNELS:
             raise PlanError(f"size must be a number of channels, got {self.size!r}")
         for name, kept in (("keep", self.keep), *self.layers.items()):
             if not isinstance(kept, tuple) or not are_counts(kept):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import PlanError
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, read_json
 from lightning_prune.plan.basis import Basis
 from lightning_prune.plan.group_plan import Coupling, GroupPlan, check_coupling
 
@@ -275,12 +275,10 @@ class Plan:
         Raises:
             PlanError: there is no such file, or it holds no plan.
         """
-        if not Path(path).is_file():
-            raise PlanError(f"there is no file {path}")
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except ValueError as error:  # no JSON, or no text at all
-            raise PlanError(f"{path} is not a pruning plan: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read_json(path, PlanError, "pruning plan")
+        if data.get("format") != FORMAT:
             raise PlanError(f"{path} is not a pruning plan of format {FORMAT}")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error

@@ -11,28 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch import nn
 
-from lightning_prune.errors import CheckpointError, PruningError
+from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic
-from lightning_prune.model_state.code_sizes import SIZES, following, own_class
-from lightning_prune.model_state.cut_history import remember_history_
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
-    remember_dense_,
-    set_size_,
-    update_attributes_,
 )
-from lightning_prune.model_state.memory import dense_copy, set_data_
-from lightning_prune.model_state.preservation import knows_shapes
 from lightning_prune.plan import Plan
-from lightning_prune.reconstruction.channel_map import history_in, noted
-from lightning_prune.reconstruction.dropped_blocks import drop_as_noted_, dropped_blocks
+from lightning_prune.reconstruction.channel_map import noted
+from lightning_prune.reconstruction.dropped_blocks import dropped_blocks
+from lightning_prune.reconstruction.file_shapes import FileShapes, dropped_as_noted, shape_of
+from lightning_prune.reconstruction.state_dicts import (
+    check_kind,
+    check_names,
+    check_values,
+    digest_of,
+    named_alike,
+    some,
+    state_dict_in,
+)
+from lightning_prune.tensor_files import code_in, read_tensors
 
 FORMAT = "lightning-prune/1"
 KEY = "lightning_prune"  # in a Lightning checkpoint: the format, the plan and the sizes
+DIGEST = "digest"
+_DIGESTED = (
+    "plan",
+    "sizes",
+    "dense",
+    "blocks",
+    "channels",
+    "buffers",
+    "state_dict",
+)  # not extras
 
 
 def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: Any) -> None:
@@ -58,15 +71,16 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
         {'accuracy': 0.9}
     """
     content = {**shapes_of(small, plan), "state_dict": small.state_dict(), "extra": extra}
+    content[DIGEST] = digest_of({name: content[name] for name in _DIGESTED})
     with atomic(Path(path)) as stream:
         try:
             torch.save(content, stream)
             stream.flush()
-            torch.load(stream.name, map_location="cpu", weights_only=True)
+            read_tensors(stream.name)
         except OSError:
             raise
         except Exception as error:
-            what = _some(_code_in(stream.name)) or type(error).__name__
+            what = some(code_in(Path(stream.name))) or type(error).__name__
             raise CheckpointError(f"cannot save to {path}: only tensors and plain data can be kept ({what})") from error
 
 
@@ -113,31 +127,42 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
         (True, Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1)))
     """
     content = read(path)
-    plan = reshape_(dense_model, content, str(path))
+    shapes = FileShapes.read(content, str(path))
+    with dropped_as_noted(dense_model, content, str(path)):
+        changed = shapes.check(dense_model)
+        check_values(shapes.state, str(path))
+        _check_digest(content, str(path))
+        shapes.apply_(dense_model, changed)
     dense_model.load_state_dict(content["state_dict"])
-    return plan
+    return shapes.plan
 
 
 def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Load the weights of an unpruned model: a state dict, alone or in a Lightning checkpoint.
+    """Load the weights of an unpruned model: a state dict, alone or in a checkpoint of Lightning or a training script.
+
+    It may lie under ``"state_dict"``, ``"model"`` and the like, its names may have what wrappers put in front of them
+    (``module.``, ``_orig_mod.``, ``model.``), its numbers another precision. Files of torch or safetensors.
 
     Args:
         path: file; no code in it is run.
         model: the same architecture; on failure as it was.
 
     Raises:
-        CheckpointError: no such file, one that holds more than tensors and plain data, or another model's.
+        CheckpointError: no such file, one that holds more than tensors and plain data, NaN, or another model's.
     """
-    content = read_file(path)
-    state, own = content.get("state_dict", content), model.state_dict()
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict")
-    other = next(iter(_other_shapes(own, state, str(path))), None)
+    content, own = read_file(path), model.state_dict()
+    state = named_alike(own, state_dict_in(content, str(path)))
+    check_names(own, state, str(path))
+    other = next((name for name, value in state.items() if shape_of(value) != shape_of(own[name])), None)
     if other is not None:
+        pruned = "; it is of a pruned model: lightning_prune.load" if is_pruned(content) else ""
         raise CheckpointError(
-            f"{path} belongs to another model: {other!r} is {_shape(state[other])} in the file and "
-            f"{_shape(own[other])} in the model; its arguments may differ"
+            f"{path} belongs to another model: {other!r} is {shape_of(state[other])} in the file and "
+            f"{shape_of(own[other])} in the model; its arguments may differ{pruned}"
         )
+    for name, value in state.items():
+        check_kind(name, value, own[name], str(path))
+    check_values(state, str(path))
     model.load_state_dict(state)
 
 
@@ -146,73 +171,34 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
 
     On failure the model is as it was. What is cut has no meaningful value until the state dict is loaded.
     """
-    if knows_shapes(dense_model):
-        raise CheckpointError("the dense model holds masks, which know its shapes; call MaskHandle.remove() first")
-    undo = drop_as_noted_(dense_model, content.get("blocks", {}), source)
-    try:
-        return _reshape_(dense_model, content, source)
-    except BaseException:
-        undo()
-        raise
+    shapes = FileShapes.read(content, source)
+    with dropped_as_noted(dense_model, content, source):
+        shapes.apply_(dense_model, shapes.check(dense_model))
+    return shapes.plan
 
 
-def _reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str) -> Plan:
-    try:
-        buffers, plan = dict(content.get("buffers", {})), Plan.from_dict(content["plan"])  # a file may be older
-        state = {**content["state_dict"], **buffers}
-        sizes = {module: dict(values) for module, values in content["sizes"].items()}
-        dense = {name: list(shape) for name, shape in content["dense"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
-    # Shared tensors are in a state dict under every name they have.
-    tensors: dict[str, Tensor] = {
-        **dict(dense_model.named_parameters(remove_duplicate=False)),
-        **dict(dense_model.named_buffers(remove_duplicate=False)),
-    }
-    own = {**dense_model.state_dict(), **{name: tensors[name] for name in buffers if name in tensors}}
-    smaller = {name: state[name] for name in _other_shapes(own, state, source)}
-    for name in {**smaller, **dense}:
-        saved = state.get(name)
-        if name in tensors and saved is not None and _shape(saved) == _shape(own[name]):
-            continue  # it has the pruned shape already
-        expected = dense.get(name, _shape(saved))
-        fits = name in tensors and isinstance(saved, Tensor) and saved.dim() == tensors[name].dim()
-        if not fits or expected != _shape(own[name]):
-            found = _shape(own[name]) if name in own else "not there"
-            was = f" (cut from {expected})" if name in dense else ""
+def check_fits(model: nn.Module, content: Mapping[str, Any], source: str) -> None:
+    """Refuse a Lightning checkpoint whose weights are not those of a dense model, or of it pruned; change nothing.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of tensors differ, or are not those of the checkpoint's own plan.
+    """
+    own, state = model.state_dict(), content["state_dict"]
+    if is_pruned(content):
+        shapes = FileShapes.read({**content[KEY], "state_dict": state}, source)
+        with dropped_as_noted(model, content[KEY], source, always_back=True):
+            shapes.check(model)
+    else:
+        check_names(own, state, source)
+        other = next((name for name, value in state.items() if shape_of(value) != shape_of(own[name])), None)
+        if other is not None:
             raise CheckpointError(
-                f"{source} belongs to another model: {name!r} is {_shape(saved)} in the file{was} and {found} in the "
-                "dense model"
+                f"{source} belongs to another model: {other!r} is {shape_of(state[other])} in the file and "
+                f"{shape_of(own[other])} in the model; its arguments may differ"
             )
-    modules = dict(dense_model.named_modules())
-    _check_sizes(modules, sizes, source)
-    history = history_in(content.get("channels"), state, source)
-    for name, saved in {**smaller, **buffers}.items():
-        tensor = tensors[name]
-        tensor.grad = None
-        set_data_(tensor, dense_copy(saved.to(tensor), tensor))
-    for module, values in sizes.items():
-        for name, value in values.items():
-            set_size_(modules[module], name, value)
-    update_attributes_(dense_model)
-    remember_dense_(dense_model, dense)
-    remember_history_(dense_model, history)
-    return plan
-
-
-def _check_sizes(modules: Mapping[str, nn.Module], sizes: Mapping[str, Mapping[str, Any]], source: str) -> None:
-    """Refuse size attributes that the modules do not have, and sizes that stand nowhere in their code."""
-    for path, values in sizes.items():
-        for name, value in values.items():
-            if name == SIZES and path in modules:
-                try:
-                    following(own_class(modules[path]), frozenset(map(str, value)))
-                except PruningError as error:
-                    raise CheckpointError(f"{source} belongs to another model: {path!r}: {error}") from error
-            elif not isinstance(getattr(modules.get(path), name, None), type(value)):
-                raise CheckpointError(
-                    f"{source} belongs to another model: {path!r} has no size {name!r} in the dense one"
-                )
+        for name, value in state.items():
+            check_kind(name, value, own[name], source)
+    check_values(state, source)
 
 
 class PrunedCheckpoints:
@@ -234,21 +220,7 @@ class PrunedCheckpoints:
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint of any kind holds."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        code = _code_in(path)
-        if not code:
-            raise CheckpointError(f"{path} cannot be read: damaged, cut short, or not a checkpoint at all") from error
-        raise CheckpointError(
-            f"{path} cannot be read: it holds {_some(code)}, and reading that would run code from the file; save the "
-            "weights alone, torch.save(model.state_dict(), ...)"
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, it is not a checkpoint or a state dict")
-    return content
+    return read_tensors(path, CheckpointError)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -261,39 +233,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _code_in(path: str | os.PathLike[str]) -> list[str]:
-    """Names of what a file would have to import; none if it cannot be told."""
+def is_pruned(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of a pruned model."""
+    noted = content if content.get("format") == FORMAT else content.get(KEY)
+    plan = noted.get("plan") if isinstance(noted, Mapping) else None
+    return content.get("format") == FORMAT or (isinstance(plan, Mapping) and bool(plan.get("groups")))
+
+
+def _check_digest(content: Mapping[str, Any], source: str) -> None:
+    """Refuse what is not as it was saved; files that are older, and Lightning's, have no digest."""
+    stored = content.get(DIGEST)
     try:
-        return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # noqa: BLE001  # not a zip archive, a damaged pickle, ...
-        return []
-
-
-def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any], source: str) -> list[str]:
-    """Names that are of another shape in a file than in a model; other names are refused."""
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(f"{source} belongs to another model: {_difference(missing, unexpected)}")
-    return [name for name, value in state.items() if _shape(value) != _shape(own[name])]
-
-
-def _shape(value: Any) -> list[int] | str:
-    """Of a tensor; modules may also keep other things in a state dict (`get_extra_state`)."""
-    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _difference(missing: list[str], unexpected: list[str]) -> str:
-    """Names that do not fit, of a model and of a file, both sorted."""
-    for longer, shorter, way_out in (
-        (unexpected, missing, "it is of the whole task (on the command line: --config)"),
-        (missing, unexpected, "it is of a part of this model (on the command line: --model)"),
-    ):
-        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
-        if prefix and [f"{prefix}{name}" for name in shorter] == longer:
-            return f"its names {'have' if longer is unexpected else 'lack'} '{prefix}' in front; {way_out}"
-    lists = {"missing": missing, "unexpected": unexpected}
-    return ", ".join(f"{len(names)} {what} ({_some(names)})" for what, names in lists.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        if stored is None or stored == digest_of({name: content.get(name) for name in _DIGESTED}):
+            return
+    except RecursionError:
+        pass
+    raise CheckpointError(
+        f"{source} is damaged or was changed: its content has not the digest that was stored with it; write it again "
+        "with lightning_prune.save"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -39,6 +40,11 @@ def rehearse(
     report: LosslessReport | None = None
     for found in _comparisons(sides, entries):
         if lossless and not found.passed:
+            if found.max_rel_error == math.inf and _computes_nan(sides[0], entries[0]):
+                raise ReconstructionError(
+                    "the masked model computes NaN, which equals nothing. Nothing was changed. Its weights "
+                    "hold NaN (training diverged: take an earlier checkpoint), or it needs other example inputs"
+                )
             raise ReconstructionError(
                 f"the reconstructed model differs from the masked one in {found.compared[0]}: relative error "
                 f"{found.max_rel_error:.1e} in {found.dtype}, allowed {found.tolerance:.0e}. Nothing was changed. Find "
@@ -50,6 +56,11 @@ def rehearse(
         for training in () if entry.borrowed else entry.modes:
             _take_step(masked, small, entry, training)
     return report
+
+
+def _computes_nan(side: Side, forward: EntryPoint) -> bool:
+    outputs = side.outputs(forward, False, None)
+    return any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in outputs)
 
 
 def _united(first: LosslessReport, second: LosslessReport) -> LosslessReport:

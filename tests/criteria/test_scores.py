@@ -80,7 +80,7 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, graph) -> None:
     with pytest.raises(ScoreError, match="there is no file"):
         Scores.load(path, graph)
     path.write_bytes(b"nothing")
-    with pytest.raises(ScoreError, match="holds no scores"):
+    with pytest.raises(ScoreError, match=r"no scores: .*scores\.pt cannot be read: it is a text"):
         Scores.load(path, graph)
     torch.save({"groups": {}, "layers": {}}, path)
     with pytest.raises(ScoreError, match="holds no scores of format lightning-prune-scores/1"):
@@ -89,6 +89,6 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, graph) -> None:
     with pytest.raises(ScoreError, match="not scores"):
         Scores.load(path, graph)
     torch.save(build("Plain"), path)  # a pickle that could run anything
-    with pytest.raises(ScoreError, match="holds no scores") as error:
+    with pytest.raises(ScoreError, match=r"no scores: .* reading that would run code") as error:
         Scores.load(path, graph)
     assert "weights_only=False" not in str(error.value)

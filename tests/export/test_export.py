@@ -226,3 +226,12 @@ def test_an_onnx_file_names_its_outputs_and_its_batch(tmp_path) -> None:
     assert [one.name for one in session.get_outputs()] == ["out", "aux_0", "aux_1"]
     lp.export(nn.Conv2d(3, 4, 1), torch.rand(1, 3, 4, 4), tmp_path / "net.onnx", repeats=1)
     assert [one.name for one in onnxruntime.InferenceSession(tmp_path / "net.onnx").get_outputs()] == ["output"]
+
+
+def test_nan_is_not_the_same_as_nan(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ExportError, match=r"the model computes NaN on \d+ of the inputs, .* nothing was written"):
+        lp.export(model, torch.randn(2, 3), tmp_path / "net.pt2", format="torch_export")
+    assert not list(tmp_path.iterdir())

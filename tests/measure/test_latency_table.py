@@ -117,9 +117,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, path, value, said) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '"latency"', "\x00\x01", json.dumps(table().data())[:-20]])
 def test_a_foreign_or_truncated_file_is_refused(tmp_path, content) -> None:
     (tmp_path / "table.json").write_text(content, encoding="utf-8")
-    with pytest.raises(TableError, match="is no latency table"):
+    with pytest.raises(TableError, match="is no latency table" if content else "is empty"):
         LatencyTable.load(tmp_path / "table.json")
-    with pytest.raises(TableError, match="cannot read"):
+    with pytest.raises(TableError, match="there is no file"):
         LatencyTable.load(tmp_path / "none.json")
 
 

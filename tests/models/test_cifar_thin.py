@@ -127,7 +127,7 @@ def test_public_files_and_what_is_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"no file .*absent\.th"):
         load_public_weights(model, tmp_path / "absent.th")
     (tmp_path / "text.th").write_text("no weights")
-    with pytest.raises(WeightsError, match=r"text\.th is not a state dict"):
+    with pytest.raises(WeightsError, match=r"text\.th cannot be read: it is a text"):
         load_public_weights(model, tmp_path / "text.th")
     torch.save({"epoch": 3}, tmp_path / "epoch.th")
     with pytest.raises(WeightsError, match=r"epoch\.th: no state dict"):

@@ -75,7 +75,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     with pytest.raises(WeightsError, match=r"nested\.pth is not a state dict"):
         load_torchvision_weights(models.resnet18(), tmp_path / "nested.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(WeightsError, match=r"text\.pth is not a state dict"):
+    with pytest.raises(WeightsError, match=r"text\.pth cannot be read: it is a text"):
         load_torchvision_weights(models.resnet18(), tmp_path / "text.pth")
 
 

@@ -169,12 +169,20 @@ def test_a_plan_is_readable_without_this_library(tmp_path) -> None:
     ("content", "message"),
     [
         (None, "there is no file"),
-        (b"{", "is not a pruning plan"),
-        (b"\xff\xfe\x00", "is not a pruning plan"),
-        (b"[1]", "is not a pruning plan of format lightning-prune-plan/1"),
+        (b"", r"plan\.json is empty"),
+        (b"{", r"plan\.json is no pruning plan, or a damaged one: JSONDecodeError"),
+        (b"[" * 200_000, "is no pruning plan, or a damaged one: RecursionError"),
+        (b"\xff\xfe\x00", "is no pruning plan: it holds no text, byte 0"),
+        (b"[1]", "is no pruning plan: it holds a list"),
         (b'{"format": "lightning-prune/1"}', "is not a pruning plan of format lightning-prune-plan/1"),
         (b'{"format": "lightning-prune-plan/1"}', "not a pruning plan: KeyError"),
+        (
+            b'{"format": "lightning-prune-plan/1", "coupling": "joint", "batch_norm": true, '
+            b'"groups": {"a": {"size": 1000000000000, "keep": [0], "layers": {}}}}',
+            "size must be a number of channels",
+        ),
     ],
+    ids=["missing", "empty", "cut short", "nested", "no text", "list", "other", "parts", "vast"],
 )
 def test_a_file_that_holds_no_plan_is_refused(tmp_path, content, message: str) -> None:
     if content is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_prune as lp
 from lightning_prune.criteria import L1
 from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ReconstructionError
@@ -83,14 +84,14 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("first", "second", "relative", "absolute"),
     [
-        ([1.0, NAN], [1.0, NAN], 0.0, 0.0),
+        ([1.0, NAN], [1.0, NAN], INF, INF),
         ([1.0, NAN], [1.0, 1.0], INF, INF),
         ([1.0, 1.0], [NAN, 1.0], INF, INF),
         ([1.0, INF, -INF], [1.0, INF, -INF], 0.0, 0.0),
         ([1.0, INF], [1.0, -INF], INF, INF),
         ([1.0, INF], [1.0, 5.0], INF, INF),
         ([1.0, 5.0], [1.0, INF], INF, INF),
-        ([NAN, NAN], [NAN, NAN], 0.0, 0.0),
+        ([NAN, NAN], [NAN, NAN], INF, INF),
         ([0.0, 0.0], [0.0, 0.0], 0.0, 0.0),
         ([0.0, 0.0], [0.0, 1e-30], INF, 1e-30),
     ],
@@ -224,3 +225,14 @@ def test_detectors_that_find_nothing_are_compared_by_what_their_modules_compute(
 def test_emptiness_without_modules_is_refused() -> None:
     with pytest.raises(ReconstructionError, match="nothing but empty tensors"):
         compare(torch.zeros(0, 4), torch.zeros(0, 4))
+
+
+def test_a_model_that_computes_nan_is_not_pruned_and_nan_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].bias[0] = torch.nan  # which no criterion looks at
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ReconstructionError, match=r"the masked model computes NaN, .* Nothing was changed"):
+        lp.prune(model, torch.randn(1, 3, 8, 8), criterion="l1", ratio=0.5)
+    after = model.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(7.0), value.nan_to_num(7.0)) for name, value in before.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_prune.errors import PruningError
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -158,8 +158,8 @@ def read_kept(path: Path, kind: type[T]) -> T | None:
     """The dataclass of plain data that `write_kept` wrote, None if there is no file."""
     if not path.is_file():
         return None
+    data = read_json(path, PruningError, "cell of a comparison, which can be deleted to compute it anew")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         return kind(**{field.name: data[field.name] for field in fields(kind)})  # type: ignore[arg-type]
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path} is no cell of a comparison ({error!r}); delete it to compute it anew"

@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lightning_prune.errors import ConfigurationError, UnknownRecipeError, check_choice
 from lightning_prune.experiments.reproduce.plain_data import filled, merged
+from lightning_prune.files import read_yaml
 from lightning_prune.plan import Coupling
 
 Spec = Mapping[str, Any]  # class_path and init_args
@@ -273,13 +272,7 @@ def with_seeds(scale: Scale, seeds: Sequence[int] | None) -> Scale:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds no settings")
-    return content
+    return read_yaml(path, ConfigurationError, "recipe")
 
 
 def _named(label: str, pattern: str) -> bool:

@@ -1,0 +1,180 @@
+"""`--ckpt_path` is read and judged before a run writes; runs do not overwrite one another; rows are not lost."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_prune.cli import main
+from tests.cli.tiny import NET, TinyData, refused, tiny_net
+
+FIT = ["fit", "--config", "task.yaml"]
+
+
+class Data(TinyData):
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+    test_dataloader = val_dataloader
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "pytorch_lightning.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+            ],
+        },
+        "model": {
+            "class_path": "lightning_prune.tasks.ClassificationTask",
+            "init_args": {"model": {"class_path": NET}, "num_classes": 3, "input_size": [3, 8, 8]},
+        },
+        "data": {"class_path": f"{__name__}.Data"},
+    }
+    Path("task.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+@pytest.fixture
+def run(recipe) -> dict[Path, bytes]:
+    """All that a first run has written."""
+    assert main(FIT) == 0
+    return content()
+
+
+def content() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+
+def rows(folder: str) -> list[dict[str, str]]:
+    with Path("runs/task", folder, "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+def bad(kind: str) -> None:
+    last = torch.load("runs/task/fit/checkpoints/last.ckpt", weights_only=True)
+    state = last["state_dict"]
+    if kind == "other shapes":
+        state["model.0.weight"] = torch.zeros(8, 3, 3, 3)
+    elif kind == "other names":
+        state["model.9.weight"] = state.pop("model.0.weight")
+    elif kind == "nan":
+        state["model.0.weight"][0] = torch.nan
+    elif kind == "damaged":
+        last["loops"] = [1]
+    elif kind == "damaged state":
+        last["state_dict"] = {"model.0.weight": 3}
+    elif kind == "weights":
+        last = state
+    torch.save({**last, "hyper_parameters": Trap()} if kind == "code" else last, "bad.ckpt")
+    if kind == "cut short":
+        Path("bad.ckpt").write_bytes(Path("bad.ckpt").read_bytes()[:-500])
+
+
+SAID = {
+    "code": "it holds posix.mkdir, and reading that would run code from the file",
+    "cut short": "bad.ckpt cannot be read: damaged, cut short",
+    "other shapes": "'model.0.weight' is [8, 3, 3, 3] in the file and [16, 3, 3, 3] in the model",
+    "other names": "belongs to another model: 1 missing (model.0.weight), 1 unexpected (model.9.weight)",
+    "nan": "holds NaN in 1 of ",
+    "damaged": "'loops' is a list in it",
+    "damaged state": "belongs to another model",
+    "weights": "holds weights without the state of a training",
+    "best": "which one is best only the run knows",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_bad_checkpoint_is_refused_and_the_earlier_run_is_whole(run, capsys, kind: str) -> None:
+    bad(kind)
+    capsys.readouterr()
+    path = "best" if kind == "best" else "bad.ckpt"
+    assert SAID[kind] in refused(capsys, *FIT, "--ckpt_path", path)
+    if kind not in ("damaged", "weights"):  # which validation does not look at
+        assert SAID[kind] in refused(capsys, "validate", "--config", "task.yaml", "--ckpt_path", path)
+    assert content() == run
+    assert sorted(path.name for path in Path("runs/task").iterdir()) == ["fit"]
+    assert not Path("trap").exists()
+
+
+def test_a_second_run_leaves_the_first_whole_and_says_where_it_is(run, capsys) -> None:
+    capsys.readouterr()
+    assert main([*FIT, "--seed_everything", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/task/fit holds an earlier run, which stays: this one is in runs/task/fit-2\n" in out
+    assert f"checkpoint: {Path('runs/task/fit-2')}" in out
+    after = content()
+    assert {path: after[path] for path in run} == run
+    assert {path.relative_to("runs/task/fit-2") for path in after if "fit-2" in path.parts} == {
+        path.relative_to("runs/task/fit") for path in run
+    }
+
+
+@pytest.mark.parametrize("path", ["last", "runs/task/fit/checkpoints/last.ckpt"])
+def test_a_run_that_goes_on_keeps_its_rows(run, path: str) -> None:
+    before = rows("fit")
+    assert main([*FIT, "--ckpt_path", path, "--trainer.max_epochs", "4"]) == 0
+    assert {path.name for path in Path("runs/task").iterdir()} == {"fit"}
+    assert {path.name for path in Path("runs/task/fit").iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "config-2.yaml",
+        "metrics.csv",
+    }
+    check_rows(before, rows("fit"))
+    assert Path("runs/task/fit/config.yaml").read_bytes() == run[Path("runs/task/fit/config.yaml")]
+
+
+def check_rows(before, after) -> None:
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after if row["train_loss"]] == ["1", "3", "5", "7"]
+    assert [row["epoch"] for row in after if row["val_loss"]] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # true, and for the user to know
+def test_from_an_earlier_checkpoint_a_new_run_begins_with_its_rows(run) -> None:
+    before = rows("fit")
+    saved = next(Path("runs/task/fit/checkpoints").glob("epoch=*.ckpt"))
+    assert main([*FIT, "--ckpt_path", str(saved), "--trainer.max_epochs", "4"]) == 0
+    check_rows(before, rows("fit-2"))
+    after = content()
+    assert {path: after[path] for path in run} == run
+
+
+def test_a_folder_that_was_named_and_is_in_use_is_refused(run, capsys) -> None:
+    assert main([*FIT, "--trainer.logger.init_args.version", "mine"]) == 0
+    before = content()
+    capsys.readouterr()
+    said = refused(capsys, *FIT, "--trainer.logger.init_args.version", "mine")
+    assert f"{Path('runs/task/fit/mine')} holds the metrics.csv of an earlier run" in said
+    assert content() == before
+
+
+def test_without_a_logger_configurations_lie_side_by_side(recipe) -> None:
+    for _ in range(2):
+        assert main([*FIT, "--trainer.logger", "false", "--trainer.max_epochs", "1"]) == 0
+    assert {path.name for path in Path("runs").glob("*.yaml")} == {"config.yaml", "config-2.yaml"}
+
+
+def test_pruned_files_and_weights_are_validated_and_tested_too(recipe, capsys) -> None:
+    torch.save(tiny_net().state_dict(), "dense.pt")
+    assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
+    for file in ("dense.pt", "small.pt"):
+        assert main(["test", "--config", "task.yaml", "--ckpt_path", file]) == 0
+    assert "holds weights without the state of a training" in refused(capsys, *FIT, "--ckpt_path", "small.pt")
