@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.errors import CheckpointError
-from lightning_prune.model_state.cut_history import History, remember_history_
+from lightning_prune.model_state.cut_history import remember_history_
 from lightning_prune.model_state.cutting import remember_dense_, set_size_, update_attributes_
 from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.model_state.preservation import knows_shapes
@@ -47,7 +47,7 @@ class FileShapes:
     buffers: dict[str, Any]
     sizes: dict[str, dict[str, Any]]
     dense: dict[str, list[int]]
-    history: History | None
+    channels: Any  # of which the map of old and new ones is made
     source: str
 
     @classmethod
@@ -60,7 +60,7 @@ class FileShapes:
             dense = {name: list(shape) for name, shape in content["dense"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{source} is not a pruned checkpoint: {error!r}") from error
-        return cls(plan, state, buffers, sizes, dense, history_in(content.get("channels"), state, source), source)
+        return cls(plan, state, buffers, sizes, dense, content.get("channels"), source)
 
     def check(self, model: nn.Module) -> list[str]:
         """Refuse a model that cannot become the one in the file; the names of the tensors to change otherwise."""
@@ -78,8 +78,8 @@ class FileShapes:
                 found = shape_of(own[name]) if name in own else "not there"
                 was = f" (cut from {expected})" if name in self.dense else ""
                 raise CheckpointError(
-                    f"{self.source} belongs to another model: {name!r} is {shape_of(saved)} in the file{was} and {found} "
-                    "in the dense model"
+                    f"{self.source} belongs to another model: {name!r} is {shape_of(saved)} in the file{was} and "
+                    f"{found} in the dense model"
                 )
             assert saved is not None
             if not all(1 <= new <= old for new, old in zip(saved.shape, tensors[name].shape, strict=True)):
@@ -90,6 +90,7 @@ class FileShapes:
             check_kind(name, saved, own[name], self.source)
         check_plan(self.plan, self.state, dict(model.named_modules()), own, self.source)
         check_sizes(dict(model.named_modules()), self.sizes, self.source)
+        history_in(self.channels, self.state, self.source)
         return smaller
 
     def apply_(self, model: nn.Module, smaller: Iterable[str]) -> None:
@@ -104,7 +105,7 @@ class FileShapes:
                 set_size_(modules[module], name, value)
         update_attributes_(model)
         remember_dense_(model, self.dense)
-        remember_history_(model, self.history)
+        remember_history_(model, history_in(self.channels, self.state, self.source))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
