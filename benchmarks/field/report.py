@@ -81,14 +81,17 @@ def _lines(rows: list[Row], speed_up: float) -> list[Line]:
 
 
 def _intro(setup: Row) -> str:
-    dense = setup["dense"]
+    dense, threads = setup["dense"], setup["threads"]
     return (
         f"Dense: {dense['of']}, trained on the copies ({dense['settings']}): {dense['accuracy']:.2f} % (before: "
-        f"{dense['before']:.2f} %). Then {setup['epochs']} epochs of {setup['images'] or 50_000} images for all alike, "
-        f"SGD with momentum at {setup['lr']} and a cosine, batch {setup['batch']}{', bf16' * setup['bf16']}. Scores: "
-        f"{128 * setup['score_batches']} training images. {setup['cpu']}, {setup['threads']} threads, torch "
-        f"{setup['torch']}."
+        f"{dense['before']:.2f} %). Then {_amount(setup)} for all alike, SGD with momentum at {setup['lr']} and a "
+        f"cosine, batch {setup['batch']}{', bf16' * setup['bf16']}. Scores: {128 * setup['score_batches']} "
+        f"training images. {setup['cpu']}, {threads} thread{'s' * (threads > 1)}, torch {setup['torch']}."
     )
+
+
+def _amount(setup: Row) -> str:
+    return f"{setup['epochs']} epochs of {setup['images'] or 50_000:,} images"
 
 
 def _table(lines: list[Line], controls: dict[str, Line]) -> str:
@@ -116,21 +119,32 @@ def _legend() -> str:
 
 
 def _verdict(lines: list[Line], controls: dict[str, Line]) -> str:
-    best = {}
-    for line in lines:
-        control = control_of(line.method, controls)
-        if control is not None:
-            lost = control.mean("accuracy") - line.mean("accuracy")
-            if line.method.library not in best or lost < best[line.method.library][0]:
-                best[line.method.library] = lost, line
-    if len(best) < 2:
-        return ""
+    """The best of both libraries, with a teacher and without; of methods with several seeds, if there are any."""
+    several = [line for line in lines if line.deviation is not None] or lines
+    found = []
+    for distilled in (False, True):
+        best: dict[str, tuple[float, Line]] = {}
+        for line in several:
+            control = control_of(line.method, controls)
+            if control is not None and line.method.distilled == distilled:
+                lost = control.mean("accuracy") - line.mean("accuracy")
+                best[line.method.library] = min((lost, line), best.get(line.method.library, (lost, line)), key=_first)
+        if len(best) == 2:
+            found.append(_compared(best, "With the dense network as teacher" if distilled else "Without a teacher"))
+    return " ".join(found)
+
+
+def _first(pair: tuple[float, Line]) -> float:
+    return pair[0]
+
+
+def _compared(best: dict[str, tuple[float, Line]], how: str) -> str:
     (ours, our), (theirs, their) = best["lightning-prune"], best["Torch-Pruning"]
     spread = max((of.deviation or 0.0) for of in (our, their))
     gain = theirs - ours
     beyond = "more" if abs(gain) > spread else "no more"
     return (
-        f"The best of lightning-prune ({our.name}) loses {ours:.2f} points to its dense control, the best of "
+        f"{how} the best of lightning-prune ({our.name}) loses {ours:.2f} points to its dense control, the best of "
         f"Torch-Pruning ({their.name}) {theirs:.2f}: a difference of {gain:+.2f}, {beyond} than the larger deviation "
         f"({spread:.2f})."
     )
@@ -170,7 +184,7 @@ def _draw(rows: list[Row], controls: dict[str, Line], speed_ups: list[float], pa
         for line, style in zip(controls.values(), ("-", ":", "--", "-."), strict=False):
             axes.axvline(line.mean("accuracy"), color="#222222", lw=0.9, ls=style, label=line.name)
         axes.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=8)
-        axes.set_xlabel(f"test accuracy (%) after {setup['epochs']} epochs of fine-tuning")
+        axes.set_xlabel(f"test accuracy (%) after {_amount(setup)}")
         axes.set_title(f"{setup['model']}, {speed_up:g} times fewer MACs", fontsize=10)
         axes.grid(axis="x", alpha=0.3, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)

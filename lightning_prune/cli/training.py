@@ -43,6 +43,10 @@ class _CLI(LightningCLI):
         with ExitStack() as self._opened:
             super().__init__(**options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CLI:
+        """Itself: jsonargparse keeps it in what builds the task's optimizer, and a copied task needs no other."""
+        return self
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only those that mean something for a pruned model."""

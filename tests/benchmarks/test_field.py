@@ -145,7 +145,7 @@ def test_the_page_ranks_methods_and_names_failures(tmp_path):
     for seed in (0, 1):
         for name, speed_up, accuracy in (
             ("dense", 1.0, 90.0), ("dense, distilled", 1.0, 90.4), ("l1", 2.57, 88.0), ("TP L1", 2.57, 87.0),
-            ("taylor_fo, distilled", 2.57, 89.4),
+            ("taylor_fo, distilled", 2.57, 89.4), ("TP Taylor, distilled", 2.57, 88.0),
         ):  # fmt: skip
             rows.append(
                 {"setup": setup, "method": name, "speed_up": speed_up, "seed": seed, "macs": 0.389, "params": 0.4,
@@ -154,10 +154,11 @@ def test_the_page_ranks_methods_and_names_failures(tmp_path):
     rows.append({"setup": setup, "method": "dcp", "speed_up": 2.57, "seed": 0, "error": "ScoreError: no head"})
     page = render(rows, tmp_path / "page.png")
     lines = [line for line in page.splitlines() if line.startswith("| ")]
-    order = [line.split("|")[1].strip() for line in lines[2:7]]
-    assert order == ["dense", "dense, distilled", "taylor_fo, distilled", "l1", "TP L1"]
-    assert "loses 1.00 points to its dense control" in page  # taylor_fo, to the distilled one
-    assert "(TP L1) 3.00: a difference of +2.00, more than the larger deviation (0.07)" in page
+    order = [line.split("|")[1].strip() for line in lines[2:8]]
+    assert order == ["dense", "dense, distilled", "taylor_fo, distilled", "l1", "TP Taylor, distilled", "TP L1"]
+    assert "(l1) loses 2.00 points to its dense control, the best of Torch-Pruning (TP L1) 3.00" in page
+    assert "(taylor_fo, distilled) loses 1.00 points" in page  # to the distilled one
+    assert "(TP Taylor, distilled) 2.40: a difference of +1.40, more than the larger deviation (0.07)" in page
     assert "- dcp: ScoreError: no head" in page
     assert "ResRep" in page
     assert (tmp_path / "page.png").stat().st_size > 10_000
