@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.errors import PlanError, check_choice, first_line
-from lightning_prune.files import atomic
+from lightning_prune.errors import PlanError, check_choice
+from lightning_prune.files import atomic, read_json
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.plan.basis import matches
 from lightning_prune.selection.base import ByLayer, Question, Selection, check_ratio
@@ -107,13 +107,8 @@ class LayerRatio(Selection):
         Raises:
             PlanError: there is no such file, or it holds no ratios.
         """
-        if not Path(path).is_file():
-            raise PlanError(f"there is no file {path}")
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} holds no ratios of layers: {first_line(error)}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read_json(path, PlanError, "file of layer ratios")
+        if data.get("format") != FORMAT:
             raise PlanError(f"{path} holds no ratios of layers of format {FORMAT}")
         try:
             given = {name: data[name] for name in ("ratio", "rounding", "overrides")}

@@ -60,7 +60,7 @@ print(sorted(set({of}) & set(sys.modules)))
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     own = [name for name in COMMANDS if name in options.PARSERS or name == "recipes"]
-    assert len(own) == 10
+    assert len(own) == 11
     assert imported(tmp_path, [["--help"], *([name, "--help"] for name in own)], HEAVY + TRAINING + REST) == "[]"
 
 

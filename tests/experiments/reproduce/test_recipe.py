@@ -165,7 +165,7 @@ def test_an_unknown_recipe_or_scale_is_told_the_known_ones(tmp_path: Path) -> No
     with pytest.raises(ConfigurationError, match="tiny has no scale 'hour', only smoke"):
         recipe().scale("hour")
     (tmp_path / "odd.yaml").write_text("- 1")
-    with pytest.raises(ConfigurationError, match=r"odd\.yaml holds no settings"):
+    with pytest.raises(ConfigurationError, match=r"odd\.yaml is no recipe: it holds a list"):
         read_recipe(str(tmp_path / "odd.yaml"))
 
 
