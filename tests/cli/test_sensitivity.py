@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys) -> None:
     assert "for latency_ms= see lightning-prune prune" in refused(capsys, *ASKED, "--budget", "latency_ms=3")
     assert "and must be in [0, 1), got 2.0" in refused(capsys, *ASKED, "--ratios", "2")
     argv = ["prune", "dense.ckpt", "--config", "task.yaml", "--layer-ratios", "task.yaml"]
-    assert "task.yaml holds no ratios of layers" in refused(capsys, *argv)
+    assert "task.yaml is no file of layer ratios" in refused(capsys, *argv)
     assert "leave out --per-layer" in refused(capsys, *argv, "--per-layer")
     content = yaml.safe_load(Path("task.yaml").read_text())
     content["data"]["class_path"] = content["data"]["class_path"].replace("DescribedData", "TinyData")
