@@ -152,16 +152,8 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
     """
     content, own = read_file(path), model.state_dict()
     state = named_alike(own, state_dict_in(content, str(path)))
-    check_names(own, state, str(path))
-    other = next((name for name, value in state.items() if shape_of(value) != shape_of(own[name])), None)
-    if other is not None:
-        pruned = "; it is of a pruned model: lightning_prune.load" if is_pruned(content) else ""
-        raise CheckpointError(
-            f"{path} belongs to another model: {other!r} is {shape_of(state[other])} in the file and "
-            f"{shape_of(own[other])} in the model; its arguments may differ{pruned}"
-        )
-    for name, value in state.items():
-        check_kind(name, value, own[name], str(path))
+    pruned = "; it is of a pruned model: lightning_prune.load" if is_pruned(content) else ""
+    _check_dense(own, state, str(path), pruned)
     check_values(state, str(path))
     model.load_state_dict(state)
 
@@ -189,16 +181,21 @@ def check_fits(model: nn.Module, content: Mapping[str, Any], source: str) -> Non
         with dropped_as_noted(model, content[KEY], source, always_back=True):
             shapes.check(model)
     else:
-        check_names(own, state, source)
-        other = next((name for name, value in state.items() if shape_of(value) != shape_of(own[name])), None)
-        if other is not None:
-            raise CheckpointError(
-                f"{source} belongs to another model: {other!r} is {shape_of(state[other])} in the file and "
-                f"{shape_of(own[other])} in the model; its arguments may differ"
-            )
-        for name, value in state.items():
-            check_kind(name, value, own[name], source)
+        _check_dense(own, state, source)
     check_values(state, source)
+
+
+def _check_dense(own: Mapping[str, Any], state: Mapping[str, Any], source: str, hint: str = "") -> None:
+    """Refuse tensors that have other names, shapes or kinds than a dense model's."""
+    check_names(own, state, source)
+    for name, value in state.items():
+        if shape_of(value) != shape_of(own[name]):
+            raise CheckpointError(
+                f"{source} belongs to another model: {name!r} is {shape_of(value)} in the file and "
+                f"{shape_of(own[name])} in the model; its arguments may differ{hint}"
+            )
+    for name, value in state.items():
+        check_kind(name, value, own[name], source)
 
 
 class PrunedCheckpoints:
