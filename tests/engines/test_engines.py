@@ -142,6 +142,7 @@ def test_packages_that_are_too_new_for_the_exporter_of_torch_are_named(net, monk
         raise torch.onnx.OnnxExporterError("no")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(onnx_file, "version_of", {"onnxscript": "0.5.4", "onnx-ir": "1.1.0"}.get)
     refusals = []
     for installed in ("2.6.0+cu124", "2.7.1"):
         monkeypatch.setattr(torch, "__version__", TorchVersion(installed))
