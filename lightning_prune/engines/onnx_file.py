@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
-from lightning_prune.engines.base import version_of
+from lightning_prune.engines.base import install_line, version_of
 from lightning_prune.errors import EngineError, first_line
 from lightning_prune.graph.running import as_args
 from lightning_prune.model_state.preservation import copy_without_masks
@@ -52,6 +52,8 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
 def export_failure(error: Exception) -> str:
     """What the exporter said, and what that means where it is known."""
     known = _VALUES if "data-dependent" in str(error) else ""
+    if isinstance(error, ModuleNotFoundError):
+        known = f": {install_line('export')}"
     if type(error).__module__.startswith(("torch.onnx", "onnx")):
         known += _too_new_for_torch()
     return f"{first_line(error)}{known}"

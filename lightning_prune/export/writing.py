@@ -219,10 +219,10 @@ def _checked_engine(path: Path, format: str, engine: str | Engine | None, *, dyn
             raise ExportError("engine: a torch_export runs in torch alone; write format='onnx' for other engines")
         return None
     runner = onnx_engine("onnxruntime" if engine is None else engine)
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"onnx needs {', '.join(missing)}: {install_line('export')}")
     runner.check()
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:  # an engine of the user's own did not ask
+        raise ExportError(f"onnx needs {', '.join(missing)}: {install_line('export')}")
     if dynamic and isinstance(runner, TensorRT):
         raise ExportError(
             "TensorRT is run on fixed shapes here: leave out dynamic_batch and dynamic_size, or compare the file on "
