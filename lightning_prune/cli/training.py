@@ -61,8 +61,8 @@ class _CLI(LightningCLI):
         if self._continued is None:
             check_unused(self.trainer)
         if path in ("best", "hpc"):
-            which = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
-            raise CheckpointError(f"--ckpt_path {path}: {which}; name its file")
+            why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
+            raise CheckpointError(f"--ckpt_path {path}: {why}; name its file")
         if path not in (None, "last"):
             content = judge(path, self.model, self.trainer, training=training)
             if content is None:  # the model has the weights

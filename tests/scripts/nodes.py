@@ -1,4 +1,4 @@
-"""`lightning-prune` as a process of several, which may be killed at a given moment; run by tests/cli/test_nodes.py.
+"""`lightning-prune` in one of several processes, which may be killed at a given moment; run by tests/cli/test_nodes.py.
 
 DIES=RANK:MOMENT python -m tests.scripts.nodes ARGUMENTS
 """
@@ -10,26 +10,42 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from fsspec.implementations.local import LocalFileOpener
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+
 import lightning_prune.criteria.scoring
-import lightning_prune.reconstruction.small_model
 from lightning_prune.cli import main
-from lightning_prune.tasks import ClassificationTask
+from tests.cli.tiny import TinyData
 from tests.scripts.killed import at_call
 
 MOMENTS: dict[str, Callable[[], None]] = {
     "scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 2),
-    "reconstruction": lambda: at_call(lightning_prune.reconstruction.small_model, "cut_", 1),
-    "fine-tuning": lambda: at_call(ClassificationTask, "training_step", int(os.environ.get("STEP", "6"))),
+    "fine-tuning": lambda: at_call(_TrainingEpochLoop, "advance", 3),  # two batches an epoch
+    "writing": lambda: at_call(LocalFileOpener, "write", 3, lambda file, data: file.f.write(data[: len(data) // 2])),
 }
 
 
+class Data(TinyData):
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+
+class Kept(Callback):
+    """Every process notes the weights that it ends with and the folder that it would write to."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        kept = {"state": pl_module.state_dict(), "folder": trainer.logger.log_dir}
+        torch.save(kept, f"kept-{trainer.global_rank}.pt")
+
+
 def arm(dies: str) -> None:
-    """Once; a run that is started anew goes through."""
+    """Once: the run that is started after it goes through."""
     rank, _, moment = dies.partition(":")
-    own = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
-    mark = Path(f"died-{moment}")
-    if own == rank and not mark.exists():
-        mark.touch()
+    died = Path(f"died while {moment}")
+    if rank == (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) and not died.exists():
+        died.touch()
         MOMENTS[moment]()
 
 
