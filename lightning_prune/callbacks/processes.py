@@ -54,8 +54,31 @@ def check_strategy(trainer: Trainer, callback: str) -> None:
         )
 
 
-def check_same_start(trainer: Trainer) -> None:
-    """Refuse to go on from different checkpoints, as where a folder is not one that all nodes see."""
+def check_start(trainer: Trainer) -> None:
+    """Refuse, once checkpoints are read and before DDP compares shapes, to go on from different ones.
+
+    The Trainer calls no hook then, and before it does not say which checkpoint it was given.
+    """
+    strategy: Any = trainer.strategy
+    if not _several() or "setup" in vars(strategy):
+        return
+    set_up = strategy.setup
+
+    def checked(own: Trainer) -> None:
+        forget_start(own)
+        _check_same_checkpoint(own)
+        set_up(own)
+
+    strategy.setup = checked
+
+
+def forget_start(trainer: Trainer) -> None:
+    """Leave the Trainer as it was found."""
+    vars(trainer.strategy).pop("setup", None)
+
+
+def _check_same_checkpoint(trainer: Trainer) -> None:
+    """As where a folder is not one that all nodes see."""
     path = trainer.ckpt_path
     file = None if path is None else Path(str(path))
     size = file.stat().st_size if file is not None and file.is_file() else None

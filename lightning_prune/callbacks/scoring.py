@@ -14,9 +14,10 @@ from torch import Tensor
 from lightning_prune.callbacks.module import example_inputs, same_module, uncompiled
 from lightning_prune.callbacks.processes import (
     check_same_number_of_batches,
-    check_same_start,
+    check_start,
     check_strategy,
     failing_together,
+    forget_start,
     lost_process,
     sum_over_processes_,
 )
@@ -153,10 +154,11 @@ class ScoringCallback(Callback):
         if stage == "fit":
             same_module(self, self.run.session.model, pl_module)
             self._check(trainer, pl_module)
-            check_same_start(trainer)
+            check_start(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         RUNS.pop(trainer, None)
+        forget_start(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is not None:  # resumed in the middle of scoring

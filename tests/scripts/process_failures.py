@@ -68,6 +68,7 @@ def fit(folder: Path, name: str, task: Task, data: DataLoader, rank: int, *extra
 def main(folder: Path) -> None:
     first = trainer(strategy="ddp", devices=2, epochs=0)  # starts the other process
     first.fit(Task(), loader())
+    first.save_checkpoint(folder / "last.ckpt")
     rank = first.global_rank
     for name, (where, breaks) in BROKEN.items():
         torch.manual_seed(0)
@@ -79,7 +80,6 @@ def main(folder: Path) -> None:
             setattr(owner, attribute, original)
     torch.manual_seed(0)
     fit(folder, "uneven", Task(), uneven(rank), rank)
-    torch.save({}, folder / "last.ckpt")
     fit(folder, "elsewhere", Task(), loader(), rank, ckpt_path=folder / "last.ckpt" if rank == 0 else None)
     try:
         sum_over_processes_({"sum": torch.zeros(2 + rank)})
