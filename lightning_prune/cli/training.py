@@ -17,6 +17,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_prune.callbacks.processes import leave_processes, lost_process
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.resuming import judge
@@ -30,7 +31,14 @@ from lightning_prune.cli.run_folder import (
     last_checkpoint,
     own_folder,
 )
-from lightning_prune.errors import CheckpointError, ConfigurationError, PruningError, first_line, is_out_of_memory
+from lightning_prune.errors import (
+    CallbackError,
+    CheckpointError,
+    ConfigurationError,
+    PruningError,
+    first_line,
+    is_out_of_memory,
+)
 from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
@@ -60,9 +68,10 @@ class _CLI(LightningCLI):
         path, training = options.get("ckpt_path"), subcommand == "fit"
         if self._continued is None:
             check_unused(self.trainer)
-        if path == "best":
-            raise CheckpointError("--ckpt_path best: which one is best only the run knows that wrote it; name its file")
-        if path is not None and path not in ("last", "hpc"):
+        if path in ("best", "hpc"):
+            why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
+            raise CheckpointError(f"--ckpt_path {path}: {why}; name its file")
+        if path not in (None, "last"):
             content = judge(path, self.model, self.trainer, training=training)
             if content is None:  # the model has the weights
                 path = None
@@ -96,6 +105,8 @@ class _CLI(LightningCLI):
             first, own = RUNS / self._folder, RUNS / folder
             sys.stdout.write(f"{first} holds an earlier run, which stays: this one is in {own}\n")
         init_args.name = folder
+        if config.trainer.default_root_dir == str(RUNS):  # where SLURM's requeued jobs look for a checkpoint of theirs
+            config.trainer.default_root_dir = str(RUNS / folder)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""
@@ -157,6 +168,12 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
         )
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
+    except RuntimeError as error:
+        if said := lost_process(error):
+            raise CallbackError(said) from error
+        raise
+    finally:
+        leave_processes()
 
 
 class BuiltTask(NamedTuple):

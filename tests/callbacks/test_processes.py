@@ -20,6 +20,13 @@ from tests.scripts.processes import RESUMED, RUNS, main
 ROOT = Path(__file__).parents[2]
 
 
+def run_script(name: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", f"tests.scripts.{name}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def read(folder: Path, name: str, processes: int, rank: int = 0) -> dict[str, Any]:
     return torch.load(folder / f"{name}-{processes}-{rank}.pt", weights_only=True)
 
@@ -27,10 +34,7 @@ def read(folder: Path, name: str, processes: int, rank: int = 0) -> dict[str, An
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:no trace has reached the parameters of unused")
 def test_two_processes_prune_train_and_resume_as_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.scripts.processes", str(tmp_path), "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("processes", tmp_path, "2")
     main(tmp_path, 1)
     for name in RUNS:
         one, first, second = read(tmp_path, name, 1), read(tmp_path, name, 2), read(tmp_path, name, 2, 1)
@@ -46,14 +50,38 @@ def test_two_processes_prune_train_and_resume_as_one(tmp_path: Path) -> None:
             assert torch.allclose(first["state"][key].double(), value.double(), rtol=1e-5, atol=1e-5), (name, key)
     for name in RESUMED:
         for processes, rank in ((1, 0), (2, 0), (2, 1)):
-            whole = read(tmp_path, name, processes, rank)["state"]
+            whole = read(tmp_path, name, processes, rank)
             resumed = torch.load(tmp_path / f"{name}-{processes}-{rank}-resumed.pt", weights_only=True)
-            assert whole.keys() == resumed.keys()
-            for key, value in whole.items():
-                assert torch.equal(value, resumed[key]), (name, processes, rank, key)
+            for group, scores in whole["scores"]["groups"].items():
+                assert torch.allclose(resumed["scores"]["groups"][group], scores, rtol=1e-9, atol=0), (name, group)
+            assert whole["state"].keys() == resumed["state"].keys()
+            for key, value in whole["state"].items():
+                assert torch.equal(value, resumed["state"][key]), (name, processes, rank, key)
     for rank in (0, 1):
         text = (tmp_path / f"refused-{rank}.txt").read_text()
         assert "processes [1] chose other channels than process 0" in text
+
+
+SAID = {  # in which process it fails, and what the others say
+    "scoring": (1, "no space left"),
+    "selecting": (1, "no space left"),
+    "masking": (0, "no space left"),
+    "reconstructing": (1, "no space left"),
+    "logging": (0, "no space left"),
+    "uneven": (None, "process 1 has 4 training batches per epoch, process 0 has 2: the others would wait for ever"),
+    "elsewhere": (None, "process 1 starts from no checkpoint, process 0 from last.ckpt ("),
+    "channels": (None, "process 1 found other channels in the model than process 0"),
+}
+
+
+def test_what_fails_in_one_process_ends_all_of_them(tmp_path: Path) -> None:
+    run_script("process_failures", tmp_path)
+    for name, (failed, said) in SAID.items():
+        for rank in (0, 1):
+            text = (tmp_path / f"{name}-{rank}.txt").read_text()
+            other = failed is not None and rank != failed
+            assert said in text, (name, rank, text)
+            assert other == text.startswith(f"process {failed} failed, so that this one stops too: "), (name, text)
 
 
 class Fake:
