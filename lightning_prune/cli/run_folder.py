@@ -56,6 +56,12 @@ def own_folder(name: str) -> Iterator[str]:
                 folder.rmdir()
 
 
+def new_folder(folder: str | Path) -> Path:
+    """The folder, or one named FOLDER-2 and so on if something lies in it."""
+    names = itertools.chain([Path(folder)], (Path(f"{folder}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not path.is_dir() or not any(path.iterdir()))
+
+
 def check_unused(trainer: Trainer) -> None:
     """Refuse a folder that a configuration names and that an earlier run has written to.
 

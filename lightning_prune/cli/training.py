@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,7 +31,14 @@ from lightning_prune.cli.run_folder import (
     last_checkpoint,
     own_folder,
 )
-from lightning_prune.errors import CallbackError, CheckpointError, ConfigurationError, PruningError
+from lightning_prune.errors import (
+    CallbackError,
+    CheckpointError,
+    ConfigurationError,
+    PruningError,
+    first_line,
+    is_out_of_memory,
+)
 from lightning_prune.experiments.runner import quiet
 
 _COMMANDS = ("fit", "validate", "test")
@@ -83,6 +91,8 @@ class _CLI(LightningCLI):
         devices, most = config.trainer.get("devices"), max(64, 4 * (os.cpu_count() or 1))
         if str(devices).isdecimal() and int(devices) > most:  # each is a process
             raise ConfigurationError(f"--trainer.devices must be at most {most} on this machine, got {devices}")
+        if config.trainer.get("accumulate_grad_batches") == 0:
+            raise ConfigurationError("--trainer.accumulate_grad_batches must be at least 1, got 0")
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(self._folder) or "last")
         logger = config.trainer.get("logger")
@@ -108,13 +118,17 @@ class _CLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:
             raise ConfigurationError(str(error)) from error
-        except ValueError as error:
+        except Exception as error:
             root: BaseException = error
             while (below := root.__cause__ or root.__context__) is not None:
                 root = below
+            if is_out_of_memory(root):
+                raise root from error
             if isinstance(root, (PruningError, ValueError)):
                 raise ConfigurationError(str(root)) from error
-            raise
+            place = traceback.extract_tb(root.__traceback__)[-1]  # whose code it is, its author will ask
+            where = f"{place.filename}:{place.lineno}"
+            raise ConfigurationError(f"what was configured cannot be built: {first_line(root)} ({where})") from error
 
     def _set_seed(self) -> None:
         try:
