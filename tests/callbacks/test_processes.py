@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
+from torch import nn
 
 from lightning_prune.callbacks import PruneCallback
-from lightning_prune.callbacks.processes import check_strategy
+from lightning_prune.callbacks.processes import check_communication_hook, check_strategy, lost_process
 from lightning_prune.errors import CallbackError
+from lightning_prune.graph.entry_points import EntryPoint
+from lightning_prune.graph.running import RunningModules
+from lightning_prune.reconstruction.rehearsal import _step
 from tests.scripts.processes import RESUMED, RUNS, main
+from tests.zoo import build, images
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +90,19 @@ def test_what_fails_in_one_process_ends_all_of_them(tmp_path: Path) -> None:
             assert other == text.startswith(f"process {failed} failed, so that this one stops too: "), (name, text)
 
 
+def test_a_rehearsed_step_waits_for_no_other_process(tmp_path: Path) -> None:
+    """SyncBatchNorm would, where only one process rehearses a step again; and torch has it on GPUs only."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build("Residual")).train()
+    entry = EntryPoint("step", lambda model, x: model(x).sum().backward(), images(2), (True,), required=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        _step(model, entry, True, RunningModules(model))
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+            model(images(2))
+    finally:
+        dist.destroy_process_group()
+
+
 class Fake:
     """A Trainer, as far as `check_strategy` looks at it."""
 
@@ -97,3 +116,35 @@ def test_strategies_that_shard_or_copy_are_refused() -> None:
     with pytest.raises(CallbackError, match="strategy='ddp_spawn' prunes a copy of the module that is lost"):
         check_strategy(Fake(DDPStrategy(start_method="spawn"), 2), PruneCallback.__name__)
     check_strategy(Fake(DDPStrategy(), 2), PruneCallback.__name__)
+
+
+def test_a_communication_hook_with_state_is_refused_where_the_model_changes_while_it_trains() -> None:
+    class PowerSGDState: ...
+
+    check_communication_hook(Fake(DDPStrategy(), 2))
+    with pytest.raises(CallbackError, match="keeps a PowerSGDState in the shapes of the model"):
+        check_communication_hook(Fake(DDPStrategy(ddp_comm_state=PowerSGDState()), 2))
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[pair.cc:561] Connection closed by peer [10.0.0.2]:6531. GLHF!", True),
+        ("NCCL error: ncclRemoteError: a remote process has exited", True),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600000 milliseconds", True),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_only_errors_of_a_lost_process_are_taken_for_one(monkeypatch, said: str, lost: bool) -> None:
+    assert lost_process(RuntimeError(said)) is None  # there is one process
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    text = lost_process(RuntimeError(said))
+    assert (text is not None) == lost
+    if text is not None:
+        assert text.startswith("another process of this training is gone, says process 1: ")
+        assert said.split(".")[0][:40] in text
+        assert lost_process(RuntimeError(text)) == text
+    assert lost_process(ValueError(said)) is None
