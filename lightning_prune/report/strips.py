@@ -1,4 +1,4 @@
-"""Which channels of every layer were kept, drawn by the page itself: a strip of cells per layer, light at 500 of them."""
+"""Which channels of every layer were kept, as the page draws it: a strip of cells per layer, light at 500 layers."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ def channels_table(layers: Sequence[LayerChannels]) -> Table:
 
 
 def summary_table(report: PruneReport) -> Table:
-    """The report's table without the columns that nobody measured, and with the losslessness error."""
+    """The report's table with the losslessness error."""
     table, found = stages_table(report), report.losslessness
     names, *measured = zip(table.columns, *table.rows, strict=True)
-    shown = [(Column("model"), *names[1:]), *(line for line in measured if {*map(str, line[1:])} - {MISSING})]
+    shown = [(Column("model"), *names[1:]), *measured]
     if found is not None:
         errors = (f"{found.max_rel_error:.1e}" if name == RECONSTRUCTED else MISSING for name in names[1:])
         shown.append((Column("Error against masked", "relative"), *errors))

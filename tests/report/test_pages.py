@@ -84,7 +84,7 @@ def test_what_is_faint_wide_or_from_elsewhere_is_noticed(browser, tmp_path: Path
         "<p style='width: 200vw; color: #999'>grey</p><svg><text fill='#ccc' y='9'>pale</text></svg>"
         "<img src='http://127.0.0.1:9/x.png'><script>console.log('hello')</script>"
     )
-    with pytest.raises(AssertionError, match=r"(?s)127\.0\.0\.1:9.*hello"), opened(browser, bad.as_uri()) as page:
+    with pytest.raises(AssertionError, match=r"(?s)127\.0\.0\.1:9.*hello"), opened(browser, bad.as_uri()) as page:  # noqa: PT012
         assert [text.partition(":")[0] for text in page.evaluate(FAINT)] == ["grey", "pale"]
         assert scrolls_sideways(page) > 1000
 
@@ -104,7 +104,7 @@ def test_a_report_is_read_by_keyboard(browser, pages) -> None:
         assert "old→new" in numbers.inner_text()
         press(page, "Space")
         assert not numbers.is_visible()
-        assert "layer0.3.conv 64 of 128 50 %" in page.locator(".strips").aria_snapshot()
+        assert "layer0.3.conv 96 of 192 50 %" in page.locator(".strips").aria_snapshot()
 
 
 def test_a_graph_is_read_by_keyboard(browser, pages) -> None:
