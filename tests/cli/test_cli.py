@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -383,13 +384,11 @@ def test_fit_says_where_the_weights_are(configs, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_how_a_command_is_used_fits_a_terminal(command: str, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    try:
+    with suppress(SystemExit):
         main([command, "--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
     usage = capsys.readouterr().out.partition("\n\n")[0]
     assert usage.startswith(f"usage: lightning-prune {command}")
-    assert len(usage.splitlines()) < (40 if command in ("experiment", "compare", "demo") else 8)
+    assert len(usage.splitlines()) < 8
     assert max(map(len, usage.splitlines())) <= 80
 
 
