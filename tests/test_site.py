@@ -18,7 +18,7 @@ import pytest
 import lightning_prune as lp
 from tests.browsing import FAINT, WIDTHS, opened, press, scrolls_sideways
 
-pytest.importorskip("mkdocs", reason="the group docs is not installed")
+pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 from site_building import formulas, links, outputs, reference
 
 ROOT = Path(__file__).parents[1]

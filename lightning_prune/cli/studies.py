@@ -11,6 +11,7 @@ from rich.console import Console
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.parser import CONFIG_FLAGS
 from lightning_prune.cli.recipes import resolve
+from lightning_prune.cli.run_folder import new_folder
 from lightning_prune.cli.training import build_task
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison import (
@@ -40,9 +41,7 @@ def experiment(argv: Sequence[str]) -> int:
 
 def demo(argv: Sequence[str]) -> int:
     """`lightning-prune demo`: the shipped experiment on scikit-learn's digits; options override it."""
-    about = (
-        "Train, prune and fine-tune a ResNet-18 on scikit-learn's digits, in four minutes; nothing is fetched."
-    )
+    about = "Train, prune and fine-tune a ResNet-18 on scikit-learn's digits, in four minutes; nothing is fetched."
     return _experiment("demo", about, ["--config", DEMO, *argv])
 
 
@@ -54,11 +53,12 @@ def _experiment(command: str, about: str, argv: Sequence[str]) -> int:
     study = parser.add_function_arguments(compare_orders, skip={"settings"}, fail_untyped=False)
     parser.add_class_arguments(OrderSettings, fail_untyped=False)
     parsed = parser.parse_args(resolved)
+    OrderSettings(seed=parsed.seed)  # refuses what no generator takes
     seed_everything(parsed.seed, verbose=False)  # the model draws its first weights when it is built
     arguments = vars(parser.instantiate_classes(parsed))
     del arguments["config"]
     subject = {name: arguments.pop(name) for name in study}
-    settings = OrderSettings(**arguments)
+    settings = OrderSettings(**{**arguments, "output": str(new_folder(arguments["output"]))})
     report = compare_orders(**subject, settings=settings)
     files = write_report(report, settings.output)
     console = Console(highlight=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune import __version__
+from lightning_prune.engines.base import install_line
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.plan import Plan
 
@@ -90,7 +91,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         extra = {IN_PROGRAM: ""}
         torch.export.load(path, extra_files=extra)
     except ModuleNotFoundError as error:
-        raise ExportError(f'reading {path} needs {error.name}: pip install "lightning-prune[export]"') from error
+        raise ExportError(f"reading {path} needs {error.name}: {install_line('export')}") from error
     except Exception as error:
         raise ExportError(f"cannot read {path}: {first_line(error)}") from error
     return json.loads(extra[IN_PROGRAM] or "{}")
