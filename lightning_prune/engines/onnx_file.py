@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 # Seen by writing a ResNet: an older torch fails with these versions of the parts of its exporter, and with newer ones.
-TORCH_OF_NEWEST = (2, 7)
+TORCH_OF_NEWEST = "2.7"
 FIRST_TOO_NEW = {"onnxscript": "0.5.4", "onnx-ir": "0.1.16"}
 
 _VALUES = (
