@@ -26,24 +26,32 @@ ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "o
 ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
-_PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json | --budget flops=0.5 |
-                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json]]
-                             [--out pruned.pt] [--explain]"""
-_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
-       lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
-_EXPORT = """lightning-prune export CHECKPOINT (--model NAME | --config TASK.yaml) --out net.onnx
-                              [--dynamic-batch] [--nms] [--engine openvino]"""
-_LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224]
-                                     [--engine onnxruntime] [--threads N] [--out table.json | --kit FOLDER]
-       lightning-prune latency-table CHECKPOINT (--model NAME | --config TASK.yaml) [...]"""
-_GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
-       lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
-_QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx
-                                [--calibration-batches 8] [--ignore LAYER]"""
-_SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml [--criterion l1]
-                                   [--ratios 0.1,0.2,...] [--batches N] [--metric acc]
-                                   [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
+# No line is longer than 80 characters, as a terminal is wide.
+_PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml)
+           [--criterion l1] [--out pruned.pt] [--explain]
+           [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json |
+            --budget flops=0.5 | --budget latency_ms=20
+            [--engine onnxruntime] [--latency-table TABLE.json]]"""
+_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...]
+           [--input 1 3 224 224] [--layers]
+       lightning-prune measure [CHECKPOINT] [PRUNED]
+           (--model NAME | --config TASK.yaml) [--layers]"""
+_EXPORT = """lightning-prune export CHECKPOINT (--model NAME | --config TASK.yaml)
+           --out net.onnx [--dynamic-batch] [--nms] [--engine openvino]"""
+_LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...]
+           [--input 1 3 224 224] [--engine onnxruntime] [--threads N]
+           [--out table.json | --kit FOLDER]
+       lightning-prune latency-table CHECKPOINT
+           (--model NAME | --config TASK.yaml) [...]"""
+_GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224]
+           [--out graph.html]
+       lightning-prune graph --config task/resnet18_digits.yaml
+           [--model.KEY VALUE ...] [--input 1 3 224 224] [--out graph.html]"""
+_QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml
+           --out net.int8.onnx [--calibration-batches 8] [--ignore LAYER]"""
+_SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml
+           [--criterion l1] [--ratios 0.1,0.2,...] [--batches N]
+           [--metric acc] [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
 _CHANNELS = "lightning-prune channels PRUNED [--layer NAME] [--out channels.json]"
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 

@@ -41,8 +41,20 @@ from lightning_prune.errors import (
 )
 from lightning_prune.experiments.runner import quiet
 
-_COMMANDS = ("fit", "validate", "test")
+_COMMANDS = {
+    "fit": "Train a task; with a prune recipe score, mask and reconstruct too.",
+    "validate": "Evaluate a task on the validation set.",
+    "test": "Evaluate a task on the test set.",
+}
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
+
+
+def _strict(command: str) -> dict[str, Any]:
+    """Settings of a command's parser; without a usage its help would list all 50 options twice."""
+    files = "--config TASK.yaml" + (" [--config PRUNE.yaml]" if command == "fit" else " --ckpt_path FILE")
+    keys = "[--trainer.KEY VALUE ...]\n           [--model.KEY VALUE ...] [--data.KEY VALUE ...]"
+    about = _COMMANDS[command]
+    return {**_STRICT, "usage": f"lightning-prune {command} {files}\n           {keys}", "description": about}
 
 
 class _CLI(LightningCLI):
@@ -156,7 +168,7 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
             args=[command, *resolved],
             folder=folder,
             parser_class=ExplainingParser,
-            parser_kwargs={"prog": "lightning-prune", **_STRICT, **dict.fromkeys(_COMMANDS, _STRICT)},
+            parser_kwargs={"prog": "lightning-prune", **_STRICT, **{name: _strict(name) for name in _COMMANDS}},
             trainer_defaults={
                 "default_root_dir": str(RUNS),
                 "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},

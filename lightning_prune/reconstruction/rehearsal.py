@@ -138,7 +138,7 @@ def _step(model: nn.Module, entry: EntryPoint, training: bool, running: RunningM
     running.names = {id(module): name for name, module in copied.named_modules()}
     for module in copied.modules():
         if isinstance(module, nn.SyncBatchNorm):  # it would wait for other processes, and is not for CPUs
-            module.forward = partial(_BatchNorm.forward, module)
+            module.forward = partial(_BatchNorm.forward, module)  # type: ignore[method-assign]
     with preserved(copied), torch.inference_mode(False), torch.set_grad_enabled(training), running:
         copied.train(training)
         entry.own().run(copied, running)  # which takes its backward pass itself, where gradients are on
