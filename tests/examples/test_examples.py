@@ -68,7 +68,7 @@ def test_researcher_compares_with_seeds_and_an_own_criterion(run, capsys) -> Non
 @pytest.mark.slow
 def test_researcher_reproduces_a_table_in_small(run, capsys) -> None:
     run("researcher.py", "--out", "out", "--table", "guo-lenet")
-    assert Path("out/guo-lenet/report.html").exists()
+    assert Path("out/guo-lenet/page.html").exists()
 
 
 def test_team_trains_from_yaml_and_resumes(run) -> None:

@@ -201,8 +201,11 @@ def html(found: Reproduction) -> str:
     return render("sections.html", title=f"{recipe.item}: {recipe.title}", subtitle=subtitle, notes=(), shown=shown)
 
 
-def print_page(found: Reproduction, console: Console) -> None:
+def print_page(found: Reproduction, console: Console | None = None) -> None:
     """Tables and sentences in a terminal."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
     recipe = found.recipe
     print_line(console, f"{recipe.item}: {recipe.title}", "bold")
     print_line(console, f"{recipe.paper}. Scale: {found.name}.", "dim")
