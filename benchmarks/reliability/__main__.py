@@ -1,0 +1,46 @@
+"""Ends, starves and feeds garbage to every part of the package, and writes down what became of it.
+
+Run from the repository's root: ``python -m benchmarks.reliability --out runs/reliability.jsonl --kills 200``. Trials that
+the file holds are not repeated; ``--render`` writes benchmarks/results/reliability.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are forked, and bit for bit equal
+
+import torch
+
+from benchmarks.reliability import __doc__ as about
+from benchmarks.reliability.forked import import_all
+from benchmarks.reliability.kills import Kills
+from benchmarks.rows import Rows
+
+RESULTS = Path("benchmarks/results/reliability.md")
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reliability.jsonl"), help="the trials' rows")
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/reliability"), help="folder for the runs")  # noqa: S108
+    parser.add_argument("--kills", type=int, default=200, metavar="N")
+    parser.add_argument("--only", default="", help="subjects whose name contains this")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = options_of(argv)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    import_all()
+    rows = Rows(options.out, {"torch": torch.__version__})
+    Kills(options.work.absolute(), rows).go(options.kills, options.only)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
