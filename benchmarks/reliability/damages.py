@@ -66,17 +66,24 @@ def applied(damage: Damage, content: bytes, others: list[bytes], canary: Path) -
     elif damage.kind == "swapped":
         found = bytearray(others[number % len(others)])
     else:
-        found = bytearray(_code(number, canary))
+        found = bytearray(_code(number, content, canary))
     return bytes(found) if bytes(found) != content else b""
 
 
-def _code(number: int, canary: Path) -> bytes:
-    """A file that runs code where it is unpickled."""
+def _code(number: int, content: bytes, canary: Path) -> bytes:
+    """A file that runs code where it is unpickled; of an archive only one record is another."""
     trap = (_Trap, _OldTrap)[number % 2](canary)
     form = number // 2 % 4
     if form == 0:
         return pickle.dumps({"state_dict": trap})
     stream = io.BytesIO()
+    if zipfile.is_zipfile(io.BytesIO(content)) and form < 3:
+        with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(stream, "w") as archive:
+            names = whole.namelist()
+            for name in names:
+                hit = name == names[number // 8 % len(names)]
+                archive.writestr(name, pickle.dumps(trap) if hit else whole.read(name))
+        return stream.getvalue()
     if form == 3:  # among the records of a program of torch.export
         with zipfile.ZipFile(stream, "w") as archive:
             for name in ("archive_format", "version", "data.pkl", "serialized_example_inputs.pt", "models/model.json"):

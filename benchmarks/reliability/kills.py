@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.reliability.forked import TRACEBACK, end, run, start
 from benchmarks.reliability.phases import PHASES, Phases
-from benchmarks.reliability.subjects import SUBJECTS, Subject, make_given, metrics, prepare
+from benchmarks.reliability.subjects import SUBJECTS, Subject, make_given, prepare
 from benchmarks.reliability.wholeness import drafts, halves
 from benchmarks.rows import Row, Rows
 
@@ -75,13 +75,14 @@ class Kills:
         started = time.perf_counter()
         code = run(lambda: self._work(subject, folder), self.said, LIMIT)
         if code or (wrong := halves(folder)):
-            raise SystemExit(f"{subject.name} in one go: {code} {'' if code else wrong}\n{self.said.read_text('utf-8')}")
+            raise SystemExit(
+                f"{subject.name} in one go: {code} {'' if code else wrong}\n{self.said.read_text('utf-8')}"
+            )
         visits = {phase: self.phases.visits(phase) for phase in PHASES if self.phases.visits(phase)}
         return self.rows.add(
             campaign="whole",
             subject=subject.name,
             result=subject.result(folder),
-            metrics=metrics(folder),
             seconds=time.perf_counter() - started,
             visits=visits,
             each={phase: self.phases.seconds(phase) / times for phase, times in visits.items()},
@@ -116,7 +117,6 @@ class Kills:
             number,
             **ended,
             wrong=wrong,
-            log=metrics(folder) == whole["metrics"],
             drafts=drafts(folder),
             temporary=left,
         )

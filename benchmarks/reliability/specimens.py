@@ -47,7 +47,7 @@ class Specimen:
         file: its name in its folder; what a refusal must name.
         make: writes it, and what else its reader needs, into an empty folder.
         read: plain data that are equal if the same was read.
-        summed: there are check sums in it, so that no damage may pass.
+        summed: there are check sums in it, so that no damage may pass but that of somebody who makes them anew.
         forked: its reader is native code of others, which may die; read in a process of its own.
     """
 
@@ -97,7 +97,9 @@ def _lightning(folder: Path) -> None:
     from lightning_prune.tasks import ClassificationTask
 
     task = ClassificationTask(_model(), num_classes=10, input_size=(3, 8, 8))
-    trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    trainer = Trainer(
+        max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
     trainer.strategy.connect(task)
     trainer.save_checkpoint(folder / "last.ckpt")
 
@@ -109,7 +111,9 @@ def _resume(path: Path) -> Any:
     from lightning_prune.tasks import ClassificationTask
 
     task = ClassificationTask(_model(), num_classes=10, input_size=(3, 8, 8))
-    trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    trainer = Trainer(
+        max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
     return name_of(judge(path, task, trainer, training=True))
 
 
@@ -290,7 +294,9 @@ SPECIMENS = {
             _into(load_dense),
         ),
         Specimen("safetensors", "net.safetensors", _safetensors, _into(load_dense)),
-        Specimen("darknet weights", "net.weights", _darknet, _into(lambda p, m: load_darknet_weights(m, p), _yolo_model)),
+        Specimen(
+            "darknet weights", "net.weights", _darknet, _into(lambda p, m: load_darknet_weights(m, p), _yolo_model)
+        ),
         Specimen("scores", "scores.pt", _scores, lambda p: name_of(dict(Scores.load(p, _graph()))), summed=True),
         Specimen("plan", "plan.json", _plan, lambda p: Plan.load(p).to_dict()),
         Specimen(
@@ -305,7 +311,7 @@ SPECIMENS = {
         Specimen("configuration", "task.yaml", _configuration, _read_configuration),
         Specimen("recipe of reproduce", "tiny.yaml", _recipe, lambda p: repr(read_recipe(str(p)))),
         Specimen("ONNX", "net.onnx", _exported(".onnx"), _open_exported, forked=True),
-        Specimen("torch.export", "net.pt2", _exported(".pt2"), _open_exported, forked=True),
+        Specimen("torch.export", "net.pt2", _exported(".pt2"), _open_exported, summed=True, forked=True),
         Specimen("VOC annotation", "1.xml", _annotation, lambda p: name_of(read_annotation(p, ("cat", "dog")))),
         Specimen("image, PNG", "1.png", _image("1.png"), _read_image),
         Specimen("image, JPEG", "1.jpg", _image("1.jpg"), _read_image),

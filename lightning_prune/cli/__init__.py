@@ -6,6 +6,7 @@ few calls of functions that notebooks call too, whole studies among them (experi
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import sys
@@ -41,6 +42,7 @@ COMMANDS = {
 }
 
 
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _OUT_OF_MEMORY = "not enough memory", "out of memory", "can't allocate", "bad allocation"  # what torch says
 
 
@@ -74,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         return _fail(f"out of memory: {first_line(error)}; smaller images or batches need less", status=1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        what = error.filename or "what this run logs and saves"
+        return _fail(f"cannot write {what}: {error.strerror}; make room, then go on (fit: --ckpt_path last)", status=1)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)  # as shells say it
 

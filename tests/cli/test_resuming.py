@@ -62,6 +62,17 @@ def rows(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["the new file is not there", "it has no rows yet"])
+def test_rows_that_a_kill_has_left_on_their_way_are_taken_over(run, begun: bool) -> None:
+    before, path = rows("fit"), Path("runs/task/fit/metrics.csv")
+    path.rename(path.with_name("metrics.csv.before"))
+    if begun:
+        path.touch()
+    assert main([*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert [row["step"] for row in rows("fit")][: len(before)] == [row["step"] for row in before]
+    assert not path.with_name("metrics.csv.before").exists()
+
+
 def test_a_pruned_run_goes_on_with_the_recipe_that_pruned_it(recipe, capsys) -> None:
     content = yaml.safe_load(Path("task.yaml").read_text(encoding="utf-8"))
     prune = {"criterion": {"class_path": "lightning_prune.L1"}, "track": False}
