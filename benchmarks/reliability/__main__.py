@@ -1,7 +1,7 @@
 """Ends, starves and feeds garbage to every part of the package, and writes down what became of it.
 
-Run from the repository's root: ``python -m benchmarks.reliability --out runs/reliability.jsonl --kills 200``. Trials that
-the file holds are not repeated; ``--render`` writes benchmarks/results/reliability.md from it.
+Run from the repository's root: ``python -m benchmarks.reliability --kills 200``, an hour on one core. Trials that the
+file of ``--out`` holds are not repeated; ``--render`` writes benchmarks/results/reliability.md from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Too little memory, for real: steps on a model in a process that may not have more, whose model must stay as it was."""
+"""Too little memory, for real: steps in a process that may not have more, whose model must stay as it was."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _planned(model: nn.Module) -> Any:
 
 
 STEPS: dict[str, tuple[Callable[[nn.Module], Any], Step]] = {
-    "trace": (lambda model: None, lambda model, _: lp.trace(model, _images())),
+    "trace": (lambda _: None, lambda model, _: lp.trace(model, _images())),
     "score": (
         lambda model: lp.trace(model, _images()),
         lambda model, graph: lp.score(model, graph, "taylor", batches=_batches(), loss=_loss),
@@ -62,10 +62,10 @@ STEPS: dict[str, tuple[Callable[[nn.Module], Any], Step]] = {
     "mask_": (_planned, lambda model, made: lp.mask_(model, *made)),
     "reconstruct": (_planned, lambda model, made: lp.reconstruct(model, *made)),
     "reconstruct_": (_planned, lambda model, made: lp.reconstruct_(model, *made)),
-    "prune": (lambda model: None, lambda model, _: lp.prune(model, torch.zeros(4, 3, 48, 48), criterion="l1")),
+    "prune": (lambda _: None, lambda model, _: lp.prune(model, torch.zeros(4, 3, 48, 48), criterion="l1")),
     "save": (
         lambda model: lp.prune(model, _images(), criterion="l1"),
-        lambda model, result: lp.save("small.pt", result.model, result.plan),
+        lambda _, result: lp.save("small.pt", result.model, result.plan),
     ),
 }
 

@@ -29,14 +29,14 @@ class Classifier(nn.Module):
         x = torch.relu(self.norm(self.stem(x)))
         return torch.relu(x + self.norm2(self.outer(torch.relu(self.norm1(self.inner(x))))))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.linear(self.maps(x).mean((2, 3)))
 
 
 class Segmenter(Classifier):
     """The same with a class for every pixel."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # noqa: D102
         return {"out": self.linear(self.maps(x).movedim(1, -1)).movedim(-1, 1)}
 
 

@@ -1,4 +1,4 @@
-"""What a forked process is doing, told to its parent through shared memory, so that it can be ended in the midst of it."""
+"""What a forked process is doing, told to its parent through shared memory, so that it can be ended in its midst."""
 
 from __future__ import annotations
 

@@ -23,21 +23,21 @@ KILLS = """\
 ## Runs that are ended
 
 {kills} runs were ended at a random moment of a phase ({signals}) and begun again by the same command, `fit` with
-`--ckpt_path last` where there was a checkpoint. Right: the end has weights, optimizer state and numbers bit for bit as the
-run that nobody ended, every file under its final name is whole after the kill and at the end, and none is gone. The runs
-lie on another file system than temporary files. {drafts} runs left a hidden draft or a temporary file behind."""
+`--ckpt_path last` where there was a checkpoint. Right: the end has weights, optimizer state and numbers bit for bit as
+the run that nobody ended, every file under its final name is whole after the kill and at the end, and none is gone.
+The runs lie on another file system than temporary files. {drafts} runs left a hidden draft or a temporary file behind."""  # noqa: E501
 DISKS = """\
 ## Full disks
 
-{disks} runs on a disk that had room for a random part of what they write. Right: the error names the file that there was no
-room for, what was there before is as it was, no file is half written, and with room again the command ends well."""
+{disks} runs on a disk that had room for a random part of what they write. Right: the error names the file that there was
+no room for, what was there before is as it was, no file is half written, and with room again the command ends well."""  # noqa: E501
 DAMAGES = """\
 ## Damaged files
 
-{damages} files, {each} of every kind, damaged at random places by hypothesis ({kinds}; "code": a pickle, or one record of
-the archive, that creates a file where it is executed). The same: read as it was written. Refused: by an error of this
+{damages} files, {each} of every kind, damaged at random places by hypothesis ({kinds}; "code": a pickle, or one
+record of the archive, that creates a file where it is executed). The same: read as it was written. Refused: by an error of this
 package that names the file and a way out. Another: read as something else, which only files without check sums can be,
-or archives whose sums were made anew."""
+or archives whose sums were made anew."""  # noqa: E501
 MEMORY = """\
 ## Too little memory
 

@@ -59,7 +59,7 @@ class Specimen:
     forked: bool = False
 
 
-class Changed(AssertionError):
+class ChangedError(AssertionError):
     """A refused file has changed the model."""
 
 
@@ -74,7 +74,7 @@ def _into(load: Callable[[Path, Any], Any], build: Callable[[], torch.nn.Module]
             load(path, model)
         except Exception:
             if name_of(model.state_dict()) != before:
-                raise Changed(f"{path} was refused and has changed the model") from None
+                raise ChangedError(f"{path} was refused and has changed the model") from None
             raise
         return name_of(model.state_dict())
 
@@ -245,7 +245,7 @@ def _read_listed(path: Path) -> Any:
     lists = {"train": str(path), "val": str(path.with_name("val.txt"))}
     data = ImageFolderDataModule(str(path.parent), batch_size=1, size=8, lists=lists, num_workers=0, augment="none")
     data.setup("fit")
-    return name_of(list(data.val_dataloader()) + [len(data.train_dataloader())])
+    return name_of([*data.val_dataloader(), len(data.train_dataloader())])
 
 
 def _yolo_model() -> torch.nn.Module:

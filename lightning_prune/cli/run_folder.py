@@ -143,4 +143,11 @@ class SaveConfig(SaveConfigCallback):
         names = itertools.chain([self.config_filename], (f"config-{number}.yaml" for number in itertools.count(2)))
         if not self.already_saved:
             self.config_filename = next(name for name in names if not (folder / name).exists())
-        super().setup(trainer, pl_module, stage)
+        name = self.config_filename
+        self.config_filename = f".{name}.{os.getpid()}.tmp"  # whole under its name, or not at all
+        try:
+            super().setup(trainer, pl_module, stage)
+            if (folder / self.config_filename).exists():
+                (folder / self.config_filename).replace(folder / name)
+        finally:
+            self.config_filename = name

@@ -234,7 +234,8 @@ class LatencyTable:
             raise TableError(f"{path} is no latency table; make one with lightning-prune latency-table")
         if data.get("version") != VERSION:
             raise TableError(
-                f"{path} has version {data.get('version')} of the format, and this package reads {VERSION}; make it again"
+                f"{path} has version {data.get('version')} of the format, and this package reads {VERSION}; make it "
+                "again"
             )
         try:
             table = cls.of(data)

@@ -171,8 +171,8 @@ def _contents(
         cut = (f"inside layer {n}, which takes bytes {first} to {last}" for n, first, last in layers if size < last)
         where = next(cut, f"{size - end} bytes after this network's last layer")
         raise WeightsError(
-            f"{path} ends at byte {size}, {where}: it is truncated or belongs to another network: download it again, or build "
-            f"its network. Complete files of "
+            f"{path} ends at byte {size}, {where}: it is truncated or belongs to another network: download it again, or "  # noqa: E501
+            f"build its network. Complete files of "
             f"this {type(model).__name__} have {end} bytes, those of its backbone {backbone}"
         )
     if not other_classes:

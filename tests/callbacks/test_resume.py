@@ -116,7 +116,9 @@ def test_a_step_right_after_resuming_scores_the_batches_that_the_first_run_score
     resumed = Task()
     resumed.load_state_dict(start)
     again = fitted(resumed, other := prune(start=1, score_batches=1), tmp_path, tmp_path / "whole" / "epoch=0.ckpt")
-    assert all(torch.equal(a, b) for a, b in zip(callback.scoring.scores.values(), other.scoring.scores.values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(callback.scoring.scores.values(), other.scoring.scores.values(), strict=True)
+    )
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
