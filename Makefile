@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXTRAS := docs,export,openvino
 UV := $(shell command -v uv 2>/dev/null)
 # One thread per test worker: two workers with two threads each are slower than two with one on 2 cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint docs format clean
+.PHONY: help setup demo test test-all versions check lint docs format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -24,6 +25,9 @@ test: $(INSTALLED) ## the ordinary tests
 
 test-all: $(INSTALLED) ## the slow sweeps as well; all but what needs an accelerator
 	$(PYTEST) -m "not gpu"
+
+versions: ## the built wheel with the lowest and the newest versions; CASES="newest-3.12" for others
+	.ci/versions $(CASES)
 
 lint: $(INSTALLED) ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
@@ -49,11 +53,11 @@ clean: ## remove the virtual environments, caches and builds; keeps runs/
 $(INSTALLED): pyproject.toml
 ifneq ($(UV),)
 	test -x $(BIN)/python || $(UV) venv --python $(PYTHON) $(VENV)
-	$(UV) pip install --python $(BIN)/python --editable . --group dev
+	$(UV) pip install --python $(BIN)/python --editable ".[$(EXTRAS)]" --group dev
 else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip  # none where uv made the venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first pip that knows dependency groups
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --group dev
 endif
 	@touch $@

@@ -106,6 +106,15 @@ def check_choice(name: str, value: object, literal: Any, error: type[PruningErro
         raise error(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
 
 
+_OUT_OF_MEMORY = "not enough memory", "out of memory", "can't allocate", "bad allocation", "size calculation overflowed"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch, which has no class for it on the CPU, ran out of memory."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY)
+
+
 def first_line(error: BaseException) -> str:
     r"""What kind of error it is, and the first line of what it says: for quoting it in one of ours.
 

@@ -32,7 +32,7 @@ def test_paths_in_the_text_exist() -> None:
         for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
         for path in re.findall(r"`([\w./]+(?:/|\.py))`", page.read_text("utf-8").replace("```", ""))
     }
-    theirs = {("training.md", "train.py"), ("latency.md", "profile.py")}
+    theirs = {("latency.md", "profile.py")}
     bases = (ROOT, ROOT / "lightning_prune", ROOT / "lightning_prune" / "graph")
     assert len(found) > 15
     assert {(page, path) for page, path in found if not any((base / path).exists() for base in bases)} == theirs

@@ -40,7 +40,7 @@ assert prune.reconstruction.lossless.passed
 assert sum(p.numel() for p in fresh.parameters()) < 6e6
 """
 }
-ELSEWHERE = ("torchrun", "srun")  # need several GPUs
+ELSEWHERE = ("torchrun", "srun", "trap", "wait")  # need several GPUs or a batch system
 THEIRS = (  # its exporter warns
     pytest.mark.ultralytics,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"),
@@ -181,7 +181,7 @@ def write_checkpoints(words: list[str]) -> None:
 @pytest.mark.parametrize(("page", "line"), ALL_COMMANDS, ids=[f"{page}: {line[:60]}" for page, line in ALL_COMMANDS])
 def test_a_command_line_is_understood(page: str, line: str, folder: Path) -> None:
     write_files(page)
-    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z]+=", word)]
+    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
     if words[0] == "lightning-prune":
         assert understood(words[1:])
     elif words[0] == "make":

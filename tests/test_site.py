@@ -6,14 +6,19 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import pytest
 
 import lightning_prune as lp
+from tests.browsing import FAINT, WIDTHS, opened, press, scrolls_sideways
 
-pytest.importorskip("mkdocs", reason="the group docs is not installed")
+pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 from site_building import formulas, links, outputs, reference
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +83,51 @@ def test_outputs_formulas_and_drawings_are_in_their_places(site: Path) -> None:
         assert "<!-- python" not in text, path
         assert outputs.OUTPUT not in text, path
         assert "arithmatex" not in text, path
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def server(site: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as served:
+        Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+@pytest.mark.parametrize("name", ["index", "method", "report", "ten-minutes", "reference/plan"])
+def test_a_page_is_quiet_and_legible(browser, server: str, name: str) -> None:
+    for scheme, width in (("light", "desk"), ("dark", "phone")):
+        with opened(browser, f"{server}/{name}.html", scheme=scheme, width=WIDTHS[width]) as page:
+            assert scrolls_sideways(page) == 0
+            assert page.evaluate(FAINT) == [], scheme
+            assert page.locator("body").get_attribute("data-md-color-scheme") == {"light": "default"}.get(
+                scheme, "slate"
+            )
+
+
+def test_every_page_fits_a_phone_opened_as_a_file(browser, site: Path) -> None:
+    with opened(browser, (site / "index.html").as_uri(), width=WIDTHS["phone"]) as page:
+        for path in {*site.glob("*.html")} - {site / "404.html"}:  # that one is only for servers
+            page.goto(path.as_uri())
+            assert scrolls_sideways(page) == 0, path.name
+
+
+def test_the_site_is_searched_by_keyboard(browser, server: str) -> None:
+    with opened(browser, f"{server}/index.html") as page:
+        skip = press(page, "Tab")
+        assert (skip["tag"], skip["seen"]) == ("a", True)
+        press(page, "s")
+        page.keyboard.type("latency table")
+        page.locator(".md-search-result__link").first.wait_for()
+        assert page.locator(".md-search__input").evaluate("one => one === document.activeElement")
+        assert press(page, "ArrowDown")["tag"] == "a"
+        press(page, "Escape")
+        page.locator(".md-search-result__link").first.wait_for(state="hidden")
 
 
 # Its parts

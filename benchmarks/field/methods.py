@@ -23,6 +23,7 @@ class Method:
         uniform: the same share of every layer goes; else the weakest over the network.
         per_mac: of the network, those go whose score is lowest for the multiply-accumulates that they cost.
         sparse_epochs: of sparse learning before anything goes; they come on top of the fine-tuning.
+        steps: score and prune so many times, one after the other, before any training.
         rounds: prune in so many steps over the first half of the fine-tuning; 1: at once, before it.
         repair: of what remains, before fine-tuning.
         distilled: the dense network teaches, beside the labels.
@@ -33,6 +34,7 @@ class Method:
     uniform: bool = False
     per_mac: bool = False
     sparse_epochs: int = 0
+    steps: int = 1
     rounds: int = 1
     repair: Repair = "none"
     distilled: bool = False
@@ -47,6 +49,7 @@ def _peer(criterion: str, **options: object) -> Method:
 
 
 SPARSE = 2  # epochs of sparse learning
+STEPS = 8  # where a method prunes in several before training
 PART = "taylor_fo"  # the criterion under which single parts of a recipe are judged
 
 METHODS: dict[str, dict[str, Method]] = {
@@ -92,6 +95,14 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, alike, sparse learning, distilled": _ours(PART, uniform=True, sparse_epochs=SPARSE, distilled=True),
         f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
         "thinet, distilled": _ours("thinet", distilled=True),
+        f"{PART}, alike, {STEPS} steps": _ours(PART, uniform=True, steps=STEPS),
+        f"{PART}, alike, {STEPS} steps, least squares, distilled": _ours(
+            PART, uniform=True, steps=STEPS, repair="least squares", distilled=True
+        ),
+        f"thinet, {STEPS} steps, least squares": _ours("thinet", steps=STEPS, repair="least squares"),
+        f"thinet, {STEPS} steps, least squares, distilled": _ours(
+            "thinet", steps=STEPS, repair="least squares", distilled=True
+        ),
         "thinet, least squares, distilled": _ours("thinet", repair="least squares", distilled=True),
     },
 }

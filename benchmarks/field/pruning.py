@@ -31,11 +31,18 @@ def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -
     """A network of at most so many MACs; the model is left as it is."""
     if method.library == "Torch-Pruning":
         return by_peer(model, method.criterion, macs, batches)
+    whole = count_flops(model, batches[0][0][:1])
+    if macs >= whole:
+        return model
+    for step in range(1, method.steps + 1):  # each takes the same share of what is left
+        model = _pruned(model, method, whole * (macs / whole) ** (step / method.steps), batches)
+    return model
+
+
+def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -> nn.Module:
     inputs = batches[0][0][:1]
     whole = count_flops(model, inputs)
     share = macs / whole
-    if share >= 1:
-        return model
     graph = lp.trace(model, inputs)
     scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
     if method.per_mac:

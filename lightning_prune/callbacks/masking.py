@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.module import uncompiled
-from lightning_prune.callbacks.processes import check_same_plan, check_strategy, of_the_first
+from lightning_prune.callbacks.processes import check_same_plan, check_strategy, failing_together, of_the_first
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
 from lightning_prune.callbacks.train_mode import EvalModeCheck
@@ -130,18 +130,23 @@ class MaskingCallback(Callback):
     def _mask(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         session = self._run.session
         with uncompiled(pl_module):
-            plan = of_the_first(session.select) if session.selection.measures_time else session.select()
+            plan = of_the_first(session.select) if session.selection.measures_time else self._select()
             check_same_plan(plan)
-            for check in self._run.checks if session.plan is None else ():
-                check(trainer)
-            session.mask_(
-                plan, optimizers=trainer.optimizers, copies=averages(trainer), rehearsed=self._run.reconstructs
-            )
+            with failing_together():
+                for check in self._run.checks if session.plan is None else ():
+                    check(trainer)
+                session.mask_(
+                    plan, optimizers=trainer.optimizers, copies=averages(trainer), rehearsed=self._run.reconstructs
+                )
         self._run.stepped(trainer, batch_idx)
         total = sum(group.size * len(group.layers) for group in plan.groups.values())
         gone = total - sum(len(kept) for group in plan.groups.values() for kept in group.layers.values())
         number = f" (round {session.taken} of {len(session.steps)})" if self.schedule is not None else ""
         rank_zero_info(f"Masked {gone:,} of {total:,} channels of all prunable layers{number}")
+
+    def _select(self) -> Plan:
+        with failing_together():
+            return self._run.session.select()
 
     def _check_time(self, trainer: Trainer) -> None:
         """Refuse a schedule that training cannot follow to its end."""

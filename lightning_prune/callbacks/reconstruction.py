@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.checkpoint_shapes import CheckpointShapes
 from lightning_prune.callbacks.module import uncompiled
-from lightning_prune.callbacks.processes import check_strategy, unwrapped
+from lightning_prune.callbacks.processes import check_communication_hook, check_strategy, failing_together, unwrapped
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.weight_averages import averages
@@ -126,8 +126,11 @@ class ReconstructionCallback(EpochTimerCallback):
     def _check_optimizers(self, trainer: Trainer) -> None:
         """They may have state by the time the model is cut."""
         started = trainer.global_step > 0 or trainer.ckpt_path is not None
-        if self.when == "after" or self._run.session.schedule is not None or started:
+        while_training = self._run.session.schedule is not None or started
+        if self.when == "after" or while_training:
             check_sliceable(unwrap(trainer.optimizers))
+        if self.when != "after" and while_training:
+            check_communication_hook(trainer)
 
     def _reconstruct_when_masked(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
         run, session = self._run, self._run.session
@@ -136,7 +139,7 @@ class ReconstructionCallback(EpochTimerCallback):
             return
         before, started = count_params(pl_module), time.perf_counter()
         self._shapes.remember(pl_module)
-        with unwrapped(trainer, pl_module), uncompiled(pl_module):
+        with unwrapped(trainer, pl_module), failing_together(), uncompiled(pl_module):
             report = session.reconstruct_(optimizers=trainer.optimizers, copies=averages(trainer))
         if run.lossless is None or report.max_rel_error >= run.lossless.max_rel_error:
             run.lossless = report

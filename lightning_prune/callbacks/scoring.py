@@ -12,7 +12,15 @@ from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor
 
 from lightning_prune.callbacks.module import example_inputs, same_module, uncompiled
-from lightning_prune.callbacks.processes import check_strategy, sum_over_processes_
+from lightning_prune.callbacks.processes import (
+    check_same_number_of_batches,
+    check_start,
+    check_strategy,
+    failing_together,
+    forget_start,
+    lost_process,
+    sum_over_processes_,
+)
 from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
@@ -146,9 +154,11 @@ class ScoringCallback(Callback):
         if stage == "fit":
             same_module(self, self.run.session.model, pl_module)
             self._check(trainer, pl_module)
+            check_start(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         RUNS.pop(trainer, None)
+        forget_start(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sums is not None:  # resumed in the middle of scoring
@@ -156,6 +166,9 @@ class ScoringCallback(Callback):
         elif self._awaited and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
             self._begin(trainer, pl_module)
             trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_same_number_of_batches(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_when_seen(trainer)
@@ -183,6 +196,8 @@ class ScoringCallback(Callback):
         RUNS.pop(trainer, None)
         if self._scorer is not None:
             self._scorer.end_batch(discard=True)
+        if said := lost_process(exception):
+            exception.args = (said,)
 
     def state_dict(self) -> dict[str, Any]:
         """The run's session, and the sums of a pass under way: tensors and plain data."""
@@ -193,7 +208,7 @@ class ScoringCallback(Callback):
             "scored_in": self.run.scored_in,
             "step": [self.run.epoch, self.run.batch],
             "since": self._since,
-            "sums": None if self._scorer is None else dict(self._scorer.state),
+            "sums": None if self._scorer is None else self._sums_of_all(self._scorer),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,14 +260,14 @@ class ScoringCallback(Callback):
                 "scores in a pass of its own, in which training_step would step the optimizers. Prune in one step, or "
                 "use a criterion that looks at weights only, such as L1"
             )
-        with uncompiled(pl_module):
+        with failing_together(), uncompiled(pl_module):
             graph = session.graph
-        if not graph.prunable_groups:
-            reasons = nothing_to_prune(graph.groups, graph.notes)
-            raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
-        if self.given is not None:
-            self._keep(trainer, self.given if isinstance(self.given, Scores) else Scores.load(self.given, graph))
-            return
+            if not graph.prunable_groups:
+                reasons = nothing_to_prune(graph.groups, graph.notes)
+                raise CallbackError(f"nothing to prune in {type(pl_module).__name__}: {reasons}")
+            if self.given is not None:
+                self._keep(trainer, self.given if isinstance(self.given, Scores) else Scores.load(self.given, graph))
+                return
         if self.criterion.needs_reference and session.baseline is None:
             session.baseline = self.baseline or {
                 name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()
@@ -264,23 +279,24 @@ class ScoringCallback(Callback):
         if self._sums is None:
             self._since = trainer.current_epoch
         else:
-            for name, total in self._sums.items():
+            for name, total in self._sums.items() if trainer.is_global_zero else ():  # they are those of all processes
                 self._scorer.state[name].copy_(total)
             self._sums = None
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On frozen weights, now; random state and everything else of the run stay as they are."""
         with uncompiled(pl_module):
-            copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
-            scorer = self._run.session.scorer(self.bn_mode, copied)
+            with failing_together():
+                copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
+                scorer = self._run.session.scorer(self.bn_mode, copied)
             if self.criterion.needs_forward and self._run.session.graph.prunable_groups:  # a later step may leave none
                 title = f"Scoring ({type(self.criterion).__name__})"
                 with attached(copied, trainer, RunningStage.TRAINING), scorer:
                     for see in scorer.passes:
                         batches = training_batches(trainer, copied, self.score_batches, self.score_epochs, title)
-                        see_batches(see, partial(run_step, trainer, copied), copied, batches)
-        sum_over_processes_(scorer.state)
-        self._keep(trainer, scorer.compute())
+                        with failing_together():
+                            see_batches(see, partial(run_step, trainer, copied), copied, batches)
+        self._sum_up(trainer, scorer)
 
     def _score_again_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         if self._run.due(trainer, batch_idx):
@@ -289,7 +305,17 @@ class ScoringCallback(Callback):
     def _finish_when_seen(self, trainer: Trainer) -> None:
         if self._scorer is not None and trainer.current_epoch - self._since >= self.score_epochs:
             scorer, self._scorer = self._scorer, None
-            sum_over_processes_(scorer.state)
+            self._sum_up(trainer, scorer)
+
+    @staticmethod
+    def _sums_of_all(scorer: Scorer) -> dict[str, Tensor]:
+        sums = {name: total.clone() for name, total in scorer.state.items()}
+        sum_over_processes_(sums)
+        return sums
+
+    def _sum_up(self, trainer: Trainer, scorer: Scorer) -> None:
+        sum_over_processes_(scorer.state)
+        with failing_together():
             self._keep(trainer, scorer.compute())
 
     def _keep(self, trainer: Trainer, scores: Scores) -> None:

@@ -34,7 +34,10 @@ def checked_amount(name: str, amount: Amount) -> Amount:
 def training_batches(
     trainer: Trainer, module: LightningModule, amount: Amount, passes: int, title: str
 ) -> Iterator[tuple[int, Any]]:
-    """Batches of the training data as this copy of the module gets them, with a progress bar."""
+    """Batches of the training data as this copy of the module gets them, with a progress bar.
+
+    The data are set up at once, for which the processes wait for one another; the batches need no messages.
+    """
     with generators_kept(given_loaders(trainer)):  # Lightning starts each of them once
         trainer.fit_loop.setup_data()
     combined: Any = trainer.fit_loop._combined_loader
@@ -54,16 +57,15 @@ def training_batches(
 
     batches = itertools.chain.from_iterable(one_pass() for _ in range(passes))
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    with generators_kept(combined.flattened):
-        for index, batch in track(
-            batches,
-            title,
-            None if total is None else total * passes,
-            console=Console(),
-            transient=True,
-            disable=not shown,
-        ):
-            yield index, transferred(trainer, module, batch)
+    number = None if total is None else total * passes
+
+    def shown_batches() -> Iterator[tuple[int, Any]]:
+        with generators_kept(combined.flattened):
+            console = Console()
+            for index, batch in track(batches, title, number, console=console, transient=True, disable=not shown):
+                yield index, transferred(trainer, module, batch)
+
+    return shown_batches()
 
 
 class SkippedBatchError(Exception):

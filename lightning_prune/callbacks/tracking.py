@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 
 from lightning_prune.callbacks.loggers import Sink, sinks_of
+from lightning_prune.callbacks.processes import failing_together
 from lightning_prune.callbacks.run import RUNS, PruningRun, check_before_pruning
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.criteria.scoring import Scores
@@ -67,6 +68,10 @@ class TrackingCallback(EpochTimerCallback):
             self._sinks = sinks_of(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with failing_together():  # here and below: one process alone writes, and its disk may be full
+            self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         if not self._sinks:
             return
         run = RUNS.get(trainer)
@@ -79,16 +84,19 @@ class TrackingCallback(EpochTimerCallback):
         self._log(trainer, self._now)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer)
+        with failing_together():
+            self._track(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer)  # here, and not when it happens, so that no epoch's time holds the logging
-        self._track_epochs(trainer)
+        with failing_together():
+            self._track(trainer)  # here, and not when it happens, so that no epoch's time holds the logging
+            self._track_epochs(trainer)
         super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._track(trainer)
-        self._track_epochs(trainer)
+        with failing_together():
+            self._track(trainer)
+            self._track_epochs(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -98,6 +106,10 @@ class TrackingCallback(EpochTimerCallback):
         self._phases[trainer.current_epoch] = phase
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with failing_together():
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = RUNS.get(trainer)
         if not self._sinks or run is None:
             return

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lightning_prune.cli.options import PARSERS
 from lightning_prune.cli.parser import did_you_mean
-from lightning_prune.errors import PruningError, UnknownRecipeError, first_line
+from lightning_prune.errors import PruningError, UnknownRecipeError, first_line, is_out_of_memory
 
 # By name: what it does, and `module:function` in this folder, which takes the options that `PARSERS` made of the
 # remaining arguments, or these themselves.
@@ -43,7 +43,6 @@ COMMANDS = {
 
 
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-_OUT_OF_MEMORY = "not enough memory", "out of memory", "can't allocate", "bad allocation"  # what torch says
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PruningError as error:
         return _fail(str(error), status=2 if isinstance(error, UnknownRecipeError) else 1)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         return _fail(f"out of memory: {first_line(error)}; smaller images or batches need less", status=1)
     except OSError as error:

@@ -10,7 +10,7 @@ from rich.console import Console
 from lightning_prune.cli.parser import did_you_mean
 from lightning_prune.errors import PlanError
 from lightning_prune.files import atomic
-from lightning_prune.graph.describe import ranges
+from lightning_prune.graph.describe import ranges, renumbered
 from lightning_prune.plan.basis import matches
 from lightning_prune.reconstruction import ChannelMap
 from lightning_prune.report.table import print_line
@@ -43,5 +43,4 @@ def _show(console: Console, found: ChannelMap, name: str) -> None:
             print_line(console, f"{title}: {side if side.removed else f'{side}, as they were'}", indent="  ")
             if side.removed:
                 print_line(console, f"removed: {ranges(side.removed, EVERY)}", indent="    ")
-                pairs = ", ".join(f"{old}→{new}" for old, new in side.new.items())
-                print_line(console, f"old→new: {pairs}", indent="    ")
+                print_line(console, f"old→new: {renumbered(side.keep)}", indent="    ")

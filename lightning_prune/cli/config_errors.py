@@ -17,6 +17,7 @@ from lightning_prune.cli.parser import did_you_mean
 
 _CHOICES = "Valid here: "
 _UNKNOWN = re.compile(r"[Oo]ption '([\w.+-]+)'|unrecognized arguments: --([\w.]+)")
+_NO_TASK = re.compile(r"arguments are required: (\w+\.)?model$", re.MULTILINE)
 _NESTED = re.compile(r'Parser key "([\w.+]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)\.(\w+)'")
 _BARE_NAME = re.compile(r"Expected a dot import path string: (\w+)$", re.MULTILINE)
@@ -35,6 +36,8 @@ class ExplainingParser(LightningArgumentParser):
             message += f"\n{explain_key(unknown[1] or unknown[2], getattr(ex, 'subcommand_parser', self))}\n"
         if not self.exit_on_error:  # the value may still fit another type
             super().error(message, ex)
+        if _NO_TASK.search(message):
+            message = "no task is given: --config TASK.yaml, or a recipe's name (`lightning-prune recipes` lists them)"
         self.exit(2, f"error: {explain_error(message)}\n")
 
 

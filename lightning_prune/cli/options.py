@@ -26,24 +26,32 @@ ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "o
 ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 BUDGETS = ("flops", "params", "latency_ms")
 
-_PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml) [--criterion l1]
-                             [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json | --budget flops=0.5 |
-                             --budget latency_ms=20 [--engine onnxruntime] [--latency-table TABLE.json]]
-                             [--out pruned.pt] [--explain]"""
-_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...] [--input 1 3 224 224] [--layers]
-       lightning-prune measure [CHECKPOINT] [PRUNED] (--model NAME | --config TASK.yaml) [--layers]"""
-_EXPORT = """lightning-prune export CHECKPOINT (--model NAME | --config TASK.yaml) --out net.onnx
-                              [--dynamic-batch] [--nms] [--engine openvino]"""
-_LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224]
-                                     [--engine onnxruntime] [--threads N] [--out table.json | --kit FOLDER]
-       lightning-prune latency-table CHECKPOINT (--model NAME | --config TASK.yaml) [...]"""
-_GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224] [--out graph.html]
-       lightning-prune graph --config task/resnet18_digits.yaml [--model.KEY VALUE ...] [--input ...] [--out ...]"""
-_QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml --out net.int8.onnx
-                                [--calibration-batches 8] [--ignore LAYER]"""
-_SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml [--criterion l1]
-                                   [--ratios 0.1,0.2,...] [--batches N] [--metric acc]
-                                   [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
+# No line is longer than 80 characters, as a terminal is wide.
+_PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml)
+           [--criterion l1] [--out pruned.pt] [--explain]
+           [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json |
+            --budget flops=0.5 | --budget latency_ms=20
+            [--engine onnxruntime] [--latency-table TABLE.json]]"""
+_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...]
+           [--input 1 3 224 224] [--layers]
+       lightning-prune measure [CHECKPOINT] [PRUNED]
+           (--model NAME | --config TASK.yaml) [--layers]"""
+_EXPORT = """lightning-prune export CHECKPOINT (--model NAME | --config TASK.yaml)
+           --out net.onnx [--dynamic-batch] [--nms] [--engine openvino]"""
+_LATENCY_TABLE = """lightning-prune latency-table MODEL [--arg KEY=VALUE ...]
+           [--input 1 3 224 224] [--engine onnxruntime] [--threads N]
+           [--out table.json | --kit FOLDER]
+       lightning-prune latency-table CHECKPOINT
+           (--model NAME | --config TASK.yaml) [...]"""
+_GRAPH = """lightning-prune graph MODEL [--arg KEY=VALUE ...] [--input 1 3 224 224]
+           [--out graph.html]
+       lightning-prune graph --config task/resnet18_digits.yaml
+           [--model.KEY VALUE ...] [--input 1 3 224 224] [--out graph.html]"""
+_QUANTIZE = """lightning-prune quantize CHECKPOINT [PRUNED] --config TASK.yaml
+           --out net.int8.onnx [--calibration-batches 8] [--ignore LAYER]"""
+_SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml
+           [--criterion l1] [--ratios 0.1,0.2,...] [--batches N]
+           [--metric acc] [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
 _CHANNELS = "lightning-prune channels PRUNED [--layer NAME] [--out channels.json]"
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
@@ -73,11 +81,14 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
-    add("--out", type=Path, default=Path("pruned.pt"), metavar="FILE", help="default: pruned.pt")
+    parser.add_output("", default="pruned.pt")
     add("--explain", action="store_true", help="say what would be done, and do nothing")
     parser.add_model_options()
     parser.refuse_idle(argv, {"--force-table": "--latency-table"})
-    return parser.parse_with_fit_options(argv)
+    options = parser.parse_with_fit_options(argv)
+    if not options.explain:
+        parser.refuse_used(options)
+    return options
 
 
 def _budget(words: str) -> dict[str, float]:
@@ -125,7 +136,7 @@ def export(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="pruned or dense weights; or a model's name, as it is built")
     add("--format", choices=FORMATS, default="onnx", help="default: onnx")
-    add("--out", metavar="FILE", required=True, help="ending in .onnx or .pt2")
+    parser.add_output("ending in .onnx or .pt2", required=True)
     add("--dynamic-batch", action="store_true", help="leave the number of samples open")
     add("--dynamic-size", action="store_true", help="leave height and width of images open")
     add("--nms", action="store_true", help="of YOLO: suppress overlapping boxes in the file")
@@ -137,7 +148,9 @@ def export(argv: Sequence[str]) -> argparse.Namespace:
     add("--engine", choices=ONNX_ENGINES, metavar="NAME", help=f"check it on {', '.join(ONNX_ENGINES)}; the first")
     add("--repeats", type=count, default=20, metavar="N", help="passes timed; default: 20")
     parser.add_model_options()
-    return parser.parse_with_fit_options(argv)
+    options = parser.parse_with_fit_options(argv)
+    parser.refuse_used(options)
+    return options
 
 
 def latency_table(argv: Sequence[str]) -> argparse.Namespace:
@@ -156,7 +169,7 @@ def latency_table(argv: Sequence[str]) -> argparse.Namespace:
     add("--engine", choices=ENGINES, default="onnxruntime", metavar="NAME", help=engine)
     add("--threads", type=count, metavar="N", help="of the CPU; default: as torch is set")
     add("--coarse", action="store_true", help="fewer points; by itself where preparing a layer is slow")
-    add("--out", type=Path, default=Path("table.json"), metavar="FILE", help="default: table.json")
+    parser.add_output("", default="table.json")
     kit = "time nothing, but write a script that does on a machine without torch, in ONNX Runtime"
     add("--kit", type=Path, metavar="FOLDER", help=kit)
     parser.add_model_options()
@@ -164,6 +177,7 @@ def latency_table(argv: Sequence[str]) -> argparse.Namespace:
     idle = [word for word in argv if options.kit and word.partition("=")[0] in ("--out", "--coarse")]
     if idle or (options.kit and options.engine != "onnxruntime"):
         parser.error(f"{idle[0] if idle else '--engine'} does nothing with --kit, whose script times in ONNX Runtime")
+    parser.refuse_used(options, "--kit" if options.kit else "--out")
     return options
 
 
@@ -180,7 +194,7 @@ def quantize(argv: Sequence[str]) -> argparse.Namespace:
     add("checkpoint", metavar="CHECKPOINT", help="dense or pruned weights of the task")
     add("pruned", metavar="PRUNED", nargs="?", help="pruned weights, when CHECKPOINT is dense; --out is of these")
     add(*CONFIG_FLAGS, action="append", required=True, metavar="TASK", help="YAML file or recipe, with its data")
-    add("--out", type=Path, required=True, metavar="FILE", help="ending in .onnx")
+    parser.add_output("ending in .onnx", required=True)
     add("--calibration-batches", type=count, default=8, metavar="N", help="of the training data; default: 8")
     add("--method", choices=METHODS, default="minmax", help="how ranges are chosen; default: minmax")
     add("--ignore", action="append", default=[], metavar="LAYER", help="stays in float; a pattern; repeat")
@@ -189,7 +203,9 @@ def quantize(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=count, metavar="N", help="default: as torch is set")
     add("--repeats", type=count, default=30, metavar="N", help="passes timed per file; default: 30")
     parser.set_defaults(model=None, arg=[], input=None)
-    return parser.parse_with_fit_options(argv)
+    options = parser.parse_with_fit_options(argv)
+    parser.refuse_used(options)
+    return options
 
 
 def sensitivity(argv: Sequence[str]) -> argparse.Namespace:
@@ -233,10 +249,11 @@ def graph(argv: Sequence[str]) -> argparse.Namespace:
     )
     from_config = any(word.partition("=")[0] in CONFIG_FLAGS for word in argv)
     parser.add_model_options("--model" if from_config else "model")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write a picture: .html (with a table) or .svg")
+    parser.add_output("also write a picture: .html (with a table) or .svg")
     options = parser.parse_with_fit_options(argv)
     if options.out and options.out.suffix not in PICTURES:
         parser.error(f"--out must end in .html or .svg, got '{options.out}'")
+    parser.refuse_used(options)
     return options
 
 
@@ -251,8 +268,10 @@ def channels(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("pruned", metavar="PRUNED", help="file of lightning-prune prune or lightning_prune.save, or a checkpoint")
     add("--layer", metavar="NAME", help="every channel of these layers; a name, a module around some, or a pattern")
-    add("--out", type=Path, metavar="FILE", help="write the whole map as JSON, too")
-    return parser.parse_args(argv)
+    parser.add_output("write the whole map as JSON, too")
+    options = parser.parse_args(argv)
+    parser.refuse_used(options)
+    return options
 
 
 def compare(argv: Sequence[str]) -> argparse.Namespace:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -33,6 +34,28 @@ class Parser(argparse.ArgumentParser):
         config = "YAML file or recipe, with the options of fit"
         add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=config)
         add("--input", nargs="+", type=count, metavar="N", help="shape of the input, samples first")
+
+    def add_output(self, help: str, *, default: str | None = None, required: bool = False) -> None:
+        """Add the file that is written, which a later command leaves alone; see `refuse_used`."""
+        said = help if default is None else f"{help}default: {default}"
+        path = None if default is None else Path(default)
+        self.add_argument("--out", type=Path, default=path, required=required, metavar="FILE", help=said)
+        self.add_argument("--overwrite", action="store_true", help="the file of --out, where there is one")
+
+    def refuse_used(self, options: argparse.Namespace, option: str = "--out") -> None:
+        """Refuse a file, or a folder with something in it, that an earlier command may have written."""
+        path: Path | None = getattr(options, option.removeprefix("--"))
+        if path is None:
+            return
+        for read in (getattr(options, name, None) for name in ("checkpoint", "pruned", "plan", "layer_ratios")):
+            if read is not None and _same_file(Path(read), path):
+                self.error(f"{option} {path} is what is read; write to another file")
+        try:
+            used = path.is_file() or (path.is_dir() and option != "--out" and any(path.iterdir()))
+        except (OSError, ValueError):  # what cannot be looked at cannot be written either, and is refused there
+            return
+        if used and not options.overwrite:
+            self.error(f"{path} is there already; name another with {option}, or add --overwrite")
 
     def refuse_idle(self, argv: Sequence[str], needed: Mapping[str, str]) -> None:
         """Refuse options that would be ignored: {option: what it needs}."""
@@ -78,6 +101,13 @@ def rate(word: str) -> float:
 
 def _whole(word: str) -> int:
     return int(word) if word.isascii() and word.isdigit() and len(word) < 20 else -1
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):  # one is not there, or cannot be by that name
+        return False
 
 
 def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:

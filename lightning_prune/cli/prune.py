@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import warnings
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -89,19 +88,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_options(options: argparse.Namespace, criterion: Criterion) -> None:
     """Refuse what can be refused before anything is read."""
-    if _same_file(Path(options.checkpoint), options.out):
-        raise ModelError(f"--out {options.out} is the checkpoint itself; write to another file")
     if not options.explain:
         check_writable(options.out)
     if options.score_batches is not None and not criterion.needs_forward:
         raise ModelError(f"--score-batches does nothing for {options.criterion}, which looks at weights only")
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    try:
-        return first.samefile(second)
-    except (OSError, ValueError):  # one is not there, or cannot be by that name
-        return False
 
 
 def _selection(options: argparse.Namespace) -> Selection:

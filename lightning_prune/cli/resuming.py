@@ -29,7 +29,7 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
     source, state = str(path), content.get("state_dict")
     is_lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in content
     callbacks: list[Any] = vars(trainer)["callbacks"]
-    parts = (getattr(callback, "reconstruction", callback) for callback in callbacks)  # of a PruneCallback
+    parts = [getattr(callback, "reconstruction", callback) for callback in callbacks]  # PruneCallback holds one
     pruning = any(isinstance(part, ReconstructionCallback) for part in parts)
     pruned = is_pruned(content)
     if is_lightning:

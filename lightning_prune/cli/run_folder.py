@@ -28,7 +28,8 @@ _BEFORE = "metrics.csv.before"  # the rows of a run that goes on, until they sta
 
 def is_first_process() -> bool:
     """Of those that train together, as their environment says."""
-    return not getattr(rank_zero_only, "rank", 0)
+    other_node = os.environ.get("NODE_RANK", "0") not in ("", "0")  # where Lightning starts the processes of each node
+    return not getattr(rank_zero_only, "rank", 0) and not other_node
 
 
 @contextmanager
@@ -54,6 +55,12 @@ def own_folder(name: str) -> Iterator[str]:
         for folder in (RUNS / chosen, *new):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def new_folder(folder: str | Path) -> Path:
+    """The folder, or one named FOLDER-2 and so on if something lies in it."""
+    names = itertools.chain([Path(folder)], (Path(f"{folder}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not path.is_dir() or not any(path.iterdir()))
 
 
 def check_unused(trainer: Trainer) -> None:
@@ -127,6 +134,16 @@ def _rows_in(folder: Path) -> Path | None:
     return next((folder / name for name in (_BEFORE, _METRICS) if (folder / name).is_file()), None)
 
 
+def _share_folder(trainer: Trainer) -> None:
+    """Give every process the folder that the first has chosen: a launcher's processes have not heard of it."""
+    named = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    names: list[str] = trainer.strategy.broadcast([logger.name for logger in named])
+    for logger, name in zip(named, names, strict=True):
+        if logger.name != name:
+            shared = CSVLogger(logger.save_dir, name=name, version=logger.version)
+            trainer.loggers = [shared if other is logger else other for other in trainer.loggers]
+
+
 def _is_before(row: Mapping[str, str], step: int, epoch: int) -> bool:
     try:
         return float(row["step"]) <= step and float(row.get("epoch") or 0) <= epoch
@@ -139,6 +156,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Choose a free name, where a run without logger has no folder of its own."""
+        _share_folder(trainer)
         folder = Path(trainer.log_dir or ".")  # every process: it is broadcast
         names = itertools.chain([self.config_filename], (f"config-{number}.yaml" for number in itertools.count(2)))
         if not self.already_saved:

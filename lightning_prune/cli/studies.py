@@ -11,6 +11,7 @@ from rich.console import Console
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.parser import CONFIG_FLAGS
 from lightning_prune.cli.recipes import resolve
+from lightning_prune.cli.run_folder import new_folder
 from lightning_prune.cli.training import build_task
 from lightning_prune.errors import PruningError
 from lightning_prune.experiments.comparison import (
@@ -34,28 +35,36 @@ _OF_COMMAND = ("checkpoint", "train_seed", "fit_options", "prog")  # options tha
 
 def experiment(argv: Sequence[str]) -> int:
     """`lightning-prune experiment --config experiment/NAME.yaml`."""
+    about = "Train a task, prune it, fine-tune it in both orders, and write a report of all that was measured."
+    return _experiment("experiment --config STUDY.yaml", about, argv)
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`lightning-prune demo`: the shipped experiment on scikit-learn's digits; options override it."""
+    about = "Train, prune and fine-tune a ResNet-18 on scikit-learn's digits, in four minutes; nothing is fetched."
+    return _experiment("demo", about, ["--config", DEMO, *argv])
+
+
+def _experiment(command: str, about: str, argv: Sequence[str]) -> int:
     resolved, _ = resolve(argv)
-    parser = ExplainingParser(prog="lightning-prune experiment", allow_abbrev=False)
+    prog, usage = f"lightning-prune {command.split()[0]}", f"lightning-prune {command} [--KEY VALUE ...]"
+    parser = ExplainingParser(prog=prog, usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
     study = parser.add_function_arguments(compare_orders, skip={"settings"}, fail_untyped=False)
     parser.add_class_arguments(OrderSettings, fail_untyped=False)
     parsed = parser.parse_args(resolved)
+    OrderSettings(seed=parsed.seed)  # refuses what no generator takes
     seed_everything(parsed.seed, verbose=False)  # the model draws its first weights when it is built
     arguments = vars(parser.instantiate_classes(parsed))
     del arguments["config"]
     subject = {name: arguments.pop(name) for name in study}
-    settings = OrderSettings(**arguments)
+    settings = OrderSettings(**{**arguments, "output": str(new_folder(arguments["output"]))})
     report = compare_orders(**subject, settings=settings)
     files = write_report(report, settings.output)
     console = Console(highlight=False)
     print_report(report, console)
     console.print(f"Report: {files['html']}   pruned model: {settings.output}/pruned.pt", soft_wrap=True)
     return 0
-
-
-def demo(argv: Sequence[str]) -> int:
-    """`lightning-prune demo`: the shipped experiment on scikit-learn's digits; options override it."""
-    return experiment(["--config", DEMO, *argv])
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_prune.callbacks.processes import leave_processes, lost_process
 from lightning_prune.callbacks.whole_checkpoints import write_whole
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
@@ -30,11 +32,30 @@ from lightning_prune.cli.run_folder import (
     last_checkpoint,
     own_folder,
 )
-from lightning_prune.errors import CheckpointError, ConfigurationError, PruningError
+from lightning_prune.errors import (
+    CallbackError,
+    CheckpointError,
+    ConfigurationError,
+    PruningError,
+    first_line,
+    is_out_of_memory,
+)
 from lightning_prune.experiments.runner import quiet
 
-_COMMANDS = ("fit", "validate", "test")
+_COMMANDS = {
+    "fit": "Train a task; with a prune recipe score, mask and reconstruct too.",
+    "validate": "Evaluate a task on the validation set.",
+    "test": "Evaluate a task on the test set.",
+}
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
+
+
+def _strict(command: str) -> dict[str, Any]:
+    """Settings of a command's parser; without a usage its help would list all 50 options twice."""
+    files = "--config TASK.yaml" + (" [--config PRUNE.yaml]" if command == "fit" else " --ckpt_path FILE")
+    keys = "[--trainer.KEY VALUE ...]\n           [--model.KEY VALUE ...] [--data.KEY VALUE ...]"
+    about = _COMMANDS[command]
+    return {**_STRICT, "usage": f"lightning-prune {command} {files}\n           {keys}", "description": about}
 
 
 class _CLI(LightningCLI):
@@ -60,9 +81,10 @@ class _CLI(LightningCLI):
         path, training = options.get("ckpt_path"), subcommand == "fit"
         if self._continued is None:
             check_unused(self.trainer)
-        if path == "best":
-            raise CheckpointError("--ckpt_path best: which one is best only the run knows that wrote it; name its file")
-        if path is not None and path not in ("last", "hpc"):
+        if path in ("best", "hpc"):
+            why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
+            raise CheckpointError(f"--ckpt_path {path}: {why}; name its file")
+        if path not in (None, "last"):
             content = judge(path, self.model, self.trainer, training=training)
             if content is None:  # the model has the weights
                 path = None
@@ -82,6 +104,8 @@ class _CLI(LightningCLI):
         devices, most = config.trainer.get("devices"), max(64, 4 * (os.cpu_count() or 1))
         if str(devices).isdecimal() and int(devices) > most:  # each is a process
             raise ConfigurationError(f"--trainer.devices must be at most {most} on this machine, got {devices}")
+        if config.trainer.get("accumulate_grad_batches") == 0:
+            raise ConfigurationError("--trainer.accumulate_grad_batches must be at least 1, got 0")
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(self._folder) or "last")
         logger = config.trainer.get("logger")
@@ -94,6 +118,8 @@ class _CLI(LightningCLI):
             first, own = RUNS / self._folder, RUNS / folder
             sys.stdout.write(f"{first} holds an earlier run, which stays: this one is in {own}\n")
         init_args.name = folder
+        if config.trainer.default_root_dir == str(RUNS):  # where SLURM's requeued jobs look for a checkpoint of theirs
+            config.trainer.default_root_dir = str(RUNS / folder)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""
@@ -105,13 +131,17 @@ class _CLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:
             raise ConfigurationError(str(error)) from error
-        except ValueError as error:
+        except Exception as error:
             root: BaseException = error
             while (below := root.__cause__ or root.__context__) is not None:
                 root = below
+            if is_out_of_memory(root):
+                raise root from error
             if isinstance(root, (PruningError, ValueError)):
                 raise ConfigurationError(str(root)) from error
-            raise
+            place = traceback.extract_tb(root.__traceback__)[-1]  # whose code it is, its author will ask
+            where = f"{place.filename}:{place.lineno}"
+            raise ConfigurationError(f"what was configured cannot be built: {first_line(root)} ({where})") from error
 
     def _set_seed(self) -> None:
         try:
@@ -143,7 +173,7 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
             args=[command, *resolved],
             folder=folder,
             parser_class=ExplainingParser,
-            parser_kwargs={"prog": "lightning-prune", **_STRICT, **dict.fromkeys(_COMMANDS, _STRICT)},
+            parser_kwargs={"prog": "lightning-prune", **_STRICT, **{name: _strict(name) for name in _COMMANDS}},
             trainer_defaults={
                 "default_root_dir": str(RUNS),
                 "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": logger},
@@ -155,6 +185,12 @@ def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:
         )
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
+    except RuntimeError as error:
+        if said := lost_process(error):
+            raise CallbackError(said) from error
+        raise
+    finally:
+        leave_processes()
 
 
 class BuiltTask(NamedTuple):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.data.in_memory import ImageTensors
-from lightning_prune.data.modules import PartsDataModule
+from lightning_prune.data.modules import PartsDataModule, at_least
 
 
 class DigitsDataModule(PartsDataModule):
@@ -43,6 +43,7 @@ class DigitsDataModule(PartsDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, drop_last)
+        at_least(1, size=size)
         self.seed = seed
         self.size = size
         self.augment = augment

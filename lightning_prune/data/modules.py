@@ -18,6 +18,13 @@ from lightning_prune.data.transforms import IGNORE, IMAGENET_MEAN, IMAGENET_STD
 from lightning_prune.errors import DataError
 
 
+def at_least(least: int, **values: int) -> None:
+    """Refuse settings that are less."""
+    for name, value in values.items():
+        if value < least:
+            raise DataError(f"{name} must be at least {least}, got {value}")
+
+
 class PartsDataModule(LightningDataModule, ABC):
     """A data module of the parts "train", "val" and "test", which are loaded when they are first needed."""
 
@@ -26,6 +33,8 @@ class PartsDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int, drop_last: bool) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size)
+        at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.drop_last = drop_last

@@ -67,7 +67,7 @@ class Engine(ABC):
     @property
     def versions(self) -> dict[str, str]:
         """Of the packages that are installed."""
-        return {name: version for name in self.packages if (version := _version(name)) is not None}
+        return {name: version for name in self.packages if (version := version_of(name)) is not None}
 
     @property
     def device(self) -> str | None:
@@ -105,11 +105,16 @@ class OnnxEngine(Engine):
         """
 
 
-def need(engine: str, modules: Iterable[str], install: str) -> None:
-    """Refuse an engine some modules of which are missing."""
+def need(engine: str, modules: Iterable[str], extra: str) -> None:
+    """Refuse an engine some modules of which are missing, and name the extra of pyproject.toml that brings them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise EngineError(f"the engine {engine!r} needs {', '.join(missing)}: {install}")
+        raise EngineError(f"the engine {engine!r} needs {', '.join(missing)}: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+    """The command that brings an extra of this package."""
+    return f'pip install "lightning-prune[{extra}]"'
 
 
 def tensors_of(inputs: Any) -> list[Tensor]:
@@ -117,7 +122,8 @@ def tensors_of(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

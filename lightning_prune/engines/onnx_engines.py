@@ -12,8 +12,6 @@ from torch import Tensor
 from lightning_prune.engines.base import OnnxEngine, Program, need, tensors_of
 from lightning_prune.errors import EngineError, check_choice, first_line
 
-EXPORT = 'pip install "lightning-prune[export]"'
-
 Device = Literal["cpu", "cuda"]
 Precision = Literal["f32", "f16", "bf16"]
 
@@ -37,7 +35,7 @@ class OnnxRuntime(OnnxEngine):
         return self._device
 
     def check(self) -> None:  # noqa: D102
-        need(self.name, ("onnx", "onnxscript", "onnxruntime"), EXPORT)
+        need(self.name, ("onnx", "onnxscript", "onnxruntime"), "export")
         import onnxruntime
 
         if self._device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -88,7 +86,7 @@ class OpenVINO(OnnxEngine):
         return "cpu"
 
     def check(self) -> None:  # noqa: D102
-        need(self.name, ("openvino", "onnx", "onnxscript"), 'pip install "lightning-prune[openvino]"')
+        need(self.name, ("openvino", "onnx", "onnxscript"), "openvino")
 
     def load(self, onnx: bytes) -> Program:
         """See `OnnxEngine.load`."""
@@ -129,8 +127,7 @@ class TensorRT(OnnxEngine):
         return "cuda"
 
     def check(self) -> None:  # noqa: D102
-        need(self.name, ("tensorrt",), "pip install tensorrt, on a machine with a GPU of NVIDIA")
-        need(self.name, ("onnx", "onnxscript"), EXPORT)
+        need(self.name, ("tensorrt", "onnx", "onnxscript"), "tensorrt")
         if not torch.cuda.is_available():
             raise EngineError("the engine 'tensorrt' needs a GPU of NVIDIA, and torch sees none")
 

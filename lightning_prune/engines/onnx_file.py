@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
+from lightning_prune.engines.base import install_line, version_of
 from lightning_prune.errors import EngineError, first_line
 from lightning_prune.graph.running import as_args
 from lightning_prune.model_state.preservation import copy_without_masks
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+# Seen by writing a ResNet: an older torch fails with these versions of the parts of its exporter, and with newer ones.
+TORCH_OF_NEWEST = "2.7"
+FIRST_TOO_NEW = {"onnxscript": "0.5.4", "onnx-ir": "0.1.16"}
 
 _VALUES = (
     "; its code decides by computed values (detectors count boxes, for one), which no exporter follows: export the "
@@ -45,7 +51,21 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
 
 def export_failure(error: Exception) -> str:
     """What the exporter said, and what that means where it is known."""
-    return f"{first_line(error)}{_VALUES if 'data-dependent' in str(error) else ''}"
+    known = _VALUES if "data-dependent" in str(error) else ""
+    if isinstance(error, ModuleNotFoundError):
+        known = f": {install_line('export')}"
+    if type(error).__module__.startswith(("torch.onnx", "onnx")):
+        known += _too_new_for_torch()
+    return f"{first_line(error)}{known}"
+
+
+def _too_new_for_torch() -> str:
+    """The way out where torch's exporter is older than the packages that it writes with."""
+    if torch.__version__ >= TORCH_OF_NEWEST:
+        return ""
+    newer = {name: bound for name, bound in FIRST_TOO_NEW.items() if TorchVersion(version_of(name) or "0") >= bound}
+    wanted = " ".join(f'"{name}<{bound}"' for name, bound in newer.items())
+    return f"; the exporter of torch {torch.__version__} is older: pip install {wanted}" if newer else ""
 
 
 def traced_program(

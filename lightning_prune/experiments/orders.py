@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from lightning_prune.reconstruction.small_model import reconstruct
 from lightning_prune.report import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, OrderTiming, PruneReport, StageResult
 from lightning_prune.report.tracking import layer_channels
 from lightning_prune.selection import GlobalRatio, Selection
+from lightning_prune.selection.base import check_ratio
 
 Order = Literal["A", "B"]
 ORDERS: dict[Order, str] = {"A": "mask, fine-tune, reconstruct", "B": "mask, reconstruct, fine-tune"}
@@ -56,7 +58,7 @@ class OrderSettings:
         progress: show progress bars.
 
     Raises:
-        PruningError: no order, or one twice.
+        PruningError: no order, or one twice; a number that nothing can be done with.
     """
 
     title: str = "Pruning experiment"
@@ -79,6 +81,15 @@ class OrderSettings:
         orders = self.orders
         if not orders or len(set(orders)) < len(orders) or not set(orders) <= set(ORDERS):
             raise PruningError(f"orders must be A, B or both, each once, got {list(orders)}")
+        fewest = {"dense_epochs": self.dense is None, "finetune_epochs": 1, "latency_repeats": 1, "seed": 0}
+        for name, least in fewest.items():
+            if (value := getattr(self, name)) < least:
+                raise PruningError(f"{name} must be at least {int(least)}, got {value}")
+        if self.seed >= 2**32 - 1:  # fine-tuning begins with the next one
+            raise PruningError(f"seed must be below {2**32 - 1}, got {self.seed}")
+        if self.finetune_lr is not None and not 0 < self.finetune_lr < math.inf:
+            raise PruningError(f"finetune_lr must be a number above 0, got {self.finetune_lr}")
+        check_ratio(self.ratio)
 
 
 class _Stage(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune import __version__
+from lightning_prune.engines.base import install_line
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.export.program_files import load_program
 from lightning_prune.plan import Plan
@@ -94,7 +95,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ExportError:
         raise
     except ModuleNotFoundError as error:
-        raise ExportError(f'reading {path} needs {error.name}: pip install "lightning-prune[export]"') from error
+        raise ExportError(f"reading {path} needs {error.name}: {install_line('export')}") from error
     except Exception as error:
         raise ExportError(f"cannot read {path}: {first_line(error)}; export it again") from error
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.engines import Eager, Engine, OnnxEngine, TensorRT
+from lightning_prune.engines.base import install_line
 from lightning_prune.engines.onnx_file import export_failure
 from lightning_prune.errors import ExportError, PruningError, check_choice, first_line
 from lightning_prune.export.comparison import ENOUGH, Comparison, compare_program
@@ -220,10 +221,10 @@ def _checked_engine(path: Path, format: str, engine: str | Engine | None, *, dyn
             raise ExportError("engine: a torch_export runs in torch alone; write format='onnx' for other engines")
         return None
     runner = onnx_engine("onnxruntime" if engine is None else engine)
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f'onnx needs {", ".join(missing)}: pip install "lightning-prune[export]"')
     runner.check()
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:  # an engine of the user's own did not ask
+        raise ExportError(f"onnx needs {', '.join(missing)}: {install_line('export')}")
     if dynamic and isinstance(runner, TensorRT):
         raise ExportError(
             "TensorRT is run on fixed shapes here: leave out dynamic_batch and dynamic_size, or compare the file on "

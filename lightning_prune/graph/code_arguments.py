@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import inspect
 import itertools
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 import lightning_prune
+from lightning_prune.graph.call_order import calls_by_line
 from lightning_prune.model_state.code_sizes import Place, can_follow, definition, own_class
 
 CALLS = ("reshape", "view", "expand", "split", "split_with_sizes")
@@ -166,7 +166,7 @@ def _call_at(code: CodeType, instruction: int) -> ast.Call | None:
         _, line, _, column = next(itertools.islice(code.co_positions(), instruction // 2, None))
         found = [node for node in calls if (node.end_lineno, node.end_col_offset) == (line, column)]
     else:
-        line = max((line for at, line in dis.findlinestarts(code) if at <= instruction), default=0)
-        wanted = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in CALLS]
-        found = [node for node in wanted if node.lineno <= line <= (node.end_lineno or line)]
+        found = calls_by_line(code, tree, instruction)
+        if len(found) > 1:
+            found = [node for node in found if isinstance(node.func, ast.Attribute) and node.func.attr in CALLS]
     return found[0] if len(found) == 1 else None

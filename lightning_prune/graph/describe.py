@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -83,18 +83,34 @@ def shortened(names: Sequence[str], limit: int = LIST) -> str:
 
 def ranges(numbers: Sequence[int], limit: int) -> str:
     """List ascending numbers up to a length, neighbours as one range: ``0-3, 7, 9-12``."""
-    parts: list[str] = []
-    start = 0
-    for end, number in enumerate(numbers, 1):
-        if end == len(numbers) or numbers[end] != number + 1:
-            first = numbers[start]
-            parts.append(str(first) if first == number else f"{first}-{number}")
-            start = end
+    parts = [_range(first, last) for first, last in runs(numbers)]
     text = ", ".join(parts)
     while len(text) > limit and len(parts) > 1:
         parts.pop()
         text = f"{', '.join(parts)}, …"
     return text
+
+
+def renumbered(keep: Sequence[int]) -> str:
+    """Say which new numbers ascending old ones have: ``0-3→0-3, 7→4``."""
+    parts, new = [], 0
+    for first, last in runs(keep):
+        parts.append(f"{_range(first, last)}→{_range(new, new + last - first)}")
+        new += last - first + 1
+    return ", ".join(parts)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of neighbours in ascending numbers."""
+    start = 0
+    for end, number in enumerate(numbers, 1):
+        if end == len(numbers) or numbers[end] != number + 1:
+            yield numbers[start], number
+            start = end
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

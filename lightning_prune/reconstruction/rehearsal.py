@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
@@ -134,6 +136,9 @@ def _take_step(masked: nn.Module, small: nn.Module, entry: EntryPoint, training:
 def _step(model: nn.Module, entry: EntryPoint, training: bool, running: RunningModules) -> None:
     copied = copy_without_masks(model)
     running.names = {id(module): name for name, module in copied.named_modules()}
+    for module in copied.modules():
+        if isinstance(module, nn.SyncBatchNorm):  # it would wait for other processes, and is not for CPUs
+            module.forward = partial(_BatchNorm.forward, module)  # type: ignore[method-assign]
     with preserved(copied), torch.inference_mode(False), torch.set_grad_enabled(training), running:
         copied.train(training)
         entry.own().run(copied, running)  # which takes its backward pass itself, where gradients are on

@@ -88,16 +88,30 @@ class OrderTiming:
 
 @dataclass(frozen=True)
 class LayerChannels:
-    """Channels of one layer in the dense and in the reconstructed model, and the group it belongs to."""
+    """Channels of one layer in the dense and in the reconstructed model, and the group it belongs to.
+
+    Attributes:
+        layer: module path.
+        dense: how many it had.
+        kept: how many are left.
+        group: names of its groups.
+        keep: the old numbers of those that are left, in their new order; empty if only their count is known.
+    """
 
     layer: str
     dense: int
     kept: int
     group: str = ""
+    keep: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept <= self.dense:
             raise PruningError(f"{self.layer}: cannot have kept {self.kept} of {self.dense} channels")
+        keep = self.keep
+        if keep and (len(keep) != self.kept or list(keep) != sorted({*keep}) or keep[0] < 0 or keep[-1] >= self.dense):
+            raise PruningError(
+                f"{self.layer}: the kept channels are not {self.kept} ascending numbers below {self.dense}"
+            )
 
 
 @dataclass(frozen=True)

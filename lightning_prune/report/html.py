@@ -14,6 +14,7 @@ from lightning_prune.report import summary
 from lightning_prune.report.data import PruneReport
 from lightning_prune.report.figures import PALETTES, accuracy_time_figure, channels_figure, save_figure
 from lightning_prune.report.pages import render
+from lightning_prune.report.strips import strips
 from lightning_prune.report.table import MISSING, Column, Table
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 def html_page(report: PruneReport) -> str:
     """The whole report as one HTML page: no request goes out; light and dark, phone and paper."""
-    pictures = {kind: {theme: _address(draw, theme) for theme in PALETTES} for kind, draw in _figures(report).items()}
+    pictures = {
+        kind: {theme: _address(draw, theme) for theme in PALETTES}
+        for kind, draw in _figures(report).items()
+        if kind != "channels"  # drawn by the page itself, as strips
+    }
     return render(
         "report.html",
         report=report,
@@ -37,10 +42,7 @@ def html_page(report: PruneReport) -> str:
         pictures=pictures,
         conventions=_conventions(report),
         epochs=_epochs(report),
-        layers=Table.of(
-            ("Layer", "Group", "Dense", "Kept"),
-            ((layer.layer, layer.group or MISSING, layer.dense, layer.kept) for layer in report.layers),
-        ),
+        strips=strips(report.layers),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report.data import DENSE, FINE_TUNED, MASKED, RECONSTRUCTED, PruneReport, ratio
@@ -17,7 +18,7 @@ UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 
 
 def stages_table(report: PruneReport) -> Table:
-    """A row per stage; every column in one unit with one number of decimals, so that it can be compared by eye."""
+    """A row per stage, a column per quantity that was measured, in one unit with one number of decimals."""
     stages = report.stages
     # a ± promises half a width, the distance between the quartiles is a whole one
     spreads = [s.latency_iqr_ms and s.latency_iqr_ms / 2 for s in stages]
@@ -34,6 +35,9 @@ def stages_table(report: PruneReport) -> Table:
         _quantity("On disk", sizes, "MB"),
         strict=True,
     )
+    measured = [any(str(entry) != MISSING for entry in entries) for entries in zip(*rows, strict=True)]
+    if any(measured[1:]):  # else there is nothing to show, which is shown
+        columns, *rows = (tuple(compress(line, measured)) for line in (columns, *rows))
     looks: dict[int, Look] = {number: "key" for number, s in enumerate(stages) if s.name in (DENSE, FINE_TUNED["B"])}
     return Table(columns, tuple(rows), looks)
 

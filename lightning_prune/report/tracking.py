@@ -23,12 +23,24 @@ if TYPE_CHECKING:
 def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tuple[LayerChannels, ...]:
     """Filters of every layer of the dense model and with the plan, in the order of the model's parameters."""
     place = {tensor: number for number, tensor in enumerate(graph.shapes)}
-    found = []
+    layers: dict[str, Layer] = {}
+    groups: dict[str, list[str]] = {}  # several where a layer is split or half of it is added to something
+    gone: dict[str, set[int]] = {}
     for group, layer in sorted(_members(graph.groups), key=lambda member: place[member[1].weight]):
+        layers[layer.name] = layer
+        groups.setdefault(layer.name, []).append(group.name)
         kept = plan.groups.get(group.name)
-        count = layer.filters if kept is None else len(kept.keep) * layer.index.shape[1]
-        found.append(LayerChannels(layer.name.removeprefix(prefix), layer.filters, count, group.name))
-    return tuple(found)
+        removed = [] if kept is None else sorted({*range(group.size)} - {*kept.keep})
+        gone.setdefault(layer.name, set()).update(layer.index[removed].flatten().tolist())
+    return tuple(
+        _layer_channels(layer, name.removeprefix(prefix), gone[name], ", ".join(groups[name]))
+        for name, layer in layers.items()
+    )
+
+
+def _layer_channels(layer: Layer, name: str, gone: set[int], groups: str) -> LayerChannels:
+    keep = tuple(number for number in range(layer.filters) if number not in gone)
+    return LayerChannels(name, layer.filters, len(keep), groups, keep)
 
 
 def share_removed(graph: ChannelGraph, plan: Plan) -> float:
@@ -48,10 +60,10 @@ def channels_table(layers: Sequence[LayerChannels]) -> Table:
 
 
 def summary_table(report: PruneReport) -> Table:
-    """The report's table without the columns that nobody measured, and with the losslessness error."""
+    """The report's table with the losslessness error."""
     table, found = stages_table(report), report.losslessness
     names, *measured = zip(table.columns, *table.rows, strict=True)
-    shown = [(Column("model"), *names[1:]), *(line for line in measured if {*map(str, line[1:])} - {MISSING})]
+    shown = [(Column("model"), *names[1:]), *measured]
     if found is not None:
         errors = (f"{found.max_rel_error:.1e}" if name == RECONSTRUCTED else MISSING for name in names[1:])
         shown.append((Column("Error against masked", "relative"), *errors))

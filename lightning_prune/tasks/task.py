@@ -12,6 +12,8 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR
 
+from lightning_prune.errors import ConfigurationError
+
 Schedule = LRSchedulerCallable | Literal["cosine", "poly", "constant"]
 
 
@@ -28,8 +30,9 @@ class Task(LightningModule, ABC):
         input_size: one image as (C, H, W), for `example_input_array`.
 
     Raises:
-        ValueError: fewer classes than the task needs; when training starts, "cosine" or "poly" in a Trainer without
-            max_epochs, or an unknown name.
+        ValueError: fewer classes than the task needs.
+        ConfigurationError: when training starts, settings that the optimizer refuses, "cosine" or "poly" in a Trainer
+            without max_epochs, or an unknown name.
     """
 
     fewest_classes = 2
@@ -90,7 +93,11 @@ class Task(LightningModule, ABC):
         self.log_same({f"{name}_class_{label}": value for label, value in enumerate(values)})
 
     def configure_optimizers(self) -> Any:
-        optimizer, name = self.optimizer(self.parameters()), self.lr_scheduler
+        name = self.lr_scheduler
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except ValueError as error:  # of a setting, such as a learning rate below 0
+            raise ConfigurationError(f"no optimizer can be made as configured: {error}") from error
         if name == "constant":
             return optimizer
         if not isinstance(name, str):
@@ -98,10 +105,10 @@ class Task(LightningModule, ABC):
             config = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
             return {"optimizer": optimizer, "lr_scheduler": config}
         if name not in ("cosine", "poly"):
-            raise ValueError(f'lr_scheduler must be "cosine", "poly", "constant" or a scheduler, got {name!r}.')
+            raise ConfigurationError(f'lr_scheduler must be "cosine", "poly", "constant" or a scheduler, got {name!r}.')
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f'lr_scheduler="{name}" needs the Trainer\'s max_epochs (at least 1) to know where zero is. '
                 'Set max_epochs, or give lr_scheduler="constant" or a scheduler of your own.'
             )

@@ -64,6 +64,18 @@ def test_a_channel_costs_what_the_network_saves_without_it(batches):
     assert kept[1] < kept[0]  # what is dear goes first
 
 
+def test_several_steps_score_what_the_one_before_has_left(batches, monkeypatch):
+    model, seen, score = network(), [], lp.score
+    macs = count_flops(model, batches[0][0][:1])
+    monkeypatch.setattr(
+        lp, "score", lambda net, *of, **how: (seen.append(net.conv1.out_channels), score(net, *of, **how))[1]
+    )
+    method = Method("lightning-prune", "l1", uniform=True, steps=3, repair="least squares")
+    small = prune(model, method, macs / 2, batches)
+    assert seen[0] > seen[1] > seen[2]
+    assert 0.4 < count_flops(small, batches[0][0][:1]) / macs <= 0.5
+
+
 def test_projection_shortcuts_compute_the_same_as_padded_ones(batches):
     model = network(depth=14)
     for module in model.modules():

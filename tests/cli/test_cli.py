@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -378,3 +379,21 @@ def test_fit_says_where_the_weights_are(configs, capsys):
     (said,) = re.findall(r"^checkpoint: (.+)$", capsys.readouterr().out, re.MULTILINE)
     assert Path(said).is_file()
     assert not Path(said).is_absolute()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_how_a_command_is_used_fits_a_terminal(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        main([command, "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert usage.startswith(f"usage: lightning-prune {command}")
+    assert len(usage.splitlines()) < 8
+    assert max(map(len, usage.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [[], ["--trainer.max_epochs", "3"]])
+def test_without_a_task_it_is_said_how_one_is_given(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *words])
+    assert "no task is given: --config TASK.yaml" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_an_engine_times_and_layers_are_timed_in_pytorch_alone(capsys) -> None:
     assert main(["measure", NET, "--engine", "onnxruntime", "--repeats", "1"]) == 0
     assert "latency, engine onnxruntime: median" in capsys.readouterr().out
     assert "onnxruntime runs none" in refused(capsys, "measure", NET, "--engine", "onnxruntime", "--layers")
-    assert "pip install tensorrt" in refused(capsys, "measure", NET, "--engine", "tensorrt", "--repeats", "1")
+    assert "lightning-prune[tensorrt]" in refused(capsys, "measure", NET, "--engine", "tensorrt", "--repeats", "1")
 
 
 def test_small_models_are_counted_in_thousands(capsys) -> None:

@@ -104,7 +104,7 @@ def test_a_latency_table_is_asked_and_its_answer_told(capsys, monkeypatch, train
     out = " ".join(capsys.readouterr().out.split())
     assert re.search(told, out)
     assert re.search(r"--latency-table table.json, coupling joint", out)
-    assert "engine: eager there, onnxruntime here" in refused(capsys, *asked, "--engine", "onnxruntime")
+    assert "engine: eager there, onnxruntime here" in refused(capsys, *asked, "--engine", "onnxruntime", "--overwrite")
 
 
 def test_an_engine_without_a_latency_is_refused(capsys) -> None:
@@ -210,7 +210,7 @@ def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
             ["prune", "dense.pt", *MODEL, "--budget", "flops=0.5", "--ratio", "0.3"],
             "not allowed with argument --budget",
         ),
-        (["prune", "dense.pt", *MODEL, "--out", "dense.pt"], "is the checkpoint itself"),
+        (["prune", "dense.pt", *MODEL, "--out", "dense.pt", "--overwrite"], "--out dense.pt is what is read"),
         (["prune", "dense.pt", *MODEL, "--out", "task.yaml/x.pt"], "cannot write task.yaml/x.pt"),
         (["prune", "dense.pt", *MODEL, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["prune", "dense.pt", "--model", NET, "--input", "1", "-3", "8", "8"], "at least 1, got '-3'"),
@@ -234,7 +234,7 @@ def test_a_file_that_holds_code_is_not_run(capsys) -> None:
 
 def test_a_missing_checkpoint_is_said_beside_an_older_result(capsys) -> None:
     Path("pruned.pt").touch()
-    assert "there is no file no.pt" in refused(capsys, "prune", "no.pt", *MODEL)
+    assert "there is no file no.pt" in refused(capsys, "prune", "no.pt", *MODEL, "--overwrite")
 
 
 def test_a_pruned_file_is_not_pruned_again(capsys) -> None:

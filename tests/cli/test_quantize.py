@@ -51,7 +51,7 @@ def test_four_files_in_one_table(capsys, monkeypatch, trained) -> None:
     assert "calibrated on 6 training samples by minmax" in out
     assert "pruned model in 8 bits: net.int8.onnx" in out
     assert files() - before == {"net.int8.onnx"}
-    said = refused(capsys, "quantize", "pruned.pt", "dense.ckpt", *CONFIG)
+    said = refused(capsys, "quantize", "pruned.pt", "dense.ckpt", *CONFIG, "--overwrite")
     assert said == "error: of two checkpoints the first is the dense one, and pruned.pt is pruned\n"
     assert "QuantizeLinear" in {node.op_type for node in onnx.load("net.int8.onnx").graph.node}
 

@@ -122,6 +122,7 @@ SAID = {
     "damaged state": "belongs to another model",
     "weights": "holds weights without the state of a training",
     "best": "which one is best only the run knows",
+    "hpc": "of which run is not said",
 }
 
 
@@ -129,7 +130,7 @@ SAID = {
 def test_a_bad_checkpoint_is_refused_and_the_earlier_run_is_whole(run, capsys, kind: str) -> None:
     bad(kind)
     capsys.readouterr()
-    path = "best" if kind == "best" else "bad.ckpt"
+    path = kind if kind in ("best", "hpc") else "bad.ckpt"
     assert SAID[kind] in refused(capsys, *FIT, "--ckpt_path", path)
     if kind not in ("damaged", "weights"):  # which validation does not look at
         assert SAID[kind] in refused(capsys, "validate", "--config", "task.yaml", "--ckpt_path", path)
@@ -164,6 +165,25 @@ def test_a_run_that_goes_on_keeps_its_rows(run, path: str) -> None:
     }
     check_rows(before, rows("fit"))
     assert Path("runs/task/fit/config.yaml").read_bytes() == run[Path("runs/task/fit/config.yaml")]
+
+
+def test_a_run_that_prunes_goes_on(recipe) -> None:
+    task = yaml.safe_load(Path("task.yaml").read_text(encoding="utf-8"))
+    prune = {"class_path": "lightning_prune.PruneCallback", "init_args": {"criterion": "l1", "ratio": 0.5}}
+    task["trainer"]["callbacks"].append(prune)
+    Path("task.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    assert main(FIT) == 0
+    assert main([*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert {path.name for path in Path("runs/task").iterdir()} == {"fit"}
+    last = torch.load("runs/task/fit/checkpoints/last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
+    assert len(last["state_dict"]["model.0.weight"]) < 16
+
+
+def test_what_slurm_requeues_is_kept_with_its_run(run) -> None:
+    """Lightning saves to, and goes on from, `default_root_dir` there, whatever run it is of."""
+    config = yaml.safe_load(Path("runs/task/fit/config.yaml").read_text(encoding="utf-8"))
+    assert config["trainer"]["default_root_dir"] == str(Path("runs/task/fit"))
 
 
 def check_rows(before, after) -> None:

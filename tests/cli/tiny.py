@@ -21,9 +21,13 @@ def tiny_net(width: int = 16, classes: int = 3) -> nn.Module:
 
 
 class TinyData(LightningDataModule):
+    def __init__(self, batch: int = 6) -> None:
+        super().__init__()
+        self.batch = batch
+
     def train_dataloader(self):
         images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(images, torch.arange(12) % 3), 6)
+        return DataLoader(TensorDataset(images, torch.arange(12) % 3), self.batch)
 
 
 class DescribedData(TinyData):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import lightning_prune as lp
 from lightning_prune.engines import (
@@ -19,6 +20,7 @@ from lightning_prune.engines import (
     Program,
     TensorRT,
     engine_from,
+    onnx_file,
 )
 from lightning_prune.errors import EngineError, PruningError, TraceError
 from lightning_prune.measure import compare_latency, measure_latency
@@ -119,7 +121,7 @@ def test_what_an_engine_refuses_names_the_way_out(net, monkeypatch):
     with pytest.raises(EngineError, match="device must be one of cpu, cuda"):
         OnnxRuntime("gpu")
     for engine, module, line in (
-        (TensorRT(), "tensorrt", "pip install tensorrt"),
+        (TensorRT(), "tensorrt", r'pip install "lightning-prune\[tensorrt\]"'),
         (OpenVINO(), "openvino", r'pip install "lightning-prune\[openvino\]"'),
         (OnnxRuntime(), "onnxruntime", r'pip install "lightning-prune\[export\]"'),
     ):
@@ -133,6 +135,25 @@ def test_a_file_that_is_none_is_refused():
     for engine in (OnnxRuntime(), OpenVINO()):
         with pytest.raises(EngineError, match="refuses the file"):
             engine.load(b"no model")
+
+
+def test_packages_that_are_too_new_for_the_exporter_of_torch_are_named(net, monkeypatch):
+    def fail(*_, **__):
+        raise torch.onnx.OnnxExporterError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(onnx_file, "version_of", {"onnxscript": "0.5.4", "onnx-ir": "1.1.0"}.get)
+    refusals = []
+    for installed in ("2.6.0+cu124", "2.7.1"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(installed))
+        with pytest.raises(EngineError) as refused:
+            OnnxRuntime().prepare(*net)
+        refusals.append(str(refused.value).partition("OnnxExporterError: no")[2])
+    way = '; the exporter of torch 2.6.0+cu124 is older: pip install "onnxscript<0.5.4" "onnx-ir<0.1.16"'
+    assert refusals == [way, ""]
+    monkeypatch.setattr(onnx_file, "version_of", {"onnxscript": "0.5.3"}.get)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    assert onnx_file.export_failure(torch.onnx.OnnxExporterError("no")) == "OnnxExporterError: no"
 
 
 def test_a_model_that_no_exporter_follows_is_refused():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.engines import OnnxEngine, OnnxRuntime, Program
+from lightning_prune.engines.onnx_file import onnx_bytes
 from lightning_prune.errors import ExportError, PruningError
 from lightning_prune.export import export, load_exported
 from lightning_prune.export.metadata import SUFFIX
@@ -154,6 +155,14 @@ def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
     with pytest.raises(PruningError, match=rf'needs {name}: pip install "lightning-prune\[export\]"'):
         export(nn.ReLU(), torch.randn(1, 3), tmp_path / "net.onnx")
+    if name == "onnx":
+        with pytest.raises(PruningError, match=r'needs onnx: pip install "lightning-prune\[openvino\]"'):
+            export(nn.ReLU(), torch.randn(1, 3), tmp_path / "net.onnx", engine="openvino")
+        with pytest.raises(PruningError, match=r'needs onnx: pip install "lightning-prune\[export\]"'):
+            export(nn.ReLU(), torch.randn(1, 3), tmp_path / "net.onnx", engine=Off(0))
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(PruningError, match=r'onnxscript.*: pip install "lightning-prune\[export\]"'):
+            onnx_bytes(nn.ReLU(), torch.randn(1, 3))
 
 
 class Off(OnnxEngine):

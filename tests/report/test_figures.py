@@ -192,7 +192,7 @@ import sys
 import lightning_prune.report.figures, lightning_prune.report.html
 assert "matplotlib" not in sys.modules
 from lightning_prune.report import *
-report = PruneReport("t", layers=(LayerChannels("a", 4, 2),))
+report = PruneReport("t", timings=(OrderTiming("A", (EpochRecord(0, 1.0, 1.0, 1.0, 0.5),)),))
 import matplotlib
 before = matplotlib.rcParams._get("backend")
 page = lightning_prune.report.html.html_page(report)

@@ -27,7 +27,7 @@ from lightning_prune.callbacks import (
     ScoringCallback,
 )
 from lightning_prune.errors import CallbackError
-from lightning_prune.schedule import Gradual
+from lightning_prune.schedule import Gradual, Rounds
 from lightning_prune.selection import LayerRatio, Question, Selection
 from lightning_prune.selection.base import ByLayer
 from tests.callbacks.helpers import Task, loader
@@ -55,8 +55,17 @@ class Differs(Selection):
         return {name: {"": scores.argsort().argsort() >= gone} for name, scores in question.whole.items()}
 
 
+RUNS["longer scoring"] = {"reconstruct": "before", "update_weights": True, "score_epochs": 2}
+RUNS["static graph"] = {"reconstruct": "during", "schedule": Gradual(2)}
+RUNS["bucket views"] = {"reconstruct": "during", "schedule": Gradual(2)}
+RUNS["accumulated"] = {"reconstruct": "during", "schedule": Rounds(6, batches=1)}
+DDP: dict[str, dict[str, Any]] = {  # else unused parameters are looked for
+    "static graph": {"static_graph": True},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "accumulated": {"gradient_as_bucket_view": True},
+}
 RUNS["measured"] = {"reconstruct": "before", "selection": Differs()}
-RESUMED = ("before", "during", "after")
+RESUMED = ("before", "during", "after", "longer scoring")
 
 
 class FrozenStatistics(Task):
@@ -99,8 +108,9 @@ class Spoil(Callback):
                     parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
 
 
-def new_trainer(processes: int, *callbacks: Any) -> Trainer:
-    many = {"strategy": DDPStrategy(find_unused_parameters=True), "devices": processes} if processes > 1 else {}
+def new_trainer(name: str, processes: int, *callbacks: Any) -> Trainer:
+    wrapping = DDP.get(name, {"find_unused_parameters": True})
+    many = {"strategy": DDPStrategy(**wrapping), "devices": processes} if processes > 1 else {}
     return Trainer(
         max_epochs=2,
         callbacks=list(callbacks),
@@ -110,6 +120,7 @@ def new_trainer(processes: int, *callbacks: Any) -> Trainer:
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         use_distributed_sampler=False,
+        accumulate_grad_batches=2 if name == "accumulated" else 1,
         **(many or {"devices": 1}),
     )
 
@@ -129,7 +140,7 @@ def main(folder: Path, processes: int) -> None:
             extra.append(GroupSparsityCallback(0.1, selection=LayerRatio(0.5)))
         if name in RESUMED:
             extra.append(every_epoch(folder / f"{name}-{processes}"))
-        trainer = new_trainer(processes, *extra, prune)
+        trainer = new_trainer(name, processes, *extra, prune)
         trainer.fit(task)
         result = {
             "state": task.state_dict(),
@@ -142,14 +153,16 @@ def main(folder: Path, processes: int) -> None:
         torch.manual_seed(7)
         task = FrozenStatistics(False)
         files = every_epoch(folder / f"{name}-{processes}")
-        trainer = new_trainer(processes, files, PruneCallback("jre", 0.5, **RUNS[name]))
+        prune = PruneCallback("jre", 0.5, **RUNS[name])
+        trainer = new_trainer(name, processes, files, prune)
         trainer.fit(task, ckpt_path=folder / f"{name}-{processes}" / "0.ckpt")
-        torch.save(task.state_dict(), folder / f"{name}-{processes}-{trainer.global_rank}-resumed.pt")
+        result = {"state": task.state_dict(), "scores": prune.scoring.history[0][1].to_dict()}
+        torch.save(result, folder / f"{name}-{processes}-{trainer.global_rank}-resumed.pt")
     if processes > 1:
         torch.manual_seed(0)
         task = FrozenStatistics(False)
         scoring = ScoringCallback("l1")
-        trainer = new_trainer(processes, Spoil(), scoring, MaskingCallback())
+        trainer = new_trainer("refused", processes, Spoil(), scoring, MaskingCallback())
         try:
             trainer.fit(task)
         except CallbackError as error:
