@@ -15,7 +15,12 @@ class Rows:
 
     def __init__(self, path: Path, setup: Row) -> None:
         self.path, self.setup = path, setup
-        self.rows = [row for row in read_rows(path) if row["setup"] == setup] if path.is_file() else []
+        self.reread()
+
+    def reread(self) -> None:
+        """Know what others have written, too."""
+        lines = read_rows(self.path) if self.path.is_file() else []
+        self.rows: list[Row] = [row for row in lines if row["setup"] == self.setup]
 
     def find(self, **known: Any) -> Row | None:
         """The row of which this is known."""

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from lightning_prune.errors import PruningError, first_line
 
+AGAIN = "copy or write it again"  # the way out, where nothing of a file can be used
 MOST_NODES = 1_000_000  # of a YAML file, counting what its aliases repeat
 
 
@@ -73,7 +74,7 @@ def check_readable(path: str | os.PathLike[str], error: type[PruningError]) -> N
     if not path.exists():
         raise error(f"there is no file {path}")
     if not start:
-        raise error(f"{path} is empty: nothing was written to it, or it was cut short")
+        raise error(f"{path} is empty: nothing was written to it, or it was cut short; {AGAIN}")
 
 
 def read_text(path: str | os.PathLike[str], error: type[PruningError], what: str) -> str:
@@ -82,7 +83,7 @@ def read_text(path: str | os.PathLike[str], error: type[PruningError], what: str
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
-        raise error(f"{path} is no {what}: it holds no text, byte {problem.start} is no UTF-8") from problem
+        raise error(f"{path} is no {what}: it holds no text, byte {problem.start} is no UTF-8; {AGAIN}") from problem
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}") from problem
 
@@ -93,9 +94,9 @@ def read_json(path: str | os.PathLike[str], error: type[PruningError], what: str
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as problem:  # RecursionError: brackets in brackets without end
-        raise error(f"{path} is no {what}, or a damaged one: {first_line(problem)}") from problem
+        raise error(f"{path} is no {what}, or a damaged one: {first_line(problem)}; {AGAIN}") from problem
     if not isinstance(data, dict):
-        raise error(f"{path} is no {what}: it holds a {type(data).__name__}")
+        raise error(f"{path} is no {what}: it holds a {type(data).__name__}; {AGAIN}")
     return data
 
 
@@ -108,11 +109,11 @@ def read_yaml(path: str | os.PathLike[str], error: type[PruningError], what: str
         data = yaml.safe_load(text)
         nodes = _nodes(data, {})
     except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: a date of month 13
-        raise error(f"{path} is no {what}, or a damaged one: {_yaml_problem(problem)}") from problem
+        raise error(f"{path} is no {what}, or a damaged one: {_yaml_problem(problem)}; correct it") from problem
     if data is None:
-        raise error(f"{path} is no {what}: nothing is in it but comments")
+        raise error(f"{path} is no {what}: nothing is in it but comments; {AGAIN}")
     if not isinstance(data, dict):
-        raise error(f"{path} is no {what}: it holds a {type(data).__name__}, not names with values")
+        raise error(f"{path} is no {what}: it holds a {type(data).__name__}, not names with values; correct it")
     if nodes > MOST_NODES:
         raise error(f"{path} is no {what}: its aliases repeat one another into more than {MOST_NODES:,} values")
     return data

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_prune.errors import CheckpointError, PruningError, first_line
-from lightning_prune.files import check_readable
+from lightning_prune.files import AGAIN, check_readable
 
 _HEADER_START = 8  # bytes of a safetensors file that tell the length of its header, which is JSON
 
@@ -43,10 +43,10 @@ def read_tensors(path: str | os.PathLike[str], error: type[PruningError] = Check
     try:
         content = _of_safetensors(path, error) if _is_safetensors(path) else _of_torch(path, error)
     except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror or problem}") from problem
+        raise error(f"{path} cannot be read: {problem.strerror or problem}; {AGAIN}") from problem
     if not isinstance(content, dict) or not content:
         held = "nothing" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise error(f"{path} holds {held}, it is not a checkpoint or a state dict")
+        raise error(f"{path} holds {held}, it is not a checkpoint or a state dict; name a file that holds one")
     return content
 
 
@@ -67,6 +67,16 @@ def _of_torch(path: Path, error: type[PruningError]) -> Any:
         raise error(f"{path} cannot be read: {_kind(path)}") from problem
 
 
+def check_sums(archive: zipfile.ZipFile) -> None:
+    """Read all that is in an archive; `zipfile.BadZipFile` where a bit is not as it was written."""
+    for record in archive.infolist():
+        if record.CRC == 0:
+            continue  # torch.serialization.set_crc32_options(False), or nothing in it
+        with archive.open(record) as stream:
+            while stream.read(1 << 20):
+                pass
+
+
 def _check_sums(path: Path, error: type[PruningError]) -> None:
     """Refuse a file in which a bit is not as it was written: torch does not look."""
     try:
@@ -76,12 +86,7 @@ def _check_sums(path: Path, error: type[PruningError]) -> None:
                 _refuse(path, "a scripted model (torch.jit)", error)
             if "archive_format" in names:
                 _refuse(path, "a program of torch.export", error)
-            for record in archive.infolist():
-                if record.CRC == 0:
-                    continue  # torch.serialization.set_crc32_options(False), or nothing in it
-                with archive.open(record) as stream:
-                    while stream.read(1 << 20):
-                        pass
+            check_sums(archive)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as problem:
         raise error(f"{path} is damaged: {first_line(problem)}; copy or download it again") from problem
 
@@ -106,8 +111,8 @@ def _kind(path: Path) -> str:
         start.decode("utf-8")
     except UnicodeDecodeError as problem:
         if problem.start < len(start) - 3:  # else the last character was cut in two
-            return "damaged, cut short, or not a checkpoint at all"
-    return "it is a text, not a checkpoint"
+            return f"damaged, cut short, or not a checkpoint at all; {AGAIN}"
+    return "it is a text, not a checkpoint; name the file that holds the weights"
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -125,4 +130,4 @@ def _of_safetensors(path: Path, error: type[PruningError]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError, KeyError) as problem:
-        raise error(f"{path} is no safetensors file, or a damaged one: {first_line(problem)}") from problem
+        raise error(f"{path} is no safetensors file, or a damaged one: {first_line(problem)}; {AGAIN}") from problem

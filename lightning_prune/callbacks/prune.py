@@ -12,6 +12,7 @@ from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
+from lightning_prune.callbacks.whole_checkpoints import write_whole
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import CallbackError, check_choice
 from lightning_prune.plan import Coupling, Plan
@@ -87,6 +88,7 @@ class PruneCallback(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(other, TrackingCallback) for other in callbacks):
             self.tracking = None  # the user's own
+        write_whole(trainer)
         for part in self.parts.values():
             part.setup(trainer, pl_module, stage)
 

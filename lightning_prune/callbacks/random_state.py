@@ -43,6 +43,17 @@ class RandomStateCallback(Callback):
         # After the module's setup and before the loaders draw their seeds. Other numbers of processes: as seeded.
         if self._restored is not None and len(self._restored) == trainer.world_size:
             _set(self._restored[trainer.global_rank], pl_module)
+        else:
+            self._restored = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Once more: the loop that goes on has begun an iterator over the loaders already, which draws a seed. The first
+        # run drew none before its next epoch began; then it did, and so must this one, whatever Lightning resumes from.
+        loop: Any = trainer.fit_loop
+        if self._restored is not None:
+            _set(self._restored[trainer.global_rank], pl_module)
+            if not any(hasattr(loader, "load_state_dict") for loader in loop._combined_loader.flattened):
+                loop._resuming_from_checkpoint = False  # or it would keep the iterator that it has begun
         self._restored = None
 
 

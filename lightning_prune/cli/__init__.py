@@ -6,6 +6,7 @@ few calls of functions that notebooks call too, whole studies among them (experi
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import sys
@@ -41,6 +42,9 @@ COMMANDS = {
 }
 
 
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C.
 
@@ -71,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail(f"out of memory: {first_line(error)}; smaller images or batches need less", status=1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        what = error.filename or "what this run logs and saves"
+        return _fail(f"cannot write {what}: {error.strerror}; make room, then go on (fit: --ckpt_path last)", status=1)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)  # as shells say it
 

@@ -23,6 +23,7 @@ from lightning_prune.files import atomic
 RUNS = Path("runs")
 _CHOSEN = "LIGHTNING_PRUNE_RUN_FOLDER"  # tells processes that a Trainer starts what the first one has chosen
 _METRICS = "metrics.csv"
+_BEFORE = "metrics.csv.before"  # the rows of a run that goes on, until they stand in the new file
 
 
 def is_first_process() -> bool:
@@ -94,7 +95,7 @@ def folder_of(checkpoint: str | None, name: str) -> str | None:
     """The folder under runs/ of a run of this name that goes on from its last checkpoint; None: a new one begins."""
     path = Path(checkpoint or "")
     folder = path.absolute().parent.parent
-    if not (path.name.startswith("last") and path.is_file() and (folder / _METRICS).is_file()):
+    if not (path.name.startswith("last") and path.is_file() and _rows_in(folder)):
         return None
     found = folder.relative_to(RUNS.absolute()).as_posix() if RUNS.absolute() in folder.parents else ""
     return found if _is_of(found, name) else None
@@ -103,7 +104,7 @@ def folder_of(checkpoint: str | None, name: str) -> str | None:
 def carry_over(trainer: Trainer, checkpoint: Path, content: Mapping[str, Any]) -> None:
     """Begin metrics.csv with the rows of the run that a checkpoint is of; of a new run those up to the checkpoint."""
     logger = trainer.logger
-    source = next((p / _METRICS for p in checkpoint.absolute().parents[:2] if (p / _METRICS).is_file()), None)
+    source = next((path for p in checkpoint.absolute().parents[:2] if (path := _rows_in(p))), None)
     if source is None or not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
         return
     with source.open(encoding="utf-8", newline="") as stream:
@@ -111,7 +112,7 @@ def carry_over(trainer: Trainer, checkpoint: Path, content: Mapping[str, Any]) -
         rows, names = list(reader), list(reader.fieldnames or ())
     kept = source
     if goes_on := Path(logger.log_dir).absolute() == source.parent:
-        kept = source.rename(source.with_suffix(".csv.before"))  # or the logger would delete it
+        kept = source.rename(source.with_name(_BEFORE))  # or the logger would delete it
     else:
         rows = [row for row in rows if _is_before(row, content["global_step"], content["epoch"])]
     with warnings.catch_warnings():
@@ -126,6 +127,11 @@ def carry_over(trainer: Trainer, checkpoint: Path, content: Mapping[str, Any]) -
     writer.metrics_keys = names
     if goes_on:
         kept.unlink()
+
+
+def _rows_in(folder: Path) -> Path | None:
+    """The file of a run's rows; if the run was killed while it took them over, they are those from before."""
+    return next((folder / name for name in (_BEFORE, _METRICS) if (folder / name).is_file()), None)
 
 
 def _share_folder(trainer: Trainer) -> None:
@@ -155,4 +161,11 @@ class SaveConfig(SaveConfigCallback):
         names = itertools.chain([self.config_filename], (f"config-{number}.yaml" for number in itertools.count(2)))
         if not self.already_saved:
             self.config_filename = next(name for name in names if not (folder / name).exists())
-        super().setup(trainer, pl_module, stage)
+        name = self.config_filename
+        self.config_filename = f".{name}.{os.getpid()}.tmp"  # whole under its name, or not at all
+        try:
+            super().setup(trainer, pl_module, stage)
+            if (folder / self.config_filename).exists():
+                (folder / self.config_filename).replace(folder / name)
+        finally:
+            self.config_filename = name

@@ -18,6 +18,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_prune.callbacks.processes import leave_processes, lost_process
+from lightning_prune.callbacks.whole_checkpoints import write_whole
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.resuming import judge
@@ -150,7 +151,11 @@ class _CLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """None for `build_task`: one that runs nothing would look for devices and announce them."""
-        return super().instantiate_trainer(**options) if self.subcommand else None
+        if not self.subcommand:
+            return None
+        trainer = super().instantiate_trainer(**options)
+        write_whole(trainer)
+        return trainer
 
 
 def run_lightning(command: str, argv: Sequence[str]) -> LightningCLI:

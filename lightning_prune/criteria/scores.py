@@ -95,7 +95,7 @@ class Scores(dict[str, Tensor]):
         except ScoreError as error:
             raise ScoreError(f"no scores: {error}") from error
         if data.get("format") != FORMAT:
-            raise ScoreError(f"{path} holds no scores of format {FORMAT}")
+            raise ScoreError(f"{path} holds no scores of format {FORMAT}; name a file that Scores.save wrote")
         scores = cls.from_dict(data)
         scores.check(graph)
         return scores

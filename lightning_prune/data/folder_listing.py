@@ -113,12 +113,12 @@ def _by_lists(root: Path, lists: Mapping[str, str]) -> dict[str, Files]:
             if folder not in numbers:
                 raise DataError(f"{where}: {text} must begin with the folder of its class, relative to {root}")
             if not path.is_file():
-                raise DataError(f"{where}: {path} does not exist")
+                raise DataError(f"{where}: {path} does not exist; correct the line")
             if seen.setdefault(path, part) != part:
                 raise DataError(f"{where}: {text} is in the list of {seen[path]} too")
             found[part].append(ImageFile(path, numbers[folder]))
         if not found[part]:
-            raise DataError(f"lists: {source.absolute()} of {part} names no image")
+            raise DataError(f"lists: {source.absolute()} of {part} names no image; write one on each line")
     return found
 
 
@@ -167,5 +167,5 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable text file ({error})") from error
+        raise DataError(f"{path} is not a readable text file ({error}); write it again") from error
     return [(number, text) for number, line in enumerate(lines, 1) if (text := line.strip())]

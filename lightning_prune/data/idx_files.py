@@ -61,7 +61,7 @@ def _check_header(header: bytes, dimensions: int, path: Path) -> None:
         hint = ": it is packed, so its name must end in .gz" if header[:2] == b"\x1f\x8b" else ""
         raise DataError(
             f"{path} begins with {header[:4].hex(' ') or 'nothing'}, not with {magic.hex(' ')}, as bytes in "
-            f"{dimensions} dimensions do in IDX files{hint}"
+            f"{dimensions} dimensions do in IDX files{hint or '; fetch it again'}"
         )
     if len(header) < 4 + 4 * dimensions:
         raise DataError(f"{path} is cut: its header has {len(header)} of {4 + 4 * dimensions} bytes; fetch it again")

@@ -144,8 +144,8 @@ def read_classes(path: Path) -> np.ndarray:
         raise DataError(f"{path} is not a readable mask ({error}); fetch it again") from error
     if mode not in ("P", "L"):
         raise DataError(
-            f"{path} holds colours or wide numbers (mode {mode}), not class numbers: masks have 8 bits a pixel, "
-            "grey or with a palette"
+            f"{path} holds colours or wide numbers (mode {mode}), not class numbers: masks must have 8 bits a "
+            "pixel, grey or with a palette"
         )
     return classes
 

@@ -34,7 +34,7 @@ def read_description(root: Path) -> Description:
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # bytes that are no text; brackets without end
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise DataError(f"{path}{where}: no valid YAML ({getattr(error, 'problem', error)})") from error
+        raise DataError(f"{path}{where}: no valid YAML ({getattr(error, 'problem', error)}); correct it") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold names, train and val, got {type(content).__name__}")
     if "kpt_shape" in content:
@@ -57,7 +57,7 @@ def images_of(description: Description, part: str) -> list[Path]:
             for number, line in numbered_lines(place):
                 images.append(_normal(place.parent / line))
                 if not images[-1].is_file():
-                    raise DataError(f"{place}, line {number}: {images[-1]} does not exist")
+                    raise DataError(f"{place}, line {number}: {images[-1]} does not exist; correct the line")
         if len(images) == before:
             raise DataError(f"{place}, {part} of {description.path}, holds no image")
     return images
@@ -84,7 +84,7 @@ def read_boxes(path: Path, num_classes: int) -> list[LabelledBox]:
         try:
             number, *shares = map(float, text.split())
         except ValueError as error:
-            raise DataError(f"{where}: {error}; a line is class, centre x, centre y, width and height") from error
+            raise DataError(f"{where}: {error}; a line must be class, centre x, centre y, width and height") from error
         if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
             raise DataError(
                 f"{where}: {len(shares) + 1} numbers are neither a box (class, centre x, centre y, width, height) nor "

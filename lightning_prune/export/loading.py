@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from lightning_prune.engines import ENGINES, Engine, OnnxEngine, Program, engine_from
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import EngineError, ExportError
 from lightning_prune.export.metadata import SUFFIX, check_suffix
+from lightning_prune.export.program_files import load_program
+from lightning_prune.files import check_readable
 from lightning_prune.graph.running import call_model
 
 ONNX_ENGINES = tuple(name for name, engine in ENGINES.items() if issubclass(engine, OnnxEngine))
@@ -44,7 +46,7 @@ def load_exported(path: str | os.PathLike[str], *, engine: str | Engine = "onnxr
             torch's own.
 
     Raises:
-        ExportError: another suffix, or an engine that runs no ONNX files.
+        ExportError: no such file, a damaged one, another suffix, or an engine that runs no ONNX files.
         EngineError: the engine is not installed or refuses the file.
 
     Example:
@@ -57,9 +59,15 @@ def load_exported(path: str | os.PathLike[str], *, engine: str | Engine = "onnxr
     path = Path(path)
     check_suffix(path)
     if path.suffix == SUFFIX["onnx"]:
-        program = onnx_engine(engine).load(path.read_bytes())
+        check_readable(path, ExportError)
+        runner = onnx_engine(engine)
+        runner.check()
+        try:
+            program = runner.load(path.read_bytes())
+        except EngineError as error:
+            raise EngineError(f"{path}: {error}; export it again") from error
         return _Exported(lambda *args, **kwargs: program.run([*args, *kwargs.values()]))
-    return _Exported(torch.export.load(path).module())
+    return _Exported(load_program(path).module())
 
 
 def open_program(path: Path, engine: OnnxEngine | None) -> Program:
@@ -71,7 +79,7 @@ class _OfTorch(Program):
     """A loaded program of torch.export."""
 
     def __init__(self, path: Path) -> None:
-        self._module = torch.export.load(path).module()
+        self._module = load_program(path).module()
 
     def run(self, inputs: Any) -> Any:
         with torch.no_grad():

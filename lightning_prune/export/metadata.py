@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune import __version__
 from lightning_prune.engines.base import install_line
 from lightning_prune.errors import ExportError, first_line
+from lightning_prune.export.program_files import load_program
 from lightning_prune.plan import Plan
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
             return {name: _from_json(value) for name, value in properties.items()}
         extra = {IN_PROGRAM: ""}
-        torch.export.load(path, extra_files=extra)
+        load_program(path, extra)
+        return dict(json.loads(extra[IN_PROGRAM] or "{}"))
+    except ExportError:
+        raise
     except ModuleNotFoundError as error:
         raise ExportError(f"reading {path} needs {error.name}: {install_line('export')}") from error
     except Exception as error:
-        raise ExportError(f"cannot read {path}: {first_line(error)}") from error
-    return json.loads(extra[IN_PROGRAM] or "{}")
+        raise ExportError(f"cannot read {path}: {first_line(error)}; export it again") from error
 
 
 def check_suffix(path: Path) -> None:

@@ -175,6 +175,8 @@ def export(
                 written = write_onnx(program, draft, about, dense, input_names, output_names, opset)
         except PruningError:
             raise
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
         except Exception as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be exported to {format}: {export_failure(error)}"

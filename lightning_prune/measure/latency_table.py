@@ -231,15 +231,16 @@ class LatencyTable:
         """
         data = read_json(path, TableError, "latency table")
         if data.get("format") != FORMAT:
-            raise TableError(f"{path} is no latency table")
+            raise TableError(f"{path} is no latency table; make one with lightning-prune latency-table")
         if data.get("version") != VERSION:
             raise TableError(
-                f"{path} has version {data.get('version')} of the format, and this package reads {VERSION}"
+                f"{path} has version {data.get('version')} of the format, and this package reads {VERSION}; make it "
+                "again"
             )
         try:
             table = cls.of(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TableError(f"{path} is a damaged latency table: {first_line(error)}") from error
+            raise TableError(f"{path} is a damaged latency table: {first_line(error)}; make it again") from error
         differing = _differences(table.machine, this_machine(gpu=table.machine.get("gpu") is not None))
         if differing and not force:
             raise TableError(

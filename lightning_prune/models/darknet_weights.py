@@ -82,7 +82,7 @@ def load_darknet_weights(model: YoloNetwork, path: str | Path, *, other_classes:
             place = int(wrong.argmax())
             raise WeightsError(
                 f"{path} is damaged or not a darknet file: byte {offset + place * FLOAT}, {array.name} of layer "
-                f"{array.layer}, reads {values[place]}"
+                f"{array.layer}, reads {values[place]}; download it again"
             )
         if array.layer not in skipped:
             staged.append((array.tensor, torch.from_numpy(values.astype(np.float32)).view(array.shape)))
@@ -111,17 +111,19 @@ def save_darknet_weights(model: YoloNetwork, path: str | Path, *, seen: int = 0)
 def _header(content: bytes, path: Path) -> tuple[tuple[int, int, int], int, int]:
     """Version, images seen, and where the numbers start."""
     if len(content) < 12:
-        raise WeightsError(f"{path} ends at byte {len(content)}, inside the header of 16 or 20 bytes")
+        raise WeightsError(
+            f"{path} ends at byte {len(content)}, inside the header of 16 or 20 bytes; download it again"
+        )
     version = struct.unpack_from("<3i", content)
     if not all(0 <= number < 1000 for number in version):
         raise WeightsError(
             f"{path} is not a darknet file: bytes 0 to 11 should hold its version and read "
-            f"{'.'.join(map(str, version))}"
+            f"{'.'.join(map(str, version))}; name one, or download it again"
         )
     layout = "<Q" if version[0] * 10 + version[1] >= 2 else "<i"  # of the images seen
     start = 12 + struct.calcsize(layout)
     if len(content) < start:
-        raise WeightsError(f"{path} ends at byte {len(content)}, inside the header of {start} bytes")
+        raise WeightsError(f"{path} ends at byte {len(content)}, inside the header of {start} bytes; download it again")
     return version, struct.unpack_from(layout, content, 12)[0], start
 
 
@@ -169,7 +171,8 @@ def _contents(
         cut = (f"inside layer {n}, which takes bytes {first} to {last}" for n, first, last in layers if size < last)
         where = next(cut, f"{size - end} bytes after this network's last layer")
         raise WeightsError(
-            f"{path} ends at byte {size}, {where}: it is truncated or belongs to another network. Complete files of "
+            f"{path} ends at byte {size}, {where}: it is truncated or belongs to another network: download it again, or "  # noqa: E501
+            f"build its network. Complete files of "
             f"this {type(model).__name__} have {end} bytes, those of its backbone {backbone}"
         )
     if not other_classes:

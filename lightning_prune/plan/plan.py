@@ -277,7 +277,7 @@ class Plan:
         """
         data = read_json(path, PlanError, "pruning plan")
         if data.get("format") != FORMAT:
-            raise PlanError(f"{path} is not a pruning plan of format {FORMAT}")
+            raise PlanError(f"{path} is not a pruning plan of format {FORMAT}; name a file that Plan.save wrote")
         try:
             return cls.from_dict(data)
         except PlanError as error:

@@ -226,7 +226,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(content.get(KEY), dict) and "state_dict" in content:
         return {**content[KEY], "state_dict": content["state_dict"]}
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a pruned checkpoint of format {FORMAT}")
+        raise CheckpointError(
+            f"{path} is not a pruned checkpoint of format {FORMAT}; name a file of lightning_prune.save"
+        )
     return content
 
 

@@ -109,12 +109,12 @@ class LayerRatio(Selection):
         """
         data = read_json(path, PlanError, "file of layer ratios")
         if data.get("format") != FORMAT:
-            raise PlanError(f"{path} holds no ratios of layers of format {FORMAT}")
+            raise PlanError(f"{path} holds no ratios of layers of format {FORMAT}; name a file of sensitivity --drop")
         try:
             given = {name: data[name] for name in ("ratio", "rounding", "overrides")}
             return cls(**given, **constraints)
         except KeyError as error:
-            raise PlanError(f"{path} is not complete: there is no {error}") from error
+            raise PlanError(f"{path} is not complete: there is no {error}; write it again") from error
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
 

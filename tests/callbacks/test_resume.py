@@ -99,6 +99,29 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind: str, tmp_pat
             assert [record.epoch for record in second.reconstruction.records] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("at_epoch_end", [True, False], ids=["saved after training", "saved after validation"])
+def test_a_step_right_after_resuming_scores_the_batches_that_the_first_run_scored(at_epoch_end, tmp_path: Path) -> None:
+    def fitted(task: Task, callback: PruneCallback, folder: Path, ckpt: Path | None = None) -> dict[str, Tensor]:
+        saving = {"monitor": "val_loss", "save_top_k": -1, "save_on_train_epoch_end": at_epoch_end}
+        runner = trainer(
+            callback, ModelCheckpoint(folder, filename="{epoch}", **saving), epochs=3, enable_checkpointing=True
+        )
+        torch.manual_seed(0 if ckpt is None else 1)
+        runner.fit(task, loader(), loader(8, shuffle=False), ckpt_path=ckpt)
+        return state(task)
+
+    start = state(whole := Task())
+    first = fitted(whole, callback := prune(start=1, score_batches=1), tmp_path / "whole")
+    resumed = Task()
+    resumed.load_state_dict(start)
+    again = fitted(resumed, other := prune(start=1, score_batches=1), tmp_path, tmp_path / "whole" / "epoch=0.ckpt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(callback.scoring.scores.values(), other.scoring.scores.values(), strict=True)
+    )
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize("kind", ["before", "after", "ramp, each"])
 def test_every_checkpoint_can_be_tested_and_loaded(kind: str, tmp_path: Path) -> None:
     task = Task()

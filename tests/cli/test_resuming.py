@@ -62,6 +62,31 @@ def rows(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["the new file is not there", "it has no rows yet"])
+def test_rows_that_a_kill_has_left_on_their_way_are_taken_over(run, begun: bool) -> None:
+    before, path = rows("fit"), Path("runs/task/fit/metrics.csv")
+    path.rename(path.with_name("metrics.csv.before"))
+    if begun:
+        path.touch()
+    assert main([*FIT, "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert [row["step"] for row in rows("fit")][: len(before)] == [row["step"] for row in before]
+    assert not path.with_name("metrics.csv.before").exists()
+
+
+def test_a_pruned_run_goes_on_with_the_recipe_that_pruned_it(recipe, capsys) -> None:
+    content = yaml.safe_load(Path("task.yaml").read_text(encoding="utf-8"))
+    prune = {"criterion": {"class_path": "lightning_prune.L1"}, "track": False}
+    content["trainer"]["callbacks"].append({"class_path": "lightning_prune.PruneCallback", "init_args": prune})
+    Path("pruning.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["fit", "--config", "pruning.yaml"]) == 0
+    assert main(["fit", "--config", "pruning.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    last = torch.load("runs/pruning/fit/checkpoints/last.ckpt", weights_only=True)
+    assert last["epoch"] == 2
+    assert last["state_dict"]["model.0.weight"].shape[0] < 16
+    assert main([*FIT, "--ckpt_path", "runs/pruning/fit/checkpoints/last.ckpt"]) == 1
+    assert "is of a run that pruned" in capsys.readouterr().err
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("trap",)

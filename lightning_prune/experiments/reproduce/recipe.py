@@ -240,7 +240,12 @@ def read_recipe(name: str) -> Recipe:
         close = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UnknownRecipeError("\n  ".join([f"there is no recipe '{name}'.{hint}\nRecipes:", *recipe_names()]))
-    return recipe_from(_content(path), path.stem)
+    try:
+        return recipe_from(_content(path), path.stem)
+    except ConfigurationError as error:
+        if path.name in str(error):
+            raise
+        raise ConfigurationError(f"{path}: {error}") from error
 
 
 def recipe_from(content: Mapping[str, Any], name: str) -> Recipe:
