@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,6 +102,10 @@ def _reader(names: list[str], runs: list[list[Tensor]]) -> Any:
     return Reader()
 
 
+#: What ONNX Runtime puts before the name of a weight into which it has folded a batch norm that torch had left.
+_FUSED = re.compile("^ConvBnFusion_(W|BN_B)_")
+
+
 def _nodes_of(file: Any, ignore: Sequence[str]) -> list[str]:
     """Names of the nodes that compute these layers, or lie in these modules."""
     weights = {value.name for value in file.graph.initializer}
@@ -108,7 +113,7 @@ def _nodes_of(file: Any, ignore: Sequence[str]) -> list[str]:
     for node in file.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
         inside = {part.strip("' ") for part in scopes.strip("[]").split(",")[:-1]}
-        owners = {name.rpartition(".")[0] for name in node.input if name in weights}
+        owners = {_FUSED.sub("", name).rpartition(".")[0] for name in node.input if name in weights}
         layers[node.name] = (inside | owners) - {""}
     known = set().union(*layers.values())
     for pattern in ignore:
