@@ -84,7 +84,9 @@ def read_boxes(path: Path, num_classes: int) -> list[LabelledBox]:
         try:
             number, *shares = map(float, text.split())
         except ValueError as error:
-            raise DataError(f"{where}: {error}; a line must be class, centre x, centre y, width and height") from error
+            raise DataError(
+                f"{where}: {error}; a line is class, centre x, centre y, width and height: correct it"
+            ) from error
         if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
             raise DataError(
                 f"{where}: {len(shares) + 1} numbers are neither a box (class, centre x, centre y, width, height) nor "
