@@ -140,5 +140,10 @@ def _yaml_problem(error: BaseException) -> str:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise PruningError(f"cannot write {str(path)[:200]}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch ends its archive on a full disk, which fails again
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise PruningError(f"cannot write {str(path)[:200]}: {cause.strerror or cause}") from error

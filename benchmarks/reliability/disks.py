@@ -69,11 +69,12 @@ class FullDisks:
         wrong += [f"half a file: {name}" for name in halves(folder)]
         if code != 0:
             last = next((line for line in reversed(said.splitlines()) if line.startswith("error: ")), "")
+            where = said[-900:] if TRACEBACK in said else last
             wrong += ["a traceback"] * (TRACEBACK in said)
             wrong += ["no error is said"] * (not last)
             wrong += [f"no file is named: {last}"] * (bool(last) and "No space left on device" not in last)
         else:
-            last = "it fitted"
+            where = last = "it fitted"
         filler.unlink()
         again = run(lambda: subject.run(folder), self.said, LIMIT)
         wrong += [f"with room again it ended with {again}: {self.said.read_text('utf-8', 'replace')[-300:]}"] * (
@@ -81,7 +82,7 @@ class FullDisks:
         )
         wrong += [f"half a file at the end: {name}" for name in halves(folder)]
         row = self.rows.add(
-            campaign=CAMPAIGN, subject=subject.name, number=number, room=room, code=code, said=last, wrong=wrong
+            campaign=CAMPAIGN, subject=subject.name, number=number, room=room, code=code, said=where, wrong=wrong
         )
         print(subject.name, number, room, last[:160], wrong or "ok", flush=True)
         return row

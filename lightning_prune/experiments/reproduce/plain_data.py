@@ -42,5 +42,5 @@ def filled(kind: type[T], data: Mapping[str, Any], where: str) -> T:
         raise ConfigurationError(f"{where}: '{unknown[0]}' is not accepted. Valid here: {', '.join(known)}")
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in data]:
-        raise ConfigurationError(f"{where}: '{missing[0]}' is missing")
+        raise ConfigurationError(f"{where}: '{missing[0]}' is missing; add it")
     return kind(**data)
