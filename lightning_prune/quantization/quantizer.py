@@ -114,7 +114,8 @@ def _nodes_of(file: Any, ignore: Sequence[str]) -> list[str]:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
         inside = {part.strip("' ") for part in scopes.strip("[]").split(",")[:-1]}
         owners = {_FUSED.sub("", name).rpartition(".")[0] for name in node.input if name in weights}
-        layers[node.name] = (inside | owners) - {""}
+        around = {owner[: dot.start()] for owner in owners for dot in re.finditer(r"\.", owner)}
+        layers[node.name] = (inside | owners | around) - {""}
     known = set().union(*layers.values())
     for pattern in ignore:
         if not any(matches(pattern, layer) for layer in known):

@@ -14,6 +14,7 @@ import torch
 import torch.ao.quantization as torch_quantization
 from onnx import numpy_helper
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import lightning_prune as lp
 from lightning_prune.engines import OnnxRuntime, OpenVINO
@@ -37,6 +38,11 @@ class Net(nn.Module):
         return self.head(self.pool(torch.cat([torch.relu(x + self.body(x)), x], 1)).flatten(1))
 
 
+NEWER = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="the exporter of torch 2.6 leaves means and a batch norm in float"
+)
+
+
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
@@ -54,6 +60,7 @@ def out(tmp_path) -> Path:
     return tmp_path / "net.int8.onnx"
 
 
+@NEWER
 def test_every_operator_computes_in_8_bits_and_the_outputs_stay_close(net, images, out, capfd, caplog) -> None:
     caplog.set_level(logging.INFO)
     report = quantize(net, images[0][:1], images, out)
@@ -187,6 +194,7 @@ def test_percentiles_leave_out_an_outlier(out) -> None:
 # What stays in float
 
 
+@NEWER
 def test_ignored_layers_at_either_end_stay_in_float(net, images, out) -> None:
     report = quantize(net, images[0][:1], images, out, ignore=["*m.0", "head"])
     assert [weight.shape for weight, _ in weights_and_scales(out)] == [net.body[0].weight.shape]
@@ -194,6 +202,7 @@ def test_ignored_layers_at_either_end_stay_in_float(net, images, out) -> None:
     assert report.float_operators == {"Conv": 1, "Gemm": 1}
 
 
+@NEWER
 def test_an_ignored_layer_that_the_engine_quantizes_by_itself_is_refused(net, images, out) -> None:
     with pytest.raises(QuantizationError, match=r"in 8 bits all the same.*up to the network's input or output"):
         quantize(net, images[0][:1], images, out, ignore=["body"])
@@ -248,7 +257,9 @@ def labelled(batches):
         ({"cpu": "6502"}, "cpu must be one of vnni, x86, arm, got '6502'"),
         ({"ignore": ["tail"]}, "no layer matches 'tail'; layers are body, body.0"),
         ({"path": "net.int8"}, "must end in .onnx"),
-        ({"model": nn.Sequential(nn.Softplus())}, "nothing in this model can be computed in 8 bits"),
+        pytest.param(
+            {"model": nn.Sequential(nn.Softplus())}, "nothing in this model can be computed in 8 bits", marks=NEWER
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_written(net, images, out, change, said) -> None:
