@@ -29,7 +29,7 @@ class Slow(nn.Module):
     """Sleeps, so that its time is known."""
 
     def forward(self, x):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return x
 
 
@@ -70,10 +70,10 @@ def test_flops_of_all_layers_are_those_of_the_model() -> None:
 def test_times_go_to_the_layer_that_takes_them() -> None:
     times = timed(Block())
     slow = times.layers[2]
-    assert slow.latency.median >= 10
+    assert slow.latency.median >= 50
     assert len(slow.latency.samples) == 3
     assert times.share(slow) > 0.5
-    assert times.latency.median >= 10
+    assert times.latency.median >= 50
 
 
 def test_what_no_layer_does_is_between_them() -> None:
