@@ -191,5 +191,5 @@ def _draw(rows: list[Row], controls: dict[str, Line], speed_ups: list[float], pa
         dots = [("lightning-prune", COLORS["lightning-prune"]), ("Torch-Pruning", COLORS["Torch-Pruning"])]
         for name, color in dots:
             axes.plot([], [], "o", color=color, label=name)
-        axes.legend(fontsize=7, frameon=False, loc="upper left")
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(path, dpi=130)
