@@ -38,8 +38,7 @@ def own_folder(name: str) -> Iterator[str]:
     if not is_first_process():  # which alone writes
         yield os.environ.get(_CHOSEN, name)
         return
-    for number in itertools.count(1):
-        chosen = name if number == 1 else f"{name}-{number}"
+    for chosen in _numbered(name):
         new = [parent for parent in (RUNS / chosen).parents if not parent.exists()]
         (RUNS / chosen).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -57,10 +56,14 @@ def own_folder(name: str) -> Iterator[str]:
                 folder.rmdir()
 
 
+def _numbered(name: str) -> Iterator[str]:
+    """NAME, NAME-2, NAME-3, ..."""
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+
+
 def new_folder(folder: str | Path) -> Path:
     """The folder, or one named FOLDER-2 and so on if something lies in it."""
-    names = itertools.chain([Path(folder)], (Path(f"{folder}-{number}") for number in itertools.count(2)))
-    return next(path for path in names if not path.is_dir() or not any(path.iterdir()))
+    return next(path for path in map(Path, _numbered(str(folder))) if not path.is_dir() or not any(path.iterdir()))
 
 
 def check_unused(trainer: Trainer) -> None:
