@@ -166,9 +166,11 @@ class SaveConfig(SaveConfigCallback):
             self.config_filename = next(name for name in names if not (folder / name).exists())
         name = self.config_filename
         self.config_filename = f".{name}.{os.getpid()}.tmp"  # whole under its name, or not at all
+        draft = folder / self.config_filename
         try:
             super().setup(trainer, pl_module, stage)
-            if (folder / self.config_filename).exists():
-                (folder / self.config_filename).replace(folder / name)
+            if draft.exists():
+                draft.replace(folder / name)
         finally:
+            draft.unlink(missing_ok=True)
             self.config_filename = name

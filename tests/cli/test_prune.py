@@ -63,10 +63,13 @@ class Counted(Eager):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.samples: list[int] = []
         self._now = 0.0
-        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=self._tick))
+        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=self.tick))
         monkeypatch.setattr("lightning_prune.selection.stopwatch.engine_from", lambda _: self)
 
-    def _tick(self) -> float:
+    def __repr__(self) -> str:
+        return "Eager()"  # as a table knows the engine
+
+    def tick(self) -> float:
         self._now += 1e-12
         return self._now
 
@@ -90,9 +93,9 @@ def test_a_latency_budget_is_of_one_sample(capsys, monkeypatch, trained) -> None
 
 
 def test_a_latency_table_is_asked_and_its_answer_told(capsys, monkeypatch, trained) -> None:
-    table = make_table(trained, torch.zeros(1, 3, 8, 8), engine="eager", coarse=True)
+    engine = Counted(monkeypatch)
+    table = make_table(trained, torch.zeros(1, 3, 8, 8), engine=engine, coarse=True, clock=engine.tick)
     table.save("table.json")
-    Counted(monkeypatch)
     milliseconds = f"latency_ms={0.6e-6 * lp.measure.count_flops(trained, torch.zeros(1, 3, 8, 8)):.6f}"
     asked = ["prune", "dense.ckpt", "--config", "task.yaml", "--latency-table", "table.json", "--budget", milliseconds]
     told = r"the most score kept within [\d.e-]+ ms by the table: [\d.]+ of at most [\d.]+ \(gap [\d.]+ %\), measured"

@@ -217,6 +217,16 @@ def test_without_a_logger_configurations_lie_side_by_side(recipe) -> None:
     assert {path.name for path in Path("runs").glob("*.yaml")} == {"config.yaml", "config-2.yaml"}
 
 
+def test_a_configuration_is_whole_or_not_there(recipe, monkeypatch, capsys) -> None:
+    def full_disk(parser: object, config: object, path: str, **options: object) -> None:
+        Path(path).write_text("seed_ever", encoding="utf-8")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pytorch_lightning.cli.LightningArgumentParser.save", full_disk)
+    assert "No space left on device" in refused(capsys, *FIT)
+    assert not list(Path("runs").rglob("config*.yaml"))
+
+
 def test_pruned_files_and_weights_are_validated_and_tested_too(recipe, capsys) -> None:
     torch.save(tiny_net().state_dict(), "dense.pt")
     assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
