@@ -109,6 +109,27 @@ def test_a_loop_of_ones_own_computes_what_the_callback_does(schedule: Schedule, 
     assert same(model, task)
 
 
+@pytest.mark.parametrize("bare", [None, "layer2.0.conv2[24:32]"], ids=["as scored", "one group down to a channel"])
+def test_groups_that_share_a_layer_keep_their_names_from_round_to_round(bare: str | None) -> None:
+    """Shortcuts of option A pad with zeros: three groups have filters of one layer, which move up as others go."""
+    model, images = lp.models.cifar_thin.resnet20().double().eval(), torch.rand(3, 3, 40, 40).double()
+    session = lp.PruningSession(model, images[:2, :, :32, :32], criterion="l1", schedule=Gradual(4), ratio=0.6)
+    names = {group.name for group in session.dense_graph.groups}
+    while not session.done:
+        scores = session.score()
+        if bare in scores:  # the last channel is no group that can be pruned
+            scores[bare].zero_()
+        session.mask_()
+        masked = copy.deepcopy(model)
+        session.reconstruct_()
+        torch.testing.assert_close(model(images), masked(images), rtol=1e-9, atol=1e-12)
+        assert {group.name for group in session.graph.groups} == names
+    assert bare is None or len(session.plan.groups[bare].keep) == 1
+    resumed = lp.PruningSession(lp.models.cifar_thin.resnet20(), images[:2].float(), schedule=Gradual(4), ratio=0.6)
+    resumed.load_state_dict(session.state_dict())
+    assert [group.size for group in resumed.graph.groups] == [group.size for group in session.graph.groups]
+
+
 @pytest.mark.parametrize("built", [False, True])
 def test_a_saved_session_goes_on_bit_for_bit(built: bool) -> None:
     def run(stop: int | None) -> tuple[Task, lp.PruningSession]:
