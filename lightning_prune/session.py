@@ -17,7 +17,7 @@ from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
 from lightning_prune.measure import CostModel
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
-from lightning_prune.plan import Coupling, Plan, check_coupling, named_as_dense
+from lightning_prune.plan import Coupling, Plan, check_coupling, in_dense_groups
 from lightning_prune.reconstruction import ChannelMap, LosslessReport, MaskHandle, mask_, reconstruct_
 from lightning_prune.reconstruction.masks import mask_once_
 from lightning_prune.reconstruction.rehearsal import SAMPLES
@@ -129,7 +129,7 @@ class PruningSession:
             if self._dense_graph is None:
                 self._dense_graph = self._graph
             elif self.built is not None:
-                self._graph = named_as_dense(self._graph, self._dense_graph, self.built)
+                self._graph = in_dense_groups(self._graph, self._dense_graph, self.built)
             self._graph.warns_with(self._dense_graph)
         return self._graph
 

@@ -69,13 +69,20 @@ def build_groups(classes: Classes) -> dict[Group, Tensor]:
     groups = [(*_build_group(classes, finder, roots, parts), roots) for roots, parts in made_up]
     groups.sort(key=lambda item: (item[0], int(item[2][0])))
     names = Counter(group.name for _, group, _ in groups)
-    return {_renamed(group) if names[group.name] > 1 else group: roots for _, group, roots in groups}
+    named = [(_by_filters(group) if names[group.name] > 1 else group, roots) for _, group, roots in groups]
+    names = Counter(group.name for group, _ in named)
+    return {_by_dimension(group) if names[group.name] > 1 else group: roots for group, roots in named}
 
 
-def _renamed(group: Group) -> Group:
+def _by_filters(group: Group) -> Group:
     """Groups that share their first layer are told apart by the filters they hold."""
     index = group.layers[0].index
     return replace(group, name=f"{group.name}[{int(index.min())}:{int(index.max()) + 1}]")
+
+
+def _by_dimension(group: Group) -> Group:
+    """A transposed convolution in groups has channels along both dimensions of its weight."""
+    return replace(group, name=f"{group.name[:-1]}, dim {group.layers[0].dim}]")
 
 
 def _made_up(classes: Classes) -> list[tuple[Tensor, list[GroupSpan]]]:

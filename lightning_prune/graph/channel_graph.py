@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,6 @@ class SizeAttribute:
     position: int | str | None  # the item, if the attribute is a list or tuple, or the key of a size in the code
     sources: dict[str, Tensor]  # per group, channel indices that count 1 each (a channel may count several times)
     fixed: int  # what never goes
-
-    def renamed(self, names: Mapping[str, str]) -> SizeAttribute:
-        """The same with other names of the groups."""
-        return replace(self, sources={names.get(group, group): index for group, index in self.sources.items()})
 
     def without(self, removed: Mapping[str, Tensor]) -> NewSize:
         """The number once these channels ({group: indices}) are gone."""
@@ -109,13 +105,6 @@ class ChannelGraph:
         if name not in self._by_name:
             raise PlanError(f"the model has no channel group {name!r}; its groups are {', '.join(self._by_name)}")
         return self._by_name[name]
-
-    def renamed(self, names: Mapping[str, str]) -> ChannelGraph:
-        """The same graph with other names ({now: then}) of its groups."""
-        sizes = (size.renamed(names) for size in self.sizes)
-        means = (replace(mean, counted=mean.counted.renamed(names)) for mean in self.means)
-        groups = (replace(group, name=names.get(group.name, group.name)) for group in self.groups)
-        return replace(self, groups=tuple(groups), sizes=tuple(sizes), means=tuple(means))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that is not the traced one.
