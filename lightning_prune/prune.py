@@ -44,6 +44,14 @@ class PruneResult:
     after: Measurement
     lossless: LosslessReport
 
+    def __repr__(self) -> str:
+        lossless = self.lossless
+        left = f", {len(lossless.left)} groups kept their width" if lossless.left else ""
+        return (
+            f"PruneResult({self.before.total_params:,} → {self.after.total_params:,} parameters, "
+            f"max relative error {lossless.max_rel_error:.1e} in {lossless.dtype}{left})"
+        )
+
     @property
     def channels(self) -> ChannelMap:
         """Old and new channels, layer by layer."""
@@ -96,6 +104,8 @@ def prune(
         >>> result = prune(model, torch.randn(1, 3, 8, 8), criterion="l2", ratio=0.5)
         >>> result.model[0].out_channels, result.lossless.passed
         (4, True)
+        >>> str(result).split(",")[0]
+        'PruneResult(276 → 140 parameters'
     """
     session = PruningSession(
         copy_without_masks(model),

@@ -17,7 +17,7 @@ from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
 from lightning_prune.measure import CostModel
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
-from lightning_prune.plan import Coupling, Plan, check_coupling, in_dense_groups
+from lightning_prune.plan import Coupling, Plan, check_coupling, groups_left, in_dense_groups, keeping_fixed
 from lightning_prune.reconstruction import ChannelMap, LosslessReport, MaskHandle, mask_, reconstruct_
 from lightning_prune.reconstruction.masks import mask_once_
 from lightning_prune.reconstruction.rehearsal import SAMPLES
@@ -125,11 +125,11 @@ class PruningSession:
         """
         if self._graph is None:
             inputs, *others = self.entries
-            self._graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics)
+            known = [] if self.built is None else groups_left(self.dense_graph, self.built)
+            graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics, known=known)
+            self._graph = in_dense_groups(graph, known) if known else graph
             if self._dense_graph is None:
                 self._dense_graph = self._graph
-            elif self.built is not None:
-                self._graph = in_dense_groups(self._graph, self._dense_graph, self.built)
             self._graph.warns_with(self._dense_graph)
         return self._graph
 
@@ -231,7 +231,7 @@ class PruningSession:
         if self.plan is not None and not (self.schedule is not None and self.schedule.soft):
             scores = keep_removed(scores, self.plan)
         selection = self.steps[self.taken].selection
-        return selection.select(
+        plan = selection.select(
             self.dense_graph,
             scores,
             coupling=self.coupling,
@@ -239,6 +239,7 @@ class PruningSession:
             model=self._dense or self.model,
             example_inputs=self.example_inputs if selection.needs_model else None,
         )
+        return plan if self.built is None else keeping_fixed(plan, self.graph, self.built)
 
     def mask_(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
-from lightning_prune.graph.describe import describe
+from lightning_prune.graph.describe import describe, totals
 from lightning_prune.graph.groups import Group, Layer
 from lightning_prune.graph.means import Form
 from lightning_prune.graph.model_checks import check_eager
@@ -25,7 +25,7 @@ class SizeAttribute:
     module: str
     attribute: str
     position: int | str | None  # the item, if the attribute is a list or tuple, or the key of a size in the code
-    sources: dict[str, Tensor]  # per group, channel indices that count 1 each (a channel may count several times)
+    sources: dict[str, Tensor] = field(repr=False)  # per group, channels that count 1 each (or several times)
     fixed: int  # what never goes
 
     def without(self, removed: Mapping[str, Tensor]) -> NewSize:
@@ -85,6 +85,12 @@ class ChannelGraph:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {totals(self.groups)} print(graph) lists them.>"
+
+    def __str__(self) -> str:
+        return self.describe()
 
     @property
     def prunable_groups(self) -> tuple[Group, ...]:

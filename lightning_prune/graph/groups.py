@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class Slice:
 
     tensor: str
     dim: int
-    index: Tensor
+    index: Tensor = field(repr=False)
     masked: bool
     layer: str | None
     norm: bool = False
@@ -48,10 +48,10 @@ class Layer:
     weight: str
     dim: int
     filters: int
-    index: Tensor
+    index: Tensor = field(repr=False)
     norm: str | None = None
     reader: str | None = None
-    reader_index: Tensor | None = None
+    reader_index: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Group:
     name: str
     size: int
     layers: tuple[Layer, ...]
-    slices: tuple[Slice, ...]
+    slices: tuple[Slice, ...] = field(repr=False)
     reason: str | None = None
     statistics: str | None = None
     withheld: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_prune.graph.computed_weights import owner
 from lightning_prune.graph.constraints import CodeSize, Constraint
+from lightning_prune.graph.groups import Group
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo, ids_of
 from lightning_prune.graph.means import Mean
 
@@ -113,6 +114,15 @@ class LabelSpace:
     def tie(self, first: Tensor, second: Tensor, *, own: bool = False) -> None:
         """Ids that go together. ``own``: they also belong to the same layer (a filter and its batch norm)."""
         (self.own_pairs if own else self.pairs).append((first.flatten(), second.flatten()))
+
+    def tie_as(self, groups: Iterable[Group]) -> None:
+        """Let go together what does in groups that are known from before; tensors that are not here are passed over."""
+        spans = {(span.tensor, span.dim): span for span in self.spans}
+        for group in groups:
+            found = [(spans.get((part.tensor, part.dim)), part.index) for part in group.slices]
+            ids = [span.start + index for span, index in found if span is not None and int(index.max()) < span.size]
+            for more in ids:
+                self.tie(ids[0][:, :1].expand_as(more), more)
 
     def freeze(self, ids: Tensor, reason: str, *, statistics: bool = False) -> None:
         """Ids that must stay, and why; -1 is ignored."""

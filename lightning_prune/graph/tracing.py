@@ -14,6 +14,7 @@ from lightning_prune.graph import computed_weights, rules
 from lightning_prune.graph.aliases import meet_aliases
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points, is_forward
+from lightning_prune.graph.groups import Group
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.model_checks import check_traceable
@@ -41,7 +42,14 @@ from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_
 OUTPUT = "reaches the model's output"
 
 
-def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), statistics: bool = False) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    also: Sequence[Any] = (),
+    statistics: bool = False,
+    known: Sequence[Group] = (),
+) -> ChannelGraph:
     """Find which channels of a model go together, and which cannot go at all.
 
     A copy of the model runs once in eval mode under a dispatch mode that sees every operator, and once more in train
@@ -56,6 +64,8 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
             of the model (``lambda model: model.head(model.backbone(x))``).
         statistics: let channels go although a statistic over them (layer norm, softmax over channels) changes:
             those groups are prunable then, but not without loss (`Group.statistics` says why).
+        known: groups of an earlier trace, in the numbers of today: what went together goes together again, where the
+            model's code leaves a choice (whole groups of a convolution, or one filter of each).
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -70,7 +80,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
     check_traceable(model)
     copied = copy_without_masks(model) if folding(model) else copy_sharing_tensors(model)
     narrow_(copied)
-    tracer = _Tracer(copied, statistics)
+    tracer = _Tracer(copied, statistics, known)
     entries = entry_points(example_inputs, also)
     forward = [entry for entry in entries if is_forward(entry)]
     with untouched(copied):
@@ -80,7 +90,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
         if (remembered(copied) != before or tracer.kept) and not new:  # the next runs take other paths: those count
             for own, name, value in tracer.kept:
                 own[name] = value
-            model, tracer = copied, _Tracer(copied, statistics)
+            model, tracer = copied, _Tracer(copied, statistics, known)
             ran = tracer.run_all(forward)
         ran += tracer.run_all(entry for entry in entries if not is_forward(entry))
     graph, stuck, others = tracer.settled(model, ran)
@@ -88,7 +98,7 @@ def trace(model: nn.Module, example_inputs: Any, *, also: Sequence[Any] = (), st
     # Code that runs at another size only; heads whose number cannot change, but perhaps their width.
     for more, narrow in ((wider, ()), ([], tracer.space.whole & (tracer.space.met | stuck))):
         if more or narrow:
-            tracer = _Tracer(copied, statistics, narrow)
+            tracer = _Tracer(copied, statistics, known, narrow)
             with untouched(copied):
                 ran = tracer.run_all(entries)
                 tracer.run_all(more)
@@ -103,9 +113,10 @@ def _free(graph: ChannelGraph) -> int:
 class _Tracer:
     """One label space filled by one or several runs of the same model."""
 
-    def __init__(self, model: nn.Module, statistics: bool, narrow: Collection[str] = ()) -> None:
-        self.model = model
-        self.statistics = statistics
+    def __init__(
+        self, model: nn.Module, statistics: bool, known: Sequence[Group], narrow: Collection[str] = ()
+    ) -> None:
+        self.model, self.statistics, self.known_groups = model, statistics, known
         self.space = LabelSpace(narrow=frozenset(narrow))
         self.notes: dict[str, None] = {}
         self.used: set[str] = set()
@@ -197,6 +208,7 @@ class _Tracer:
 
     def settled(self, model: nn.Module, ran: list[Ran]) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
         """See `settle`, once everything is recorded."""
+        self.space.tie_as(self.known_groups)
         averaged = self.used - self.reached
         unreached = meet_unreached(self.space, self.model, self.names, self.reached, averaged, self.widths.ends)
         for one in unreached:

@@ -7,6 +7,16 @@ choosing (selection/), carrying them out (reconstruction/).
 from lightning_prune.plan.basis import Basis
 from lightning_prune.plan.group_plan import Coupling, GroupPlan, check_coupling
 from lightning_prune.plan.plan import FORMAT, Plan
-from lightning_prune.plan.regrouping import in_dense_groups
+from lightning_prune.plan.regrouping import groups_left, in_dense_groups, keeping_fixed
 
-__all__ = ["FORMAT", "Basis", "Coupling", "GroupPlan", "Plan", "check_coupling", "in_dense_groups"]
+__all__ = [
+    "FORMAT",
+    "Basis",
+    "Coupling",
+    "GroupPlan",
+    "Plan",
+    "check_coupling",
+    "groups_left",
+    "in_dense_groups",
+    "keeping_fixed",
+]

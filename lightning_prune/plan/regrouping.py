@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lightning_prune.errors import NoEffectWarning
 from lightning_prune.graph import ChannelGraph, Group, Layer, Slice
 from lightning_prune.graph.channel_graph import SizeAttribute
 from lightning_prune.plan.plan import Plan
@@ -19,20 +21,45 @@ TIED = "has channels that go only with those of other groups, now that there are
 NEW = "is no group of the dense model"
 
 
-def in_dense_groups(graph: ChannelGraph, dense: ChannelGraph, built: Plan) -> ChannelGraph:
-    """The graph of a reconstructed model, its channels in the groups of the dense model that they belonged to.
-
-    A trace of the smaller model may divide them otherwise: groups that share a layer are named by the filters they
-    hold, which move up as others go; channels that were made of several filters each (where channels are shuffled) fall
-    apart when one of them is left. A group that cannot be put together again keeps what it has, with the reason.
+def groups_left(dense: ChannelGraph, built: Plan) -> list[Group]:
+    """The dense groups with the channels they have left, numbered as in the reconstructed model.
 
     Args:
-        graph: of the model as it is now.
         dense: of the dense model.
         built: what it has lost.
     """
+    removed = {name: torch.tensor(group.removed, dtype=torch.long) for name, group in built.groups.items()}
+    kept = {(cut.tensor, cut.dim): cut.keep for cut in dense.cuts(removed)}
+
+    def now(tensor: str, dim: int, index: Tensor) -> Tensor:
+        keep = kept.get((tensor, dim))
+        return index if keep is None else torch.searchsorted(keep, index)
+
+    groups = []
+    for group in dense.groups:
+        left = torch.tensor(built.groups[group.name].keep if group.name in built.groups else range(group.size))
+        slices = [replace(part, index=now(part.tensor, part.dim, part.index[left])) for part in group.slices]
+        layers = [
+            replace(layer, index=now(layer.weight, layer.dim, layer.index[left]), reader=None, reader_index=None)
+            for layer in group.layers
+        ]
+        groups.append(replace(group, size=len(left), layers=tuple(layers), slices=tuple(slices)))
+    return groups
+
+
+def in_dense_groups(graph: ChannelGraph, left: Sequence[Group]) -> ChannelGraph:
+    """The graph of a reconstructed model, its channels in the groups of the dense model that they belonged to.
+
+    A trace of the smaller model may divide them otherwise: groups that share a layer are named by the filters they
+    hold, which move up as others go; and channels may be tied more closely. A group that cannot be put together again
+    keeps what it has, with the reason.
+
+    Args:
+        graph: of the model as it is now, traced with ``known=left``.
+        left: from `groups_left`.
+    """
     places, sizes = _places(graph), {group.name: group.size for group in graph.groups}
-    made_of = {group.name: (group, _made_of(group, places, sizes)) for group in _as_left(dense, built)}
+    made_of = {group.name: (group, _made_of(group, places, sizes)) for group in left}
     owners: dict[Channel, list[Channel]] = defaultdict(list)
     for name, (_, channels) in made_of.items():
         for position, parts in enumerate(channels):
@@ -52,18 +79,21 @@ def in_dense_groups(graph: ChannelGraph, dense: ChannelGraph, built: Plan) -> Ch
     )
 
 
-def _as_left(dense: ChannelGraph, built: Plan) -> Iterator[Group]:
-    """The dense groups with the channels they have left; their layers' filters as they are numbered now, no slices."""
-    removed = {name: torch.tensor(group.removed, dtype=torch.long) for name, group in built.groups.items()}
-    kept = {(cut.tensor, cut.dim): cut.keep for cut in dense.cuts(removed)}
-    for group in dense.groups:
-        left = torch.tensor(built.groups[group.name].keep if group.name in built.groups else range(group.size))
-        layers = []
-        for layer in group.layers:
-            index, keep = layer.index[left], kept.get((layer.weight, layer.dim))
-            index = index if keep is None else torch.searchsorted(keep, index)
-            layers.append(replace(layer, index=index, reader=None, reader_index=None))
-        yield replace(group, size=len(left), layers=tuple(layers), slices=())
+def keeping_fixed(plan: Plan, graph: ChannelGraph, built: Plan) -> Plan:
+    """The plan without what it removes from groups that can lose nothing more in the smaller model; warns of them.
+
+    Args:
+        plan: in the channels of the dense model.
+        graph: of the model as it is now, from `in_dense_groups`.
+        built: what it has lost.
+    """
+    fixed = {group.name: group.reason for group in graph.groups if not group.prunable and group.name in plan.groups}
+    had = {name: len(built.groups[name].keep) if name in built.groups else plan.groups[name].size for name in fixed}
+    stuck = [name for name in fixed if len(plan.groups[name].keep) < had[name]]
+    for name in stuck:
+        message = f"group {name!r} keeps the {had[name]} channels it has left: it {fixed[name]}"
+        warnings.warn(message, NoEffectWarning, stacklevel=3)
+    return plan.keeping(stuck, built)
 
 
 def _made_of(group: Group, places: Places, sizes: Mapping[str, int]) -> list[set[Channel]]:

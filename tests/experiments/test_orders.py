@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_result(tmp_path: Path, monkeypatch: pytest
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(states))  # whatever ran before
-        assert main(["experiment", "--config", "tiny.yaml", "--seed", str(seed)]) == 0
+        assert main(["experiment", "--config", "tiny.yaml", "--orders=[B]", "--seed", str(seed)]) == 0
         folder = f"out-{len(states) + 1}" if states else "out"  # each has one of its own
         states.append(torch.load(f"{folder}/pruned.pt", weights_only=True)["state_dict"]["model.stem.0.weight"])
     assert torch.equal(states[0], states[1])
