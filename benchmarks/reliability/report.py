@@ -110,7 +110,7 @@ def _memory(rows: list[Row]) -> list[str]:
 
 
 def _wrong(rows: Iterable[Row]) -> list[str]:
-    said = Counter(f"{row['subject']}: {wrong[:160]}" for row in rows for wrong in row["wrong"])
+    said = Counter(f"{row['subject']}: {wrong[:160].strip()}" for row in rows for wrong in row["wrong"])
     return _list(f"{what}, {count} times" for what, count in said.items())
 
 
