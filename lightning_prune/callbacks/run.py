@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.first_batches import Batches, first_batches
+from lightning_prune.callbacks.module import example_inputs
+from lightning_prune.callbacks.seen_inputs import seen_inputs
 from lightning_prune.callbacks.user_steps import user_steps
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint
@@ -36,6 +38,7 @@ class PruningRun:
         joined: names of the callback types that take part.
         reconstructs: whether the model becomes smaller, so that this is rehearsed before it is masked.
         batches: what the user's own steps are traced and rehearsed on.
+        seen: what forward was given there, where no example was set.
     """
 
     session: PruningSession
@@ -49,6 +52,7 @@ class PruningRun:
     joined: list[str] = field(default_factory=list)
     reconstructs: bool = False
     batches: Batches | None = None
+    seen: Any = None
 
     def steps(self, pl_module: LightningModule) -> list[EntryPoint]:
         """The user's own steps, on the first batches of this fit, which are kept: later traces see the same."""
@@ -58,6 +62,19 @@ class PruningRun:
         if self.batches is None:
             self.batches = first_batches(trainer, pl_module)
         return user_steps(trainer, pl_module, self.batches)
+
+    def example_inputs(self, pl_module: LightningModule, given: Any) -> Any:
+        """Those that were given, the module's own, or what its training step gives to forward in this fit.
+
+        Raises:
+            CallbackError: there are none.
+        """
+        if given is None and pl_module.example_input_array is None:
+            if self.seen is None:
+                self.seen = seen_inputs(pl_module, self.steps(pl_module))
+            if self.seen is not None:
+                return self.seen
+        return example_inputs(pl_module, given)
 
     def open(self, trainer: Trainer, callback: Callback) -> None:
         """Become the run of this Trainer."""

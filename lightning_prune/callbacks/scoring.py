@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor
 
-from lightning_prune.callbacks.module import example_inputs, same_module, uncompiled
+from lightning_prune.callbacks.module import same_module, uncompiled
 from lightning_prune.callbacks.processes import (
     check_same_number_of_batches,
     check_start,
@@ -55,7 +55,8 @@ class ScoringCallback(Callback):
         start: the epoch at whose start scoring begins (0: before training, others: after that many epochs of
             warm-up), or ``end``: when training is over.
         scores: of an earlier pass over this model (or the file that `Scores.save` wrote), instead of a first pass.
-        example_inputs: what to trace with and compare on; None: the module's ``example_input_array``.
+        example_inputs: what to trace with and compare on; None: the module's ``example_input_array``, or what its
+            ``training_step`` gives to ``self(...)`` of the first batch, two samples of it.
         statistics: prune channels under layer norms and the like too, with loss, see `lightning_prune.trace`.
         baseline: state dict of the dense model, for criteria with ``reference="baseline"``; None: the module's
             weights when scoring starts.
@@ -141,10 +142,9 @@ class ScoringCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.run is None:
-            inputs = partial(example_inputs, pl_module, self.example_inputs)
             session = PruningSession(
                 pl_module,
-                inputs,
+                lambda: self._run.example_inputs(pl_module, self.example_inputs),
                 criterion=self.criterion,
                 statistics=self.statistics,
                 also=lambda: [*self.also, *self._run.steps(pl_module)],

@@ -1,0 +1,85 @@
+"""A module without an example: the callback traces with what its training step gives to forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prune as lp
+from lightning_prune.errors import CallbackError
+from tests.callbacks.helpers import trainer
+from tests.zoo import build, images
+
+
+class Task(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = build("Residual").train()
+        self.calls = 0
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return self.net(x) * gain
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+class Named(Task):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        try:
+            return nn.functional.cross_entropy(self(x=batch[0] + torch.rand(()), gain=2.0), batch[1])
+        except Exception as error:
+            raise AssertionError("what ends the step must not be caught") from error
+
+
+class Around(Task):
+    """Calls another module than itself."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def loader(count: int = 8) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(images(count), torch.arange(count) % 5), 4, shuffle=True)
+
+
+def fit(task: Task, example: Any = None, **options: Any) -> lp.PruneCallback:
+    torch.manual_seed(0)
+    callback = lp.PruneCallback("taylor", ratio=0.5, reconstruct="before", example_inputs=example, **options)
+    trainer(callback, epochs=2).fit(task, loader())
+    return callback
+
+
+@pytest.mark.parametrize("kind", [Task, Named])
+def test_the_run_is_the_one_that_an_example_gives(kind: type[Task]) -> None:
+    own, told = kind(), kind()
+    found, expected = fit(own), fit(told, example=images(2))
+    assert found.masking.plan == expected.masking.plan
+    assert found.reconstruction.lossless.compared[:2] == ("forward", "forward at another size")
+    assert all(torch.equal(tensor, told.state_dict()[name]) for name, tensor in own.state_dict().items())
+    assert own.calls == told.calls
+
+
+def test_two_samples_of_what_forward_got_are_the_example() -> None:
+    callback = fit(task := Named())
+    example = callback.scoring.run.session.example_inputs
+    assert set(example) == {"x", "gain"}
+    assert example["x"].shape == images(2).shape
+    assert example["gain"] == 2.0
+    assert task.example_input_array is None
+
+
+def test_a_step_that_calls_another_module_needs_an_example() -> None:
+    with pytest.raises(CallbackError, match=r"no training_step that calls self\(.*: set self.example_input"):
+        fit(Around())
+    assert fit(Around(), example=images(2)).masking.plan
