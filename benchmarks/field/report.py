@@ -142,11 +142,11 @@ def _compared(best: dict[str, tuple[float, Line]], how: str) -> str:
     (ours, our), (theirs, their) = best["lightning-prune"], best["Torch-Pruning"]
     spread = max((of.deviation or 0.0) for of in (our, their))
     gain = theirs - ours
-    beyond = "more" if abs(gain) > spread else "no more"
+    beyond = f"{'more' if abs(gain) > spread else 'no more'} than the larger deviation ({spread:.2f})"
+    beyond = beyond if spread else "of one seed each, whose spread is not known"
     return (
         f"{how} the best of lightning-prune ({our.name}) loses {ours:.2f} points to its dense control, the best of "
-        f"Torch-Pruning ({their.name}) {theirs:.2f}: a difference of {gain:+.2f}, {beyond} than the larger deviation "
-        f"({spread:.2f})."
+        f"Torch-Pruning ({their.name}) {theirs:.2f}: a difference of {gain:+.2f}, {beyond}."
     )
 
 
