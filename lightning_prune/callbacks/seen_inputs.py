@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import untouched
 from lightning_prune.model_state.preservation import copy_sharing_tensors
-
-SAMPLES = 2
+from lightning_prune.reconstruction.rehearsal import SAMPLES
 
 
 class _Seen(BaseException):
@@ -44,7 +43,7 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
             step.call(copied, step.inputs)
         except _Seen as seen:
             return _as_example(pl_module, *seen.arguments)
-        except Exception:  # noqa: BLE001 - whatever a user's step may raise: tracing will say it
+        except Exception:  # noqa: BLE001 - whatever a user's step may raise
             return None
     return None
 

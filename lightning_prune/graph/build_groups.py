@@ -81,7 +81,7 @@ def _by_filters(group: Group) -> Group:
 
 
 def _by_dimension(group: Group) -> Group:
-    """A transposed convolution in groups has channels along both dimensions of its weight."""
+    """A weight that also works transposed (tied autoencoders) has channels along both of its dimensions."""
     return replace(group, name=f"{group.name[:-1]}, dim {group.layers[0].dim}]")
 
 
