@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_prune.errors import PlanError
 from lightning_prune.files import atomic, read_json
 from lightning_prune.plan.basis import Basis
@@ -77,6 +79,11 @@ class Plan:
         """Share of the planned groups' channels that the reconstructed model loses."""
         total = sum(group.size for group in self.groups.values())
         return sum(len(group.removed) for group in self.groups.values()) / total if total else 0.0
+
+    @property
+    def channels_removed(self) -> dict[str, Tensor]:
+        """{group: channels that the reconstructed model no longer has}."""
+        return {name: torch.tensor(group.removed, dtype=torch.int64) for name, group in self.groups.items()}
 
     def check(self, graph: ChannelGraph) -> None:
         """Refuse a graph that cannot carry out this plan.

@@ -28,8 +28,7 @@ def groups_left(dense: ChannelGraph, built: Plan) -> list[Group]:
         dense: of the dense model.
         built: what it has lost.
     """
-    removed = {name: torch.tensor(group.removed, dtype=torch.long) for name, group in built.groups.items()}
-    kept = {(cut.tensor, cut.dim): cut.keep for cut in dense.cuts(removed)}
+    kept = {(cut.tensor, cut.dim): cut.keep for cut in dense.cuts(built.channels_removed)}
 
     def now(tensor: str, dim: int, index: Tensor) -> Tensor:
         keep = kept.get((tensor, dim))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
@@ -195,7 +195,7 @@ def _attempt(
 ) -> LosslessReport | None:
     """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
     undo = Undo(model, optimizers) if undoable else None
-    removed = {name: gone for name, gone in _removed(plan).items() if name not in left}
+    removed = {name: gone for name, gone in plan.channels_removed.items() if name not in left}
     try:
         found = graph.cuts(removed)
         if masked is None:
@@ -270,18 +270,13 @@ def _surviving(graph: ChannelGraph, plan: Plan, removed: Collection[str], found:
 
 def cuts(graph: ChannelGraph, plan: Plan) -> list[Cut]:
     """What survives of every tensor dimension that loses entries."""
-    return graph.cuts(_removed(plan))
+    return graph.cuts(plan.channels_removed)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     """{name: shape} of all parameters and buffers, under every name that shared ones have."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.shape for name, tensor in named}
-
-
-def _removed(plan: Plan) -> dict[str, Tensor]:
-    """{group: channels that the reconstructed model no longer has}."""
-    return {name: torch.tensor(group.removed, dtype=torch.int64) for name, group in plan.groups.items()}
 
 
 def _lossy(graph: ChannelGraph, plan: Plan) -> bool:
