@@ -91,7 +91,7 @@ def test_every_fence_and_every_command_of_a_page_is_one_that_is_checked(page: st
     shown = blocks(page)
     assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(shown)
     assert {block.kind for block in shown} <= {"python", "yaml", "bash", ""}
-    assert sum(block.kind == "python" for block in shown) >= 1
+    assert page == "docs/results.md" or sum(block.kind == "python" for block in shown) >= 1
     assert text.count("<!-- python") == len(blocks(page, hidden=True)) - len(shown)
     called = re.findall(rf"lightning-prune (?:{'|'.join(COMMANDS)})\b", " ".join(text.split()))
     assert len(called) == sum("lightning-prune " in line for line in commands(page))

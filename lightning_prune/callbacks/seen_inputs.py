@@ -9,6 +9,7 @@ from typing import Any
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import untouched
 from lightning_prune.model_state.preservation import copy_sharing_tensors
@@ -27,6 +28,9 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
     """The inputs of the first forward in ``training_step``, of two samples; None if it calls no forward of the module.
 
     The step runs on a copy, up to that call.
+
+    Raises:
+        CallbackError: it failed before.
     """
     step = next((entry for entry in steps if entry.name.startswith("training_step")), None)
     if step is None:
@@ -43,8 +47,12 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
             step.call(copied, step.inputs)
         except _Seen as seen:
             return _as_example(pl_module, *seen.arguments)
-        except Exception:  # noqa: BLE001 - whatever a user's step may raise
-            return None
+        except Exception as error:
+            raise CallbackError(
+                f"no example inputs, and {step.name} raised {type(error).__name__} before it called self(...): "
+                f"{error}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the "
+                "callback"
+            ) from error
     return None
 
 

@@ -83,3 +83,14 @@ def test_a_step_that_calls_another_module_needs_an_example() -> None:
     with pytest.raises(CallbackError, match=r"no training_step that calls self\(.*: set self.example_input"):
         fit(Around())
     assert fit(Around(), example=images(2)).masking.plan
+
+
+class Failing(Task):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        raise KeyError("pixels")
+
+
+def test_a_step_that_fails_before_forward_is_named_with_what_it_raised() -> None:
+    with pytest.raises(CallbackError, match=r"training_step.* raised KeyError before .*'pixels'") as caught:
+        fit(Failing())
+    assert isinstance(caught.value.__cause__, KeyError)
