@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_prune.callbacks.group_sparsity import GroupSparsityCallback
 from lightning_prune.callbacks.module import same_module
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.run import RUNS, check_before_pruning
@@ -42,7 +43,8 @@ class DistillationCallback(Callback):
         module: path of the submodule whose output are logits, as training_step calls it ("model", "net"); None: the
             LightningModule itself (``self(x)``).
         teacher: a model that takes the inputs of ``module`` (it is copied), or the path of a Lightning checkpoint or
-            state dict of the dense LightningModule; None: the module itself as it was before anything was masked.
+            state dict of the dense LightningModule; None: the module itself as it was before anything was masked, or
+            made to shrink by `GroupSparsityCallback`.
 
     Attributes:
         teacher: once fitting has started.
@@ -124,12 +126,15 @@ class DistillationCallback(Callback):
                 "DistillationCallback: no callback prunes here, so the model would be its own teacher; add "
                 "PruneCallback after it, or pass teacher=..."
             )
-        if run.session.plan is None:
+        others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        shrunk = any(isinstance(other, GroupSparsityCallback) and other.begun for other in others)
+        if run.session.plan is None and not shrunk:
             self.teacher = _frozen(copy_without_masks(self._part(pl_module)))
         elif self.teacher is None:
             raise CallbackError(
-                "DistillationCallback: this run goes on with a model that is already pruned, and checkpoints do not "
-                "hold the teacher; pass teacher=... (the dense model, or the path of its checkpoint)"
+                "DistillationCallback: this run goes on with a model that is already pruned or trained to be sparse, "
+                "and checkpoints do not hold the teacher; pass teacher=... (the dense model, or the path of its "
+                "checkpoint)"
             )
 
     def _load(self, path: Path, dense: LightningModule) -> nn.Module:

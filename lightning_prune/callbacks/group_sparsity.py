@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.module import example_inputs, uncompiled
 from lightning_prune.callbacks.processes import check_same_plan, check_strategy, of_the_first
 from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.scoring_pass import Amount, check_scorable, checked_amount, summed_up
 from lightning_prune.criteria import (
     Criterion,
     GroupSparsity,
+    Scorer,
     condemned_strengths,
     criterion_from,
     importance_strengths,
-    score,
 )
 from lightning_prune.criteria.base import check_integer, check_weight
 from lightning_prune.errors import CallbackError
@@ -55,7 +56,8 @@ class GroupSparsityCallback(Callback):
         strength: weight of the penalty. DepGraph: 1e-4 to 5e-4, without a selection. Growing Regularization: up to 1,
             at a learning rate of 0.001 with momentum 0.9.
         selection: which channels are condemned; None: all shrink, each by its score.
-        criterion: by which they are ranked, one that looks at weights alone.
+        criterion: by which they are ranked; one that looks at data is shown training batches, on frozen weights.
+        score_batches: how many, per process, see `ScoringCallback`.
         alpha: without a selection, by what power of two the worst channel of a group is penalised more than the best.
         start: the first epoch with a penalty.
         ramp: epochs over which it grows to its full strength; 0: at once; None: with a selection all until the
@@ -65,10 +67,13 @@ class GroupSparsityCallback(Callback):
         statistics: see `lightning_prune.trace`; if nothing prunes in this fit.
         also: likewise.
 
+    Attributes:
+        begun: whether any channel has been made to shrink, in this fit or in the one that it goes on with.
+
     Raises:
         ScoreError: a strength or alpha that is negative or not finite.
-        CallbackError: a criterion that needs data; nothing to prune; the model is pruned before it starts, or before
-            the ramp ends.
+        CallbackError: a criterion that needs the dense model or fits something, or one that needs data under manual
+            optimization; nothing to prune; the model is pruned before it starts, or before the ramp ends.
 
     Example:
         >>> from lightning_prune import Budget, PruneCallback
@@ -83,6 +88,7 @@ class GroupSparsityCallback(Callback):
         *,
         selection: Selection | None = None,
         criterion: Criterion | str = "l2",
+        score_batches: Amount = None,
         alpha: float = 4.0,
         start: int = 0,
         ramp: int | None = None,
@@ -100,6 +106,7 @@ class GroupSparsityCallback(Callback):
         self.strength = strength
         self.selection = selection
         self.criterion = criterion_from(criterion)
+        self.score_batches = checked_amount("score_batches", score_batches)
         self.alpha = alpha
         self.start = start
         self.ramp = ramp
@@ -107,11 +114,12 @@ class GroupSparsityCallback(Callback):
         self.example_inputs = example_inputs
         self.statistics = statistics
         self.also = also
-        if self.criterion.needs_forward or self.criterion.needs_reference:
+        if self.criterion.needs_fitting or self.criterion.needs_reference:
             raise CallbackError(
-                f"{self.criterion!r} needs data, and channels are ranked here while training: use a criterion that "
-                "looks at weights alone, such as L2"
+                f"{self.criterion!r} compares with the dense model or fits something to it, and channels are ranked "
+                "here while training: use another criterion, such as TaylorFO or L2"
             )
+        self.begun = False
         self._run: PruningRun | None = None
         self._ramp = 0
         self._strengths: dict[str, Tensor] = {}
@@ -121,7 +129,15 @@ class GroupSparsityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_strategy(trainer, type(self).__name__)
+            check_scorable(self.criterion, trainer, pl_module)
+            if self.criterion.needs_forward and not pl_module.automatic_optimization:
+                raise CallbackError(
+                    f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers "
+                    f"itself, so ranking by {self.criterion!r} would train it. Use a criterion that looks at weights "
+                    "only, such as L2"
+                )
             self._run, self._strengths, self._ranked_in, self._penalty = None, {}, None, None
+            self.begun = False
             self._ramp = self._epochs_to_grow(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,11 +153,12 @@ class GroupSparsityCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = self._ranked_in == trainer.current_epoch or (self._ranked_in is not None and not self.renew)
         if self._acts(trainer) and not known:
-            self._strengths, self._ranked_in = self._rank(pl_module), trainer.current_epoch
+            self._strengths, self._ranked_in = self._rank(trainer, pl_module), trainer.current_epoch
             self._penalty = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._acts(trainer):
+            self.begun = True
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._current(pl_module).add_(self._factor(trainer), parameters)
 
@@ -161,6 +178,7 @@ class GroupSparsityCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._strengths, self._ranked_in = state_dict["strengths"], state_dict["ranked_in"]
+        self.begun = self._ranked_in is not None
 
     @property
     def _session(self) -> PruningSession:
@@ -207,12 +225,16 @@ class GroupSparsityCallback(Callback):
         done = (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches  # 0 of a stream without end
         return self.strength * min(1.0, (trainer.current_epoch - self.start + done) / self._ramp)
 
-    def _rank(self, pl_module: LightningModule) -> dict[str, Tensor]:
+    def _rank(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         session, selection = self._session, self.selection
+
+        def scorer_of(copied: nn.Module) -> Scorer:
+            return Scorer(copied, session.graph, self.criterion)
+
+        scores = summed_up(trainer, pl_module, scorer_of, self.score_batches)
+        if selection is None:
+            return importance_strengths(scores, self.alpha)
         with uncompiled(pl_module):
-            scores = score(pl_module, session.graph, self.criterion)
-            if selection is None:
-                return importance_strengths(scores, self.alpha)
             inputs = session.example_inputs if selection.needs_model else None
             select = partial(selection.select, session.graph, scores, model=pl_module, example_inputs=inputs)
             plan = of_the_first(select) if selection.measures_time else select()

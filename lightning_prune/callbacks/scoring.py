@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.states import RunningStage
 from torch import Tensor
 
 from lightning_prune.callbacks.module import same_module, uncompiled
@@ -24,17 +23,15 @@ from lightning_prune.callbacks.processes import (
 from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
+    check_scorable,
     checked_amount,
-    see_batches,
-    training_batches,
+    scores_of_all,
+    summed_up,
 )
-from lightning_prune.callbacks.user_steps import run_step
-from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from
-from lightning_prune.errors import CallbackError, ScoreError
+from lightning_prune.errors import CallbackError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.describe import nothing_to_prune
-from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.session import PruningSession
 
 Start = int | Literal["end"]
@@ -233,17 +230,7 @@ class ScoringCallback(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_strategy(trainer, type(self).__name__)
         criterion, name = self.criterion, type(pl_module).__name__
-        step = type(pl_module).training_step.__qualname__  # by name: there are two namespaces of Lightning
-        if criterion.needs_backward and step == "LightningModule.training_step":
-            raise ScoreError(
-                f"{criterion!r} needs gradients, but {name} has no training_step that returns a loss; define one, or "
-                "use a criterion that looks at weights only, such as L1"
-            )
-        if criterion.needs_fitting and trainer.world_size > 1:
-            raise CallbackError(
-                f"{criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
-                "or scores=... of a run with devices=1"
-            )
+        check_scorable(criterion, trainer, pl_module)
         if criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
             raise CallbackError(
                 f"{name} uses manual optimization: its training_step steps the optimizers itself, so a scoring pass "
@@ -285,18 +272,8 @@ class ScoringCallback(Callback):
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On frozen weights, now; random state and everything else of the run stay as they are."""
-        with uncompiled(pl_module):
-            with failing_together():
-                copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
-                scorer = self._run.session.scorer(self.bn_mode, copied)
-            if self.criterion.needs_forward and self._run.session.graph.prunable_groups:  # a later step may leave none
-                title = f"Scoring ({type(self.criterion).__name__})"
-                with attached(copied, trainer, RunningStage.TRAINING), scorer:
-                    for see in scorer.passes:
-                        batches = training_batches(trainer, copied, self.score_batches, self.score_epochs, title)
-                        with failing_together():
-                            see_batches(see, partial(run_step, trainer, copied), copied, batches)
-        self._sum_up(trainer, scorer)
+        scorer_of = partial(self._run.session.scorer, self.bn_mode)
+        self._keep(trainer, summed_up(trainer, pl_module, scorer_of, self.score_batches, self.score_epochs))
 
     def _score_again_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         if self._run.due(trainer, batch_idx):
@@ -305,18 +282,13 @@ class ScoringCallback(Callback):
     def _finish_when_seen(self, trainer: Trainer) -> None:
         if self._scorer is not None and trainer.current_epoch - self._since >= self.score_epochs:
             scorer, self._scorer = self._scorer, None
-            self._sum_up(trainer, scorer)
+            self._keep(trainer, scores_of_all(scorer))
 
     @staticmethod
     def _sums_of_all(scorer: Scorer) -> dict[str, Tensor]:
         sums = {name: total.clone() for name, total in scorer.state.items()}
         sum_over_processes_(sums)
         return sums
-
-    def _sum_up(self, trainer: Trainer, scorer: Scorer) -> None:
-        sum_over_processes_(scorer.state)
-        with failing_together():
-            self._keep(trainer, scorer.compute())
 
     def _keep(self, trainer: Trainer, scores: Scores) -> None:
         self._run.session.scores = scores

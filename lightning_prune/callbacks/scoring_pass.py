@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.trainer.states import RunningStage
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, transferred
+from lightning_prune.callbacks.module import uncompiled
+from lightning_prune.callbacks.processes import failing_together, sum_over_processes_
+from lightning_prune.callbacks.user_steps import run_step
+from lightning_prune.callbacks.without_side_effects import attached
+from lightning_prune.criteria import Criterion, Scorer, Scores
 from lightning_prune.errors import CallbackError, ScoreError
+from lightning_prune.model_state.preservation import copy_sharing_tensors
 
 Amount = int | float | None
 
@@ -29,6 +37,59 @@ def checked_amount(name: str, amount: Amount) -> Amount:
             f"{name} must be at least 1 (batches), a share in (0, 1), or None for all batches, got {amount!r}"
         )
     return amount
+
+
+def check_scorable(criterion: Criterion, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse a module whose training_step cannot show a criterion what it needs, and processes that cannot share it."""
+    name = type(pl_module).__name__
+    step = type(pl_module).training_step.__qualname__  # by name: there are two namespaces of Lightning
+    if criterion.needs_backward and step == "LightningModule.training_step":
+        raise ScoreError(
+            f"{criterion!r} needs gradients, but {name} has no training_step that returns a loss; define one, or "
+            "use a criterion that looks at weights only, such as L1"
+        )
+    if criterion.needs_fitting and trainer.world_size > 1:
+        raise CallbackError(
+            f"{criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
+            "or scores=... of a run with devices=1"
+        )
+
+
+def summed_up(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scorer_of: Callable[[nn.Module], Scorer],
+    amount: Amount = None,
+    passes: int = 1,
+) -> Scores:
+    """Score on frozen weights, now, over all processes; random state and everything else of the run stay as they are.
+
+    Args:
+        trainer: whose training data are seen.
+        pl_module: of the model as it is.
+        scorer_of: makes the scorer of a copy of the module.
+        amount: of batches, per process.
+        passes: over them.
+    """
+    with uncompiled(pl_module):
+        with failing_together():
+            copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
+            scorer = scorer_of(copied)
+        if scorer.criterion.needs_forward and scorer.graph.prunable_groups:  # a later step may leave none
+            title = f"Scoring ({type(scorer.criterion).__name__})"
+            with attached(copied, trainer, RunningStage.TRAINING), scorer:
+                for see in scorer.passes:
+                    batches = training_batches(trainer, copied, amount, passes, title)
+                    with failing_together():
+                        see_batches(see, partial(run_step, trainer, copied), copied, batches)
+    return scores_of_all(scorer)
+
+
+def scores_of_all(scorer: Scorer) -> Scores:
+    """What the sums of all processes come to."""
+    sum_over_processes_(scorer.state)
+    with failing_together():
+        return scorer.compute()
 
 
 def training_batches(

@@ -14,10 +14,11 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune.callbacks import DistillationCallback, PruneCallback, ScoringCallback
+from lightning_prune.callbacks import DistillationCallback, GroupSparsityCallback, PruneCallback, ScoringCallback
 from lightning_prune.compensation.distillation import distillation_loss
 from lightning_prune.criteria import JRE
 from lightning_prune.errors import CallbackError, DistillationError
+from lightning_prune.selection import GlobalRatio
 from tests.callbacks.helpers import Task, fit, loader, params, trainer
 from tests.zoo import images
 
@@ -238,6 +239,29 @@ def test_a_resumed_run_needs_its_teacher_and_then_ends_the_same(tmp_path) -> Non
     resumed = Task("adamw")
     run(resumed, tmp_path / "d", DistillationCallback(module="net", teacher=tmp_path / "dense.pt"), 4, last)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("sparse_first", [True, False])
+def test_the_teacher_is_the_model_before_it_was_made_sparse(sparse_first: bool, tmp_path) -> None:
+    class Before(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.net = copy.deepcopy(pl_module.net.state_dict())
+
+    def callbacks():
+        teacher = DistillationCallback(module="net")
+        sparse = GroupSparsityCallback(1.0, selection=GlobalRatio(0.5), start=1)
+        prune = PruneCallback("l2", 0.5, start=3)
+        return teacher, [sparse, teacher, prune] if sparse_first else [teacher, sparse, prune]
+
+    before, (distill, own) = Before(), callbacks()
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, monitor="val_loss")
+    fit(Task(), before, *own, saving, epochs=4, enable_checkpointing=True)
+    assert all(torch.equal(value, before.net[name]) for name, value in distill.teacher.state_dict().items())
+    distill, own = callbacks()
+    with pytest.raises(CallbackError, match="trained to be sparse, and checkpoints do not hold the teacher"):
+        trainer(*own, epochs=4).fit(Task(), loader(), loader(8), ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
 def test_fit_called_twice_keeps_the_teacher() -> None:

@@ -40,12 +40,16 @@ def norms(task: Task, graph: lp.ChannelGraph) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("selection", [None, HALF])
-def test_training_is_that_by_hand(selection: LayerRatio | None, accumulate: int) -> None:
-    callback = GroupSparsityCallback(0.3, selection=selection, alpha=2.0, example_inputs=zoo.images())
+@pytest.mark.parametrize("criterion", ["l2", "taylor_fo"])
+def test_training_is_that_by_hand(criterion: str, selection: LayerRatio | None, accumulate: int) -> None:
+    callback = GroupSparsityCallback(
+        0.3, selection=selection, criterion=criterion, alpha=2.0, example_inputs=zoo.images(), score_batches=1
+    )
     found = train(PlainTask(), [callback], accumulate_grad_batches=accumulate)
     task = PlainTask()
     graph = lp.trace(task, zoo.images())
-    scores = lp.score(task, graph, "l2")
+    first = [(zoo.images(8)[:4], torch.arange(4))]
+    scores = lp.score(task, graph, criterion, first, lambda task, batch: F.cross_entropy(task(batch[0]), batch[1]))
     by_score, by_plan = importance_strengths(scores, 2.0), condemned_strengths(HALF.select(graph, scores))
     penalty = GroupSparsity(task, graph, by_score if selection is None else by_plan)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
@@ -100,8 +104,8 @@ class Recorded(GroupSparsityCallback):
 
     ranked: tuple[dict[str, torch.Tensor], ...] = ()
 
-    def _rank(self, pl_module):
-        found = super()._rank(pl_module)
+    def _rank(self, trainer, pl_module):
+        found = super()._rank(trainer, pl_module)
         self.ranked += (found,)
         return found
 
@@ -171,7 +175,7 @@ def test_with_a_gradient_scaler_the_penalty_meets_unscaled_gradients() -> None:
 def sparse_run(task: Task, folder: Path, ckpt: Path | None = None, *, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     callback = GroupSparsityCallback(0.3, selection=HALF, **options)
-    prune = PruneCallback("l2", selection=HALF, start=3)
+    prune = PruneCallback(callback.criterion, selection=HALF, start=3)
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, monitor="val_loss")
     runner = trainer(callback, prune, saving, epochs=4, enable_checkpointing=True)
     runner.fit(task, loader(), loader(8, shuffle=False), ckpt_path=ckpt)
@@ -180,17 +184,16 @@ def sparse_run(task: Task, folder: Path, ckpt: Path | None = None, *, seed: int 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("renew", [True, False])
-def test_a_resumed_run_goes_on_bit_for_bit(renew: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("renew", "criterion"), [(True, "taylor_fo"), (False, "l2")])
+def test_a_resumed_run_goes_on_bit_for_bit(renew: bool, criterion: str, tmp_path: Path) -> None:
     whole = Task()
     start = {name: value.clone() for name, value in whole.state_dict().items()}
-    first, pruned = sparse_run(whole, tmp_path / "whole", renew=renew)
+    first, pruned = sparse_run(whole, tmp_path / "whole", renew=renew, criterion=criterion)
     for epoch in (0, 1, 2, 3):
         task = Task()
         task.load_state_dict(start)
-        second, prune = sparse_run(
-            task, tmp_path / "resumed", tmp_path / "whole" / f"epoch={epoch}.ckpt", seed=1, renew=renew
-        )
+        ckpt = tmp_path / "whole" / f"epoch={epoch}.ckpt"
+        second, prune = sparse_run(task, tmp_path / "resumed", ckpt, seed=1, renew=renew, criterion=criterion)
         assert all(torch.equal(value, whole.state_dict()[name]) for name, value in task.state_dict().items())
         assert prune.masking.plan == pruned.masking.plan
         assert second._ranked_in == first._ranked_in
@@ -226,8 +229,12 @@ def test_settings_without_meaning_are_refused() -> None:
         GroupSparsityCallback(1.0, ramp=1.5)
     with pytest.raises(ScoreError, match="start must be a number of epochs"):
         GroupSparsityCallback(1.0, start=-1)
-    with pytest.raises(CallbackError, match=r"JRE\(.* needs data, .* such as L2"):
-        GroupSparsityCallback(1.0, criterion="jre")
+    with pytest.raises(CallbackError, match=r"DCP\(.* fits something to it, .* such as TaylorFO or L2"):
+        GroupSparsityCallback(1.0, criterion="dcp")
+    with pytest.raises(CallbackError, match=r"JRE\(.* compares with the dense model"):
+        GroupSparsityCallback(1.0, criterion=lp.JRE(reference="baseline"))
+    with pytest.raises(CallbackError, match="score_batches must be at least 1"):
+        GroupSparsityCallback(1.0, criterion="jre", score_batches=0)
     with pytest.raises(CallbackError, match=r"selection must be a Selection such as GlobalRatio\(0.5\), got 0.5"):
         GroupSparsityCallback(1.0, selection=0.5)
 
@@ -241,6 +248,11 @@ def test_fits_in_which_it_cannot_work_are_refused() -> None:
     refused(Task(), late, prune, error=CallbackError, match=r"start=1, ramp=3\) .* at the start of epoch 3 here")
     endless = GroupSparsityCallback(1.0, selection=HALF)
     refused(Task(), endless, error=CallbackError, match="pass ramp=", epochs=-1, max_steps=1)
+    by_data = GroupSparsityCallback(1.0, criterion="taylor_fo")
+    manual = r"uses manual optimization: .* ranking by TaylorFO\(.* would train it"
+    task = Task()
+    task.automatic_optimization = False
+    refused(task, by_data, error=CallbackError, match=manual)
     both = GroupSparsityCallback(1.0), GroupSparsityCallback(2.0)
     refused(Task(), *both, error=RuntimeError, match="more than one stateful callback of type `GroupSparsityCallback`")
 
