@@ -185,7 +185,7 @@ def _dense(options: argparse.Namespace, data: Any) -> tuple[nn.Module, Row]:
     else:
         model = getattr(lp.models, name)()
         torch.manual_seed(0)
-        start, of, lr = partial(getattr(lp.models, name)), f"{name}, from random weights", 0.1
+        start, of, lr = partial(getattr(lp.models, name)), f"{name}, from random weights", 0.03
     made = adapted(of, start, data, Settings(options.adapt_epochs, lr, bf16=options.bf16), path)
     model.load_state_dict(made["state_dict"])
     return model.eval(), made["made"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -52,9 +53,16 @@ def resolve(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if before in CONFIG_FLAGS:
             path = find_recipe(word)
             read_yaml(path, ConfigurationError, "configuration")  # jsonargparse, which reads it next, says less
-            stems.append(path.stem)
+            stems.append(_name_of(path))
             words[place] = str(path)
     return words, stems
+
+
+def _name_of(config: Path) -> str:
+    """That of the file, or of the run that has saved it as runs/NAME/fit/config.yaml."""
+    folder = config.absolute().parent
+    saved = re.fullmatch(r"config(-\d+)?", config.stem) and re.fullmatch(r"fit(-\d+)?", folder.name)
+    return folder.parent.name if saved else config.stem
 
 
 def show(argv: Sequence[str]) -> None:

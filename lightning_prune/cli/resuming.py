@@ -36,9 +36,10 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
         _check_kinds(content, _OPTIONAL, source)
     if training:
         if not is_lightning or any(name not in content for name in _TRAINING):
+            way_out = "" if pruned else f", or start from these weights by --weights {source}"
             raise CheckpointError(
                 f"{source} holds weights without the state of a training, which fit needs to go on: name a checkpoint "
-                "that fit wrote, such as last.ckpt"
+                f"that fit wrote, such as last.ckpt{way_out}"
             )
         _check_kinds(content, _TRAINING, source)
         if pruned and not pruning:
@@ -51,6 +52,19 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
     if _names_are_known(model):
         check_fits(model, content, source)
     return content
+
+
+def check_dense(path: str | Path) -> None:
+    """Refuse a pruned file as the weights to start from: what fit saves then could not be told from the dense model's.
+
+    Raises:
+        CheckpointError: it is one, or cannot be read.
+    """
+    if is_pruned(read_tensors(path, CheckpointError)):
+        raise CheckpointError(
+            f"{path} is pruned. Fine-tune from the dense weights that it came from: --weights DENSE, with a recipe "
+            "that prunes, which may carry out the same plan (selection: lightning_prune.selection.FixedPlan)"
+        )
 
 
 def _check_kinds(content: Mapping[str, Any], kinds: Mapping[str, type], source: str) -> None:

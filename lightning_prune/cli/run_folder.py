@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,14 +155,25 @@ def _is_before(row: Mapping[str, str], step: int, epoch: int) -> bool:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the results, and never over that of an earlier run."""
+    """Saves the configuration beside the results, and never over that of an earlier run.
+
+    What belongs to one run is left out, so that the file can be given to another and to all commands: the checkpoint
+    that it went on from, and of the Trainer's settings those ``chosen`` here.
+    """
+
+    def __init__(self, parser: Any, config: Any, *args: Any, chosen: Sequence[str] = (), **options: Any) -> None:
+        config = config.clone()
+        config.pop("ckpt_path", None)
+        for name in chosen:
+            config.trainer.pop(name)
+        super().__init__(parser, config, *args, **options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Choose a free name, where a run without logger has no folder of its own."""
         _share_folder(trainer)
         folder = Path(trainer.log_dir or ".")  # every process: it is broadcast
-        names = itertools.chain([self.config_filename], (f"config-{number}.yaml" for number in itertools.count(2)))
         if not self.already_saved:
+            names = (f"{name}.yaml" for name in _numbered(Path(self.config_filename).stem))
             self.config_filename = next(name for name in names if not (folder / name).exists())
         name = self.config_filename
         self.config_filename = f".{name}.{os.getpid()}.tmp"  # whole under its name, or not at all

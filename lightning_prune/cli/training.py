@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from lightning_prune.callbacks.processes import leave_processes, lost_process
 from lightning_prune.callbacks.whole_checkpoints import write_whole
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
-from lightning_prune.cli.resuming import judge
+from lightning_prune.cli.resuming import check_dense, judge
 from lightning_prune.cli.run_folder import (
     RUNS,
     SaveConfig,
@@ -41,18 +42,21 @@ from lightning_prune.errors import (
     is_out_of_memory,
 )
 from lightning_prune.experiments.runner import quiet
+from lightning_prune.reconstruction.checkpoint import load_dense
 
 _COMMANDS = {
     "fit": "Train a task; with a prune recipe score, mask and reconstruct too.",
     "validate": "Evaluate a task on the validation set.",
     "test": "Evaluate a task on the test set.",
 }
+_WEIGHTS = "dense weights that fit starts from, unless --ckpt_path goes on with a run"
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
 
 
 def _strict(command: str) -> dict[str, Any]:
     """Settings of a command's parser; without a usage its help would list all 50 options twice."""
-    files = "--config TASK.yaml" + (" [--config PRUNE.yaml]" if command == "fit" else " --ckpt_path FILE")
+    own = " [--config PRUNE.yaml] [--weights FILE]" if command == "fit" else " --ckpt_path FILE"
+    files = f"--config TASK.yaml{own}"
     keys = "[--trainer.KEY VALUE ...]\n           [--model.KEY VALUE ...] [--data.KEY VALUE ...]"
     about = _COMMANDS[command]
     return {**_STRICT, "usage": f"lightning-prune {command} {files}\n           {keys}", "description": about}
@@ -75,12 +79,22 @@ class _CLI(LightningCLI):
         found = LightningCLI.subcommands()
         return {name: {*found[name], "weights_only"} for name in _COMMANDS}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Training may start from weights; other commands know the key, for they read the configuration of a run."""
+        parser.add_argument("--weights", type=str | None, default=None, help=_WEIGHTS)
+        if not self._folder:  # `build_task`: configurations that Lightning's own command line has saved hold this one
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Judge the checkpoint before anything is written; no code of a file is ever run."""
         options = super()._prepare_subcommand_kwargs(subcommand)
         path, training = options.get("ckpt_path"), subcommand == "fit"
         if self._continued is None:
             check_unused(self.trainer)
+        weights = self.config[subcommand].weights
+        if training and weights is not None and path is None:
+            check_dense(weights)
+            load_dense(weights, self.model)
         if path in ("best", "hpc"):
             why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
             raise CheckpointError(f"--ckpt_path {path}: {why}; name its file")
@@ -117,9 +131,12 @@ class _CLI(LightningCLI):
         if folder not in (self._folder, self._continued) and is_first_process():
             first, own = RUNS / self._folder, RUNS / folder
             sys.stdout.write(f"{first} holds an earlier run, which stays: this one is in {own}\n")
+        self.save_config_kwargs = {"chosen": ("logger", "default_root_dir")}
         init_args.name = folder
         if config.trainer.default_root_dir == str(RUNS):  # where SLURM's requeued jobs look for a checkpoint of theirs
             config.trainer.default_root_dir = str(RUNS / folder)
+        else:
+            self.save_config_kwargs = {"chosen": ("logger",)}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""

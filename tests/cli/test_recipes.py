@@ -38,7 +38,12 @@ SCHEDULES = {
     "prune/jre_paper.yaml": r"the 3 steps of .* need max_epochs of at least 41, got 1",
     "prune/guo_paper.yaml": r"the 344 steps of Rounds.channels=1",
 }
-EPOCHS = {"prune/fpgm_soft.yaml": 10, "prune/l1_gradual.yaml": 5, "prune/group_sparsity.yaml": 6}
+EPOCHS = {
+    "prune/fpgm_soft.yaml": 10,
+    "prune/l1_gradual.yaml": 5,
+    "prune/group_sparsity.yaml": 6,
+    "prune/best_sparse.yaml": 3,
+}
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",

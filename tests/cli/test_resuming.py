@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lightning_prune.cli import main
+from lightning_prune.cli.training import run_lightning
 from tests.cli.tiny import NET, TinyData, refused, tiny_net
 
 FIT = ["fit", "--config", "task.yaml"]
@@ -180,10 +181,10 @@ def test_a_run_that_prunes_goes_on(recipe) -> None:
     assert len(last["state_dict"]["model.0.weight"]) < 16
 
 
-def test_what_slurm_requeues_is_kept_with_its_run(run) -> None:
+def test_what_slurm_requeues_is_kept_with_its_run(recipe) -> None:
     """Lightning saves to, and goes on from, `default_root_dir` there, whatever run it is of."""
-    config = yaml.safe_load(Path("runs/task/fit/config.yaml").read_text(encoding="utf-8"))
-    assert config["trainer"]["default_root_dir"] == str(Path("runs/task/fit"))
+    trainer = run_lightning("fit", FIT[1:]).trainer
+    assert Path(trainer.default_root_dir).absolute() == Path("runs/task/fit").absolute()
 
 
 def check_rows(before, after) -> None:
@@ -232,4 +233,46 @@ def test_pruned_files_and_weights_are_validated_and_tested_too(recipe, capsys) -
     assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
     for file in ("dense.pt", "small.pt"):
         assert main(["test", "--config", "task.yaml", "--ckpt_path", file]) == 0
-    assert "holds weights without the state of a training" in refused(capsys, *FIT, "--ckpt_path", "small.pt")
+    assert "such as last.ckpt\n" in refused(capsys, *FIT, "--ckpt_path", "small.pt")
+    assert "start from these weights by --weights dense.pt" in refused(capsys, *FIT, "--ckpt_path", "dense.pt")
+
+
+@pytest.mark.parametrize("file", ["dense.pt", "runs/task/fit/checkpoints/last.ckpt"])
+def test_training_starts_from_weights(run, capsys, file: str) -> None:
+    torch.save({name: value + 1 for name, value in tiny_net().state_dict().items()}, "dense.pt")
+    state = torch.load(file, weights_only=True)
+    expected = state.get("state_dict", {f"model.{name}": value for name, value in state.items()})
+    found = run_lightning("fit", [*FIT[1:], "--weights", file, "--trainer.limit_train_batches", "0"]).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    resumed = ["--weights", "dense.pt", "--ckpt_path", "last", "--trainer.max_epochs", "2"]  # nothing is left to do
+    found = run_lightning("fit", [*FIT[1:], *resumed]).model.state_dict()
+    last = torch.load("runs/task/fit/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in last.items())
+
+
+def test_weights_that_training_cannot_start_from_are_refused(recipe, capsys) -> None:
+    torch.save(tiny_net().state_dict(), "dense.pt")
+    assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
+    assert "small.pt is pruned. Fine-tune from the dense weights" in refused(capsys, *FIT, "--weights", "small.pt")
+    assert "there is no file nowhere.pt" in refused(capsys, *FIT, "--weights", "nowhere.pt")
+    torch.save({"other": torch.ones(1)}, "other.pt")
+    assert "other.pt" in refused(capsys, *FIT, "--weights", "other.pt")
+    assert not Path("runs").exists()
+    for key in ("--weights", "--ckpt_path"):
+        said = refused(capsys, "prune", "dense.pt", "--config", "task.yaml", key, "dense.pt")
+        assert f"unrecognized arguments: {key}" in said
+
+
+def test_the_configuration_of_a_run_serves_every_command(run) -> None:
+    saved, dense = "runs/task/fit/config.yaml", "runs/task/fit/checkpoints/last.ckpt"
+    assert main(["prune", dense, "--config", saved, "--out", "small.pt"]) == 0
+    assert main(["test", "--config", saved, "--ckpt_path", "small.pt"]) == 0
+    assert main(["fit", "--config", saved, "--weights", dense]) == 0
+    assert Path("runs/task/fit-2/metrics.csv").is_file()  # a run of the same name, beside the first
+    again = yaml.safe_load(Path("runs/task/fit-2/config.yaml").read_text("utf-8"))
+    assert again.pop("weights") == dense
+    first = yaml.safe_load(Path(saved).read_text("utf-8"))
+    assert again == {name: value for name, value in first.items() if name != "weights"}
+    assert not {"logger", "default_root_dir"} & first["trainer"].keys()
+    Path("others.yaml").write_text(yaml.safe_dump({**first, "ckpt_path": None}), "utf-8")  # as LightningCLI saves it
+    assert main(["prune", dense, "--config", "others.yaml", "--out", "again.pt"]) == 0
