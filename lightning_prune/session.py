@@ -124,8 +124,8 @@ class PruningSession:
             TraceError: the model does not run on the example inputs.
         """
         if self._graph is None:
-            inputs, *others = self.entries
             known = [] if self.built is None else groups_left(self.dense_graph, self.built)
+            inputs, *others = self.entries
             graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics, known=known)
             self._graph = in_dense_groups(graph, known) if known else graph
             if self._dense_graph is None:
@@ -135,7 +135,13 @@ class PruningSession:
 
     @property
     def dense_graph(self) -> ChannelGraph:
-        """Channel graph of the dense model."""
+        """Channel graph of the dense model.
+
+        Raises:
+            PlanError: the model was already small when this session first met it.
+        """
+        if self._dense_graph is None and self.built is not None:
+            raise PlanError("this model was loaded pruned, to be evaluated: nothing is known of its dense graph")
         return self._dense_graph or self.graph
 
     @property
@@ -367,6 +373,8 @@ class PruningSession:
 
     def remember_dense(self) -> None:
         """Trace the dense model, and keep a copy for selections that count it, before it becomes smaller."""
+        if self._dense_graph is None:
+            self.plan = self.built = None  # of an evaluation, of which nothing was traced
         dense = self.dense_graph
         if self._dense is None and self.selection.needs_model and dense is self._graph and not self.done:
             self._dense = copy_sharing_tensors(self.model)
@@ -382,10 +390,15 @@ class PruningSession:
             "held": self.handle is not None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, evaluated: bool = False) -> None:
         """Go on from there: a dense model takes the shapes it had then, and masks are held again.
 
         Load the model's and the optimizers' states afterwards. Settings must be those of the first session.
+
+        Args:
+            state: from `state_dict`.
+            evaluated: the model may be small already, and no step will follow: then plans and scores are noted, and
+                nothing is traced.
 
         Raises:
             PlanError: the state does not fit this model, or other settings make other steps.
@@ -393,6 +406,9 @@ class PruningSession:
         built = None if state["built"] is None else Plan.from_dict(state["built"])
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
         history = [Scores.from_dict(scores) for scores in state["history"]]
+        if evaluated and built is not None and self._dense_graph is None:
+            self.history, self.plan, self.built, self.taken = history, plan, built, state["taken"]
+            return
         if plan is not None:
             plan = plan.on(self.dense_graph)
         unfinished = plan is not None and (state["held"] or state["taken"] < state["steps"])

@@ -70,8 +70,8 @@ class CheckpointShapes:
         if self._dense is not None or built:
             self._grow(module)
         if content is not None and built:
+            self.remember(module)
             if trainer.training:
-                self.remember(module)
                 with uncompiled(module):
                     session.remember_dense()  # later steps choose in its channels
             for other in (module, *averages(trainer)):

@@ -113,6 +113,7 @@ class ScoringCallback(Callback):
                 "update_weights=False"
             )
         self.run: PruningRun | None = None
+        self._fits = True
         self._scorer: Scorer | None = None
         self._since = 0
         self._sums: dict[str, Tensor] | None = None
@@ -148,7 +149,8 @@ class ScoringCallback(Callback):
             )
             self.run = PruningRun(session)
         self.run.open(trainer, self)
-        if stage == "fit":
+        self._fits = stage == "fit"
+        if self._fits:
             same_module(self, self.run.session.model, pl_module)
             self._check(trainer, pl_module)
             check_start(trainer)
@@ -212,7 +214,7 @@ class ScoringCallback(Callback):
         """Go on from there when fitting starts."""
         run = self._run
         with uncompiled(run.session.model):
-            run.session.load_state_dict(state_dict["session"])
+            run.session.load_state_dict(state_dict["session"], evaluated=not self._fits)
         run.scored_in = list(state_dict["scored_in"])
         run.epoch, run.batch = state_dict["step"]
         self._since, self._sums = state_dict["since"], state_dict["sums"]

@@ -55,8 +55,8 @@ _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the 
 
 def _strict(command: str) -> dict[str, Any]:
     """Settings of a command's parser; without a usage its help would list all 50 options twice."""
-    own = " [--config PRUNE.yaml] [--weights FILE]" if command == "fit" else " --ckpt_path FILE"
-    files = f"--config TASK.yaml{own}"
+    own = "[--config PRUNE.yaml]\n           [--weights FILE]" if command == "fit" else "--ckpt_path FILE"
+    files = f"--config TASK.yaml {own}"
     keys = "[--trainer.KEY VALUE ...]\n           [--model.KEY VALUE ...] [--data.KEY VALUE ...]"
     about = _COMMANDS[command]
     return {**_STRICT, "usage": f"lightning-prune {command} {files}\n           {keys}", "description": about}

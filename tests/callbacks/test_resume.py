@@ -145,6 +145,34 @@ def test_every_checkpoint_can_be_tested_and_loaded(kind: str, tmp_path: Path) ->
     assert found["val_loss"] == losses[best]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("kind", ["warm-up", "ramp, each"])
+def test_a_new_process_evaluates_a_pruned_checkpoint_and_then_goes_on_with_it(
+    kind: str, example: bool, tmp_path: Path
+) -> None:
+    """With the callbacks of the run, as its configuration has them."""
+    whole, alone, task = Task(), Task(), Task()
+    run(whole, first := prune(**RUNS[kind]), tmp_path / "whole")
+    path = tmp_path / "whole/epoch=2.ckpt"
+    lp.load(path, alone)
+    (expected,) = trainer().validate(alone, loader(8, shuffle=False), verbose=False)
+    if not example:
+        task.example_input_array = None
+    (found,) = trainer(again := prune(**RUNS[kind])).validate(
+        task, loader(8, shuffle=False), ckpt_path=path, verbose=False
+    )
+    assert found == expected
+    assert params(task) == params(alone) < params(Task())
+    assert kind != "warm-up" or again.masking.plan == first.masking.plan
+    with pytest.raises(PlanError, match="nothing is known of its dense graph"):
+        _ = again.scoring.graph
+    if example:
+        run(task, again, tmp_path / "resumed", seed=1, ckpt=path)
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in task.state_dict().items())
+
+
 class Attending(Task):
     """Sizes in the code of its attention, and heads that torch's own class cannot make narrower."""
 
