@@ -8,6 +8,7 @@ from lightning_prune.callbacks.prune import PruneCallback
 from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
 from lightning_prune.callbacks.scoring import ScoringCallback
+from lightning_prune.callbacks.small_checkpoints import SmallCheckpointCallback
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
 
@@ -21,5 +22,6 @@ __all__ = [
     "RandomStateCallback",
     "ReconstructionCallback",
     "ScoringCallback",
+    "SmallCheckpointCallback",
     "TrackingCallback",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_prune.callbacks import ReconstructionCallback
+from lightning_prune.callbacks import ReconstructionCallback, SmallCheckpointCallback
 from lightning_prune.errors import CheckpointError
 from lightning_prune.reconstruction.checkpoint import KEY, PrunedCheckpoints, check_fits, is_pruned, load, load_dense
 from lightning_prune.tensor_files import read_tensors
@@ -28,21 +28,19 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
     content = read_tensors(path, CheckpointError)
     source, state = str(path), content.get("state_dict")
     is_lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in content
-    callbacks: list[Any] = vars(trainer)["callbacks"]
-    parts = [getattr(callback, "reconstruction", callback) for callback in callbacks]  # PruneCallback holds one
-    pruning = any(isinstance(part, ReconstructionCallback) for part in parts)
-    pruned = is_pruned(content)
+    pruning, pruned = _prunes(trainer), is_pruned(content)
     if is_lightning:
         _check_kinds(content, _OPTIONAL, source)
     if training:
         if not is_lightning or any(name not in content for name in _TRAINING):
-            way_out = "" if pruned else f", or start from these weights by --weights {source}"
             raise CheckpointError(
                 f"{source} holds weights without the state of a training, which fit needs to go on: name a checkpoint "
-                f"that fit wrote, such as last.ckpt{way_out}"
+                f"that fit wrote, such as last.ckpt, or start from these weights by --weights {source}"
             )
         _check_kinds(content, _TRAINING, source)
-        if pruned and not pruning:
+        if pruned and SmallCheckpointCallback.__qualname__ in content.get("callbacks", {}):
+            start_from(path, model, trainer)
+        elif pruned and not pruning:
             raise CheckpointError(
                 f"{source} is of a run that pruned: name the same recipes as then, such as --config prune/jre"
             )
@@ -54,17 +52,27 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
     return content
 
 
-def check_dense(path: str | Path) -> None:
-    """Refuse a pruned file as the weights to start from: what fit saves then could not be told from the dense model's.
+def start_from(path: str | Path, model: LightningModule, trainer: Trainer) -> None:
+    """Give the model dense weights to prune, or weights and shapes of a pruned file to fine-tune.
 
     Raises:
-        CheckpointError: it is one, or cannot be read.
+        CheckpointError: no such file, a damaged one, another model's, or a pruned one where a recipe prunes.
     """
-    if is_pruned(read_tensors(path, CheckpointError)):
+    if not is_pruned(read_tensors(path, CheckpointError)):
+        load_dense(path, model)
+        return
+    if _prunes(trainer):
         raise CheckpointError(
-            f"{path} is pruned. Fine-tune from the dense weights that it came from: --weights DENSE, with a recipe "
-            "that prunes, which may carry out the same plan (selection: lightning_prune.selection.FixedPlan)"
+            f"{path} is pruned already: leave out the recipe that prunes, or prune the dense weights further that it "
+            "came from"
         )
+    vars(trainer)["callbacks"].insert(0, SmallCheckpointCallback(load(path, model)))
+
+
+def _prunes(trainer: Trainer) -> bool:
+    callbacks: list[Any] = vars(trainer)["callbacks"]
+    parts = (getattr(callback, "reconstruction", callback) for callback in callbacks)  # PruneCallback holds one
+    return any(isinstance(part, ReconstructionCallback) for part in parts)
 
 
 def _check_kinds(content: Mapping[str, Any], kinds: Mapping[str, type], source: str) -> None:

@@ -22,7 +22,7 @@ from lightning_prune.callbacks.processes import leave_processes, lost_process
 from lightning_prune.callbacks.whole_checkpoints import write_whole
 from lightning_prune.cli.config_errors import ExplainingParser
 from lightning_prune.cli.recipes import resolve
-from lightning_prune.cli.resuming import check_dense, judge
+from lightning_prune.cli.resuming import judge, start_from
 from lightning_prune.cli.run_folder import (
     RUNS,
     SaveConfig,
@@ -42,14 +42,13 @@ from lightning_prune.errors import (
     is_out_of_memory,
 )
 from lightning_prune.experiments.runner import quiet
-from lightning_prune.reconstruction.checkpoint import load_dense
 
 _COMMANDS = {
     "fit": "Train a task; with a prune recipe score, mask and reconstruct too.",
     "validate": "Evaluate a task on the validation set.",
     "test": "Evaluate a task on the test set.",
 }
-_WEIGHTS = "dense weights that fit starts from, unless --ckpt_path goes on with a run"
+_WEIGHTS = "weights that fit starts from, dense or of a pruned file, unless --ckpt_path goes on with a run"
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
 
 
@@ -93,8 +92,7 @@ class _CLI(LightningCLI):
             check_unused(self.trainer)
         weights = self.config[subcommand].weights
         if training and weights is not None and path is None:
-            check_dense(weights)
-            load_dense(weights, self.model)
+            start_from(weights, self.model, self.trainer)
         if path in ("best", "hpc"):
             why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"
             raise CheckpointError(f"--ckpt_path {path}: {why}; name its file")

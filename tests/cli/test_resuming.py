@@ -233,8 +233,7 @@ def test_pruned_files_and_weights_are_validated_and_tested_too(recipe, capsys) -
     assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
     for file in ("dense.pt", "small.pt"):
         assert main(["test", "--config", "task.yaml", "--ckpt_path", file]) == 0
-    assert "such as last.ckpt\n" in refused(capsys, *FIT, "--ckpt_path", "small.pt")
-    assert "start from these weights by --weights dense.pt" in refused(capsys, *FIT, "--ckpt_path", "dense.pt")
+    assert "start from these weights by --weights small.pt" in refused(capsys, *FIT, "--ckpt_path", "small.pt")
 
 
 @pytest.mark.parametrize("file", ["dense.pt", "runs/task/fit/checkpoints/last.ckpt"])
@@ -253,7 +252,8 @@ def test_training_starts_from_weights(run, capsys, file: str) -> None:
 def test_weights_that_training_cannot_start_from_are_refused(recipe, capsys) -> None:
     torch.save(tiny_net().state_dict(), "dense.pt")
     assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
-    assert "small.pt is pruned. Fine-tune from the dense weights" in refused(capsys, *FIT, "--weights", "small.pt")
+    said = refused(capsys, *FIT, "--config", "prune/l1", "--weights", "small.pt")
+    assert "small.pt is pruned already: leave out the recipe that prunes" in said
     assert "there is no file nowhere.pt" in refused(capsys, *FIT, "--weights", "nowhere.pt")
     torch.save({"other": torch.ones(1)}, "other.pt")
     assert "other.pt" in refused(capsys, *FIT, "--weights", "other.pt")
@@ -261,6 +261,26 @@ def test_weights_that_training_cannot_start_from_are_refused(recipe, capsys) -> 
     for key in ("--weights", "--ckpt_path"):
         said = refused(capsys, "prune", "dense.pt", "--config", "task.yaml", key, "dense.pt")
         assert f"unrecognized arguments: {key}" in said
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_pruned_file_is_fine_tuned_resumed_and_evaluated(recipe) -> None:
+    torch.save(tiny_net().state_dict(), "dense.pt")
+    assert main(["prune", "dense.pt", "--config", "task.yaml", "--out", "small.pt"]) == 0
+    whole = run_lightning("fit", [*FIT[1:], "--weights", "small.pt", "--trainer.max_epochs", "3"]).model.state_dict()
+    assert len(whole["model.0.weight"]) < 16
+    # Killed after its second epoch, as it were
+    saving = ["--trainer.callbacks.init_args.every_n_epochs", "2", "--trainer.callbacks.init_args.save_top_k", "-1"]
+    assert main([*FIT, *saving, "--weights", "small.pt", "--trainer.max_epochs", "3"]) == 0
+    half = next(Path("runs/task/fit-2/checkpoints").glob("epoch=1-*.ckpt"))
+    options = [*FIT[1:], *saving, "--ckpt_path", str(half), "--trainer.max_epochs", "3"]
+    resumed = run_lightning("fit", options).model.state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    last = "runs/task/fit/checkpoints/last.ckpt"
+    for command in ("test", "validate"):
+        found = run_lightning(command, [*FIT[1:], "--ckpt_path", last]).model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+    assert main(["measure", last, "--config", "task.yaml", "--repeats", "1"]) == 0
 
 
 def test_the_configuration_of_a_run_serves_every_command(run) -> None:
