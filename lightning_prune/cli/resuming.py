@@ -11,6 +11,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks import ReconstructionCallback, SmallCheckpointCallback
 from lightning_prune.errors import CheckpointError
+from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, PrunedCheckpoints, check_fits, is_pruned, load, load_dense
 from lightning_prune.tensor_files import read_tensors
 
@@ -45,7 +46,10 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
                 f"{source} is of a run that pruned: name the same recipes as then, such as --config prune/jre"
             )
     elif not is_lightning or (pruned and not pruning):
-        (load if pruned else load_dense)(path, model)
+        if pruned:
+            _load_pruned(path, content, model)
+        else:
+            load_dense(path, model)
         return None
     if _names_are_known(model):
         check_fits(model, content, source)
@@ -58,7 +62,8 @@ def start_from(path: str | Path, model: LightningModule, trainer: Trainer) -> No
     Raises:
         CheckpointError: no such file, a damaged one, another model's, or a pruned one where a recipe prunes.
     """
-    if not is_pruned(read_tensors(path, CheckpointError)):
+    content = read_tensors(path, CheckpointError)
+    if not is_pruned(content):
         load_dense(path, model)
         return
     if _prunes(trainer):
@@ -66,7 +71,15 @@ def start_from(path: str | Path, model: LightningModule, trainer: Trainer) -> No
             f"{path} is pruned already: leave out the recipe that prunes, or prune the dense weights further that it "
             "came from"
         )
-    vars(trainer)["callbacks"].insert(0, SmallCheckpointCallback(load(path, model)))
+    vars(trainer)["callbacks"].insert(0, SmallCheckpointCallback(_load_pruned(path, content, model)))
+
+
+def _load_pruned(path: str | Path, content: Mapping[str, Any], model: LightningModule) -> Plan:
+    """Into the model, or into the network in it that the file is of: `prune --model` knows no task."""
+    state = content.get("state_dict")
+    names = state.keys() if isinstance(state, Mapping) else None
+    part = next((part for part in model.children() if part.state_dict().keys() == names), model)
+    return load(path, part)
 
 
 def _prunes(trainer: Trainer) -> bool:

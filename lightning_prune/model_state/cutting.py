@@ -241,8 +241,13 @@ class Undo:
 
 
 def dense_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """{tensor: its shape before anything was cut from the model}, of the tensors that were cut."""
-    return dict(getattr(model, DENSE, {}))
+    """{tensor: its shape before anything was cut from the model or a part of it}, of the tensors that were cut."""
+    found: dict[str, list[int]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for tensor, shape in vars(module).get(DENSE, {}).items():
+            name = f"{path}.{tensor}" if path else tensor
+            found[name] = list(map(max, shape, found.get(name, shape)))  # cuts of whole and part make it only smaller
+    return found
 
 
 def remember_dense_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

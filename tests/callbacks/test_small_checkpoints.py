@@ -42,6 +42,17 @@ def test_checkpoints_of_fine_tuning_load_into_a_dense_module_and_resume(tmp_path
     assert all(torch.equal(value, task.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
+def test_a_network_that_was_pruned_alone_finds_its_dense_module(tmp_path: Path) -> None:
+    task = Task()
+    result = lp.prune(task.net, task.example_input_array, criterion="l1", ratio=0.5)
+    task.net = result.model
+    fit(task, SmallCheckpointCallback(result.plan)).save_checkpoint(tmp_path / "last.ckpt")
+    dense = Task()
+    assert lp.load(tmp_path / "last.ckpt", dense) == result.plan
+    assert params(dense) < params(Task())
+    assert all(torch.equal(value, task.state_dict()[name]) for name, value in dense.state_dict().items())
+
+
 def test_without_it_no_dense_module_takes_the_shapes(tmp_path: Path) -> None:
     task, _ = small_task(tmp_path)
     fit(task).save_checkpoint(tmp_path / "plain.ckpt")

@@ -283,6 +283,15 @@ def test_a_pruned_file_is_fine_tuned_resumed_and_evaluated(recipe) -> None:
     assert main(["measure", last, "--config", "task.yaml", "--repeats", "1"]) == 0
 
 
+def test_a_pruned_file_of_the_network_alone_is_taken_too(recipe) -> None:
+    torch.save({name.removeprefix("model."): value for name, value in tiny_net().state_dict().items()}, "net.pt")
+    options = ["--model", NET, "--input", "1", "3", "8", "8", "--out", "net-small.pt"]
+    assert main(["prune", "net.pt", *options]) == 0
+    assert main([*FIT, "--weights", "net-small.pt"]) == 0
+    for file in ("net-small.pt", "runs/task/fit/checkpoints/last.ckpt"):
+        assert main(["test", "--config", "task.yaml", "--ckpt_path", file]) == 0
+
+
 def test_the_configuration_of_a_run_serves_every_command(run) -> None:
     saved, dense = "runs/task/fit/config.yaml", "runs/task/fit/checkpoints/last.ckpt"
     assert main(["prune", dense, "--config", saved, "--out", "small.pt"]) == 0

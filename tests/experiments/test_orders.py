@@ -285,7 +285,10 @@ def test_a_wrong_key_names_its_path_and_the_valid_ones(tmp_path: Path, monkeypat
 SCENES = ["--data.init_args.lengths=[8,2,2]", "--data.init_args.batch_size=2"]
 FILES = ["--data.init_args.batch_size=2", "--data.init_args.num_workers=0"]
 TINY_RECIPES = {
-    "experiment/resnet18_digits_jre.yaml": ["--data.init_args.size=8", "--task.init_args.input_size=[3,8,8]"],
+    "experiment/resnet18_digits_jre.yaml": [  # thinner: `make demo` is the recipe itself
+        "--data.init_args.size=8", "--task.init_args.input_size=[3,8,8]",
+        "--task.init_args.model=lightning_prune.models.cifar_thin.resnet20",
+    ],
     "experiment/fcn_resnet50_scenes_jre.yaml": [
         *SCENES, "--data.init_args.size=32", "--task.init_args.input_size=[3,32,32]"
     ],
