@@ -48,7 +48,7 @@ _COMMANDS = {
     "validate": "Evaluate a task on the validation set.",
     "test": "Evaluate a task on the test set.",
 }
-_WEIGHTS = "weights that fit starts from, dense or of a pruned file, unless --ckpt_path goes on with a run"
+_WEIGHTS = "weights to start from, dense or of a pruned file, where no --ckpt_path is given"
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
 
 
@@ -79,7 +79,7 @@ class _CLI(LightningCLI):
         return {name: {*found[name], "weights_only"} for name in _COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Training may start from weights; other commands know the key, for they read the configuration of a run."""
+        """Weights to start from; `build_task` knows the key, for it reads the configuration of a run."""
         parser.add_argument("--weights", type=str | None, default=None, help=_WEIGHTS)
         if not self._folder:  # `build_task`: configurations that Lightning's own command line has saved hold this one
             parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
@@ -91,7 +91,7 @@ class _CLI(LightningCLI):
         if self._continued is None:
             check_unused(self.trainer)
         weights = self.config[subcommand].weights
-        if training and weights is not None and path is None:
+        if weights is not None and path is None:
             start_from(weights, self.model, self.trainer)
         if path in ("best", "hpc"):
             why = "which one is best only the run knows that wrote it" if path == "best" else "of which run is not said"

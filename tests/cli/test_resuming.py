@@ -243,6 +243,8 @@ def test_training_starts_from_weights(run, capsys, file: str) -> None:
     expected = state.get("state_dict", {f"model.{name}": value for name, value in state.items()})
     found = run_lightning("fit", [*FIT[1:], "--weights", file, "--trainer.limit_train_batches", "0"]).model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+    found = run_lightning("test", [*FIT[1:], "--weights", file]).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     resumed = ["--weights", "dense.pt", "--ckpt_path", "last", "--trainer.max_epochs", "2"]  # nothing is left to do
     found = run_lightning("fit", [*FIT[1:], *resumed]).model.state_dict()
     last = torch.load("runs/task/fit/checkpoints/last.ckpt", weights_only=True)["state_dict"]
