@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.checkpoint_shapes import CheckpointShapes
@@ -150,3 +151,8 @@ class ReconstructionCallback(EpochTimerCallback):
             f"{'lossless' if report.passed else 'NOT lossless'}, relative error {report.max_rel_error:.1e} against the "
             f"masked model in {report.dtype} ({', '.join(report.compared)})"
         )
+
+
+def prunes(callbacks: Iterable[Callback]) -> bool:
+    """Whether one of a Trainer's callbacks makes the model smaller; `PruneCallback` holds the one that does."""
+    return any(isinstance(getattr(part, "reconstruction", part), ReconstructionCallback) for part in callbacks)

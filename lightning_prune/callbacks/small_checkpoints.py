@@ -6,7 +6,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_prune.callbacks.reconstruction import ReconstructionCallback
+from lightning_prune.callbacks.reconstruction import prunes
 from lightning_prune.errors import CallbackError
 from lightning_prune.model_state.cutting import dense_shapes
 from lightning_prune.plan import Plan
@@ -38,8 +38,7 @@ class SmallCheckpointCallback(Callback):
         self.plan = plan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(getattr(other, "reconstruction", other), ReconstructionCallback) for other in callbacks):
+        if prunes(trainer.callbacks):  # type: ignore[attr-defined]
             raise CallbackError(
                 "SmallCheckpointCallback is for a model that is small already, and PruneCallback writes the plan itself"
             )

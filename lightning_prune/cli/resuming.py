@@ -9,7 +9,8 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from lightning_prune.callbacks import ReconstructionCallback, SmallCheckpointCallback
+from lightning_prune.callbacks import SmallCheckpointCallback
+from lightning_prune.callbacks.reconstruction import prunes
 from lightning_prune.errors import CheckpointError
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, PrunedCheckpoints, check_fits, is_pruned, load, load_dense
@@ -29,7 +30,7 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
     content = read_tensors(path, CheckpointError)
     source, state = str(path), content.get("state_dict")
     is_lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in content
-    pruning, pruned = _prunes(trainer), is_pruned(content)
+    pruning, pruned = prunes(vars(trainer)["callbacks"]), is_pruned(content)
     if is_lightning:
         _check_kinds(content, _OPTIONAL, source)
     if training:
@@ -40,16 +41,13 @@ def judge(path: str | Path, model: LightningModule, trainer: Trainer, *, trainin
             )
         _check_kinds(content, _TRAINING, source)
         if pruned and SmallCheckpointCallback.__qualname__ in content.get("callbacks", {}):
-            start_from(path, model, trainer)
+            _start_from(path, content, model, trainer)
         elif pruned and not pruning:
             raise CheckpointError(
                 f"{source} is of a run that pruned: name the same recipes as then, such as --config prune/jre"
             )
     elif not is_lightning or (pruned and not pruning):
-        if pruned:
-            _load_pruned(path, content, model)
-        else:
-            load_dense(path, model)
+        _load(path, content, model)
         return None
     if _names_are_known(model):
         check_fits(model, content, source)
@@ -62,30 +60,30 @@ def start_from(path: str | Path, model: LightningModule, trainer: Trainer) -> No
     Raises:
         CheckpointError: no such file, a damaged one, another model's, or a pruned one where a recipe prunes.
     """
-    content = read_tensors(path, CheckpointError)
-    if not is_pruned(content):
-        load_dense(path, model)
-        return
-    if _prunes(trainer):
+    _start_from(path, read_tensors(path, CheckpointError), model, trainer)
+
+
+def _start_from(path: str | Path, content: Mapping[str, Any], model: LightningModule, trainer: Trainer) -> None:
+    callbacks: list[Any] = vars(trainer)["callbacks"]
+    if is_pruned(content) and prunes(callbacks):
         raise CheckpointError(
             f"{path} is pruned already: leave out the recipe that prunes, or prune the dense weights further that it "
             "came from"
         )
-    vars(trainer)["callbacks"].insert(0, SmallCheckpointCallback(_load_pruned(path, content, model)))
+    plan = _load(path, content, model)
+    if plan is not None:
+        callbacks.insert(0, SmallCheckpointCallback(plan))
 
 
-def _load_pruned(path: str | Path, content: Mapping[str, Any], model: LightningModule) -> Plan:
-    """Into the model, or into the network in it that the file is of: `prune --model` knows no task."""
+def _load(path: str | Path, content: Mapping[str, Any], model: LightningModule) -> Plan | None:
+    """Dense weights, or a pruned file and its plan: of the model, or of the network in it, for that knows no task."""
+    if not is_pruned(content):
+        load_dense(path, model)
+        return None
     state = content.get("state_dict")
     names = state.keys() if isinstance(state, Mapping) else None
     part = next((part for part in model.children() if part.state_dict().keys() == names), model)
     return load(path, part)
-
-
-def _prunes(trainer: Trainer) -> bool:
-    callbacks: list[Any] = vars(trainer)["callbacks"]
-    parts = (getattr(callback, "reconstruction", callback) for callback in callbacks)  # PruneCallback holds one
-    return any(isinstance(part, ReconstructionCallback) for part in parts)
 
 
 def _check_kinds(content: Mapping[str, Any], kinds: Mapping[str, type], source: str) -> None:

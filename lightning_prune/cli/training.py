@@ -129,12 +129,11 @@ class _CLI(LightningCLI):
         if folder not in (self._folder, self._continued) and is_first_process():
             first, own = RUNS / self._folder, RUNS / folder
             sys.stdout.write(f"{first} holds an earlier run, which stays: this one is in {own}\n")
-        self.save_config_kwargs = {"chosen": ("logger", "default_root_dir")}
-        init_args.name = folder
+        init_args.name, chosen = folder, ["logger"]
         if config.trainer.default_root_dir == str(RUNS):  # where SLURM's requeued jobs look for a checkpoint of theirs
             config.trainer.default_root_dir = str(RUNS / folder)
-        else:
-            self.save_config_kwargs = {"chosen": ("logger",)}
+            chosen.append("default_root_dir")
+        self.save_config_kwargs = {"chosen": chosen}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""
