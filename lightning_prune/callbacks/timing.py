@@ -57,5 +57,7 @@ class EpochTimerCallback(Callback):
         return {"records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; the clock too."""
         self.records = [EpochRecord(**record) for record in state_dict["records"]]
+        if self.records:
+            self._fit_started = time.perf_counter() - self.records[-1].elapsed_seconds

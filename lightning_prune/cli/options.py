@@ -320,6 +320,7 @@ def reproduce(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", dest="output", type=Path, metavar="DIR", help="default: runs/reproduce/NAME-SCALE")
     add("--data", metavar="FOLDER", help="where the data sets lie that the scale names")
     add("--seeds", type=list_of(seed), metavar="0,1,2", help="default: the scale's")
+    add("--precision", metavar="P", help="of training, such as bf16-mixed; default: the scale's")
     add("--only", type=list_of(str), default=[], metavar="A,B", help="rows with this in their label, or such patterns")
     return parser.parse_args(argv)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,6 +18,8 @@ from lightning_prune.experiments.reproduce import (
     write_page,
 )
 from lightning_prune.report.table import Column, Table, print_line
+
+PROGRESS = ("epoch", "train_loss", "val_loss", "accuracy", "train_seconds", "left", "before", "after")  # of a training
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,14 +42,20 @@ def run(options: argparse.Namespace) -> int:
         said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
         print_line(console, f"{outcome.row}, seed {outcome.seed}: {said} ({outcome.seconds:.0f} s)", indent="  ")
 
+    def tell(name: str, values: dict[str, Any]) -> None:
+        said = ", ".join(f"{key} {values[key]:.4g}" for key in PROGRESS if values.get(key) is not None)
+        print_line(console, f"{name}: {said}", "dim", indent="    ")
+
     found = reproduce(
         recipe,
         options.scale,
         output,
         data=options.data,
         seeds=options.seeds,
+        precision=options.precision,
         only=options.only,
         progress=console.is_terminal,
+        on_progress=None if console.is_terminal else tell,  # there are bars
         on_outcome=show,
     )
     files = write_page(found, output)

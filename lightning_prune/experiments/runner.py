@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -46,8 +47,12 @@ class Runner:
         lr: float | None = None,
         *,
         max_steps: int = -1,
+        checkpoint: Path | None = None,
     ) -> None:
-        """Train in place, from ``lr`` or the task's own; 0 steps run what callbacks do before training, and no more."""
+        """Train in place, from ``lr`` or the task's own; 0 steps run what callbacks do before training, and no more.
+
+        Where there is a ``checkpoint`` already, the fit that wrote it goes on.
+        """
         rate = [] if lr is None else [_learning_rate(lr)]
         bars = [RichProgressBar(leave=False)] if self.progress else []
         with self._trainer(
@@ -58,7 +63,7 @@ class Runner:
             callbacks=[*callbacks, *rate, *bars],
             enable_progress_bar=self.progress,
         ) as trainer:
-            trainer.fit(task, self.data)
+            trainer.fit(task, self.data, ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None)
 
     def score(
         self,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from pytorch_lightning import LightningModule, seed_everything
 
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.experiments.reproduce.building import prune_callback, selection
-from lightning_prune.experiments.reproduce.cells import Cell, DenseModel, Study
+from lightning_prune.experiments.reproduce.cells import Cell, DenseModel, Study, Trained
 from lightning_prune.experiments.reproduce.recipe import Row
 from lightning_prune.measure import compare_latency
 from lightning_prune.plan import Coupling
@@ -30,13 +30,13 @@ def pruned(study: Study, row: Row, seed: int) -> Cell:
     started = time.perf_counter()
     how = study.pruning(row)
     prune = prune_callback(how, seed, WHEN[how.order], study.where)
-    task, curve = _tuned(study, row, dense, seed, prune)
+    task, (curve, earlier) = _tuned(study, row, dense, seed, prune)
     values, more = study.measured(task, dense.cell)
     values |= _latency(study, row, dense, task)
     values["time"], values["epoch"] = curve[-1]["elapsed_seconds"], median(one["train_seconds"] for one in curve)
     if prune.reconstruction is not None and prune.reconstruction.lossless is not None:
         more["lossless"] = prune.reconstruction.lossless.max_rel_error
-    return Cell(row.label, seed, values, curve, more, time.perf_counter() - started)
+    return Cell(row.label, seed, values, curve, more, time.perf_counter() - started + earlier)
 
 
 def masked(study: Study, row: Row, seed: int) -> Cell:
@@ -45,7 +45,7 @@ def masked(study: Study, row: Row, seed: int) -> Cell:
     started = time.perf_counter()
     how = study.pruning(row)
     prune = prune_callback(how, seed, "never", study.where)
-    task, curve = _tuned(study, row, dense, seed, prune)
+    task, (curve, earlier) = _tuned(study, row, dense, seed, prune)
     values = {"dense": dense.cell.values[study.metric], "finetuned": study.reached(task)[study.metric]}
     graph, scores = prune.scoring.dense_graph, prune.scoring.scores
     assert graph is not None
@@ -56,7 +56,7 @@ def masked(study: Study, row: Row, seed: int) -> Cell:
             plan = chosen.select(graph, scores, coupling=coupling, batch_norm=how.batch_norm)
             found, _ = study.measured(reconstruct(task, graph, plan), dense.cell)
             values |= {column: found[study.metric], f"{column}_left": found["left"]}
-    return Cell(row.label, seed, values, curve, {}, time.perf_counter() - started)
+    return Cell(row.label, seed, values, curve, {}, time.perf_counter() - started + earlier)
 
 
 def dense_row(study: Study, row: Row, dense: DenseModel, seed: int) -> Cell:
@@ -70,12 +70,12 @@ def dense_row(study: Study, row: Row, dense: DenseModel, seed: int) -> Cell:
 
 def _tuned(
     study: Study, row: Row, dense: DenseModel, seed: int, prune: PruneCallback
-) -> tuple[LightningModule, list[dict[str, Any]]]:
+) -> tuple[LightningModule, Trained]:
     """The dense model, pruned and fine-tuned."""
     seed_everything(seed, verbose=False)
     task = study.task(row.model, "tune", dense.weights)
     seed_everything(seed + 1, verbose=False)  # all rows see the same batches
-    return task, study.fit(task, "tune", [prune])
+    return task, study.fit(task, "tune", study.row_path(row, seed), [prune])
 
 
 def _latency(study: Study, row: Row, dense: DenseModel, task: LightningModule) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lightning_prune.errors import ConfigurationError, UnknownRecipeError, check_choice
 from lightning_prune.experiments.reproduce.plain_data import filled, merged
+from lightning_prune.experiments.runner import Precision
 from lightning_prune.files import read_yaml
 from lightning_prune.plan import Coupling
 
@@ -75,11 +76,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Training:
-    """How long, and by what optimizer and schedule: class_path and init_args, or a name of the task's."""
+    """How long, by what optimizer and schedule (class_path and init_args, or a name of the task's), how precisely."""
 
     epochs: int
     optimizer: Spec
     lr_scheduler: str | Spec = "cosine"
+    precision: Precision = "32-true"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, Precision, ConfigurationError)
 
 
 @dataclass(frozen=True)
@@ -271,8 +276,17 @@ def _scale(data: Mapping[str, Any], where: str) -> Scale:
     return filled(Scale, {**data, **trainings}, where)
 
 
-def with_seeds(scale: Scale, seeds: Sequence[int] | None) -> Scale:
-    """The same scale with other seeds, if there are any."""
+def changed(scale: Scale, seeds: Sequence[int] | None = None, precision: Precision | None = None) -> Scale:
+    """The same scale with other seeds, or trained in another precision.
+
+    Raises:
+        ConfigurationError: no such precision, or nothing is trained.
+    """
+    if precision is not None:
+        if scale.dense is None:
+            raise ConfigurationError(f"precision={precision!r}: nothing is trained at this scale")
+        scale = replace(scale, dense=replace(scale.dense, precision=precision))
+        scale = scale if scale.tune is None else replace(scale, tune=replace(scale.tune, precision=precision))
     return scale if not seeds else replace(scale, seeds=tuple(seeds))
 
 

@@ -7,13 +7,15 @@ import time
 from statistics import fmean
 from typing import Any
 
+import torch
 from pytorch_lightning import seed_everything
 from torch import nn
 
 from lightning_prune.experiments.reproduce.building import criterion, schedule, selection
-from lightning_prune.experiments.reproduce.cells import Cell, Study
+from lightning_prune.experiments.reproduce.cells import Cell, Study, partial_path
 from lightning_prune.experiments.reproduce.pruned import dense_row
 from lightning_prune.experiments.reproduce.recipe import Row
+from lightning_prune.files import atomic
 from lightning_prune.session import PruningSession
 from lightning_prune.tasks import Task
 
@@ -27,8 +29,8 @@ def rounds(study: Study, row: Row, seed: int) -> Cell:
     if row.dense:
         return dense_row(study, row, dense, seed)
     started = time.perf_counter()
-    how = study.pruning(row)
-    seed_everything(seed + 1, verbose=False)
+    how, path = study.pruning(row), study.row_path(row, seed)
+    kept = partial_path(path)
     task = study.task(row.model, "tune", dense.weights)
     total, pairs = _channels(task), _pairs(task)
     session = PruningSession(
@@ -40,8 +42,14 @@ def rounds(study: Study, row: Row, seed: int) -> Cell:
         coupling=how.coupling,
     )
     found: list[dict[str, Any]] = []
-    reached = dense.cell.values[study.metric]
+    if kept.is_file():  # a process before this one was killed
+        state = torch.load(kept, weights_only=True)
+        session.load_state_dict(state["session"])
+        task.load_state_dict(state["task"])
+        found, started = state["found"], started - state["seconds"]
     while not session.done:
+        seed_everything(seed + 1 + 1000 * len(found), verbose=False)
+        reached = found[-1]["after"] if found else dense.cell.values[study.metric]
         batches = itertools.islice(study.data.train_dataloader(), how.score_batches)
         step = session.step(batches, _loss, reconstruct=True)
         before = study.reached(task)[study.metric]
@@ -59,7 +67,10 @@ def rounds(study: Study, row: Row, seed: int) -> Cell:
                 "drop": reached - before,
             }
         )
-        reached = after
+        state = {"session": session.state_dict(), "task": task.state_dict(), "found": found}
+        with atomic(kept) as stream:
+            torch.save({**state, "seconds": time.perf_counter() - started}, stream)
+        study.tell(path, found[-1])
     values = {"drop": fmean(one["drop"] for one in found), "channels": float(found[-1]["left"])}
     for share in SHARES:
         nearest = min(found, key=lambda one: abs(one["share"] - share))

@@ -10,14 +10,14 @@ from typing import Any
 
 from lightning_prune.errors import PlanError, PruningError, first_line
 from lightning_prune.experiments.comparison.cells import read_kept
-from lightning_prune.experiments.reproduce.cells import Cell, Study, machine
+from lightning_prune.experiments.reproduce.cells import Cell, Progress, Study, machine
 from lightning_prune.experiments.reproduce.costs import count_published
 from lightning_prune.experiments.reproduce.feature_maps import feature_maps
 from lightning_prune.experiments.reproduce.pruned import masked, pruned
-from lightning_prune.experiments.reproduce.recipe import KindName, Recipe, Row, Scale, read_recipe, with_seeds
+from lightning_prune.experiments.reproduce.recipe import KindName, Recipe, Row, Scale, changed, read_recipe
 from lightning_prune.experiments.reproduce.rounds import rounds
 from lightning_prune.experiments.reproduce.timed import timed
-from lightning_prune.experiments.runner import quiet
+from lightning_prune.experiments.runner import Precision, quiet
 from lightning_prune.files import atomic, check_writable
 
 KINDS: dict[KindName, Callable[[Study, Row, int], Cell]] = {
@@ -84,11 +84,15 @@ def reproduce(
     *,
     data: str | None = None,
     seeds: Sequence[int] | None = None,
+    precision: Precision | None = None,
     only: Sequence[str] = (),
     progress: bool = False,
+    on_progress: Progress | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Reproduction:
     """Compute the rows of a recipe at a scale; nothing is computed twice, in whatever way the run before ended.
+
+    A training that was killed goes on after its last whole epoch, or round.
 
     A row that is refused, or fails, is noted with its reason, and the others go on. Ctrl-C ends the run with what
     there is.
@@ -99,8 +103,10 @@ def reproduce(
         output: folder for cells and dense weights.
         data: folder that takes the place of ``{data}`` in the recipe.
         seeds: instead of the scale's.
+        precision: of all training, such as ``bf16-mixed``, instead of the scale's; tests are in float32.
         only: patterns, or parts, of the labels of rows; the others are left out.
         progress: show progress bars.
+        on_progress: called after every epoch, or round, with what is trained and what came out: plain numbers.
         on_outcome: called with every cell and refusal as soon as it is known.
 
     Raises:
@@ -109,11 +115,11 @@ def reproduce(
         PlanError: a seed twice, or out of range.
     """
     recipe = read_recipe(recipe) if isinstance(recipe, str) else recipe
-    settings, output = with_seeds(recipe.scale(scale), seeds), Path(output)
+    settings, output = changed(recipe.scale(scale), seeds, precision), Path(output)
     if len(set(settings.seeds)) < len(settings.seeds) or any(not 0 <= seed < 2**31 for seed in settings.seeds):
         raise PlanError(f"seeds must be integers in [0, 2**31), each once, got {list(settings.seeds)}")
     check_writable(output / "page.md")
-    study = Study(recipe, settings, output, data, progress=progress)
+    study = Study(recipe, settings, output, data, progress=progress, on_progress=on_progress)
     found = Reproduction(recipe, scale, settings, recipe.chosen(settings, only))
     try:
         with quiet():

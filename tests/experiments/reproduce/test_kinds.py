@@ -139,8 +139,14 @@ def test_channels_go_round_by_round_and_accuracy_is_read_before_and_after(tmp_pa
             "init_args": {"channels": 6, "batches": 2, "intensive_every": 2, "intensive_epochs": 1},
         },
     }
-    changes = {"kind": "rounds", "rows": rows, "prune": prune, "columns": {"drop": "lost"}}
-    found = cells(tmp_path, {**changes, **smoke(dense={"epochs": 4})})
+    changes = {
+        "kind": "rounds",
+        "rows": rows,
+        "prune": prune,
+        "columns": {"drop": "lost"},
+        **smoke(dense={"epochs": 4}),
+    }
+    found = cells(tmp_path / "whole", changes)
     rounds = found["Taylor"].more["rounds"]
     assert [one["epochs"] for one in rounds] == [0, 1, 0]
     left = [one["left"] for one in rounds]
@@ -150,6 +156,19 @@ def test_channels_go_round_by_round_and_accuracy_is_read_before_and_after(tmp_pa
     assert rounds[1]["before"] != rounds[1]["after"]
     assert rounds[1]["drop"] == pytest.approx(rounds[0]["after"] - rounds[1]["before"])
     assert found["net"].values["acc"] - rounds[0]["before"] == pytest.approx(rounds[0]["drop"])
+
+    def kill(name: str, values: dict) -> None:
+        if values == rounds[1]:
+            raise KeyboardInterrupt
+
+    killed = reproduce(recipe(changes), "smoke", tmp_path / "killed", on_progress=kill)
+    assert [cell.row for cell in killed.cells] == ["net"]
+    said: list[dict] = []
+    resumed = reproduce(
+        recipe(changes), "smoke", tmp_path / "killed", on_progress=lambda name, values: said.append(values)
+    )
+    assert said == rounds[2:]
+    assert resumed.cells[1].more["rounds"] == rounds
 
 
 # --- latency and ROC of a plain row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import lightning_prune as lp
 from lightning_prune.errors import ConfigurationError, DataError, PlanError
 from lightning_prune.experiments.reproduce import Cell, Refused, Reproduction, reproduce
 from lightning_prune.experiments.reproduce.cells import Study
-from tests.experiments.reproduce.tiny import CONTENT, HERE, Counting, recipe, smoke
+from tests.experiments.reproduce.tiny import CONTENT, HERE, SGD, Counting, recipe, smoke
 
 BROKEN = {"label": "broken", "model": "net", "criterion": {"class_path": f"{HERE}.Broken"}}
 REFUSED = {
@@ -117,6 +118,58 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [cell.row for cell in found.cells] == ["net", "net L1 .5", "net GM .5"]
     assert found.cells[0] == done[0]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+@pytest.mark.parametrize("order", ["A", "B"])
+def test_a_killed_training_goes_on_after_its_last_whole_epoch(order: str, tmp_path: Path) -> None:
+    three = {"epochs": 3, "optimizer": SGD}
+    changes = {"prune": {"order": order}, **smoke(dense=three, tune=three, choose="best")}
+    names: list[tuple[str, int]] = []
+    whole = run(
+        tmp_path / "whole", changes, only=["L1"], on_progress=lambda name, row: names.append((name, row["epoch"]))
+    )
+    dense, tuned = "dense-net-seed0", "net-L1-.5-seed0"
+    assert names == [(name, epoch) for name in (dense, tuned) for epoch in range(3)]
+
+    names.clear()
+
+    def kill(name: str, row: dict) -> None:
+        names.append((name, row["epoch"]))
+        if names in ([(dense, 0), (dense, 1)], [*killed, (dense, 1), (dense, 2), (tuned, 0), (tuned, 1), (tuned, 2)]):
+            killed[:] = names
+            raise Killed
+
+    killed: list[tuple[str, int]] = []
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", changes, only=["L1"], on_progress=kill)
+    began = time.perf_counter()
+    found = run(tmp_path / "killed", changes, only=["L1"], on_progress=kill)
+    took = time.perf_counter() - began
+    assert names == [*killed, (tuned, 2)]
+    assert not list((tmp_path / "killed" / "cells").glob("*.ckpt"))
+    (cell,), (expected,) = found.cells, whole.cells
+    assert cell.values.keys() == expected.values.keys()
+    timed = {"time", "epoch"}
+    assert {k: v for k, v in cell.values.items() if k not in timed} == {
+        k: v for k, v in expected.values.items() if k not in timed
+    }
+    for name in ("epoch", "train_loss", "val_loss", "accuracy"):
+        assert [row[name] for row in cell.curve] == [row[name] for row in expected.curve]
+    elapsed = [row["elapsed_seconds"] for row in cell.curve]
+    assert elapsed == sorted(elapsed)
+    assert cell.seconds > elapsed[1]
+    assert cell.seconds < took + elapsed[1]
+
+
+def test_precision_is_of_training_and_its_cells_are_others(tmp_path: Path) -> None:
+    exact = run(tmp_path, only=["L1"])
+    coarse = run(tmp_path, only=["L1"], precision="bf16-mixed")
+    assert Counting.steps
+    assert coarse.cells[0].curve[0]["train_loss"] != exact.cells[0].curve[0]["train_loss"]
+    assert coarse.cells[0].more["lossless"] < 1e-10
+    with pytest.raises(ConfigurationError, match="precision must be one of"):
+        run(tmp_path, precision="bf8")
 
 
 def test_a_dense_model_whose_weights_are_lost_is_trained_again(tmp_path: Path) -> None:
