@@ -13,12 +13,14 @@ from pathlib import Path
 from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of, rate, seed
 
 #: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`,
-#: `experiments.comparison.run.SelectionName` and `experiments.reproduce.recipe.SCALES`, which import torch.
+#: `experiments.comparison.run.SelectionName`, `experiments.reproduce.recipe.SCALES` and `experiments.runner.Precision`,
+#: which import torch.
 COUPLINGS = ("joint", "union", "intersection")
 FORMATS = ("onnx", "torch_export")
 SELECTIONS = ("global", "layer", "flops")
 METHODS = ("minmax", "percentile")
 SCALES = ("smoke", "hour", "paper")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 CPUS = ("vnni", "x86", "arm")
 PICTURES = (".html", ".svg")
 #: `lightning_prune.engines.ENGINES`, likewise.
@@ -320,7 +322,7 @@ def reproduce(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", dest="output", type=Path, metavar="DIR", help="default: runs/reproduce/NAME-SCALE")
     add("--data", metavar="FOLDER", help="where the data sets lie that the scale names")
     add("--seeds", type=list_of(seed), metavar="0,1,2", help="default: the scale's")
-    add("--precision", metavar="P", help="of training, such as bf16-mixed; default: the scale's")
+    add("--precision", choices=PRECISIONS, help="of training; default: the scale's, which is 32-true")
     add("--only", type=list_of(str), default=[], metavar="A,B", help="rows with this in their label, or such patterns")
     return parser.parse_args(argv)
 

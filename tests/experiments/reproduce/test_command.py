@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from lightning_prune.cli import main
+from lightning_prune.cli.options import PRECISIONS
 from lightning_prune.cli.options import SCALES as CLI_SCALES
 from lightning_prune.experiments.reproduce import SCALES, recipe_names
+from lightning_prune.experiments.runner import Precision
 from tests.experiments.reproduce.tiny import CONTENT
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +32,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_choices_are_those_of_the_library() -> None:
     assert CLI_SCALES == SCALES
+    assert get_args(Precision) == PRECISIONS
 
 
 def test_it_lists_what_can_be_reproduced(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
