@@ -229,7 +229,7 @@ class GroupSparsityCallback(Callback):
         session, selection = self._session, self.selection
 
         def scorer_of(copied: nn.Module) -> Scorer:
-            return Scorer(copied, session.graph, self.criterion)
+            return Scorer(copied, session.graph, self.criterion, bn_mode="keep")
 
         scores = summed_up(trainer, pl_module, scorer_of, self.score_batches)
         if selection is None:

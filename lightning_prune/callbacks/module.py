@@ -42,9 +42,9 @@ def example_inputs(module: LightningModule, given: Any) -> Any:
     inputs = module.example_input_array if given is None else given
     if inputs is None:
         raise CallbackError(
-            "no example inputs, and no training_step that calls self(...): set self.example_input_array in the "
-            "LightningModule, or pass example_inputs=... to the callback (a tensor, a tuple, or a dict, as the "
-            "module's forward takes them)"
+            "no example inputs, and no training_step that calls self(...), or the part that forward hands its input "
+            "to: set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback (a "
+            "tensor, a tuple, or a dict, as the module's forward takes them)"
         )
     trainer = module._trainer
     if trainer is not None:

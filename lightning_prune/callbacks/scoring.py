@@ -48,7 +48,8 @@ class ScoringCallback(Callback):
             None: all.
         score_epochs: passes over them.
         update_weights: score while training (for ``score_epochs`` epochs) instead of on frozen weights.
-        bn_mode: ``eval`` (frozen statistics) or ``train`` while scoring on frozen weights.
+        bn_mode: of batch norms and dropouts while scoring on frozen weights: ``eval`` (frozen statistics) or ``train``;
+            the rest of the module takes the branches of training.
         start: the epoch at whose start scoring begins (0: before training, others: after that many epochs of
             warm-up), or ``end``: when training is over.
         scores: of an earlier pass over this model (or the file that `Scores.save` wrote), instead of a first pass.
@@ -274,7 +275,7 @@ class ScoringCallback(Callback):
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On frozen weights, now; random state and everything else of the run stay as they are."""
-        scorer_of = partial(self._run.session.scorer, self.bn_mode)
+        scorer_of = partial(self._run.session.scorer, "keep" if self.bn_mode == "eval" else self.bn_mode)
         self._keep(trainer, summed_up(trainer, pl_module, scorer_of, self.score_batches, self.score_epochs))
 
     def _score_again_when_due(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:

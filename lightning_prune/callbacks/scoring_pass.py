@@ -67,7 +67,8 @@ def summed_up(
     Args:
         trainer: whose training data are seen.
         pl_module: of the model as it is.
-        scorer_of: makes the scorer of a copy of the module.
+        scorer_of: makes the scorer of a copy of the module; if it keeps the modes, the step takes the branches of
+            training while batch norms and dropouts are in eval mode.
         amount: of batches, per process.
         passes: over them.
     """
@@ -75,6 +76,8 @@ def summed_up(
         with failing_together():
             copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
             scorer = scorer_of(copied)
+            if scorer.bn_mode == "keep":
+                _freeze_statistics(copied)
         if scorer.criterion.needs_forward and scorer.graph.prunable_groups:  # a later step may leave none
             title = f"Scoring ({type(scorer.criterion).__name__})"
             with attached(copied, trainer, RunningStage.TRAINING), scorer:
@@ -83,6 +86,16 @@ def summed_up(
                     with failing_together():
                         see_batches(see, partial(run_step, trainer, copied), copied, batches)
     return scores_of_all(scorer)
+
+
+def _freeze_statistics(module: nn.Module) -> None:
+    """Modules without parts, and torch's own, in eval mode; others keep theirs: theirs are the branches of training.
+
+    Detectors return losses in train mode and boxes in eval mode, some classifiers one head more.
+    """
+    for part in module.modules():
+        if next(part.children(), None) is None or type(part).__module__.startswith("torch.nn."):
+            part.training = False
 
 
 def scores_of_all(scorer: Scorer) -> Scores:

@@ -1,68 +1,151 @@
-"""What a module's forward is given in its own training step, where no example was set."""
+"""What a module's forward is given in its own steps, where no example was set."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_prune.callbacks.first_batches import overrides
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint, head
-from lightning_prune.graph.running import untouched
+from lightning_prune.graph.running import call_model, tensors_in, untouched
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.reconstruction.rehearsal import SAMPLES
 
 
-class _Seen(BaseException):
-    """What forward was given; ends the step, also where that catches every Exception."""
+class _Call(NamedTuple):
+    """The first call of a module: its path, "" for the LightningModule itself, and what it was given."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = args, kwargs
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Seen(BaseException):
+    """Ends a step, also where that catches every Exception."""
 
 
 def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
-    """The inputs of the first forward in ``training_step``, of two samples; None if it calls no forward of the module.
+    """The inputs of the first forward in ``training_step``, else in ``validation_step``, of two samples.
 
-    The step runs on a copy, up to that call.
+    A step that calls a part of the module instead, ``self.net(x)``, gives the inputs too, if forward hands what it is
+    given on to that part as it is. The step runs on a copy.
+
+    Returns:
+        None if no step calls such a forward.
 
     Raises:
-        CallbackError: it failed before.
+        CallbackError: a training step failed before it called the module, or there is no forward at all.
     """
-    step = next((entry for entry in steps if entry.name.startswith("training_step")), None)
-    if step is None:
-        return None
-    copied = copy_sharing_tensors(pl_module)
-
-    def stop(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Seen(args, kwargs)
-
-    copied.register_forward_pre_hook(stop, with_kwargs=True)
-    step = head(step.own(), SAMPLES)
-    with untouched(copied):
+    for name in ("training_step", "validation_step"):
+        step = next((entry for entry in steps if entry.name.startswith(name)), None)
         try:
-            step.call(copied, step.inputs)
-        except _Seen as seen:
-            return _as_example(pl_module, *seen.arguments)
-        except Exception as error:
-            raise CallbackError(
-                f"no example inputs, and {step.name} raised {type(error).__name__} before it called self(...): "
-                f"{error}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the "
-                "callback"
-            ) from error
+            call = None if step is None else _first_call(pl_module, step)
+        except CallbackError:
+            if name == "training_step":
+                raise
+            continue
+        if call is None:
+            continue
+        if not overrides(pl_module, "forward"):
+            raise CallbackError(_no_forward(pl_module, name, call.path))
+        example = _as_example(pl_module, call)
+        if example is not None and (not call.path or _hands_on(pl_module, example, call)):
+            return example
     return None
 
 
-def _as_example(pl_module: LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
+    return (
+        f"{type(pl_module).__name__} defines no forward, which says what the smaller model will be used for; {step} "
+        f"calls self.{path}(...). Define it, such as `def forward(self, x): return self.{path}(x)`"
+    )
+
+
+def _first_call(pl_module: LightningModule, step: EntryPoint) -> _Call | None:
+    """What a step calls: the module itself, or else the first of its parts."""
+    failure: Exception | None = None
+    for tried in (head(step, SAMPLES), step):  # not every batch can be cut
+        own = tried.own()
+        try:
+            calls = _calls(pl_module, own, "", training=True in step.modes)
+        except Exception as error:  # noqa: BLE001 - whatever a user's step may raise
+            failure = error
+            continue
+        return calls[-1] if calls and not calls[-1].path else next(iter(calls), None)
+    raise CallbackError(
+        f"no example inputs, and {step.name} raised {type(failure).__name__} before it called self(...): {failure}. "
+        "Set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback"
+    ) from failure
+
+
+def _hands_on(pl_module: LightningModule, example: Any, call: _Call) -> bool:
+    """Whether forward gives what it is given to the same part, as it is."""
+    try:
+        calls = _calls(pl_module, EntryPoint("forward", call_model, example), call.path)
+    except Exception:  # noqa: BLE001 - then these are no inputs of forward
+        return False
+    found = next((one for one in calls if one.path), None)
+    if found is None or found.path != call.path:
+        return False
+    given, expected = (tensors_in((one.args, one.kwargs)) for one in (found, call))
+    return len(given) == len(expected) and all(map(torch.equal, given, expected))
+
+
+def _calls(pl_module: LightningModule, entry: EntryPoint, until: str, *, training: bool = False) -> list[_Call]:
+    """The first call of the module and of one of its parts, in their order; the run ends at the one of this path.
+
+    What the run raises after a call is of no interest: a loss may want more samples.
+    """
+    copied, found = copy_sharing_tensors(pl_module).train(training), list[_Call]()
+    with untouched(copied), _watched(copied, found, until):
+        try:
+            entry.call(copied, entry.inputs)
+        except _Seen:
+            pass
+        except Exception:
+            if not found:
+                raise
+    return found
+
+
+@contextmanager
+def _watched(module: nn.Module, found: list[_Call], until: str) -> Iterator[None]:
+    handles = []
+    for path, part in module.named_modules():
+
+        def note(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            if not any(bool(call.path) == bool(path) for call in found):
+                found.append(_Call(path, args, kwargs))
+            if path == until:
+                raise _Seen
+
+        handles.append(part.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_example(pl_module: LightningModule, call: _Call) -> Any:
     """A tensor, a tuple of positional arguments or a dict of named ones; None if they have to be mixed."""
+    _, args, kwargs = call
     if not kwargs:
         return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
     signature = inspect.signature(pl_module.forward)
     named: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # those of a part, which forward does not take
+        return None
+    for name, value in arguments.items():
         kind = signature.parameters[name].kind
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
             return None

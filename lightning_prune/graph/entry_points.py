@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.running import RunningModules, call_model, map_tensors, tensors_in
 
+IMAGE_CHANNELS = (1, 3, 4)
+
 
 @dataclass(frozen=True)
 class EntryPoint:
@@ -52,8 +54,9 @@ class EntryPoint:
 
     @property
     def samples(self) -> int:
-        """How many its batch has: the leading size of its first tensor."""
-        return next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim()), 0)
+        """How many its batch has: the images of a list, else the leading size of its first tensor."""
+        listed = _listed(self.inputs)
+        return listed or next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim()), 0)
 
     def own(self) -> EntryPoint:
         """The same on copies of its tensors: a model may change its inputs in place."""
@@ -97,6 +100,23 @@ def head(entry: EntryPoint, samples: int) -> EntryPoint:
     """The same on the first few samples of its batch."""
     leading = entry.samples
     return entry if leading <= samples else replace(entry, inputs=_head(entry.inputs, leading, samples))
+
+
+def _listed(value: Any) -> int:
+    """How many samples a list holds: images (C, H, W), as detectors take them, or each with its target; 0: no such."""
+    if isinstance(value, Mapping):
+        return next((found for item in value.values() if (found := _listed(item))), 0)
+    if type(value) not in (list, tuple):
+        return 0
+    if len(value) and all(_is_sample(item) for item in value):
+        return len(value)
+    return next((found for item in value if (found := _listed(item))), 0)
+
+
+def _is_sample(value: Any) -> bool:
+    first = next((tensor for tensor in tensors_in(value) if tensor.dim()), None)
+    image = first is not None and first.dim() == 3 and first.is_floating_point() and len(first) in IMAGE_CHANNELS
+    return image and (first is value or not _listed(value))
 
 
 def _head(value: Any, leading: int, samples: int) -> Any:

@@ -43,24 +43,46 @@ class Named(Task):
 
 
 class Around(Task):
-    """Calls another module than itself."""
+    """Calls a part of itself, which forward hands its input to."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
 
-def loader(count: int = 8) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(images(count), torch.arange(count) % 5), 4, shuffle=True)
+class Elsewhere(Around):
+    """The part that it calls is given something else by forward."""
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return self.net(x / 255)
+
+
+class OfValidation(Elsewhere):
+    """Only the validation step calls forward."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("mean", self(batch[0]).mean())
+
+
+class NoForward(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build("Residual").train()
+
+    training_step, configure_optimizers = Around.training_step, Task.configure_optimizers
+
+
+def loader(count: int = 8, *, shuffle: bool = True) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(images(count), torch.arange(count) % 5), 4, shuffle=shuffle)
 
 
 def fit(task: Task, example: Any = None, **options: Any) -> lp.PruneCallback:
     torch.manual_seed(0)
     callback = lp.PruneCallback("taylor", ratio=0.5, reconstruct="before", example_inputs=example, **options)
-    trainer(callback, epochs=2).fit(task, loader())
+    trainer(callback, epochs=2).fit(task, loader(), loader(shuffle=False) if isinstance(task, OfValidation) else None)
     return callback
 
 
-@pytest.mark.parametrize("kind", [Task, Named])
+@pytest.mark.parametrize("kind", [Task, Named, Around, OfValidation])
 def test_the_run_is_the_one_that_an_example_gives(kind: type[Task]) -> None:
     own, told = kind(), kind()
     found, expected = fit(own), fit(told, example=images(2))
@@ -79,10 +101,36 @@ def test_two_samples_of_what_forward_got_are_the_example() -> None:
     assert task.example_input_array is None
 
 
-def test_a_step_that_calls_another_module_needs_an_example() -> None:
+def test_a_step_that_calls_another_module_than_forward_needs_an_example() -> None:
     with pytest.raises(CallbackError, match=r"no training_step that calls self\(.*: set self.example_input"):
-        fit(Around())
-    assert fit(Around(), example=images(2)).masking.plan
+        fit(Elsewhere())
+    assert fit(Elsewhere(), example=images(2)).masking.plan
+
+
+def test_a_module_without_forward_is_told_what_to_write() -> None:
+    with pytest.raises(CallbackError, match=r"NoForward defines no forward.*: return self.net\(x\)`"):
+        fit(NoForward())
+
+
+class ListTask(Task):
+    """Images of several sizes in a list, as detectors take them."""
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return torch.cat([self.net(image[None]) for image in images])
+
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(list(batch[0])), torch.stack([one["label"] for one in batch[1]]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_images_in_a_list_are_the_samples_and_keep_their_channels(count: int) -> None:
+    items = [(image[:, : 8 + n % 2], {"label": torch.tensor(n % 5)}) for n, image in enumerate(images(8, size=9))]
+    loader = DataLoader(items, count, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    callback = lp.PruneCallback("taylor", ratio=0.5)
+    trainer(callback).fit(ListTask(), loader)
+    (example,) = callback.scoring.run.session.example_inputs
+    assert [tuple(image.shape) for image in example] == [(3, 8, 9), (3, 9, 9)]
+    assert "training_step" in callback.reconstruction.lossless.compared
 
 
 class Failing(Task):

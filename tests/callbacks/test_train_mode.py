@@ -131,3 +131,45 @@ def test_batches_that_training_skips_are_not_scored(criterion):
 def test_nothing_but_skipped_batches_is_refused(criterion):
     with pytest.raises(ScoreError, match=r"training_step returned NoneType, not a loss, for all 4 batches"):
         fit(Skips(lambda _: True), ScoringCallback(criterion), epochs=1)
+
+
+class Branches(nn.Module):
+    """Two results in train mode, as some detectors and classifiers have it."""
+
+    modes: set = set()  # noqa: RUF012  # of all copies
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 5)
+        self.norm, self.drop = nn.BatchNorm2d(8), nn.Dropout(0.9)
+        self.double()
+
+    def forward(self, x):
+        self.modes.add((self.training, self.norm.training, self.drop.training))
+        x = self.drop(torch.relu(self.norm(self.body(x)))).mean((2, 3))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+class Auxiliary(Task):
+    def __init__(self):
+        super().__init__()
+        self.net = Branches()
+
+    def training_step(self, batch, batch_idx):
+        out, aux = self.net(batch[0])
+        return nn.functional.cross_entropy(out, batch[1]) + nn.functional.cross_entropy(aux, batch[1])
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "jre", DCP(heads=0)], ids=str)
+def test_scoring_takes_the_branches_of_training_with_frozen_statistics(criterion, monkeypatch):
+    task, seen = Auxiliary(), []
+    score = ScoringCallback._score
+
+    def watched(self, trainer, module):
+        Branches.modes.clear()
+        score(self, trainer, module)
+        seen.append((set(Branches.modes), module.net.training, float(module.net.norm.running_mean.abs().sum())))
+
+    monkeypatch.setattr(ScoringCallback, "_score", watched)
+    fit(task, ScoringCallback(criterion, score_batches=2), epochs=1)
+    assert seen == [({(True, False, False)}, True, 0.0)]

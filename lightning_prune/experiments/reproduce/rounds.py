@@ -18,6 +18,7 @@ from lightning_prune.experiments.reproduce.recipe import Row
 from lightning_prune.files import atomic
 from lightning_prune.session import PruningSession
 from lightning_prune.tasks import Task
+from lightning_prune.tensor_files import read_tensors
 
 SHARES = (67, 50, 33, 25, 17, 12, 8)  # per cent of channels left at which the paper's curve is read off
 NEAR = 2.0  # points that a round may lie beside one of them
@@ -43,7 +44,7 @@ def rounds(study: Study, row: Row, seed: int) -> Cell:
     )
     found: list[dict[str, Any]] = []
     if kept.is_file():  # a process before this one was killed
-        state = torch.load(kept, weights_only=True)
+        state = read_tensors(kept)
         session.load_state_dict(state["session"])
         task.load_state_dict(state["task"])
         found, started = state["found"], started - state["seconds"]
