@@ -23,7 +23,7 @@ from tests.callbacks.random_data import Images, training_data, unpack, validatio
 from tests.callbacks.random_runs import Watcher, prune_callback, trainer
 from tests.callbacks.random_tasks import RandomTask, Spec, build, spec
 
-ORDINARY, SLOW, PART = 25, 2000, 250
+ORDINARY, SLOW, PART = 15, 2000, 250
 
 
 def batches(form: str, sizes: tuple[int, ...]) -> list[Any]:

@@ -36,7 +36,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "before": {"reconstruct": "before"},
     "during": {"reconstruct": "during", "schedule": Gradual(2)},
     "after": {"reconstruct": "after"},
-    "while training": {"reconstruct": "before", "update_weights": True},
     "union": {"reconstruct": "before", "coupling": "union"},
     "unused": {"reconstruct": "during", "schedule": Gradual(2)},
     "distilled": {"reconstruct": "before"},
@@ -57,11 +56,9 @@ class Differs(Selection):
 
 RUNS["longer scoring"] = {"reconstruct": "before", "update_weights": True, "score_epochs": 2}
 RUNS["static graph"] = {"reconstruct": "during", "schedule": Gradual(2)}
-RUNS["bucket views"] = {"reconstruct": "during", "schedule": Gradual(2)}
 RUNS["accumulated"] = {"reconstruct": "during", "schedule": Rounds(6, batches=1)}
 DDP: dict[str, dict[str, Any]] = {  # else unused parameters are looked for
     "static graph": {"static_graph": True},
-    "bucket views": {"gradient_as_bucket_view": True},
     "accumulated": {"gradient_as_bucket_view": True},
 }
 RUNS["measured"] = {"reconstruct": "before", "selection": Differs()}
