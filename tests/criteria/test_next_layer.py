@@ -222,5 +222,5 @@ def test_next_layers_that_see_other_numbers_of_samples_are_refused():
     torch.manual_seed(0)
     model = Regions().double()
     images, labels = zoo.images(2), torch.arange(2)
-    with pytest.raises(ScoreError, match=r"region: called with 4 samples where another layer .* has 2"):
+    with pytest.raises(ScoreError, match=r"region: called with 4 samples where head, .* has 2"):
         score(model, lp.trace(model, images), NextLayerTaylor(), [(images, labels)], loss)

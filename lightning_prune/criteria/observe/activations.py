@@ -148,4 +148,5 @@ class ActivationWatcher(Watcher):
             found = tap.partial(maps, slope)
             for key, index in port.audience[tap]:
                 channels = functional.gather_channels(found, index)
-                self.seen[key].add(channels, maps.shape[-1], differentiated=gradient is not None)
+                seen = self.seen[key][len(channels)]
+                seen.add(channels, maps.shape[-1], differentiated=gradient is not None)

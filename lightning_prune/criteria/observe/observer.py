@@ -101,15 +101,16 @@ class Observer:
         with stack:
             if discard:
                 return
-            seen = {key: found for watcher in self._watchers for key, found in watcher.seen.items()}
-            arrived = {key for key, found in seen.items() if found.differentiated}
+            by_key = [item for watcher in self._watchers for item in watcher.seen.items()]
+            seen = [(key, found) for key, of in by_key for found in of.values()]
+            arrived = {key for key, found in seen if found.differentiated}
             if not arrived and any(tap.gradient for tap in self.taps):
                 raise ScoreError(
                     f"{self._criterion!r} needs gradients, but no backward pass reached a layer in this batch; "
                     f"{self._scored_on()}"
                 )
             self._differentiated |= arrived
-            for key, found in seen.items():
+            for key, found in seen:
                 channels, tap = found.partial, found.tap
                 if tap.gradient and not tap.joint:
                     channels = channels * float(len(channels)) ** tap.degree

@@ -57,7 +57,7 @@ class ReaderOutputWatcher(Watcher):
             chunks = (channel_contributions(module, value, some, gradient.shape) for some in index.split(tap.chunk))
             found = torch.cat([tap.partial(chunk, slope) for chunk in chunks], 1)
             for key in keys:
-                self.seen[key].add(found, differentiated=True)
+                self.seen[key][len(found)].add(found, differentiated=True)
 
 
 class SampledOutputWatcher(Watcher):

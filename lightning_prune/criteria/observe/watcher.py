@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,17 @@ from lightning_prune.graph.groups import Group, Layer
 
 @dataclass
 class Seen:
-    """What one tap has seen under one key in the current batch; ``partial`` is (samples, channels)."""
+    """What one tap has seen of some samples under one key in the current batch; ``partial`` is (samples, channels).
+
+    Attributes:
+        callers: paths of the modules that have shown it something.
+    """
 
     tap: Tap
     partial: Tensor
     positions: int = 0
     differentiated: bool = False
+    callers: set[str] = field(default_factory=set)
 
     def add(self, found: Tensor, positions: int = 0, *, differentiated: bool = False) -> None:
         self.partial = self.partial + found.to(self.partial.device)
@@ -45,7 +50,7 @@ class Watcher(ABC):
         self.model = model
         self.audience: dict[str, list[Any]] = {}  # of every module or parameter that is watched
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the sum of every key
-        self.seen: dict[str, Seen] = {}  # per key, in the current batch
+        self.seen: dict[str, dict[int, Seen]] = {}  # per key and number of samples, in the current batch
         self.edges: list[GradientEdge] = []  # what to differentiate with respect to
         self.without_grad: set[str] = set()  # keys whose layers ever ran where no gradient can be taken
         self.hooks = ExitStack()
@@ -70,16 +75,23 @@ class Watcher(ABC):
         self.edges.clear()
 
     def open(self, where: str, key: str, tap: Tap, shape: tuple[int, int], device: torch.device) -> Seen:
-        """The sum of a key, (samples, channels), which starts from zero."""
-        if key not in self.seen:
-            self.seen[key] = Seen(tap, torch.zeros(shape, dtype=torch.float64, device=device))
-        seen = self.seen[key]
-        if len(seen.partial) != shape[0]:
-            raise ScoreError(
-                f"{where}: called with {shape[0]} samples where another layer that reads the same channels, or another "
-                f"call in the same batch, has {len(seen.partial)}, which cannot be added up; score on one batch per "
-                "step, or by another criterion, such as Taylor"
-            )
+        """The sum of a key, (samples, channels), which starts from zero.
+
+        Calls of one module with other numbers of samples (of two loaders, labelled and not) are of other samples; of
+        two modules that read the same channels they cannot be told apart.
+        """
+        known = self.seen.setdefault(key, {})
+        if shape[0] not in known:
+            others = [(path, samples) for samples, seen in known.items() for path in seen.callers]
+            if others and where not in dict(others):
+                path, samples = others[0]
+                raise ScoreError(
+                    f"{where}: called with {shape[0]} samples where {path}, which reads the same channels, has "
+                    f"{samples}, which cannot be added up; score by another criterion, such as Taylor"
+                )
+            known[shape[0]] = Seen(tap, torch.zeros(shape, dtype=torch.float64, device=device))
+        seen = known[shape[0]]
+        seen.callers.add(where)
         return seen
 
     def await_gradient(self, where: str, tensor: Tensor, value: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:

@@ -56,7 +56,7 @@ class WeightWatcher(Watcher):
     def _arrive(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         for key, tap, dim, index, start in self.audience[name]:
             value, slope = (functional.by_position(tensor[None], dim + 1) for tensor in (weight, gradient))
-            found, seen = tap.partial(value, slope), self.seen[key]
+            found, (seen,) = tap.partial(value, slope), self.seen[key].values()
             if tap.joint:
                 rows = found[index.to(found.device)].flatten(1)
                 seen.partial[:, start : start + rows.shape[1]] = rows
