@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lightning_prune.callbacks import (
     EpochTimerCallback,
@@ -225,3 +226,17 @@ def test_modules_of_the_task_may_be_ignored():
     plan = callback.masking.plan
     assert plan.groups
     assert not any("stem" in layer for group in plan.groups.values() for layer in group.layers)
+
+
+def test_channels_that_are_told_of_are_filters_where_several_go_together(caplog):
+    class Grouped(Task):
+        def __init__(self):
+            super().__init__()
+            body = nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 24, 3)
+            self.net = nn.Sequential(*body, nn.Flatten(), nn.Linear(384, 5)).double()
+
+    task = Grouped()
+    with caplog.at_level("INFO", logger="pytorch_lightning"):
+        fit(task, PruneCallback(L1(), selection=LayerRatio(0.5)), epochs=1)
+    filters = task.net[0].out_channels + task.net[3].out_channels
+    assert f"Masked {40 - filters} of 40 channels" in caplog.text
