@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,12 +36,12 @@ class Latency:
 
     Example:
         >>> Latency.of([4.0, 8.0, 6.0, 1.0])
-        Latency(median=5.0, iqr=3.25, samples=(4.0, 8.0, 6.0, 1.0))
+        Latency(median=5.0, iqr=3.25)
     """
 
     median: float
     iqr: float
-    samples: tuple[float, ...]
+    samples: tuple[float, ...] = field(repr=False)
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> Latency:
