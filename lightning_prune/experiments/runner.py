@@ -77,7 +77,7 @@ class Runner:
         """Trace a task, left as it is, and score it on its training data, as a fit does before its first step."""
         seed_everything(seed, verbose=False)
         scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
-        self.fit(copied(task), 1, [scoring], max_steps=0)
+        self.fit(copied(task).train(), 1, [scoring], max_steps=0)
         assert scoring.dense_graph is not None
         assert scoring.scores is not None
         return scoring.dense_graph, scoring.scores
