@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.first_batches import overrides
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint, head
-from lightning_prune.graph.running import call_model, tensors_in, untouched
+from lightning_prune.graph.running import call_model, map_tensors, tensors_in, untouched
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.reconstruction.rehearsal import SAMPLES
 
@@ -70,38 +70,40 @@ def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
 
 def _first_call(pl_module: LightningModule, step: EntryPoint) -> _Call | None:
     """What a step calls: the module itself, or else the first of its parts."""
+    part: _Call | None = None
     failure: Exception | None = None
     for tried in (head(step, SAMPLES), step):  # not every batch can be cut
-        own = tried.own()
-        try:
-            calls = _calls(pl_module, own, "", training=True in step.modes)
-        except Exception as error:  # noqa: BLE001 - whatever a user's step may raise
-            failure = error
-            continue
-        return calls[-1] if calls and not calls[-1].path else next(iter(calls), None)
-    raise CallbackError(
-        f"no example inputs, and {step.name} raised {type(failure).__name__} before it called self(...): {failure}. "
-        "Set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback"
-    ) from failure
+        calls, failure = _calls(pl_module, tried.own(), "", training=True in step.modes)
+        if calls and not calls[-1].path:
+            return calls[-1]
+        part = calls[0] if calls else part
+        if failure is None:
+            break
+    if failure is not None and part is None:
+        raise CallbackError(
+            f"no example inputs, and {step.name} raised {type(failure).__name__} before it called self(...): "
+            f"{failure}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback"
+        ) from failure
+    return part
 
 
 def _hands_on(pl_module: LightningModule, example: Any, call: _Call) -> bool:
     """Whether forward gives what it is given to the same part, as it is."""
-    try:
-        calls = _calls(pl_module, EntryPoint("forward", call_model, example), call.path)
-    except Exception:  # noqa: BLE001 - then these are no inputs of forward
-        return False
+    calls, _ = _calls(pl_module, EntryPoint("forward", call_model, example).own(), call.path)
     found = next((one for one in calls if one.path), None)
     if found is None or found.path != call.path:
         return False
     given, expected = (tensors_in((one.args, one.kwargs)) for one in (found, call))
-    return len(given) == len(expected) and all(map(torch.equal, given, expected))
+    alike = len(given) == len(expected) and all(a.dtype == b.dtype for a, b in zip(given, expected, strict=True))
+    return alike and all(map(torch.equal, given, expected))
 
 
-def _calls(pl_module: LightningModule, entry: EntryPoint, until: str, *, training: bool = False) -> list[_Call]:
-    """The first call of the module and of one of its parts, in their order; the run ends at the one of this path.
+def _calls(
+    pl_module: LightningModule, entry: EntryPoint, until: str, *, training: bool = False
+) -> tuple[list[_Call], Exception | None]:
+    """The first call of the module and of one of its parts, in their order, and what was raised.
 
-    What the run raises after a call is of no interest: a loss may want more samples.
+    The run ends at the call of this path.
     """
     copied, found = copy_sharing_tensors(pl_module).train(training), list[_Call]()
     with untouched(copied), _watched(copied, found, until):
@@ -109,10 +111,9 @@ def _calls(pl_module: LightningModule, entry: EntryPoint, until: str, *, trainin
             entry.call(copied, entry.inputs)
         except _Seen:
             pass
-        except Exception:
-            if not found:
-                raise
-    return found
+        except Exception as error:  # noqa: BLE001 - whatever a user's step may raise
+            return found, error
+    return found, None
 
 
 @contextmanager
@@ -122,7 +123,7 @@ def _watched(module: nn.Module, found: list[_Call], until: str) -> Iterator[None
 
         def note(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             if not any(bool(call.path) == bool(path) for call in found):
-                found.append(_Call(path, args, kwargs))
+                found.append(_Call(path, *map_tensors(torch.clone, (args, kwargs))))  # a part may work in place
             if path == until:
                 raise _Seen
 

@@ -142,3 +142,16 @@ def test_a_step_that_fails_before_forward_is_named_with_what_it_raised() -> None
     with pytest.raises(CallbackError, match=r"training_step.* raised KeyError before .*'pixels'") as caught:
         fit(Failing())
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+class Whole(Task):
+    """Calls a part first, and fails on fewer samples than its loader gives."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.net.stem(batch[0])
+        assert len(batch[0]) == 4
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_cannot_be_cut_is_taken_whole() -> None:
+    assert fit(Whole()).scoring.run.session.example_inputs.shape == images(4).shape
