@@ -82,7 +82,8 @@ def _first_call(pl_module: LightningModule, step: EntryPoint) -> _Call | None:
     if failure is not None and part is None:
         raise CallbackError(
             f"no example inputs, and {step.name} raised {type(failure).__name__} before it called self(...): "
-            f"{failure}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback"
+            f"{failure}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the "
+            "callback"
         ) from failure
     return part
 
