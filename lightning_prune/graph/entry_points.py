@@ -55,7 +55,7 @@ class EntryPoint:
     @property
     def samples(self) -> int:
         """How many its batch has: the images of a list, else the leading size of its first tensor."""
-        listed = _listed(self.inputs)
+        listed = _listed(self.inputs, outer=True)
         return listed or next((len(tensor) for tensor in tensors_in(self.inputs) if tensor.dim()), 0)
 
     def own(self) -> EntryPoint:
@@ -102,21 +102,27 @@ def head(entry: EntryPoint, samples: int) -> EntryPoint:
     return entry if leading <= samples else replace(entry, inputs=_head(entry.inputs, leading, samples))
 
 
-def _listed(value: Any) -> int:
-    """How many samples a list holds: images (C, H, W), as detectors take them, or each with its target; 0: no such."""
+def _listed(value: Any, *, outer: bool = False) -> int:
+    """How many samples a list holds: images (C, H, W), as detectors take them, or each with its target; 0: no such.
+
+    Tensors that stand side by side in a batch itself may as well be (N, L, C).
+    """
     if isinstance(value, Mapping):
         return next((found for item in value.values() if (found := _listed(item))), 0)
     if type(value) not in (list, tuple):
         return 0
-    if len(value) and all(_is_sample(item) for item in value):
+    side_by_side = outer and any(isinstance(item, Tensor) for item in value)
+    if len(value) and not side_by_side and all(_is_sample(item) for item in value):
         return len(value)
     return next((found for item in value if (found := _listed(item))), 0)
 
 
 def _is_sample(value: Any) -> bool:
     first = next((tensor for tensor in tensors_in(value) if tensor.dim()), None)
-    image = first is not None and first.dim() == 3 and first.is_floating_point() and len(first) in IMAGE_CHANNELS
-    return image and (first is value or not _listed(value))
+    if first is None or first.dim() != 3 or len(first) not in IMAGE_CHANNELS:
+        return False
+    pixels = first.is_floating_point() or first.dtype == torch.uint8
+    return pixels and (first is value or not _listed(value))
 
 
 def _head(value: Any, leading: int, samples: int) -> Any:
