@@ -18,6 +18,7 @@ from lightning_prune.callbacks.group_sparsity import GroupSparsityCallback
 from lightning_prune.callbacks.module import same_module
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.run import RUNS, check_before_pruning
+from lightning_prune.callbacks.seen_inputs import called_instead
 from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
 from lightning_prune.model_state.copying import copied
@@ -110,12 +111,24 @@ class DistillationCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._part(pl_module)
+        self._check_called(trainer, pl_module)
         self._take_dense(trainer, pl_module)
         assert self.teacher is not None
         self.teacher = trainer.precision_plugin.convert_module(self.teacher).to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_dense(trainer, pl_module)  # what warm-up epochs trained is the dense model
+
+    def _check_called(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse at once a step that calls only parts of the module, rather than after scoring and pruning."""
+        run = RUNS.get(trainer)
+        if self.module is not None or run is None:
+            return
+        if part := called_instead(pl_module, run.steps(pl_module)):
+            raise DistillationError(
+                f"{type(pl_module).__name__}.training_step calls self.{part}(...), not self(...): name the submodule "
+                f"whose output are logits, such as DistillationCallback(module={part!r})"
+            )
 
     def _take_dense(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._given:

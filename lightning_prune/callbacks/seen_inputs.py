@@ -61,6 +61,16 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
     return None
 
 
+def called_instead(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> str:
+    """The part of the module that ``training_step`` calls first if it never calls ``self(...)``; "" if not known."""
+    step = next((entry for entry in steps if entry.name.startswith("training_step")), None)
+    try:
+        call = None if step is None else _first_call(pl_module, step)
+    except CallbackError:
+        return ""
+    return "" if call is None else call.path
+
+
 def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
     return (
         f"{type(pl_module).__name__} defines no forward, which says what the smaller model will be used for; {step} "

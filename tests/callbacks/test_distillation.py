@@ -334,7 +334,7 @@ REFUSED = {
         Task,
         lambda: [DistillationCallback(), PruneCallback("l1")],
         DistillationError,
-        re.escape("training_step did not call self(...) with gradients"),
+        re.escape("training_step calls self.net(...), not self(...)"),
     ),
     "no logits": (Odd, lambda: [DistillationCallback(), PruneCallback("l1")], DistillationError, "got list"),
     "another shape": (
