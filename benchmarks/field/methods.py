@@ -49,7 +49,7 @@ def _peer(criterion: str, **options: object) -> Method:
 
 
 SPARSE = 2  # epochs of sparse learning
-STEPS = 8  # where a method prunes in several before training
+STEPS, MANY = 8, 24  # where a method prunes in several before training
 PART = "taylor_fo"  # the criterion under which single parts of a recipe are judged
 
 METHODS: dict[str, dict[str, Method]] = {
@@ -98,6 +98,14 @@ METHODS: dict[str, dict[str, Method]] = {
         f"{PART}, alike, {STEPS} steps": _ours(PART, uniform=True, steps=STEPS),
         f"{PART}, alike, {STEPS} steps, least squares, distilled": _ours(
             PART, uniform=True, steps=STEPS, repair="least squares", distilled=True
+        ),
+        f"{PART}, alike, {STEPS} steps, distilled": _ours(PART, uniform=True, steps=STEPS, distilled=True),
+        f"{PART}, {MANY} steps, distilled": _ours(PART, steps=MANY, distilled=True),
+        f"{PART}, sparse learning, {MANY} steps, distilled": _ours(
+            PART, sparse_epochs=SPARSE, steps=MANY, distilled=True
+        ),
+        f"{PART}, alike, sparse learning, {STEPS} steps, distilled": _ours(
+            PART, uniform=True, sparse_epochs=SPARSE, steps=STEPS, distilled=True
         ),
         f"thinet, {STEPS} steps, least squares": _ours("thinet", steps=STEPS, repair="least squares"),
         f"thinet, {STEPS} steps, least squares, distilled": _ours(
