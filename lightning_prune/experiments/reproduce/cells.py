@@ -132,6 +132,10 @@ class Study:
             raise ConfigurationError(f"{self.where}: the scale says nothing of {stage!r} training")
         return found
 
+    def trainer(self, stage: str) -> Runner:
+        """What trains at a stage, in its precision."""
+        return replace(self.runner, precision=self.training(stage).precision)
+
     def task(self, model: str, stage: str, weights: Path | None = None) -> LightningModule:
         """A task as it is trained at a stage, with fresh weights or those of a dense model."""
         assert self.scale.task is not None
@@ -181,7 +185,7 @@ class Study:
         best = [BestEpoch(monitor)] if self.scale.choose == "best" else []
         callbacks = [curve, *best, *callbacks, RandomStateCallback(), KeepEpochs(kept)]
         task.to(memory_format=torch.channels_last)  # a third faster on CPUs
-        replace(self.runner, precision=training.precision).fit(task, training.epochs, callbacks, checkpoint=kept)
+        self.trainer(stage).fit(task, training.epochs, callbacks, checkpoint=kept)
         task.to(memory_format=torch.contiguous_format)  # as the dense one is timed
         return Trained(curve.rows, curve.earlier)
 

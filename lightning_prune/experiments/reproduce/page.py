@@ -41,6 +41,7 @@ DECIMALS |= dict.fromkeys(("rpi", "nano", "gpu", "eager", "onnxruntime"), 4)
 SIGNED = ("change",)
 OPTIONAL = ("params_left", "gpu", "gpu_faster")  # where a terminal is too narrow
 Sides = dict[str, dict[str, dict[str, Spread]]]  # {paper or ours: {row: {column: number}}}
+EXACT = "32-true"  # the precision that need not be told of
 CHOSEN = {
     "last": "the last epoch counts, and no image of the test part chooses anything",
     "best": "as published, the epoch that is best on the test images counts",
@@ -72,7 +73,8 @@ def sections(found: Reproduction) -> Iterator[Section]:
     if found.refused:
         reasons = tuple(f"{one.row}, seed {one.seed}: {' '.join(one.reason.split())}" for one in found.refused)
         yield Section("Not computed", reasons)
-    trained = (f"Trained: {CHOSEN[scale.choose]}.",) if scale.task is not None else ()
+    precision = "" if scale.dense is None or scale.dense.precision == EXACT else f" in {scale.dense.precision}"
+    trained = (f"Trained{precision}: {CHOSEN[scale.choose]}.",) if scale.task is not None else ()
     yield Section("What differs from the paper, and why", (f"This scale: {scale.about}", *trained, *recipe.known))
     seconds = f"{found.seconds:.0f} s" if found.seconds < 600 else f"{found.seconds / 60:.0f} min"
     where = ", ".join(f"{name} {value}" for name, value in found.machine.items() if value is not None)

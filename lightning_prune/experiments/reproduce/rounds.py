@@ -54,7 +54,7 @@ def rounds(study: Study, row: Row, seed: int) -> Cell:
         batches = itertools.islice(study.data.train_dataloader(), how.score_batches)
         step = session.step(batches, _loss, reconstruct=True)
         before = study.reached(task)[study.metric]
-        study.runner.fit(task, max(step.epochs, 1), max_steps=-1 if step.epochs else step.batches)
+        study.trainer("tune").fit(task, max(step.epochs, 1), max_steps=-1 if step.epochs else step.batches)
         after = study.reached(task)[study.metric]
         left = _channels(task)
         found.append(

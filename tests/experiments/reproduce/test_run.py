@@ -12,6 +12,7 @@ import lightning_prune as lp
 from lightning_prune.errors import ConfigurationError, DataError, PlanError
 from lightning_prune.experiments.reproduce import Cell, Refused, Reproduction, reproduce
 from lightning_prune.experiments.reproduce.cells import Study
+from lightning_prune.experiments.reproduce.page import sections
 from tests.experiments.reproduce.tiny import CONTENT, HERE, SGD, Counting, recipe, smoke
 
 BROKEN = {"label": "broken", "model": "net", "criterion": {"class_path": f"{HERE}.Broken"}}
@@ -168,6 +169,8 @@ def test_precision_is_of_training_and_its_cells_are_others(tmp_path: Path) -> No
     assert Counting.steps
     assert coarse.cells[0].curve[0]["train_loss"] != exact.cells[0].curve[0]["train_loss"]
     assert coarse.cells[0].more["lossless"] < 1e-10
+    texts = [" ".join(text for section in sections(found) for text in section.text) for found in (exact, coarse)]
+    assert ["Trained in bf16-mixed: " in text for text in texts] == [False, True]
     with pytest.raises(ConfigurationError, match="precision must be one of"):
         run(tmp_path, precision="bf8")
 
