@@ -21,6 +21,7 @@ class Method:
         library: whose pruning; "none": the dense network, the control.
         criterion: what is scored, as the library names it.
         uniform: the same share of every layer goes; else the weakest over the network.
+        relative: scores are divided by their layer's mean before layers are compared.
         per_mac: of the network, those go whose score is lowest for the multiply-accumulates that they cost.
         sparse_epochs: of sparse learning before anything goes; they come on top of the fine-tuning.
         steps: score and prune so many times, one after the other, before any training.
@@ -32,6 +33,7 @@ class Method:
     library: Library
     criterion: str = ""
     uniform: bool = False
+    relative: bool = False
     per_mac: bool = False
     sparse_epochs: int = 0
     steps: int = 1
@@ -101,6 +103,11 @@ METHODS: dict[str, dict[str, Method]] = {
         ),
         f"{PART}, alike, {STEPS} steps, distilled": _ours(PART, uniform=True, steps=STEPS, distilled=True),
         f"{PART}, {MANY} steps, distilled": _ours(PART, steps=MANY, distilled=True),
+        f"{PART}, relative, distilled": _ours(PART, relative=True, distilled=True),
+        f"{PART}, relative, {MANY} steps, distilled": _ours(PART, relative=True, steps=MANY, distilled=True),
+        f"{PART}, relative, sparse learning, distilled": _ours(
+            PART, relative=True, sparse_epochs=SPARSE, distilled=True
+        ),
         f"{PART}, sparse learning, {MANY} steps, distilled": _ours(
             PART, sparse_epochs=SPARSE, steps=MANY, distilled=True
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import lightning_prune as lp
 from benchmarks.cifar_training import Batch
 from benchmarks.field.methods import Method, Repair
 from lightning_prune.compensation import least_squares_, recalibrate_bn_
-from lightning_prune.criteria import Scores
+from lightning_prune.criteria import Criterion, Scores, criterion_from
 from lightning_prune.measure import CostModel, count_flops
 from lightning_prune.model_state.copying import copied
 from lightning_prune.plan import GroupPlan
@@ -44,7 +45,7 @@ def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch])
     whole = count_flops(model, inputs)
     share = macs / whole
     graph = lp.trace(model, inputs)
-    scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
+    scores = lp.score(model, graph, criterion_of(method), batches=batches, loss=loss_of)
     if method.per_mac:
         costs = macs_of_a_channel(model, graph, inputs)
         scores = Scores({name: of / costs[name] for name, of in scores.items()}, scores.layers)
@@ -63,6 +64,12 @@ def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch])
         return count_flops(lp.reconstruct(model, graph, plan), inputs) / whole
 
     return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
+
+
+def criterion_of(method: Method) -> Criterion:
+    """Of this library."""
+    found = criterion_from(method.criterion)
+    return replace(found, normalize="mean") if method.relative else found  # type: ignore[call-arg]
 
 
 def macs_of_a_channel(model: nn.Module, graph: lp.ChannelGraph, inputs: Tensor) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import nn
 import lightning_prune as lp
 from benchmarks.cifar_training import Batch
 from benchmarks.field.methods import Method
-from benchmarks.field.pruning import loss_of, peer_pruner
+from benchmarks.field.pruning import criterion_of, loss_of, peer_pruner
 from lightning_prune.criteria import GroupSparsity, condemned_strengths
 
 STRENGTH = 0.5  # at the end; at a rate that falls from 0.02 over two epochs nothing that counts is left
@@ -36,7 +36,7 @@ def regulariser(
     if method.library == "Torch-Pruning":
         return peer_pruner(model, method.criterion, inputs).regularize
     graph = lp.trace(model, inputs)
-    scores = lp.score(model, graph, method.criterion, batches=batches, loss=loss_of)
+    scores = lp.score(model, graph, criterion_of(method), batches=batches, loss=loss_of)
     selection = lp.Budget(flops=share, order="share" if method.uniform else "score")
     plan = selection.select(graph, scores, model=model, example_inputs=inputs)
     penalty, factors = GroupSparsity(model, graph, condemned_strengths(plan)), iter(range(1, steps + 1))

@@ -175,3 +175,16 @@ def test_the_page_ranks_methods_and_names_failures(tmp_path):
     assert "ResRep" in page
     assert (tmp_path / "page.png").stat().st_size > 10_000
     assert control_of(ALL["taylor_fo, sparse learning"], {}) is None
+
+
+def test_relative_scores_spare_no_layer_for_its_size(batches):
+    model, inputs = network().eval(), batches[0][0][:1]
+    wanted = count_flops(model, inputs) / 2
+    shares = []
+    for relative in (False, True):
+        small = prune(model, Method("lightning-prune", "taylor_fo", relative=relative), wanted, batches)
+        kept = zip(small.named_modules(), model.modules(), strict=True)
+        shares.append(
+            torch.tensor([of.out_channels / dense.out_channels for (name, of), dense in kept if "conv" in name])
+        )
+    assert shares[1].std() < shares[0].std()
