@@ -21,6 +21,7 @@ from tests.browsing import FAINT, WIDTHS, opened, press, scrolls_sideways
 pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 from site_building import formulas, links, outputs, reference
 
+pytestmark = pytest.mark.slow  # a minute for the pages, whose code tests/test_docs.py runs too
 ROOT = Path(__file__).parents[1]
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed|object|use|image)\b[^>]*"""

@@ -15,6 +15,8 @@ from benchmarks.accuracy_at_latency.selections import Bench, Point, nearest_belo
 from benchmarks.cifar_training import Settings, accuracy, adapted, images, scoring_batches, train
 from tests.benchmarks.cifar_folder import make_folder, network
 
+pytestmark = pytest.mark.slow  # no part of the package
+
 PLAN = lp.Plan({}, "joint", True)
 SETUP = {
     "model": "resnet20",

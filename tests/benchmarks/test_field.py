@@ -19,6 +19,8 @@ from lightning_prune.criteria.base import _leaves
 from lightning_prune.measure import count_flops
 from tests.benchmarks.cifar_folder import make_folder, network
 
+pytestmark = pytest.mark.slow  # no part of the package
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,6 +12,8 @@ from benchmarks import latency_budgets
 from benchmarks.c2f_net import C2fNet
 from lightning_prune.measure import count_params
 from lightning_prune.report.table import TIMES
+
+pytestmark = pytest.mark.slow  # no part of the package
 
 ROW = {
     "model": "net",

@@ -18,6 +18,8 @@ from benchmarks.layer_norm import families
 from benchmarks.layer_norm.accuracy import FILES, Letters, network
 from benchmarks.zoo.models import randomise_
 
+pytestmark = pytest.mark.slow  # no part of the package
+
 ROOT = Path(__file__).parents[2]
 
 

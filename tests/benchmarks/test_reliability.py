@@ -22,6 +22,8 @@ from lightning_prune.errors import ExportError
 from lightning_prune.export.loading import load_exported
 from lightning_prune.export.metadata import read_metadata
 
+pytestmark = pytest.mark.slow  # no part of the package
+
 NATIVE = [specimen for specimen in SPECIMENS.values() if not specimen.forked]
 
 

@@ -158,7 +158,12 @@ def test_a_prune_recipe_only_appends_callbacks(name):
 # --- they run
 
 
-@pytest.mark.parametrize("name", TASKS)
+LARGE = ("task/fcn_resnet101_voc.yaml", "task/resnet101_cifar10.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in TASKS]
+)
 def test_a_task_recipe_trains_a_step(name):
     write_files(name)
     if name == "task/fcn_resnet101_voc.yaml":
@@ -194,7 +199,7 @@ def test_a_prune_recipe_prunes_the_digits_task_or_says_what_its_schedule_needs(n
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", BACKBONES[:1] + [pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:]])
 def test_a_backbone_recipe_leaves_the_heads_of_a_segmentation_network_whole(name):
     untrained("deeplabv3_mobilenet_v3_large", num_classes=11, aux_loss=True)
     small = ["--config", "task/fcn_resnet50_scenes.yaml", "--config", "untrained.yaml"]

@@ -313,7 +313,13 @@ def write_files(name: str) -> None:
             write_camvid(Path(), {part: Scenes(part, count, size=48)})
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_paths() if name.startswith("experiment/")])
+EXPERIMENTS = [name for name in recipe_paths() if name.startswith("experiment/")]
+LARGE = ("experiment/fcn_resnet50_scenes_jre.yaml", "experiment/lraspp_camvid_jre.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in EXPERIMENTS]
+)
 def test_an_experiment_recipe_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(name)
