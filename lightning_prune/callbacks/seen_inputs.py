@@ -44,9 +44,8 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
         CallbackError: a training step failed before it called the module, or there is no forward at all.
     """
     for name in ("training_step", "validation_step"):
-        step = next((entry for entry in steps if entry.name.startswith(name)), None)
         try:
-            call = None if step is None else _first_call(pl_module, step)
+            call = _first_call(pl_module, steps, name)
         except CallbackError:
             if name == "training_step":
                 raise
@@ -63,9 +62,8 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
 
 def called_instead(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> str:
     """The part of the module that ``training_step`` calls first if it never calls ``self(...)``; "" if not known."""
-    step = next((entry for entry in steps if entry.name.startswith("training_step")), None)
     try:
-        call = None if step is None else _first_call(pl_module, step)
+        call = _first_call(pl_module, steps, "training_step")
     except CallbackError:
         return ""
     return "" if call is None else call.path
@@ -78,8 +76,11 @@ def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
     )
 
 
-def _first_call(pl_module: LightningModule, step: EntryPoint) -> _Call | None:
-    """What a step calls: the module itself, or else the first of its parts."""
+def _first_call(pl_module: LightningModule, steps: Sequence[EntryPoint], name: str) -> _Call | None:
+    """What the first step of that name calls: the module itself, or else the first of its parts."""
+    step = next((entry for entry in steps if entry.name.startswith(name)), None)
+    if step is None:
+        return None
     part: _Call | None = None
     failure: Exception | None = None
     for tried in (head(step, SAMPLES), step):  # not every batch can be cut

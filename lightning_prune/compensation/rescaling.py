@@ -164,7 +164,7 @@ def _grams(
         for batch in each_batch(dense, batches, none):
             with watcher:
                 loss(dense, batch)
-                for key, (seen,) in ((key, of.values()) for key, of in watcher.seen.items()):
+                for key, seen in watcher.found():
                     gram, rows = grams.get(key, (torch.zeros(()), 0))
                     grams[key] = gram + seen.partial.cpu(), rows + seen.positions
     if not grams:

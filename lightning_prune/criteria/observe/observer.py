@@ -101,8 +101,7 @@ class Observer:
         with stack:
             if discard:
                 return
-            by_key = [item for watcher in self._watchers for item in watcher.seen.items()]
-            seen = [(key, found) for key, of in by_key for found in of.values()]
+            seen = [pair for watcher in self._watchers for pair in watcher.found()]
             arrived = {key for key, found in seen if found.differentiated}
             if not arrived and any(tap.gradient for tap in self.taps):
                 raise ScoreError(

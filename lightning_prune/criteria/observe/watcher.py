@@ -82,17 +82,20 @@ class Watcher(ABC):
         """
         known = self.seen.setdefault(key, {})
         if shape[0] not in known:
-            others = [(path, samples) for samples, seen in known.items() for path in seen.callers]
-            if others and where not in dict(others):
-                path, samples = others[0]
+            if known and all(where not in seen.callers for seen in known.values()):
+                samples, seen = next(iter(known.items()))
                 raise ScoreError(
-                    f"{where}: called with {shape[0]} samples where {path}, which reads the same channels, has "
-                    f"{samples}, which cannot be added up; score by another criterion, such as Taylor"
+                    f"{where}: called with {shape[0]} samples where {min(seen.callers)}, which reads the same "
+                    f"channels, has {samples}, which cannot be added up; score by another criterion, such as Taylor"
                 )
             known[shape[0]] = Seen(tap, torch.zeros(shape, dtype=torch.float64, device=device))
         seen = known[shape[0]]
         seen.callers.add(where)
         return seen
+
+    def found(self) -> Iterator[tuple[str, Seen]]:
+        """What was seen in the current batch, with its key."""
+        return ((key, seen) for key, known in self.seen.items() for seen in known.values())
 
     def await_gradient(self, where: str, tensor: Tensor, value: Tensor, see: Callable[[Tensor, Tensor], None]) -> None:
         """Hold a value until the gradient of a tensor arrives in this batch, and see both."""
