@@ -279,7 +279,8 @@ def test_the_failing_module_is_named() -> None:
 def test_order_a_is_rehearsed_once_and_before_training(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(
-        "lightning_prune.session.reconstruct_masked", lambda *a, **k: (calls.append(1), reconstruct_masked(*a, **k))[1]
+        "lightning_prune.session.rehearsal.reconstruct_masked",
+        lambda *a, **k: (calls.append(1), reconstruct_masked(*a, **k))[1],
     )
 
     fit(Plain(), PruneCallback("l1", 0.5, reconstruct="after", track=False), Counts(calls), epochs=1)

@@ -114,7 +114,7 @@ def test_a_group_that_can_lose_nothing_more_keeps_what_it_has() -> None:
     session.step(reconstruct=True)
     kept, graph = session.built.groups["0"].keep, session.graph
     stuck = [dataclasses.replace(g, reason="is stuck") if g.name == "0" else g for g in graph.groups]
-    session._graph = dataclasses.replace(graph, groups=tuple(stuck))
+    session._traced._graph = dataclasses.replace(graph, groups=tuple(stuck))
     with pytest.warns(NoEffectWarning, match=rf"group '0' keeps the {len(kept)} channels it has left: it is stuck"):
         session.step(reconstruct=True)
     assert session.plan.groups["0"].keep == kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,17 +13,15 @@ from torch.optim import Optimizer
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, score
 from lightning_prune.criteria.scoring import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
-from lightning_prune.graph import ChannelGraph, trace
-from lightning_prune.graph.entry_points import EntryPoint, entry_points, head
-from lightning_prune.measure import CostModel
-from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
-from lightning_prune.plan import Coupling, Plan, check_coupling, groups_left, in_dense_groups, keeping_fixed
+from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.entry_points import EntryPoint, head
+from lightning_prune.plan import Coupling, Plan, check_coupling, keeping_fixed
 from lightning_prune.reconstruction import ChannelMap, LosslessReport, MaskHandle, mask_, reconstruct_
-from lightning_prune.reconstruction.masks import mask_once_
 from lightning_prune.reconstruction.rehearsal import SAMPLES
-from lightning_prune.reconstruction.small_model import reconstruct_masked
 from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
 from lightning_prune.selection import GlobalRatio, Selection, selection_from
+from lightning_prune.session.rehearsal import Rehearsal, rehearse, versions
+from lightning_prune.session.traced_model import TracedModel
 
 
 class PruningSession:
@@ -51,7 +49,6 @@ class PruningSession:
     Attributes:
         history: all scores so far.
         plan: what is masked or gone, all steps so far; None before the first.
-        built: the part of the plan that the model was already reconstructed with.
         taken: how many steps are done.
         handle: the masks in force, if any.
 
@@ -91,30 +88,24 @@ class PruningSession:
         self.schedule = schedule
         self.coupling: Coupling = coupling
         self.batch_norm = batch_norm
-        self.statistics = statistics
         self.baseline = baseline
         self.history: list[Scores] = []
         self.plan: Plan | None = None
-        self.built: Plan | None = None
         self.taken = 0
         self.handle: MaskHandle | None = None
-        self._example_inputs, self._also = example_inputs, also
-        self._graph: ChannelGraph | None = None
-        self._dense_graph: ChannelGraph | None = None
-        self._dense: nn.Module | None = None
+        self._traced = TracedModel(model, example_inputs, also, statistics)
         self._steps: list[Step] | None = None
-        self._rehearsal: _Rehearsal | None = None
-        self._cost: tuple[ChannelGraph, CostModel] | None = None
+        self._rehearsal: Rehearsal | None = None
 
     @property
     def example_inputs(self) -> Any:
         """What the model is traced and compared on."""
-        return self._example_inputs() if callable(self._example_inputs) else self._example_inputs
+        return self._traced.example_inputs
 
     @property
     def entries(self) -> list[EntryPoint]:
         """All that the model is traced and compared on."""
-        return entry_points(self.example_inputs, self._also() if callable(self._also) else self._also)
+        return self._traced.entries
 
     @property
     def graph(self) -> ChannelGraph:
@@ -123,15 +114,7 @@ class PruningSession:
         Raises:
             TraceError: the model does not run on the example inputs.
         """
-        if self._graph is None:
-            known = [] if self.built is None else groups_left(self.dense_graph, self.built)
-            inputs, *others = self.entries
-            graph = trace(self.model, inputs.inputs, also=others, statistics=self.statistics, known=known)
-            self._graph = in_dense_groups(graph, known) if known else graph
-            if self._dense_graph is None:
-                self._dense_graph = self._graph
-            self._graph.warns_with(self._dense_graph)
-        return self._graph
+        return self._traced.graph
 
     @property
     def dense_graph(self) -> ChannelGraph:
@@ -140,9 +123,12 @@ class PruningSession:
         Raises:
             PlanError: the model was already small when this session first met it.
         """
-        if self._dense_graph is None and self.built is not None:
-            raise PlanError("this model was loaded pruned, to be evaluated: nothing is known of its dense graph")
-        return self._dense_graph or self.graph
+        return self._traced.dense_graph
+
+    @property
+    def built(self) -> Plan | None:
+        """The part of the plan that the model was already reconstructed with."""
+        return self._traced.built
 
     @property
     def scores(self) -> Scores | None:
@@ -179,7 +165,7 @@ class PruningSession:
     @property
     def left(self) -> Plan | None:
         """The plan in the channels of the model as it is now."""
-        return self.plan if self.plan is None or self.built is None else self.plan.within(self.built)
+        return None if self.plan is None else self._traced.within(self.plan)
 
     @property
     def channels(self) -> ChannelMap:
@@ -196,12 +182,7 @@ class PruningSession:
         Raises:
             PlanError: a plan of another model, or one that keeps channels which are gone.
         """
-        if self._cost is None or self._cost[0] is not self.graph:
-            inputs = self.example_inputs
-            self._cost = self.graph, CostModel(copy_without_masks(self.model), self.graph, inputs)
-        left = Plan({}) if plan is None else plan if self.built is None else plan.within(self.built)
-        left.check(self.graph)
-        return self._cost[1].of(left)
+        return self._traced.cost(plan)
 
     def scorer(self, bn_mode: BatchNormMode = "eval", model: nn.Module | None = None) -> Scorer:
         """What scores the model as it is, or a copy of it, batch by batch; set `scores` to the result."""
@@ -242,7 +223,7 @@ class PruningSession:
             scores,
             coupling=self.coupling,
             batch_norm=self.batch_norm,
-            model=self._dense or self.model,
+            model=self._traced.dense,
             example_inputs=self.example_inputs if selection.needs_model else None,
         )
         return plan if self.built is None else keeping_fixed(plan, self.graph, self.built)
@@ -277,12 +258,11 @@ class PruningSession:
             if not hold:
                 left = replace(left, batch_norm=False)  # with gamma and beta at zero a ReLU lets no gradient back
             if rehearsed and (self.done or self.schedule is None or not self.schedule.soft):
-                report = self._rehearse(left)
-                compared = () if report.left else report.compared  # else it has to be found out again which stay
+                compared = rehearse(self.model, self.graph, left, self.entries)
             handle = mask_(self.model, self.graph, left, optimizers=optimizers, undoable=False)
         for copy in copies:
             handle.clear_(copy)
-        self._rehearsal = _Rehearsal(left, compared, _versions(self.model)) if compared else None
+        self._rehearsal = Rehearsal(left, compared, versions(self.model)) if compared else None
         self.release()
         self.handle = handle
         if not hold:
@@ -310,7 +290,7 @@ class PruningSession:
         before: tuple[str, ...] = ()
         if self._rehearsal is not None and self._rehearsal.plan == left:
             # Steps were taken on whole batches; as long as no weight has changed they need not be compared again.
-            before = self._rehearsal.compared if self._rehearsal.weights == _versions(self.model) else ()
+            before = self._rehearsal.compared if self._rehearsal.holds(self.model) else ()
             also = [head(entry, SAMPLES) for entry in also if entry.required or not before]
         self.remember_dense()
         if handle is not None:
@@ -326,8 +306,8 @@ class PruningSession:
         assert report is not None
         for copy in copies:
             reconstruct_(copy, graph, left.keeping(report.left))
-        self.built = plan.keeping(report.left, self.built)
-        self.handle = self._graph = None
+        self._traced.became(plan.keeping(report.left, self.built))
+        self.handle = None
         return replace(report, compared=tuple(dict.fromkeys((*report.compared, *before))))
 
     def step(
@@ -373,11 +353,11 @@ class PruningSession:
 
     def remember_dense(self) -> None:
         """Trace the dense model, and keep a copy for selections that count it, before it becomes smaller."""
-        if self._dense_graph is None:
-            self.plan = self.built = None  # of an evaluation, of which nothing was traced
-        dense = self.dense_graph
-        if self._dense is None and self.selection.needs_model and dense is self._graph and not self.done:
-            self._dense = copy_sharing_tensors(self.model)
+        if not self._traced.met_dense:
+            self.plan = self._traced.built = None  # of an evaluation, of which nothing was traced
+        _ = self.dense_graph
+        if self.selection.needs_model and not self.done:
+            self._traced.keep_dense()
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, plans and the step: tensors and plain data. The model's weights are not part of it."""
@@ -406,8 +386,8 @@ class PruningSession:
         built = None if state["built"] is None else Plan.from_dict(state["built"])
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
         history = [Scores.from_dict(scores) for scores in state["history"]]
-        if evaluated and built is not None and self._dense_graph is None:
-            self.history, self.plan, self.built, self.taken = history, plan, built, state["taken"]
+        if evaluated and built is not None and not self._traced.met_dense:
+            self.history, self.plan, self._traced.built, self.taken = history, plan, built, state["taken"]
             return
         if plan is not None:
             plan = plan.on(self.dense_graph)
@@ -417,32 +397,18 @@ class PruningSession:
                 f"the checkpoint was written with {state['steps']} steps, and {self.selection!r} with "
                 f"{self.schedule!r} makes {len(self.steps)}; resume with the settings of the first run"
             )
-        if built is not None and self._is_dense():
+        if built is not None and self._traced.is_dense():
             self.remember_dense()
             reconstruct_(self.model, self.dense_graph, built)
-        self._graph = self._dense_graph if built is None else None
+        self._traced.became(built)
         self.release()
-        self.history, self.plan, self.built, self.taken = history, plan, built, state["taken"]
+        self.history, self.plan, self.taken = history, plan, state["taken"]
         if not unfinished and plan is not None:
             self._steps = [Step(self.selection)] * self.taken
         if state["held"]:
             left = self.left
             assert left is not None
             self.handle = mask_(self.model, self.graph, left, undoable=False)
-
-    def _rehearse(self, left: Plan) -> LosslessReport:
-        masked = copy_without_masks(self.model)
-        mask_once_(masked, self.graph, left)
-        _, report = reconstruct_masked(masked, self.graph, left, self.entries)
-        return report
-
-    def _is_dense(self) -> bool:
-        """Whether the model has the shapes of the dense graph, or was never traced."""
-        try:
-            self.dense_graph.check(self.model)
-        except PlanError:
-            return False
-        return True
 
     @contextmanager
     def _taking(self, plan: Plan) -> Iterator[Plan]:
@@ -455,17 +421,3 @@ class PruningSession:
         except BaseException:
             self.plan, self.taken = before
             raise
-
-
-@dataclass(frozen=True)
-class _Rehearsal:
-    """What was run on a smaller model before the same channels were masked, and the state of the weights then."""
-
-    plan: Plan
-    compared: tuple[str, ...]
-    weights: list[int]
-
-
-def _versions(model: nn.Module) -> list[int]:
-    """How often each weight was written to, masks aside."""
-    return [parameter._version for parameter in model.parameters()]

@@ -181,7 +181,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Monke
     def broken(*_: object, **__: object) -> None:
         raise (ReconstructionError if reconstruct else RuntimeError)("on purpose")
 
-    name = "reconstruction.small_model.rehearse" if reconstruct else "session.mask_"
+    name = "reconstruction.small_model.rehearse" if reconstruct else "session.pruning_session.mask_"
     with monkeypatch.context() as patched:
         patched.setattr(f"lightning_prune.{name}", broken)
         with pytest.raises(ReconstructionError if reconstruct else RuntimeError, match="on purpose"):
