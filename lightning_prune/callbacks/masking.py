@@ -15,8 +15,7 @@ from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
 from lightning_prune.callbacks.train_mode import EvalModeCheck
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.errors import CallbackError, NoEffectWarning
-from lightning_prune.graph import ChannelGraph
-from lightning_prune.plan import Coupling, Plan, check_coupling
+from lightning_prune.plan import Coupling, Plan, check_coupling, filters_masked
 from lightning_prune.reconstruction import MaskHandle
 from lightning_prune.schedule import Schedule
 from lightning_prune.selection import GlobalRatio, Selection, selection_from
@@ -140,7 +139,7 @@ class MaskingCallback(Callback):
                     plan, optimizers=trainer.optimizers, copies=averages(trainer), rehearsed=self._run.reconstructs
                 )
         self._run.stepped(trainer, batch_idx)
-        gone, total = _filters(session.dense_graph, plan)
+        gone, total = filters_masked(session.dense_graph, plan)
         number = f" (round {session.taken} of {len(session.steps)})" if self.schedule is not None else ""
         rank_zero_info(f"Masked {gone:,} of {total:,} channels of all prunable layers{number}")
 
@@ -161,14 +160,3 @@ class MaskingCallback(Callback):
                 f"the {len(steps)} steps of {self.schedule!r} need max_epochs of at least {needed}, got "
                 f"{trainer.max_epochs}; remove more channels per step, or train longer"
             )
-
-
-def _filters(graph: ChannelGraph, plan: Plan) -> tuple[int, int]:
-    """How many filters the plan removes, of how many; several of a layer may be one channel of its group."""
-    gone = total = 0
-    for name, group in plan.groups.items():
-        for layer in graph.group(name).layers:
-            each = layer.index.numel() // group.size
-            total += group.size * each
-            gone += (group.size - len(group.layers[layer.name])) * each
-    return gone, total

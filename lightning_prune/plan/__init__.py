@@ -5,6 +5,7 @@ choosing (selection/), carrying them out (reconstruction/).
 """
 
 from lightning_prune.plan.basis import Basis
+from lightning_prune.plan.counting import filters_masked
 from lightning_prune.plan.group_plan import Coupling, GroupPlan, check_coupling
 from lightning_prune.plan.plan import FORMAT, Plan
 from lightning_prune.plan.regrouping import groups_left, in_dense_groups, keeping_fixed
@@ -16,6 +17,7 @@ __all__ = [
     "GroupPlan",
     "Plan",
     "check_coupling",
+    "filters_masked",
     "groups_left",
     "in_dense_groups",
     "keeping_fixed",

@@ -96,7 +96,7 @@ class Basis:
         """
         if planned is None:
             planned = GroupPlan(group.size, tuple(range(group.size)))
-        own = {part.name: set(planned.layers.get(part.name, planned.keep)) for part in group.layers}
+        own = {part.name: set(planned.kept_by(part.name)) for part in group.layers}
         for name in own if coupling == "joint" or layer is None else [layer]:
             own[name] = own[name] | channels if stay else own[name] - channels
         keep = (set.intersection if coupling == "intersection" else set.union)(*own.values())

@@ -45,6 +45,10 @@ class GroupPlan:
         kept = set(self.keep)
         return tuple(channel for channel in range(self.size) if channel not in kept)
 
+    def kept_by(self, layer: str) -> tuple[int, ...]:
+        """Channels that a member layer keeps itself."""
+        return self.layers.get(layer, self.keep)
+
 
 def are_counts(values: Iterable[object]) -> bool:
     """Whether all are integers of at least 0; a bool is none."""

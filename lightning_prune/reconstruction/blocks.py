@@ -135,7 +135,7 @@ def block_plan(graph: ChannelGraph, blocks: Iterable[Block], plan: Plan | None =
     for group in graph.groups:
         if any(layer.name in gone for layer in group.layers):
             before = groups.get(group.name, GroupPlan(group.size, tuple(range(group.size))))
-            kept = {layer.name: before.layers.get(layer.name, before.keep) for layer in group.layers}
+            kept = {layer.name: before.kept_by(layer.name) for layer in group.layers}
             groups[group.name] = GroupPlan(
                 group.size, before.keep, {name: () if name in gone else keep for name, keep in kept.items()}
             )

@@ -74,7 +74,7 @@ def masked_entries(graph: ChannelGraph, plan: Plan, *, cut: Collection[str] = ()
     for name, group_plan in plan.groups.items():
         for part in graph.group(name).slices:
             if part.masked and (plan.batch_norm or not part.norm):
-                own = part.layer and group_plan.layers.get(part.layer, group_plan.keep) != group_plan.keep
+                own = part.layer and group_plan.kept_by(part.layer) != group_plan.keep
                 if name in cut and not own:
                     continue  # what the layer masks is what its group loses
                 key = name, part.layer if own else None
@@ -94,7 +94,7 @@ def masked_entries(graph: ChannelGraph, plan: Plan, *, cut: Collection[str] = ()
 
 def removed_channels(group_plan: GroupPlan, part: Slice) -> Tensor:
     """Channels of a group that are zero in one slice: its layer's own choice, or the whole group's."""
-    kept = group_plan.layers.get(part.layer, group_plan.keep) if part.layer else group_plan.keep
+    kept = group_plan.kept_by(part.layer) if part.layer else group_plan.keep
     gone = torch.ones(group_plan.size, dtype=torch.bool)
     gone[list(kept)] = False
     return gone.nonzero().flatten()

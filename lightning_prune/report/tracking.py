@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prune.criteria.scoring import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph, Group, Layer
-from lightning_prune.plan import GroupPlan, Plan
+from lightning_prune.plan import Plan, filters_masked
 from lightning_prune.report.data import RECONSTRUCTED, LayerChannels, PruneReport
 from lightning_prune.report.figures import figure_of_rows, styled
 from lightning_prune.report.summary import stages_table
@@ -44,12 +44,8 @@ def _layer_channels(layer: Layer, name: str, gone: set[int], groups: str) -> Lay
 
 
 def share_removed(graph: ChannelGraph, plan: Plan) -> float:
-    """Share of all prunable layers' channels that are masked or gone, in [0, 1]."""
-    total = gone = 0
-    for group, layer in _members(graph.prunable_groups):
-        total += group.size
-        if group.name in plan.groups:
-            gone += group.size - len(_kept(plan.groups[group.name], layer.name))
+    """Share of all prunable layers' filters that are masked or gone, in [0, 1]."""
+    gone, total = filters_masked(graph, plan)
     return gone / total if total else 0.0
 
 
@@ -100,14 +96,10 @@ def _marks(group: str, layer: str, values: Tensor, plan: Plan | None) -> tuple[l
     chosen = None if plan is None else plan.groups.get(group)
     if chosen is not None and chosen.size != len(values):
         raise PruningError(f"group {group!r} has {len(values)} scores, and the plan is for {chosen.size} channels")
-    kept = set(range(len(values)) if chosen is None else _kept(chosen, layer))
+    kept = set(range(len(values)) if chosen is None else chosen.kept_by(layer))
     scores = values.tolist()
     return [v for n, v in enumerate(scores) if n in kept], [v for n, v in enumerate(scores) if n not in kept]
 
 
 def _members(groups: Iterable[Group]) -> Iterator[tuple[Group, Layer]]:
     return ((group, layer) for group in groups for layer in group.layers)
-
-
-def _kept(plan: GroupPlan, layer: str) -> tuple[int, ...]:
-    return plan.layers.get(layer, plan.keep)
