@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion, Scores
 from lightning_prune.graph import ChannelGraph
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.measure import Measurement, measure
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Coupling, Plan
@@ -107,6 +108,7 @@ def prune(
         >>> str(result).split(",")[0]
         'PruneResult(276 → 140 parameters'
     """
+    check_traceable(model)  # before it is copied
     session = PruningSession(
         copy_without_masks(model),
         example_inputs,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from torch import nn
 
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.weight_averages import averages
@@ -18,8 +19,6 @@ from lightning_prune.model_state.memory import dense_copy, set_data_
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import KEY, reshape_, shapes_of
 from lightning_prune.session import PruningSession
-
-NOTHING = Plan({})
 
 
 class CheckpointShapes:
@@ -36,12 +35,13 @@ class CheckpointShapes:
     def watch(self, trainer: Trainer, session: PruningSession) -> None:
         """From now on fit the module's shapes to every checkpoint whose weights the Trainer loads into it."""
         strategy = trainer.strategy
+        write_shapes(trainer, session.model, lambda: session.built)
         if not isinstance(vars(strategy).get("load_model_state_dict"), partial):
             load = partial(self._load, trainer, session, strategy.load_model_state_dict)
             strategy.load_model_state_dict = load  # type: ignore[method-assign]
 
     def forget(self, trainer: Trainer) -> None:
-        """Leave the Trainer as it was found."""
+        """Leave what loads weights as it was found; checkpoints are also written after the fit."""
         vars(trainer.strategy).pop("load_model_state_dict", None)
 
     def remember(self, module: LightningModule) -> None:
@@ -49,10 +49,6 @@ class CheckpointShapes:
         if self._dense is None:
             self._dense = {name: tensor.shape for name, tensor in _tensors(module).items()}
             self._sizes = {path: numbers_of(part) for path, part in module.named_modules()}
-
-    def save(self, module: LightningModule, built: Plan | None, checkpoint: dict[str, Any]) -> None:
-        """Add the plan that the module was built with, and its sizes: plain data."""
-        checkpoint[KEY] = shapes_of(module, built or NOTHING)
 
     def _load(
         self,
@@ -92,6 +88,32 @@ class CheckpointShapes:
                 setattr(part, name, self._sizes[path][name])
         forget_cuts_(module)
         update_attributes_(module)
+
+
+def write_shapes(trainer: Trainer, module: nn.Module, plan: Callable[[], Plan | None]) -> None:
+    """Add the plan that a module was built with, and its sizes, to every checkpoint of it: plain data.
+
+    For checkpoints of weights alone (``save_weights_only=True``) Lightning asks no callback, so the strategy, which
+    writes them all, is watched here too.
+    """
+    strategy = trainer.strategy
+    if not isinstance(vars(strategy).get("save_checkpoint"), partial):
+        write = partial(_write, trainer, module, plan, strategy.save_checkpoint)
+        strategy.save_checkpoint = write  # type: ignore[method-assign]
+
+
+def _write(
+    trainer: Trainer,
+    module: nn.Module,
+    plan: Callable[[], Plan | None],
+    write: Callable[..., None],
+    checkpoint: dict[str, Any],
+    *args: Any,
+    **options: Any,
+) -> None:
+    if trainer.lightning_module is module:
+        checkpoint[KEY] = shapes_of(module, plan() or Plan({}))
+    write(checkpoint, *args, **options)
 
 
 def _tensors(module: LightningModule) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import IterableDataset
 
 from lightning_prune.model_state.preservation import random_state, set_random_state
 
@@ -45,13 +46,21 @@ def overrides(part: Any, name: str) -> bool:
 
 def _of_each(loaders: Any, mode: str) -> list[Any]:
     combined: Any = loaders if hasattr(loaders, "flattened") else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
-    if any(iter(loader) is loader for loader in combined.flattened if not hasattr(loader, "dataset")):
-        return []  # a stream that is read once: its first batch would be missing from training
+    if any(read_once(loader) for loader in combined.flattened):
+        return []  # its first batch would be missing from training
     with generators_kept(combined.flattened):
         if combined._mode != "sequential":
             fresh = CombinedLoader(combined.iterables, combined._mode)
             return [batch for batch, *_ in (next(iter(fresh), (None,)),) if batch is not None]
         return [batch for loader in combined.flattened if (batch := next(iter(loader), None)) is not None]
+
+
+def read_once(loader: Any) -> bool:
+    """Whether it is a stream: what is taken from it is gone, so that the next pass goes on from there."""
+    data = getattr(loader, "dataset", loader)
+    if data is not loader and (not isinstance(data, IterableDataset) or getattr(loader, "num_workers", False)):
+        return False  # indexed, or read by other processes, each from a copy of its own
+    return iter(data) is iter(data)
 
 
 def transferred(trainer: Trainer, module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:

@@ -44,7 +44,8 @@ def example_inputs(module: LightningModule, given: Any) -> Any:
         raise CallbackError(
             "no example inputs, and no training_step that calls self(...), or the part that forward hands its input "
             "to: set self.example_input_array in the LightningModule, or pass example_inputs=... to the callback (a "
-            "tensor, a tuple, or a dict, as the module's forward takes them)"
+            "tensor, a tuple, or a dict, as the module's forward takes them). Data that can be read only once are not "
+            "looked at"
         )
     trainer = module._trainer
     if trainer is not None:

@@ -116,9 +116,6 @@ class ReconstructionCallback(EpochTimerCallback):
         self._run.lossless = None if lossless is None else LosslessReport(**lossless)
         self._run.seconds = state_dict["seconds"]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._shapes.save(pl_module, self._run.session.built, checkpoint)
-
     @property
     def _run(self) -> PruningRun:
         assert self.run is not None, "setup comes first"

@@ -118,6 +118,7 @@ class ScoringCallback(Callback):
         self._scorer: Scorer | None = None
         self._since = 0
         self._sums: dict[str, Tensor] | None = None
+        self._noted: dict[str, Any] | None = None  # of a masked model that was evaluated: to go on from if it is fitted
 
     @property
     def graph(self) -> ChannelGraph | None:
@@ -161,6 +162,8 @@ class ScoringCallback(Callback):
         forget_start(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._noted is not None:
+            self.load_state_dict(self._noted)
         if self._sums is not None:  # resumed in the middle of scoring
             self._begin(trainer, pl_module)
         elif self._awaited and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
@@ -216,6 +219,7 @@ class ScoringCallback(Callback):
         run = self._run
         with uncompiled(run.session.model):
             run.session.load_state_dict(state_dict["session"], evaluated=not self._fits)
+        self._noted = None if self._fits or run.session.built is not None else state_dict
         run.scored_in = list(state_dict["scored_in"])
         run.epoch, run.batch = state_dict["step"]
         self._since, self._sums = state_dict["since"], state_dict["sums"]

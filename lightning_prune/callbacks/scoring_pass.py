@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, transferred
+from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, read_once, transferred
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import failing_together, sum_over_processes_
 from lightning_prune.callbacks.user_steps import run_step
@@ -123,6 +123,15 @@ def training_batches(
             raise CallbackError(f"score_batches={amount} is a share, and these training data have no length")
         amount = max(1, round(amount * most))
     limit = min(most, amount or math.inf)
+    if (
+        amount is None
+        and trainer.limit_train_batches == 1.0
+        and any(read_once(loader) for loader in combined.flattened)
+    ):
+        raise CallbackError(
+            "these training data can be read only once (iter() gives the same iterator again): scoring on all of them "
+            "would leave nothing to train on. Pass score_batches=..., or data that start anew with every iter()"
+        )
     total = None if math.isinf(limit) else int(limit)
 
     def one_pass() -> Iterator[tuple[int, Any]]:

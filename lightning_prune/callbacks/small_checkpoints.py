@@ -6,11 +6,11 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from lightning_prune.callbacks.checkpoint_shapes import write_shapes
 from lightning_prune.callbacks.reconstruction import prunes
 from lightning_prune.errors import CallbackError
 from lightning_prune.model_state.cutting import dense_shapes
 from lightning_prune.plan import Plan
-from lightning_prune.reconstruction.checkpoint import KEY, shapes_of
 from lightning_prune.reconstruction.dropped_blocks import dropped_blocks
 
 
@@ -46,10 +46,8 @@ class SmallCheckpointCallback(Callback):
             raise CallbackError(
                 f"{type(pl_module).__name__} is dense: load the small model into it first (lightning_prune.load)"
             )
+        write_shapes(trainer, pl_module, lambda: self.plan)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, by which a checkpoint is known as one of these."""
         return {"plan": self.plan.to_dict()}
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = shapes_of(pl_module, self.plan)

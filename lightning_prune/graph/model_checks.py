@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from torch import fx, jit, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PlanError, PruningError, ScoreError, TraceError
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Refuse what cannot be traced as it stands: compiled to another form, or only partly on the meta device."""
+    """Refuse what cannot be traced as it stands: compiled, partly on the meta device, or lazy and never run."""
     check_eager(model, TraceError)
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise TraceError(
+            f"{lazy[0]!r} has no size yet, for its module is lazy: run the model on one batch first (in a "
+            "LightningModule before its optimizers are made, say at the end of __init__)"
+        )
     on_meta = [name for name, tensor in tensors if tensor.is_meta]
     others = [(name, tensor.device) for name, tensor in tensors if not tensor.is_meta]
     if on_meta and others:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import TraceError, first_line
 from lightning_prune.graph import computed_weights, rules
@@ -139,8 +138,6 @@ class _Tracer:
         twins = computed_weights.twins(model)
         parameters = dict(model.named_parameters())
         for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
-            if is_lazy(tensor):
-                raise TraceError(f"parameter {name!r} is not initialised yet; run the model once before tracing it")
             self.names[id(tensor)] = name
             dims = 2 if id(tensor) in kernels else None
             twin = self.known.get(twins[id(tensor)]) if id(tensor) in twins else None

@@ -6,6 +6,7 @@ import copy
 import copyreg
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError, first_line
+from lightning_prune.model_state.closures import closes_over, kept, own_objects, rebound
 from lightning_prune.model_state.recomputing import without_history
 
 M = TypeVar("M", bound=nn.Module)
 CONTAINERS = (list, tuple, set, frozenset, dict)
 #: What a deep copy shares.
-ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
+ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, BuiltinFunctionType})
 
 
 def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
@@ -28,12 +30,12 @@ def copied(model: M, replaced: Mapping[int, Any] | None = None) -> M:
     """
     with torch.inference_mode(False):
         try:
-            return _deep_copy(model, dict(replaced or {}))
+            return _deep_copy(model, _Memo(model, replaced or {}))
         except Exception as error:  # noqa: BLE001  # whatever an object says when it refuses
             replaced = {**without_history(model), **(replaced or {})}
             shared = _uncopyable(model, replaced)
             try:
-                return _deep_copy(model, {**shared, **replaced})
+                return _deep_copy(model, _Memo(model, {**shared, **replaced}))
             except Exception as again:  # noqa: BLE001
                 raise PruningError(
                     f"the model cannot be copied: {first_line(again)}; keep the object that refuses out of the module, "
@@ -52,6 +54,18 @@ def copied_to(model: M, dtype: torch.dtype) -> M:
     return copied(model, twins).to(dtype)
 
 
+class _Memo(dict[int, Any]):
+    """Copies by the id of the original, as `copy.deepcopy` keeps them, and what the model has for itself."""
+
+    def __init__(self, model: nn.Module, replaced: Mapping[int, Any]) -> None:
+        super().__init__(replaced)
+        self.model = model
+
+    @cached_property
+    def own(self) -> frozenset[int]:
+        return own_objects(self.model)
+
+
 def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy`, three times as fast on modules, which hold a dozen empty containers each."""
     kind: Any = type(item)
@@ -60,6 +74,9 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
         return item
     if (known := memo.get(id(item), memo)) is not memo:
         return known
+    if kind is FunctionType:
+        own = memo.own if isinstance(memo, _Memo) and any(type(part) not in ATOMIC for part in kept(item)) else ()
+        return rebound(item, own, _deep_copy, memo) if own and closes_over(item, own) else item
     if kind is dict or (kind is OrderedDict and not vars(item)):
         memo[id(item)] = new = kind()
         for key, value in item.items():

@@ -377,8 +377,8 @@ class PruningSession:
 
         Args:
             state: from `state_dict`.
-            evaluated: the model may be small already, and no step will follow: then plans and scores are noted, and
-                nothing is traced.
+            evaluated: no step will follow: then plans and scores are noted, nothing is traced and no mask held. The
+                model may be small already.
 
         Raises:
             PlanError: the state does not fit this model, or other settings make other steps.
@@ -386,7 +386,7 @@ class PruningSession:
         built = None if state["built"] is None else Plan.from_dict(state["built"])
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
         history = [Scores.from_dict(scores) for scores in state["history"]]
-        if evaluated and built is not None and not self._traced.met_dense:
+        if evaluated and not self._traced.met_dense:
             self.history, self.plan, self._traced.built, self.taken = history, plan, built, state["taken"]
             return
         if plan is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_prune.errors import PlanError
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
+from lightning_prune.graph.model_checks import check_traceable
 from lightning_prune.measure import CostModel
 from lightning_prune.model_state.preservation import copy_sharing_tensors, copy_without_masks
 from lightning_prune.plan import Plan, groups_left, in_dense_groups
@@ -61,6 +62,7 @@ class TracedModel:
             TraceError: the model does not run on the example inputs.
         """
         if self._graph is None:
+            check_traceable(self.model)  # before copies of it are run to find what it is traced on
             known = [] if self.built is None else groups_left(self.dense_graph, self.built)
             inputs, *others = self.entries
             graph = trace(self.model, inputs.inputs, also=others, statistics=self._statistics, known=known)

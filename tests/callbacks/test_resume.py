@@ -173,6 +173,36 @@ def test_a_new_process_evaluates_a_pruned_checkpoint_and_then_goes_on_with_it(
         assert all(torch.equal(value, whole.state_dict()[name]) for name, value in task.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_masked_checkpoint_is_evaluated_without_an_example_and_fitted_further(tmp_path: Path) -> None:
+    """There is no training step to take one from; what is masked is held again as soon as there is."""
+    run(Task(), first := prune(reconstruct="after"), tmp_path)
+
+    class Calling(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    task, again = Calling(), prune(reconstruct="after")
+    task.example_input_array = None
+    data = loader(8, shuffle=False)
+    trainer(again).validate(task, data, ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert again.masking.plan == first.masking.plan
+    assert again.masking.handle is None
+
+    lp.load(tmp_path / "epoch=1.ckpt", alone := Task())
+    zero = {name: value == 0 for name, value in alone.named_parameters()}
+    held = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *of: Any) -> None:
+            held.append(all((value[zero[name]] == 0).all() for name, value in module.named_parameters()))
+
+    trainer(again, Look()).fit(task, loader(), data)
+    assert held == [True] * 8
+    assert params(task) < params(alone)
+    assert again.reconstruction.lossless.passed
+
+
 class Attending(Task):
     """Sizes in the code of its attention, and heads that torch's own class cannot make narrower."""
 

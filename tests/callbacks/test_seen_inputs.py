@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.errors import CallbackError
@@ -110,6 +111,29 @@ def test_a_step_that_calls_another_module_than_forward_needs_an_example() -> Non
 def test_a_module_without_forward_is_told_what_to_write() -> None:
     with pytest.raises(CallbackError, match=r"NoForward defines no forward.*: return self.net\(x\)`"):
         fit(NoForward())
+
+
+class Stream(IterableDataset):
+    """Goes on where it was left, as a queue or a socket does."""
+
+    def __init__(self, samples: int) -> None:
+        self.left = iter([(image, torch.tensor(0)) for image in images(samples)])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left
+
+
+def test_data_that_can_be_read_once_are_not_used_up_by_scoring() -> None:
+    example = {"example_inputs": images(2), "track": False}
+    with pytest.raises(CallbackError, match=r"read only once.*nothing to train on. Pass score_batches"):
+        trainer(lp.PruneCallback("jre", 0.5, **example)).fit(Task(), DataLoader(Stream(32), 4))
+
+    some = trainer(lp.PruneCallback("jre", 0.5, score_batches=2, **example), epochs=1)
+    some.fit(Task(), DataLoader(Stream(32), 4))
+    assert some.global_step == 8 - 2 - 1  # Lightning took one ahead; neither an example nor a rehearsal took any
+
+    with pytest.raises(CallbackError, match=r"read only once are not looked at"):
+        trainer(lp.PruneCallback("l1", 0.5, track=False)).fit(Task(), DataLoader(Stream(32), 4))
 
 
 class ListTask(Task):

@@ -60,6 +60,24 @@ def test_without_it_no_dense_module_takes_the_shapes(tmp_path: Path) -> None:
         lp.load(tmp_path / "plain.ckpt", Task())
 
 
+@pytest.mark.parametrize("kind", ["pruned here", "small already"])
+def test_checkpoints_of_weights_alone_have_the_shapes(kind: str, tmp_path: Path) -> None:
+    """For them Lightning asks no callback."""
+    task, plan = (Task(), None) if kind == "pruned here" else small_task(tmp_path)
+    callback = lp.PruneCallback("l1", 0.5) if plan is None else SmallCheckpointCallback(plan)
+    saving = ModelCheckpoint(tmp_path / "a", filename="best", monitor="val_loss", save_weights_only=True)
+    fit(task, callback, saving, enable_checkpointing=True).save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    for name in ("a/best.ckpt", "end.ckpt"):
+        dense = Task()
+        assert lp.load(tmp_path / name, dense).groups
+        assert params(dense) == params(task) < params(Task())
+    assert all(torch.equal(value, task.state_dict()[name]) for name, value in dense.state_dict().items())
+    (expected,) = trainer().validate(task, loader(8, shuffle=False), verbose=False)
+    evaluating = trainer(lp.PruneCallback("l1", 0.5))
+    (found,) = evaluating.validate(Task(), loader(8, shuffle=False), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert found == expected
+
+
 def test_a_dense_module_and_one_that_is_pruned_here_are_refused(tmp_path: Path) -> None:
     task, plan = small_task(tmp_path)
     refused(Task(), SmallCheckpointCallback(plan), error=CallbackError, match="Task is dense: load the small model")

@@ -51,6 +51,15 @@ def test_models_that_are_not_eager_are_refused(kind, entry):
         ENTRIES[entry](OTHERS[kind](), IMAGES)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_lazy_model_that_never_ran_is_refused_and_one_that_did_is_pruned(entry):
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(4, 1))
+    with pytest.raises(TraceError, match=r"'0.weight' has no size yet.*run the model on one batch first"):
+        ENTRIES[entry](model, IMAGES)
+    model(IMAGES)
+    ENTRIES[entry](model.eval(), IMAGES)
+
+
 def test_the_graph_of_the_eager_model_is_not_used_on_a_scripted_one():
     model = net()
     graph = lp.trace(model, IMAGES)
