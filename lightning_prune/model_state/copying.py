@@ -94,9 +94,12 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     if isinstance(item, nn.Module) and _copies_as_object(item):
         memo[id(item)] = new = kind.__new__(kind)
         state = item.__getstate__()
-        new.__setstate__(
-            {name: value if type(value) in ATOMIC else _deep_copy(value, memo) for name, value in state.items()}
-        )
+        if type(state) is dict:
+            state = {name: value if type(value) in ATOMIC else _deep_copy(value, memo) for name, value in state.items()}
+        else:
+            state = _deep_copy(state, memo)
+        if state is not None:
+            new.__setstate__(state)
         return new
     if isinstance(item, Tensor) and not item.is_leaf:  # a result of autograd, which torch refuses to copy
         memo[id(item)] = new = item.detach().clone()
@@ -110,7 +113,6 @@ def _copies_as_object(module: nn.Module) -> bool:
     return (
         kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
-        and kind.__getstate__ is nn.Module.__getstate__
         and not hasattr(kind, "__getnewargs_ex__")
         and not hasattr(kind, "__getnewargs__")
         and kind not in copyreg.dispatch_table

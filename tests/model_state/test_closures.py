@@ -112,6 +112,29 @@ def test_a_copy_runs_on_its_own(kind: Callable[[Net], None]) -> None:
     assert net.features == [torch.zeros(())]
 
 
+def test_modules_that_change_what_is_copied_of_them_are_no_exception() -> None:
+    """As every LightningModule does, to leave its Trainer behind."""
+
+    class Leaving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.trainer = build(replaced_forward), object()
+            self.through = lambda x: self.net(x)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {**vars(self), "trainer": None}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.through(x)
+
+    model = Leaving()
+    other, expected = copied(model), model(images(2))
+    assert other.trainer is None
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(other(images(2)), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_such_a_model_is_pruned_without_loss(kind: Callable[[Net], None]) -> None:
     net = build(kind)
