@@ -41,9 +41,14 @@ class OperatorCall:
 
     @cached_property
     def where(self) -> str:
-        """Operator and module path, for messages."""
+        """Operator and module path, for messages; outside of modules the user's step, unless it is forward."""
         name = self.func.overloadpacket._qualified_op_name.replace("::", ".")
-        return f"{name} at {self.recorder.module!r}" if self.recorder.module else name
+        place = (
+            f" at {self.recorder.module!r}"
+            if self.recorder.module
+            else self.recorder.step and f" in {self.recorder.step}"
+        )
+        return name + place
 
     @cached_property
     def site(self) -> CallSite:
@@ -176,6 +181,7 @@ class OperatorRecorder(EagerMode):
         self.assignments = Assignments(space, known, self.journal, self.info)
         self.labelled_zeros = False
         self.unknown = TensorInfo()  # of tensors that no operator made
+        self.step = ""  # the user's step that is run, if it is not forward
         self._info = WeakIdKeyDictionary(dict(known))
         self._observe = observe
         self._depth = 0

@@ -169,6 +169,7 @@ class _Tracer:
         running = RunningModules(self.model)
         recorder = OperatorRecorder(self.space, self.known, running, self._observe, self.runs)
         recorder.unknown = TensorInfo(data=entry.opaque)
+        recorder.step = "" if is_forward(entry) else entry.name
         self.runs += 1
         for tensor in tensors_in(entry.inputs):
             recorder.set_info(tensor, TensorInfo(data=True))

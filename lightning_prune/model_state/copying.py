@@ -75,8 +75,7 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     if (known := memo.get(id(item), memo)) is not memo:
         return known
     if kind is FunctionType:
-        own = memo.own if isinstance(memo, _Memo) and any(type(part) not in ATOMIC for part in kept(item)) else ()
-        return rebound(item, own, _deep_copy, memo) if own and closes_over(item, own) else item
+        return _copy_of_function(item, memo)
     if kind is dict or (kind is OrderedDict and not vars(item)):
         memo[id(item)] = new = kind()
         for key, value in item.items():
@@ -92,19 +91,31 @@ def _deep_copy(item: Any, memo: dict[int, Any]) -> Any:
     if kind is tuple and all(type(value) in ATOMIC for value in item):
         return item
     if isinstance(item, nn.Module) and _copies_as_object(item):
-        memo[id(item)] = new = kind.__new__(kind)
-        state = item.__getstate__()
-        if type(state) is dict:
-            state = {name: value if type(value) in ATOMIC else _deep_copy(value, memo) for name, value in state.items()}
-        else:
-            state = _deep_copy(state, memo)
-        if state is not None:
-            new.__setstate__(state)
-        return new
+        return _copy_of_module(item, memo)
     if isinstance(item, Tensor) and not item.is_leaf:  # a result of autograd, which torch refuses to copy
         memo[id(item)] = new = item.detach().clone()
         return new
     return copy.deepcopy(item, memo)
+
+
+def _copy_of_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function itself, unless a part of the model is in a variable around it."""
+    if isinstance(memo, _Memo) and any(type(part) not in ATOMIC for part in kept(function)):
+        return rebound(function, memo.own, _deep_copy, memo) if closes_over(function, memo.own) else function
+    return function
+
+
+def _copy_of_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    kind = type(module)
+    memo[id(module)] = new = kind.__new__(kind)
+    state = module.__getstate__()
+    if type(state) is dict:
+        state = {name: value if type(value) in ATOMIC else _deep_copy(value, memo) for name, value in state.items()}
+    else:  # a class with slots, or one that says for itself what it is
+        state = _deep_copy(state, memo)
+    if state is not None:
+        new.__setstate__(state)
+    return new
 
 
 def _copies_as_object(module: nn.Module) -> bool:
