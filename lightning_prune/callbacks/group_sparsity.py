@@ -72,8 +72,8 @@ class GroupSparsityCallback(Callback):
 
     Raises:
         ScoreError: a strength or alpha that is negative or not finite.
-        CallbackError: a criterion that needs the dense model or fits something, or one that needs data under manual
-            optimization; nothing to prune; the model is pruned before it starts, or before the ramp ends.
+        CallbackError: a criterion that needs the dense model or fits something; nothing to prune; the model is
+            pruned before it starts, or before the ramp ends.
 
     Example:
         >>> from lightning_prune import Budget, PruneCallback
@@ -130,12 +130,6 @@ class GroupSparsityCallback(Callback):
         if stage == "fit":
             check_strategy(trainer, type(self).__name__)
             check_scorable(self.criterion, trainer, pl_module)
-            if self.criterion.needs_forward and not pl_module.automatic_optimization:
-                raise CallbackError(
-                    f"{type(pl_module).__name__} uses manual optimization: its training_step steps the optimizers "
-                    f"itself, so ranking by {self.criterion!r} would train it. Use a criterion that looks at weights "
-                    "only, such as L2"
-                )
             self._run, self._strengths, self._ranked_in, self._penalty = None, {}, None, None
             self.begun = False
             self._ramp = self._epochs_to_grow(trainer)

@@ -236,24 +236,11 @@ class ScoringCallback(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_strategy(trainer, type(self).__name__)
-        criterion, name = self.criterion, type(pl_module).__name__
-        check_scorable(criterion, trainer, pl_module)
-        if criterion.needs_forward and not pl_module.automatic_optimization and not self.update_weights:
-            raise CallbackError(
-                f"{name} uses manual optimization: its training_step steps the optimizers itself, so a scoring pass "
-                "would train it. Use update_weights=True (score while training) or a criterion that looks at weights "
-                "only, such as L1"
-            )
+        check_scorable(self.criterion, trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first scores: given, from a pass of their own, or from the epochs that start now."""
         session = self._run.session
-        if self.criterion.needs_forward and not pl_module.automatic_optimization and session.schedule is not None:
-            raise CallbackError(
-                f"{type(pl_module).__name__} uses manual optimization, and every later step of {session.schedule!r} "
-                "scores in a pass of its own, in which training_step would step the optimizers. Prune in one step, or "
-                "use a criterion that looks at weights only, such as L1"
-            )
         with failing_together(), uncompiled(pl_module):
             graph = session.graph
             if not graph.prunable_groups:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.trainer.states import RunningStage
@@ -21,9 +21,10 @@ from lightning_prune.callbacks.user_steps import run_step
 from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.criteria import Criterion, Scorer, Scores
 from lightning_prune.errors import CallbackError, ScoreError
-from lightning_prune.model_state.preservation import copy_sharing_tensors
+from lightning_prune.model_state.preservation import copy_sharing_tensors, own_tensors_
 
 Amount = int | float | None
+M = TypeVar("M", bound=LightningModule)
 
 
 def checked_amount(name: str, amount: Amount) -> Amount:
@@ -53,6 +54,11 @@ def check_scorable(criterion: Criterion, trainer: Trainer, pl_module: LightningM
             f"{criterion!r} fits auxiliary heads to the data of one process; use heads=0, another criterion, "
             "or scores=... of a run with devices=1"
         )
+    if criterion.needs_fitting and not pl_module.automatic_optimization:
+        raise CallbackError(
+            f"{criterion!r} fits auxiliary heads along with the loss of training_step, which {name} differentiates "
+            "itself (manual optimization); use heads=0, or another criterion"
+        )
 
 
 def summed_up(
@@ -74,18 +80,28 @@ def summed_up(
     """
     with uncompiled(pl_module):
         with failing_together():
-            copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
+            copied = _copy_to_run(pl_module)
             scorer = scorer_of(copied)
             if scorer.bn_mode == "keep":
                 _freeze_statistics(copied)
         if scorer.criterion.needs_forward and scorer.graph.prunable_groups:  # a later step may leave none
             title = f"Scoring ({type(scorer.criterion).__name__})"
             with attached(copied, trainer, RunningStage.TRAINING), scorer:
-                for see in scorer.passes:
+                by_hand = (partial(scorer.update, differentiates=True),)
+                for see in scorer.passes if copied.automatic_optimization else by_hand:
                     batches = training_batches(trainer, copied, amount, passes, title)
                     with failing_together():
                         see_batches(see, partial(run_step, trainer, copied), copied, batches)
     return scores_of_all(scorer)
+
+
+def _copy_to_run(module: M) -> M:
+    """On it steps note what they note (metrics, counters) and write what they write (averages, clipped weights)."""
+    copied = copy_sharing_tensors(module)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    own_tensors_(copied, module)
+    return copied
 
 
 def _freeze_statistics(module: nn.Module) -> None:
@@ -169,7 +185,10 @@ def see_batches(
     shown = skipped = 0
     for batch_idx, batch in batches:
         try:
-            see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+            if pl_module.automatic_optimization:
+                see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
+            else:
+                see(partial(step, batch, batch_idx))
             shown += 1
         except SkippedBatchError:
             skipped += 1

@@ -15,6 +15,7 @@ from lightning_prune.callbacks.first_batches import overrides
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import call_model, map_tensors, tensors_in, untouched
+from lightning_prune.model_state.journal import WritesUndone
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.reconstruction.rehearsal import SAMPLES
 
@@ -118,7 +119,7 @@ def _calls(
     The run ends at the call of this path.
     """
     copied, found = copy_sharing_tensors(pl_module).train(training), list[_Call]()
-    with untouched(copied), _watched(copied, found, until):
+    with untouched(copied), WritesUndone(copied), _watched(copied, found, until):
         try:
             entry.call(copied, entry.inputs)
         except _Seen:

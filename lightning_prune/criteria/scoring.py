@@ -117,8 +117,10 @@ class Scorer:
             raise ScoreError(f"{self.criterion!r} has no auxiliary classifiers to fit")
         self._classifiers.fit(step)
 
-    def update(self, step: Callable[[], Any]) -> None:
+    def update(self, step: Callable[[], Any], *, differentiates: bool = False) -> None:
         """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs one.
+
+        ``differentiates``: it calls ``backward`` itself, once or several times, whose gradients add up.
 
         With a baseline, ``step`` runs a second time under `torch.no_grad` with the dense weights in place,
         from the same random state.
@@ -138,7 +140,7 @@ class Scorer:
             step = self._classifiers.joint(step)
         with self._observer.batch(), torch.set_grad_enabled(self.criterion.needs_backward):
             loss = step()
-            if self.criterion.needs_backward:
+            if self.criterion.needs_backward and not differentiates:
                 self._observer.backward(loss)
 
     def begin_batch(self) -> None:

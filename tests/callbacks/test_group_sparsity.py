@@ -64,9 +64,10 @@ def test_training_is_that_by_hand(criterion: str, selection: LayerRatio | None, 
         torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-10, atol=1e-12)
 
 
-def test_with_two_optimizers_every_parameter_is_penalised_once() -> None:
+@pytest.mark.parametrize("criterion", ["l2", "taylor_fo"])
+def test_with_two_optimizers_every_parameter_is_penalised_once(criterion: str) -> None:
     found, expected = (
-        train(PlainTask(manual=manual), [GroupSparsityCallback(0.3, example_inputs=zoo.images())])
+        train(PlainTask(manual=manual), [GroupSparsityCallback(0.3, criterion=criterion, example_inputs=zoo.images())])
         for manual in (True, False)
     )
     for name, parameter in expected.items():
@@ -248,11 +249,6 @@ def test_fits_in_which_it_cannot_work_are_refused() -> None:
     refused(Task(), late, prune, error=CallbackError, match=r"start=1, ramp=3\) .* at the start of epoch 3 here")
     endless = GroupSparsityCallback(1.0, selection=HALF)
     refused(Task(), endless, error=CallbackError, match="pass ramp=", epochs=-1, max_steps=1)
-    by_data = GroupSparsityCallback(1.0, criterion="taylor_fo")
-    manual = r"uses manual optimization: .* ranking by TaylorFO\(.* would train it"
-    task = Task()
-    task.automatic_optimization = False
-    refused(task, by_data, error=CallbackError, match=manual)
     both = GroupSparsityCallback(1.0), GroupSparsityCallback(2.0)
     refused(Task(), *both, error=RuntimeError, match="more than one stateful callback of type `GroupSparsityCallback`")
 

@@ -140,12 +140,81 @@ def test_manual_optimization_is_scored_while_it_trains() -> None:
     assert_pruned(task, callback)
 
 
-def test_a_scoring_pass_that_would_train_is_refused() -> None:
-    task = Manual()
+class ByHand(Manual):
+    """As `Task`, by hand, and what people write to their weights in the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = copy.deepcopy(self.net).requires_grad_(False)
+        for parameter in self.slow.parameters():
+            parameter.data.mul_(0.5)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast.clamp_(-0.1, 0.1), 0.1)
+            self.slow(batch[0])
+        return loss
+
+
+class ByLightning(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = copy.deepcopy(self.net).requires_grad_(False)
+        for parameter in self.slow.parameters():
+            parameter.data.mul_(0.5)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self.slow(batch[0]).sum()
+
+
+class Stop(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise ArithmeticError("before training")
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("criterion", ["jre", "taylor_fo", "l1"])
+@pytest.mark.parametrize("kind", [ByHand, ByLightning])
+def test_what_steps_write_to_weights_is_gone_after_scoring(kind: type[Task], criterion: str, example: bool) -> None:
+    """Steps of the user's are run to find an example, to trace and to score: on copies."""
+    task = kind()
+    if not example and kind is ByLightning:
+        task.example_input_array = None
     before = copy.deepcopy(task.state_dict())
-    with pytest.raises(CallbackError, match="uses manual optimization"):
-        run(task, prune())
+    callback = PruneCallback(criterion, 0.0)
+    with pytest.raises(ArithmeticError, match="before training"):
+        trainer(callback, Stop()).fit(task, loader(), loader(8, shuffle=False))
+    assert callback.masking.plan is not None
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", ["jre", "taylor_fo", "taylor", "gre", "thinet"])
+def test_manual_optimization_is_scored_as_any_other(criterion: str) -> None:
+    found = []
+    for task in (Task(), Manual()):
+        torch.manual_seed(0)
+        callback = PruneCallback(criterion, 0.5)
+        with pytest.raises(ArithmeticError):
+            trainer(callback, Stop()).fit(task, loader(shuffle=False), loader(8, shuffle=False))
+        found.append(callback.scoring.scores)
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-12) for name in found[0])
+
+
+def test_later_steps_of_a_schedule_score_under_manual_optimization() -> None:
+    task, callback = Manual(), PruneCallback("jre", 0.5, schedule=Gradual(2), update_weights=True)
+    run(task, callback)
+    assert_pruned(task, callback)
+    assert len(callback.scoring.history) == 2
+
+
+def test_heads_cannot_be_fitted_under_manual_optimization() -> None:
+    with pytest.raises(CallbackError, match=r"fits auxiliary heads along with the loss .*manual optimization"):
+        run(Manual(), PruneCallback("dcp", 0.5))
 
 
 @pytest.mark.parametrize("when", WHENS)

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.errors import CallbackError, NotReconstructedWarning, PruningError
 from lightning_prune.reconstruction.small_model import reconstruct_masked
-from lightning_prune.schedule import Gradual, Rounds
+from lightning_prune.schedule import Rounds
 from tests.callbacks.helpers import params, trainer
 
 
@@ -427,12 +427,6 @@ def test_optimizers_under_manual_optimization_do_not_step_before_training(when: 
     runner = fit(task := Adversaries(), PruneCallback("l1", 0.5, reconstruct=when, track=False), epochs=1)
     assert task.discriminator.in_features == task.fc.in_features < 8
     assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0025)
-
-
-def test_later_steps_of_a_schedule_that_would_train_are_refused() -> None:
-    callback = PruneCallback("jre", 0.5, schedule=Gradual(2), update_weights=True, track=False)
-    with pytest.raises(CallbackError, match="uses manual optimization, and every later step"):
-        fit(Adversaries(), callback, epochs=3)
 
 
 def test_a_group_of_which_one_channel_is_left_is_no_obstacle_to_later_steps() -> None:
