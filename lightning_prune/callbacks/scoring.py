@@ -188,7 +188,8 @@ class ScoringCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._scorer is not None:
-            self._scorer.end_batch(discard=outputs is None)  # training_step skipped the batch
+            # training_step skipped the batch; by hand it may train another network on this one
+            self._scorer.end_batch(discard=outputs is None, required=pl_module.automatic_optimization)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_when_seen(trainer)

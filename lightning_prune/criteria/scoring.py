@@ -120,7 +120,8 @@ class Scorer:
     def update(self, step: Callable[[], Any], *, differentiates: bool = False) -> None:
         """Score one batch: run ``step``, which runs the model and returns the loss if the criterion needs one.
 
-        ``differentiates``: it calls ``backward`` itself, once or several times, whose gradients add up.
+        ``differentiates``: it calls ``backward`` itself, once or several times, whose gradients add up, or not on this
+        batch, which is left out then.
 
         With a baseline, ``step`` runs a second time under `torch.no_grad` with the dense weights in place,
         from the same random state.
@@ -138,7 +139,7 @@ class Scorer:
             return
         if self._classifiers is not None:
             step = self._classifiers.joint(step)
-        with self._observer.batch(), torch.set_grad_enabled(self.criterion.needs_backward):
+        with self._observer.batch(required=not differentiates), torch.set_grad_enabled(self.criterion.needs_backward):
             loss = step()
             if self.criterion.needs_backward and not differentiates:
                 self._observer.backward(loss)
@@ -157,16 +158,17 @@ class Scorer:
             )
         self._observer.begin_batch()
 
-    def end_batch(self, *, discard: bool = False) -> None:
+    def end_batch(self, *, discard: bool = False, required: bool = True) -> None:
         """Add the batch to `state` and remove the hooks. Does nothing if no batch is open.
 
         Args:
             discard: forget the batch instead.
+            required: whether a batch without a backward pass is an error; else it is left out.
 
         Raises:
             ScoreError: the criterion needs gradients and no backward pass ran.
         """
-        self._observer.end_batch(discard=discard)
+        self._observer.end_batch(discard=discard, required=required)
 
     def compute(self) -> Scores:
         """Scores from everything seen so far. To reduce over processes, sum `state` over them first.

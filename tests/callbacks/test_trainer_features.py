@@ -205,6 +205,27 @@ def test_manual_optimization_is_scored_as_any_other(criterion: str) -> None:
     assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-12) for name in found[0])
 
 
+@pytest.mark.parametrize("update_weights", [False, True])
+def test_batches_on_which_nothing_is_differentiated_are_left_out(update_weights: bool) -> None:
+    """As in adversarial training, where the generator learns on every fifth."""
+
+    class AtTimes(Manual):
+        def training_step(self, batch, batch_idx):
+            if batch_idx % 2 == 0:
+                super().training_step(batch, batch_idx)
+
+    class Never(Manual):
+        def training_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+    options = {"update_weights": update_weights, "reconstruct": "after"}
+    task, callback = AtTimes(), PruneCallback("taylor_fo", 0.5, **options)
+    run(task, callback)
+    assert_pruned(task, callback)
+    with pytest.raises(ScoreError, match=r"no gradient of the loss ever reached it|never called while scoring"):
+        run(Never(), PruneCallback("taylor_fo", 0.5, **options))
+
+
 def test_later_steps_of_a_schedule_score_under_manual_optimization() -> None:
     task, callback = Manual(), PruneCallback("jre", 0.5, schedule=Gradual(2), update_weights=True)
     run(task, callback)

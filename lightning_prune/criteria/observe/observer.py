@@ -70,15 +70,15 @@ class Observer:
                     self._state[f"{key}/sum"], self._state[f"{key}/count"] = zero.new_zeros(watcher.shapes[key]), zero
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Watch one batch; an exception discards it."""
+    def batch(self, *, required: bool = True) -> Iterator[None]:
+        """Watch one batch; an exception discards it. ``required``: see `end_batch`."""
         self.begin_batch()
         try:
             yield
         except BaseException:
             self.end_batch(discard=True)
             raise
-        self.end_batch()
+        self.end_batch(required=required)
 
     def begin_batch(self) -> None:
         """Start watching."""
@@ -93,8 +93,11 @@ class Observer:
                 stack.enter_context(watcher)
             self._batch = stack.pop_all()
 
-    def end_batch(self, *, discard: bool = False) -> None:
-        """Add the batch to the state, or forget it, and remove the hooks. Does nothing if no batch is open."""
+    def end_batch(self, *, discard: bool = False, required: bool = True) -> None:
+        """Add the batch to the state, or forget it, and remove the hooks. Does nothing if no batch is open.
+
+        ``required``: a batch without the gradients that the criterion needs is an error; else it is forgotten.
+        """
         if self._batch is None:
             return
         stack, self._batch = self._batch, None
@@ -104,6 +107,8 @@ class Observer:
             seen = [pair for watcher in self._watchers for pair in watcher.found()]
             arrived = {key for key, found in seen if found.differentiated}
             if not arrived and any(tap.gradient for tap in self.taps):
+                if not required:
+                    return
                 raise ScoreError(
                     f"{self._criterion!r} needs gradients, but no backward pass reached a layer in this batch; "
                     f"{self._scored_on()}"
