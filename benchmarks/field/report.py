@@ -173,7 +173,7 @@ def _draw(rows: list[Row], controls: dict[str, Line], speed_ups: list[float], pa
     from matplotlib.figure import Figure
 
     sets = [sorted(_lines(rows, of), key=lambda line: line.mean("accuracy")) for of in speed_ups]
-    height = 1.2 + 0.24 * max(map(len, sets))
+    height = 1.6 + 0.24 * max(map(len, sets))
     figure = Figure(figsize=(6.2 * len(sets), height), layout="constrained")
     for axes, lines, speed_up in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, speed_ups, strict=True):
         for place, line in enumerate(lines):
@@ -191,5 +191,6 @@ def _draw(rows: list[Row], controls: dict[str, Line], speed_ups: list[float], pa
         dots = [("lightning-prune", COLORS["lightning-prune"]), ("Torch-Pruning", COLORS["Torch-Pruning"])]
         for name, color in dots:
             axes.plot([], [], "o", color=color, label=name)
-        axes.legend(fontsize=7, frameon=False, loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
