@@ -154,7 +154,8 @@ class ScoringCallback(Callback):
         self._fits = stage == "fit"
         if self._fits:
             same_module(self, self.run.session.model, pl_module)
-            self._check(trainer, pl_module)
+            check_strategy(trainer, type(self).__name__)
+            check_scorable(self.criterion, trainer, pl_module)
             check_start(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -234,10 +235,6 @@ class ScoringCallback(Callback):
     def _awaited(self) -> bool:
         """Whether the first scores are still to come, and no pass is under way."""
         return self.scores is None and self._scorer is None
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_strategy(trainer, type(self).__name__)
-        check_scorable(self.criterion, trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first scores: given, from a pass of their own, or from the epochs that start now."""

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.trainer.states import RunningStage
@@ -24,7 +24,6 @@ from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.model_state.preservation import copy_sharing_tensors, own_tensors_
 
 Amount = int | float | None
-M = TypeVar("M", bound=LightningModule)
 
 
 def checked_amount(name: str, amount: Amount) -> Amount:
@@ -80,28 +79,21 @@ def summed_up(
     """
     with uncompiled(pl_module):
         with failing_together():
-            copied = _copy_to_run(pl_module)
+            copied = copy_sharing_tensors(pl_module)  # what the steps note (metrics, counters) is noted on the copy
             scorer = scorer_of(copied)
             if scorer.bn_mode == "keep":
                 _freeze_statistics(copied)
         if scorer.criterion.needs_forward and scorer.graph.prunable_groups:  # a later step may leave none
             title = f"Scoring ({type(scorer.criterion).__name__})"
             with attached(copied, trainer, RunningStage.TRAINING), scorer:
+                with failing_together():
+                    own_tensors_(copied, pl_module)  # and what they write (averages, clipped weights), written to it
                 by_hand = (partial(scorer.update, differentiates=True),)
                 for see in scorer.passes if copied.automatic_optimization else by_hand:
                     batches = training_batches(trainer, copied, amount, passes, title)
                     with failing_together():
                         see_batches(see, partial(run_step, trainer, copied), copied, batches)
     return scores_of_all(scorer)
-
-
-def _copy_to_run(module: M) -> M:
-    """On it steps note what they note (metrics, counters) and write what they write (averages, clipped weights)."""
-    copied = copy_sharing_tensors(module)
-    for parameter in copied.parameters():
-        parameter.grad = None
-    own_tensors_(copied, module)
-    return copied
 
 
 def _freeze_statistics(module: nn.Module) -> None:

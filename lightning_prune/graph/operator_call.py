@@ -43,12 +43,9 @@ class OperatorCall:
     def where(self) -> str:
         """Operator and module path, for messages; outside of modules the user's step, unless it is forward."""
         name = self.func.overloadpacket._qualified_op_name.replace("::", ".")
-        place = (
-            f" at {self.recorder.module!r}"
-            if self.recorder.module
-            else self.recorder.step and f" in {self.recorder.step}"
-        )
-        return name + place
+        if self.recorder.module:
+            return f"{name} at {self.recorder.module!r}"
+        return f"{name} in {self.recorder.step}" if self.recorder.step else name
 
     @cached_property
     def site(self) -> CallSite:

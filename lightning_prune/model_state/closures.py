@@ -21,23 +21,20 @@ def own_objects(model: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
-def closes_over(function: FunctionType, own: Container[int]) -> bool:
-    """Whether a function keeps one of these objects, or another function that does."""
-    return _keeps(function, own, set())
-
-
-def _keeps(item: Any, own: Container[int], seen: set[int]) -> bool:
+def keeps(item: Any, own: Container[int], seen: set[int] | None = None) -> bool:
+    """Whether something is one of these objects, or a function, method or container that keeps one."""
+    seen = set() if seen is None else seen
     if id(item) in own:
         return not isinstance(item, (bool, int, float, complex, str, bytes, type(None)))
     if id(item) in seen:
         return False
     seen.add(id(item))
     if isinstance(item, FunctionType):
-        return any(_keeps(part, own, seen) for part in kept(item))
+        return any(keeps(part, own, seen) for part in kept(item))
     if isinstance(item, MethodType):
-        return _keeps(item.__self__, own, seen)
+        return keeps(item.__self__, own, seen)
     if isinstance(item, partial):
-        return any(_keeps(part, own, seen) for part in (item.func, *item.args, *item.keywords.values()))
+        return any(keeps(part, own, seen) for part in (item.func, *item.args, *item.keywords.values()))
     if type(item) in (list, tuple, dict):
         return any(id(part) in own for part in (item.values() if isinstance(item, dict) else item))
     return False
@@ -58,7 +55,7 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def rebound(
-    function: FunctionType, own: Container[int], copy: Callable[[Any, dict[int, Any]], Any], memo: dict[int, Any]
+    function: FunctionType, own: Container[int], copy: Callable[[Any], Any], memo: dict[int, Any]
 ) -> FunctionType:
     """The same code around copies of what it keeps of the model; the rest is shared."""
     cells = [memo.setdefault(id(cell), CellType()) for cell in function.__closure__ or ()]
@@ -66,7 +63,7 @@ def rebound(
     memo[id(function)] = new  # the model may lead back to it
 
     def of_copy(item: Any) -> Any:
-        return copy(item, memo) if _keeps(item, own, set()) else item
+        return copy(item) if keeps(item, own) else item
 
     new.__dict__.update(function.__dict__)
     for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):

@@ -140,8 +140,8 @@ def test_manual_optimization_is_scored_while_it_trains() -> None:
     assert_pruned(task, callback)
 
 
-class ByHand(Manual):
-    """As `Task`, by hand, and what people write to their weights in the step."""
+class Slow(Task):
+    """Writes to weights in its step, as people do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,26 +149,26 @@ class ByHand(Manual):
         for parameter in self.slow.parameters():
             parameter.data.mul_(0.5)
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+
+
+class ByHand(Slow, Manual):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         with torch.no_grad():
-            for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
-                slow.lerp_(fast.clamp_(-0.1, 0.1), 0.1)
+            for parameter in self.net.parameters():
+                parameter.clamp_(-0.1, 0.1)
+            self.follow()
             self.slow(batch[0])
         return loss
 
 
-class ByLightning(Task):
-    def __init__(self) -> None:
-        super().__init__()
-        self.slow = copy.deepcopy(self.net).requires_grad_(False)
-        for parameter in self.slow.parameters():
-            parameter.data.mul_(0.5)
-
+class ByLightning(Slow):
     def training_step(self, batch, batch_idx):
-        with torch.no_grad():
-            for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
-                slow.lerp_(fast, 0.1)
+        self.follow()
         return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self.slow(batch[0]).sum()
 
 
