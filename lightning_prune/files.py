@@ -136,14 +136,19 @@ def _yaml_problem(error: BaseException) -> str:
     return f"{place}{problem or first_line(error)}"
 
 
+def disk_error(error: BaseException) -> OSError | None:
+    """What the system said: torch ends its archive on a full disk, which fails again with another error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch ends its archive on a full disk, which fails again
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
+    except (OSError, RuntimeError) as error:
+        if (cause := disk_error(error)) is None:
             raise
         raise PruningError(f"cannot write {str(path)[:200]}: {cause.strerror or cause}") from error

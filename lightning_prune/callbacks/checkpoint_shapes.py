@@ -79,12 +79,13 @@ class CheckpointShapes:
         if self._dense is None:
             return
         for name, tensor in _tensors(module).items():
-            if tensor.shape != self._dense[name]:
+            shape = self._dense.get(name, tensor.shape)  # what is made while training never had another
+            if tensor.shape != shape:
                 tensor.grad = None
-                set_data_(tensor, dense_copy(tensor.new_zeros(self._dense[name]), tensor))
+                set_data_(tensor, dense_copy(tensor.new_zeros(shape), tensor))
         for path, part in module.named_modules():
             unfollow_(part)
-            for name in set(vars(part).pop(CHANGED, ())) & set(self._sizes[path]):
+            for name in set(vars(part).pop(CHANGED, ())) & set(self._sizes.get(path, ())):
                 setattr(part, name, self._sizes[path][name])
         forget_cuts_(module)
         update_attributes_(module)
@@ -97,9 +98,11 @@ def write_shapes(trainer: Trainer, module: nn.Module, plan: Callable[[], Plan | 
     writes them all, is watched here too.
     """
     strategy = trainer.strategy
-    if not isinstance(vars(strategy).get("save_checkpoint"), partial):
-        write = partial(_write, trainer, module, plan, strategy.save_checkpoint)
-        strategy.save_checkpoint = write  # type: ignore[method-assign]
+    known = vars(strategy).get("save_checkpoint")
+    if isinstance(known, partial) and known.args[1] is module:
+        return
+    write = known.args[-1] if isinstance(known, partial) else strategy.save_checkpoint  # partial: of an earlier module
+    strategy.save_checkpoint = partial(_write, trainer, module, plan, write)  # type: ignore[method-assign]
 
 
 def _write(

@@ -19,6 +19,7 @@ from lightning_prune.callbacks.module import same_module
 from lightning_prune.callbacks.processes import check_strategy
 from lightning_prune.callbacks.run import RUNS, check_before_pruning
 from lightning_prune.callbacks.seen_inputs import called_instead
+from lightning_prune.callbacks.user_steps import loss_in
 from lightning_prune.compensation.distillation import check_temperature, distillation_loss, logits_of
 from lightning_prune.errors import CallbackError, CheckpointError, DistillationError
 from lightning_prune.model_state.copying import copied
@@ -180,7 +181,7 @@ class DistillationCallback(Callback):
         wrapped = trainer.strategy.model is not module
         with self._watched(self._part(module), outer=wrapped and self.module is None) as pairs:
             output = training_step(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = loss_in(output)
         if not isinstance(loss, Tensor):  # a skipped batch; Lightning refuses the rest
             return output
         if not pairs:

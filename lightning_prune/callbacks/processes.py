@@ -177,8 +177,8 @@ def sum_over_processes_(sums: Mapping[str, Tensor]) -> None:
             tensor.copy_(values.view_as(tensor))
 
 
-def check_same_plan(plan: Plan) -> None:
-    """Make sure that all processes arrived at the same plan."""
+def check_same_plan(plan: Plan, so_far: str = "Nothing was masked") -> None:
+    """Make sure that all processes arrived at the same plan; ``so_far`` says what was done with it."""
     if not _several():
         return
     digest = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -186,8 +186,8 @@ def check_same_plan(plan: Plan) -> None:
     others = [process for process, other in enumerate(digests) if other != digests[0]]
     if others:
         raise CallbackError(
-            f"processes {others} chose other channels than process 0: their weights, data or versions differ. Nothing "
-            "was masked. Seed everything (seed_everything(workers=True)) and load the same weights in every process"
+            f"processes {others} chose other channels than process 0: their weights, data or versions differ. "
+            f"{so_far}. Seed everything (seed_everything(workers=True)) and load the same weights in every process"
         )
 
 

@@ -12,7 +12,13 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_prune.callbacks.checkpoint_shapes import CheckpointShapes
 from lightning_prune.callbacks.module import uncompiled
-from lightning_prune.callbacks.processes import check_communication_hook, check_strategy, failing_together, unwrapped
+from lightning_prune.callbacks.processes import (
+    check_communication_hook,
+    check_same_plan,
+    check_strategy,
+    failing_together,
+    unwrapped,
+)
 from lightning_prune.callbacks.run import PruningRun, join
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.weight_averages import averages
@@ -139,6 +145,9 @@ class ReconstructionCallback(EpochTimerCallback):
         self._shapes.remember(pl_module)
         with unwrapped(trainer, pl_module), failing_together(), uncompiled(pl_module):
             report = session.reconstruct_(optimizers=trainer.optimizers, copies=averages(trainer))
+        assert session.built is not None
+        # Channels whose removal changed a result stay, and each process compared on batches of its own.
+        check_same_plan(session.built, "Their models are of different shapes now")
         if run.lossless is None or report.max_rel_error >= run.lossless.max_rel_error:
             run.lossless = report
         seconds = time.perf_counter() - started

@@ -20,11 +20,12 @@ from lightning_prune.callbacks.processes import (
     lost_process,
     sum_over_processes_,
 )
-from lightning_prune.callbacks.run import RUNS, PruningRun
+from lightning_prune.callbacks.run import RUNS, PruningRun, batches_done
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
     check_scorable,
     checked_amount,
+    number_of_batches,
     scores_of_all,
     summed_up,
 )
@@ -86,8 +87,8 @@ class ScoringCallback(Callback):
         baseline: dict[str, Tensor] | None = None,
         also: Sequence[Any] = (),
     ) -> None:
-        if score_epochs < 1:
-            raise CallbackError(f"score_epochs must be at least 1, got {score_epochs!r}")
+        if not isinstance(score_epochs, int) or isinstance(score_epochs, bool) or score_epochs < 1:
+            raise CallbackError(f"score_epochs must be an integer, at least 1, got {score_epochs!r}")
         if start != "end" and (not isinstance(start, int) or isinstance(start, bool) or start < 0):
             raise CallbackError(f"start must be an epoch (0, 1, ...) or 'end', got {start!r}")
         self.criterion = criterion_from(criterion)
@@ -157,6 +158,8 @@ class ScoringCallback(Callback):
             check_strategy(trainer, type(self).__name__)
             check_scorable(self.criterion, trainer, pl_module)
             check_start(trainer)
+            if batches_done(trainer) == 0:  # what a fit that failed has left
+                self._scorer = self._sums = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         RUNS.pop(trainer, None)
@@ -287,6 +290,4 @@ class ScoringCallback(Callback):
         self._run.scored_in.append(trainer.current_epoch)
 
     def _limit(self, trainer: Trainer) -> float:
-        if self.score_batches is None or isinstance(self.score_batches, int):
-            return self.score_batches or float("inf")
-        return self.score_batches * trainer.num_training_batches
+        return number_of_batches(self.score_batches, trainer.num_training_batches)

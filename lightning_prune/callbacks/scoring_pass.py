@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, read_once, transferred
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import failing_together, sum_over_processes_
-from lightning_prune.callbacks.user_steps import run_step
+from lightning_prune.callbacks.user_steps import loss_in, run_step
 from lightning_prune.callbacks.without_side_effects import attached
 from lightning_prune.criteria import Criterion, Scorer, Scores
 from lightning_prune.errors import CallbackError, ScoreError
@@ -125,12 +125,7 @@ def training_batches(
     combined: Any = trainer.fit_loop._combined_loader
     if combined is None:
         raise CallbackError("there is no training data to score on; pass train_dataloaders or a datamodule to fit")
-    most = trainer.fit_loop.max_batches
-    if isinstance(amount, float):
-        if math.isinf(most):
-            raise CallbackError(f"score_batches={amount} is a share, and these training data have no length")
-        amount = max(1, round(amount * most))
-    limit = min(most, amount or math.inf)
+    limit = number_of_batches(amount, trainer.fit_loop.max_batches)
     if (
         amount is None
         and trainer.limit_train_batches == 1.0
@@ -157,6 +152,15 @@ def training_batches(
                 yield index, transferred(trainer, module, batch)
 
     return shown_batches()
+
+
+def number_of_batches(amount: Amount, most: float) -> float:
+    """How many of ``most`` batches are scored on."""
+    if isinstance(amount, float):
+        if math.isinf(most):
+            raise CallbackError(f"score_batches={amount} is a share, and these training data have no length")
+        amount = max(1, round(amount * most))
+    return min(most, amount or math.inf)
 
 
 class SkippedBatchError(Exception):
@@ -195,7 +199,7 @@ def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
     """What a training_step returned, as a loss; `SkippedBatchError` where it returned none."""
     if output is None:
         raise SkippedBatchError
-    loss = output.get("loss") if isinstance(output, dict) else output
+    loss = loss_in(output)
     if not isinstance(loss, Tensor):
         raise ScoreError(
             f"{type(pl_module).__name__}.training_step returned {type(output).__name__}, not a loss; gradients are "

@@ -60,6 +60,7 @@ class TrackingCallback(EpochTimerCallback):
         self._phases: dict[int, str] = {}  # of the model, by epoch
         self._scored = self._timed = 0  # how many scores and epochs are logged
         self._built: Plan | None = None
+        self._inputs: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -72,12 +73,13 @@ class TrackingCallback(EpochTimerCallback):
             self._begin(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        if not self._sinks:
+        if not trainer.loggers:
             return
         run = RUNS.get(trainer)
         if run is None:
             raise CallbackError("TrackingCallback: nothing scores channels here; add PruneCallback after it")
-        if self._now or run.session.built is not None:
+        self._inputs = run.session.example_inputs  # in every process: the user's step, which may find them, may gather
+        if not self._sinks or self._now or run.session.built is not None:
             return  # it goes on with a model that is not dense any more
         self._stages[DENSE] = self._measure(run, DENSE)
         self._now |= {"prune/share": 0.0, "prune/round": 0}
@@ -208,7 +210,7 @@ class TrackingCallback(EpochTimerCallback):
     def _measure(self, run: PruningRun, name: str) -> StageResult:
         """Measure the model as it is, for the scalars and for the summary."""
         model = run.session.model
-        flops = flops_by_convention(model, run.session.example_inputs)
+        flops = flops_by_convention(model, self._inputs)
         params = count_params(model)
         self._now |= {"prune/params": params, "prune/macs": flops["macs"], "prune/flops": flops["flops2"]}
         return StageResult(name, params=params, flops=dict(flops), size_bytes=state_size(model))

@@ -63,6 +63,11 @@ def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -
     return found
 
 
+def loss_in(output: Any) -> Any:
+    """The loss that a training_step returned, alone or under its name among others, as Lightning takes it."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
 def run_step(
     trainer: Trainer, model: Any, batch: Any, batch_idx: int, name: str = "training_step", **extra: Any
 ) -> Any:
@@ -111,7 +116,7 @@ class Step:
 
     def _optimize(self, model: Any, callbacks: list[Callback], output: Any) -> None:
         """The backward pass and what hangs on an optimizer; without a change of weights."""
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = loss_in(output)
         if model.automatic_optimization and isinstance(loss, Tensor) and loss.requires_grad:
             loss.sum().backward()
         wanted = [part for part in (*callbacks, model) if overrides(part, "on_before_zero_grad")]

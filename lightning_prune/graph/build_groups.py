@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_prune.graph.computed_weights import source_of
 from lightning_prune.graph.groups import Group, Layer, Slice
 from lightning_prune.graph.label_space import Contraction, Freeze, LabelSpace, Span
+from lightning_prune.graph.labels import NO_LABEL
 
 
 class Classes:
@@ -200,6 +201,9 @@ class LayerFinder:
         self.classes = classes
         self.norm_modules = {module for module, _ in space.norms}
         self._joint, self._own = classes.joint.numpy(), classes.own.numpy()
+        self._span = np.full(space.count, -1)
+        for number, span in enumerate(space.spans):
+            self._span[span.start : span.start + span.size] = number
         self._made = np.full(space.count, -1)
         self._readers: dict[int, list[Contraction]] = {}
         wanted = np.zeros(space.count, dtype=bool)
@@ -231,7 +235,8 @@ class LayerFinder:
         span = part.span
         readers = self._readers.get(int(channels[0]), [])
         reader = next((one for one in readers if one.when > order and one.when[0] == order[0]), None)
-        index = None if reader is None else self._reader_index(reader, channels)
+        path = None if reader is None else self._reader_path(reader)
+        index = None if reader is None or path is None else self._reader_index(reader, channels)
         return Layer(
             span.module or source_of(span.tensor) or span.tensor,
             span.tensor,
@@ -239,9 +244,16 @@ class LayerFinder:
             span.size,
             part.index,
             norm=self._norms.get((int(self._own[span.start]), span.size)),
-            reader=None if reader is None or index is None else reader.module,
+            reader=None if index is None else path,
             reader_index=index,
         )
+
+    def _reader_path(self, reader: Contraction) -> str | None:
+        """The layer whose weight reads, which another module's code may use (``F.linear(x, self.head.weight)``)."""
+        if reader.weight == NO_LABEL:
+            return None
+        number = int(self._span[reader.weight])
+        return reader.module if number < 0 else self.classes.space.spans[number].module  # -1: of several parameters
 
     def _reader_index(self, reader: Contraction, channels: Tensor) -> Tensor | None:
         """(channels, r) entries of the reader's input; None if it does not read all channels alike."""

@@ -55,10 +55,11 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Contraction:
-    """One sum over channels, of data with a weight: who ran it, when, the ids that it read and that it made."""
+    """One sum over channels: the module that ran it, when, one of the weight's ids, those that it read and made."""
 
     module: str
     when: tuple[int, int]  # run, position in it
+    weight: int  # -1: of data with data, as in an attention
     reads: Tensor
     makes: Tensor
 

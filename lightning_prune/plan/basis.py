@@ -168,8 +168,8 @@ def rounded(count: int, round_to: int, size: int) -> int:
 
 def _numbers(name: str, given: Any, size: int) -> list[int]:
     """Channel numbers from an integer or several, of any library."""
-    items = list(given) if isinstance(given, Iterable) else [given]
     try:
+        items = list(given) if isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0 else [given]
         if any(isinstance(item, bool) or "bool" in str(getattr(item, "dtype", "")) for item in items):
             raise TypeError
         numbers = [operator.index(item) for item in items]

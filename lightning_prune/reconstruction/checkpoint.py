@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import CheckpointError
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, disk_error
 from lightning_prune.model_state.cutting import (
     changed_sizes,
     dense_shapes,
@@ -77,9 +77,9 @@ def save(path: str | os.PathLike[str], small: nn.Module, plan: Plan, **extra: An
             torch.save(content, stream)
             stream.flush()
             read_tensors(stream.name)
-        except OSError:
-            raise
         except Exception as error:
+            if disk_error(error) is not None:
+                raise
             what = some(code_in(Path(stream.name))) or type(error).__name__
             raise CheckpointError(f"cannot save to {path}: only tensors and plain data can be kept ({what})") from error
 

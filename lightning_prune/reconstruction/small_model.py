@@ -125,14 +125,19 @@ def reconstruct_(
 def _check(model: nn.Module, graph: ChannelGraph, plan: Plan) -> None:
     """Refuse what cannot be reconstructed, and warn of what was not traced."""
     plan.check(graph)
+    check_reconstructible(model, graph)
+    if plan:
+        graph.warn_of_unreached()
+
+
+def check_reconstructible(model: nn.Module, graph: ChannelGraph) -> None:
+    """Refuse a model of other shapes, and one on which something is registered that knows them."""
     graph.check(model)
     if knows_shapes(model):
         raise ReconstructionError(
             "masks or gradient hooks are registered on the model; they know the old shapes. Call "
             "MaskHandle.remove() first"
         )
-    if plan:
-        graph.warn_of_unreached()
 
 
 def reconstruct_masked(

@@ -18,6 +18,7 @@ from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.plan import Coupling, Plan, check_coupling, keeping_fixed
 from lightning_prune.reconstruction import ChannelMap, LosslessReport, MaskHandle, mask_, reconstruct_
 from lightning_prune.reconstruction.rehearsal import SAMPLES
+from lightning_prune.reconstruction.small_model import check_reconstructible
 from lightning_prune.schedule import Schedule, Step, in_dense_channels, keep_removed
 from lightning_prune.selection import GlobalRatio, Selection, selection_from
 from lightning_prune.session.rehearsal import Rehearsal, rehearse, versions
@@ -160,7 +161,7 @@ class PruningSession:
     @property
     def done(self) -> bool:
         """Whether everything that is to be removed is masked or gone."""
-        return self.plan is not None and self.taken == len(self.steps)
+        return self.plan is not None and self.taken >= len(self.steps)
 
     @property
     def left(self) -> Plan | None:
@@ -285,7 +286,7 @@ class PruningSession:
                 f"{self.schedule!r} chooses among all channels every time: none may be gone before the last"
             )
         for copy in copies:
-            graph.check(copy)
+            check_reconstructible(copy, graph)
         inputs, *also = self.entries
         before: tuple[str, ...] = ()
         if self._rehearsal is not None and self._rehearsal.plan == left:

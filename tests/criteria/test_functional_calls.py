@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import GRE, JRE, LRE, NextLayerTaylor, Taylor, ThiNet
 from lightning_prune.criteria.scoring import score
+from lightning_prune.errors import ScoreError
 from lightning_prune.graph import trace
 from tests.zoo import randomise_
 
-CRITERIA = [JRE(), LRE(), GRE(), Taylor(), ThiNet(), NextLayerTaylor(), NextLayerTaylor(form="weight")]
+OF_LAYERS = [JRE(), LRE(), GRE(), Taylor(), ThiNet(), NextLayerTaylor(), NextLayerTaylor(form="weight")]
+OF_WHAT_ENTERS = [JRE(site="activation"), Taylor(site="activation")]
 
 
 class Mlp(nn.Module):
@@ -29,7 +31,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.functional:
             hidden = F.relu(F.linear(x, self.up.weight, self.up.bias))
-            return self.head(F.linear(hidden, self.down.weight, bias=self.down.bias))
+            return self.head(F.linear(bias=self.down.bias, weight=self.down.weight, input=hidden))
         return self.head(self.down(F.relu(self.up(x))))
 
 
@@ -43,15 +45,37 @@ def scored(model: nn.Module, criterion: Any, x: Tensor) -> dict[str, Tensor]:
     return {name: found[name] for name in found}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
-def test_the_same_scores_as_of_modules(criterion: Any) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("criterion", [*OF_LAYERS, *OF_WHAT_ENTERS], ids=repr)
+def test_the_same_scores_as_of_modules(criterion: Any, inside: bool) -> None:
     modules = randomise_(Mlp(False))
     functions = copy.deepcopy(modules)
     functions.functional = True
-    expected, found = (scored(model, criterion, tokens(4, 6)) for model in (modules, functions))
-    assert expected.keys() == found.keys() >= {"up", "down"}
+    both = [nn.Sequential(model) if inside else model for model in (modules, functions)]
+    expected, found = (scored(model, criterion, tokens(4, 6)) for model in both)
+    assert expected.keys() == found.keys() >= ({"0.up", "0.down"} if inside else {"up", "down"})
     for name, values in expected.items():
         assert torch.allclose(values, found[name])
+
+
+class Weights(nn.Module):
+    """A block that keeps the weight of its second layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.up(x)), self.down)
+
+
+def test_what_a_block_reads_in_its_own_code_is_not_taken_for_what_enters_it() -> None:
+    model = randomise_(nn.Sequential(nn.Linear(6, 6), Weights(), nn.Linear(6, 3)))
+    assert scored(model, JRE(), tokens(4, 6))["1.up"].isfinite().all()
+    with pytest.raises(
+        ScoreError, match=r"^1\.up: code of 1 reads its channels.*use site='bn' instead of 'activation'"
+    ):
+        scored(model, JRE(site="activation"), tokens(4, 6))
 
 
 class Attention(nn.Module):
@@ -82,7 +106,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
+@pytest.mark.parametrize("criterion", OF_LAYERS, ids=repr)
 def test_heads_are_scored_by_what_their_projections_return(criterion: Any, batch_first: bool) -> None:
     own = randomise_(nn.MultiheadAttention(8, 1, batch_first=batch_first))
     x = tokens(4, 5, 8)

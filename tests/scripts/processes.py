@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -89,10 +90,19 @@ class FrozenStatistics(Task):
 
 
 class Direct(FrozenStatistics):
-    """Calls itself, as DistributedDataParallel does too when it runs training_step."""
+    """Calls itself, as DistributedDataParallel does too when it runs training_step, which all processes wait in.
+
+    No example is set: it is found by running that step.
+    """
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__(unused)
+        self.example_input_array = None
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        logits = self(batch[0])
+        self.all_gather(logits.detach())
+        return F.cross_entropy(logits, batch[1])
 
 
 class Spoil(Callback):
@@ -105,14 +115,14 @@ class Spoil(Callback):
                     parameter.copy_(parameter.flatten().flip(0).view_as(parameter))
 
 
-def new_trainer(name: str, processes: int, *callbacks: Any) -> Trainer:
+def new_trainer(folder: Path, name: str, processes: int, *callbacks: Any) -> Trainer:
     wrapping = DDP.get(name, {"find_unused_parameters": True})
     many = {"strategy": DDPStrategy(**wrapping), "devices": processes} if processes > 1 else {}
     return Trainer(
         max_epochs=2,
         callbacks=list(callbacks),
         accelerator="cpu",
-        logger=False,
+        logger=CSVLogger(folder, name) if name == "distilled" else False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
@@ -137,7 +147,7 @@ def main(folder: Path, processes: int) -> None:
             extra.append(GroupSparsityCallback(0.1, selection=LayerRatio(0.5)))
         if name in RESUMED:
             extra.append(every_epoch(folder / f"{name}-{processes}"))
-        trainer = new_trainer(name, processes, *extra, prune)
+        trainer = new_trainer(folder, name, processes, *extra, prune)
         trainer.fit(task)
         result = {
             "state": task.state_dict(),
@@ -151,7 +161,7 @@ def main(folder: Path, processes: int) -> None:
         task = FrozenStatistics(False)
         files = every_epoch(folder / f"{name}-{processes}")
         prune = PruneCallback("jre", 0.5, **RUNS[name])
-        trainer = new_trainer(name, processes, files, prune)
+        trainer = new_trainer(folder, name, processes, files, prune)
         trainer.fit(task, ckpt_path=folder / f"{name}-{processes}" / "0.ckpt")
         result = {"state": task.state_dict(), "scores": prune.scoring.history[0][1].to_dict()}
         torch.save(result, folder / f"{name}-{processes}-{trainer.global_rank}-resumed.pt")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.criteria import functional
 from lightning_prune.criteria.base import Tap
@@ -61,6 +62,12 @@ class _Port:
             )
 
 
+def _takes_only_that_in(module: nn.Module) -> bool:
+    """Whether what a module's weight reads is what enters the module: of a block with layers in it, who knows."""
+    layers = (_ConvNd, nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    return isinstance(module, layers) or next(module.children(), None) is None
+
+
 class ActivationWatcher(Watcher):
     """Shows taps outputs of layers or of their batch norms, or what enters the layers that read them."""
 
@@ -88,6 +95,11 @@ class ActivationWatcher(Watcher):
                 module = self.model.get_submodule(path)
             except AttributeError:
                 raise ScoreError(f"the model has no module {path!r}; trace this model again") from None
+            if incoming and not _takes_only_that_in(module):
+                raise ScoreError(
+                    f"{layer.name}: code of {path or 'the model'} reads its channels, somewhere between what enters "
+                    "and leaves that module; use site='bn' instead of 'activation'"
+                )
             self._ports[path, incoming] = port = _Port(path, module, incoming, None if incoming else layer.filters)
             if not incoming:
                 self.audience[path] = [port]

@@ -60,7 +60,8 @@ class FunctionalCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.linear:
             return func(*args, **kwargs)
-        value, weight = (*args, *kwargs.values())[:2]
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        value, weight = given["input"], given["weight"]
         source = weight if weight._base is None else weight._base
         path = self._owners.get(id(source))
         if path is None or path in self._inside:

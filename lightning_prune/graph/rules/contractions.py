@@ -52,7 +52,7 @@ def matrix_product(call: OperatorCall) -> TensorInfo:
         call.freeze([makes], f"is the hidden state of a recurrent layer in {call.where}")
     elif one_weight:
         call.space.mark("filter", makes.ids)
-    _record(call, reads, makes)
+    _record(call, weight if one_weight else None, reads, makes)
     operands = []
     for tensor, info, free, inner in ((left, l_info, l_free, column), (right, r_info, r_free, row)):
         flat = torch.Size([1 if d == inner else size for d, size in enumerate(tensor.shape)])
@@ -94,7 +94,7 @@ def reads_input(call: OperatorCall, data: Tensor, weight: Tensor) -> None:
     reads = _along(call, call.by_channel(f"varies over the steps of {call.where}", (data.dim() - 1,)), data.shape[-1])
     w_in = _along(call, [one for one in call.info(weight).labels if one.dims == (1,)], weight.shape[1])
     _contract(call, reads, w_in, reads_weight=True)
-    _record(call, reads, Labels(torch.full((1,), NO_LABEL)))
+    _record(call, w_in, reads, Labels(torch.full((1,), NO_LABEL)))
 
 
 def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInfo:
@@ -114,12 +114,13 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     )
     reads_weight = not w_info.data
     makes = filters = w_out
+    depthwise = 1 < groups == x.shape[1]
     if groups == 1 or (transposed and groups != x.shape[1]):
         _contract(call, reads, w_in, reads_weight=reads_weight)
         if groups > 1:
             space.constraints.append(Grid(reads.ids.reshape(groups, -1), (1,), call.site, exact=True))
             makes = w_out.map(lambda tensor: tensor.repeat(groups))
-    elif groups == x.shape[1]:
+    elif depthwise:
         # Depthwise: each input channel has filters of its own, which go with it and being masked read only zeros.
         filters = w_in if transposed else w_out
         if transposed:
@@ -137,7 +138,7 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
         space.constraints.append(GroupedConvolution(*layout, call.site))
     if reads_weight:
         space.mark("filter", filters.ids)
-    _record(call, reads, makes)
+    _record(call, (filters if depthwise else w_in) if reads_weight else None, reads, makes)
     shape = call.output.shape
     labelled = shape[1] > 1 and (makes.ids != NO_LABEL).any()
     own = [Labels.along(makes, shape, 1)] if labelled else []
@@ -146,9 +147,10 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     return _add_bias(call, info, call.argument("bias"), channel_dim=1)
 
 
-def _record(call: OperatorCall, reads: Labels, makes: Labels) -> None:
+def _record(call: OperatorCall, weight: Labels | None, reads: Labels, makes: Labels) -> None:
     when = call.recorder.run, call.recorder.order
-    call.space.contractions.append(Contraction(call.recorder.module, when, reads.ids, makes.ids))
+    one = NO_LABEL if weight is None else int(weight.ids.max())
+    call.space.contractions.append(Contraction(call.recorder.module, when, one, reads.ids, makes.ids))
 
 
 def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel_dim: int) -> TensorInfo:
