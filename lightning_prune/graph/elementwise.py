@@ -14,9 +14,9 @@ from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
 
 # Says which operands give exactly zero: takes one bool per operand (True: the operand's element is zero).
-# None: infinite, so that not even a masked weight behind it helps.
+# A text: why not even a masked weight behind it helps.
 _ALWAYS = torch.tensor(True)
-IsZero = Callable[[tuple[bool, ...]], "bool | None"]
+IsZero = Callable[[tuple[bool, ...]], bool | str]
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ def _live(call: OperatorCall, labels: Sequence[Labels], ids: Tensor, is_zero: Is
     """Where the result may differ from zero once the channel is masked; None: nowhere."""
     if not any(one.live.dim() for one in labels):
         zero = is_zero(tuple(not bool(one.live) for one in labels))
-        if zero is None:
-            call.space.freeze(ids, f"is infinite when masked in {call.where}")
-        return None if zero else _ALWAYS
+        if isinstance(zero, str):
+            call.space.freeze(ids, f"{zero} in {call.where}")
+        return None if zero is True else _ALWAYS
     live = torch.stack(torch.broadcast_tensors(*(one.live for one in labels)))
     patterns = live[None] if live.dim() == 1 else live.flatten(1).unique(dim=1).t()
     if len(patterns) == 1:
@@ -197,10 +197,10 @@ def _live(call: OperatorCall, labels: Sequence[Labels], ids: Tensor, is_zero: Is
     found = None
     for pattern in patterns:
         zero = is_zero(tuple(not flag for flag in pattern.tolist()))
-        if zero:
+        if zero is True:
             continue
         here = (live == pattern.view(-1, *[1] * (live.dim() - 1))).all(0)
         found = here if found is None else found | here
-        if zero is None:
-            call.space.freeze(ids[:, here], f"is infinite when masked in {call.where}")
+        if isinstance(zero, str):
+            call.space.freeze(ids[:, here], f"{zero} in {call.where}")
     return found

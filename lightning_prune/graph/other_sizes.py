@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.graph.entry_points import EntryPoint
+from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import map_tensors, tensors_in
 
 SMALL = 64  # pixels
+SMALLEST = 5
 Change = Callable[[Tensor], Tensor]
 
 
@@ -30,6 +31,22 @@ def other_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
     for changes in ([*more, *grown], grown, more):
         if changes:
             yield _varied(entry, changes)
+
+
+def odd_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
+    """One sample whose sides are odd, so that strides and poolings leave a rest; else only one of the two."""
+    one = head(entry, 1)
+    images = [tensor for tensor in tensors_in(entry.inputs) if tensor.is_floating_point() and tensor.dim() >= 3]
+    changes = []
+    for first in images[:1]:
+        sides = tuple(first.shape[max(first.dim() - 2, 2) :])
+        after = [
+            side if side % 2 or side < SMALLEST else side + step for side, step in zip(sides, (-1, 1), strict=False)
+        ]
+        changes += [_resized_to(sides, after)] if list(sides) != after else []
+    for start, change in ((one, changes), (entry, changes), (one, [])):
+        if change or start is not entry:
+            yield replace(_varied(start, change), varied=entry)
 
 
 def _varied(entry: EntryPoint, changes: list[Change]) -> EntryPoint:
@@ -78,6 +95,10 @@ def _resized(before: tuple[int, ...]) -> Change:
         for k, size in enumerate(reversed(before), 1)
     ][::-1]
 
+    return _resized_to(before, after)
+
+
+def _resized_to(before: tuple[int, ...], after: Sequence[int]) -> Change:
     def change(tensor: Tensor) -> Tensor:
         n = len(before)
         if tensor.dim() < n + 1 or tuple(tensor.shape[-n:]) != before:

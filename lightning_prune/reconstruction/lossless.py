@@ -28,7 +28,7 @@ class LosslessReport:
 
     Attributes:
         max_abs_error: largest absolute difference of any output element.
-        max_rel_error: that difference relative to the largest output element of the same tensor.
+        max_rel_error: that difference relative to the tensor's largest element that differs, or to the median.
         dtype: what was computed in.
         tolerance: largest relative error that passes.
         outputs: number of output tensors compared.
@@ -60,7 +60,9 @@ def check_lossless(
 ) -> LosslessReport:
     r"""Compare two models on the same inputs in eval mode.
 
-    The error is :math:`\max_t \max|a_t - b_t| / \max|a_t|` over the output tensors :math:`t`. Where no output holds a
+    The error is :math:`\max_t \max|a_t - b_t| / s_t` over the output tensors :math:`t`, where :math:`s_t` is the largest
+    :math:`|a_t|` among the elements that differ, and at least the median of those that are not zero: a number such as
+    -1e20 that marks padding is the same in both, and would make any error small. Where no output holds a
     number (a detector that finds nothing in the example inputs), :math:`t` are the outputs of all modules whose shapes
     are the same in both models. NaN in either makes both errors infinite: it tells nothing, and passes for nothing.
 
@@ -255,10 +257,17 @@ def distance(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
             nan=torch.inf, posinf=torch.inf
         )
         error = float(difference.max())
-        scale = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
+        if error == 0:
+            continue
+        size = one.abs().where(one.isfinite(), 0)
+        scale = max(float(size.where(difference > 0, 0).max()), _median(size[size > 0]))
         worst_abs = max(worst_abs, error)
-        worst_rel = max(worst_rel, error / scale if scale else (0.0 if error == 0 else float("inf")))
+        worst_rel = max(worst_rel, error / scale if scale else float("inf"))
     return worst_abs, worst_rel
+
+
+def _median(numbers: Tensor) -> float:
+    return float(numbers.median()) if len(numbers) else 0.0
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.errors import ReconstructionError, first_line
 from lightning_prune.graph.entry_points import EntryPoint, head, is_forward
-from lightning_prune.graph.other_sizes import other_sizes
+from lightning_prune.graph.other_sizes import odd_sizes, other_sizes
 from lightning_prune.graph.running import RunningModules
 from lightning_prune.model_state.preservation import copy_without_masks, preserved
 from lightning_prune.reconstruction.lossless import CannotRunError, LosslessReport, Side, compare, distance
 
 SAMPLES = 2  # of a user's batch, in the comparison in float64
+ALIKE = 1e-6  # of batch statistics: those of two samples that are nearly the same magnify what is rounded
 
 
 def rehearse(
@@ -31,9 +32,9 @@ def rehearse(
 ) -> LosslessReport:
     """Compare both models in float64 on everything that can be run, then take the user's own steps, gradients and all.
 
-    The forward is compared on the example inputs and at another batch and image size, if the masked model takes it;
-    steps on the first samples of their batch. lossless: a difference is an error. precise: weights of the smaller
-    model before they were rounded to its type.
+    The forward is compared on the example inputs, at another batch and image size and on one sample of odd sides, if
+    the masked model takes them, and in train mode; steps on the first samples of their batch. lossless: a difference
+    is an error. precise: weights of the smaller model before they were rounded to its type.
 
     Raises:
         ReconstructionError: the smaller model does not run, or is not equal.
@@ -70,7 +71,8 @@ def _united(first: LosslessReport, second: LosslessReport) -> LosslessReport:
     alike = first.dtype == second.dtype
     worse = second.max_rel_error > first.max_rel_error if alike else not second.passed
     united = second if worse else first
-    return replace(united, outputs=first.outputs + second.outputs, compared=(*first.compared, *second.compared))
+    compared = tuple(dict.fromkeys((*first.compared, *second.compared)))
+    return replace(united, outputs=first.outputs + second.outputs, compared=compared)
 
 
 def _comparisons(sides: tuple[Side, Side], entries: Sequence[EntryPoint]) -> Iterator[LosslessReport]:
@@ -86,11 +88,14 @@ def _comparisons(sides: tuple[Side, Side], entries: Sequence[EntryPoint]) -> Ite
                 f"the masked model does not run {entry.name}{error}. Leave the layers before it out with ignore=[...]"
             ) from error.__cause__
         if is_forward(entry):
-            yield from _at_another_size(sides, entry)
+            for others in (other_sizes(entry), odd_sizes(entry)):
+                yield from _on_first_taken(sides, others)
+            trained = _on_few_samples(sides, entry, True, ALIKE)
+            yield from (found for found in trained if not found.passed)  # its own error would hide that of eval mode
 
 
-def _at_another_size(sides: tuple[Side, Side], entry: EntryPoint) -> Iterator[LosslessReport]:
-    for other in other_sizes(entry):
+def _on_first_taken(sides: tuple[Side, Side], others: Iterable[EntryPoint]) -> Iterator[LosslessReport]:
+    for other in others:
         try:
             yield compare(*sides, other)
         except CannotRunError:
@@ -98,11 +103,13 @@ def _at_another_size(sides: tuple[Side, Side], entry: EntryPoint) -> Iterator[Lo
         return
 
 
-def _on_few_samples(sides: tuple[Side, Side], entry: EntryPoint, training: bool) -> Iterator[LosslessReport]:
+def _on_few_samples(
+    sides: tuple[Side, Side], entry: EntryPoint, training: bool, tolerance: float | None = None
+) -> Iterator[LosslessReport]:
     """A step that fails on the masked model too is no step to compare."""
     for few in (head(entry, SAMPLES), entry):
         try:
-            report = compare(*sides, few, training=training)
+            report = compare(*sides, few, training=training, tolerance=tolerance)
         except CannotRunError:
             continue
         if report.passed or not _random(sides[0], few, training, report.tolerance):

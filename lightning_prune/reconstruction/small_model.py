@@ -30,6 +30,7 @@ from lightning_prune.reconstruction.holding import Zeros
 from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.masks import masked_entries
 from lightning_prune.reconstruction.rehearsal import rehearse
+from lightning_prune.reconstruction.silent_weights import awake_copy
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -214,6 +215,8 @@ def _attempt(
         precise = rescale_(model, graph.rescalings(removed), optimizers)
         lossless = plan.lossless and not _lossy(graph, plan)
         report = None if masked is None else rehearse(masked, model, entries, lossless=lossless, precise=precise)
+        if masked is not None and lossless and (awake := awake_copy(masked, entries[0])) is not None:
+            _attempt(awake, graph, plan, [], entries, left=left, undoable=False)
         remember_history_(model, history and history.after(found, graph.shapes))
         return report
     except BaseException:

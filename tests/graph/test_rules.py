@@ -63,7 +63,7 @@ def pruned(model: nn.Module, group: str = "a") -> str | None:
 
 
 UNARY = (
-    "neg abs sqrt square exp exp2 log1p expm1 sin cos tan sinh cosh tanh asinh atan erf sign sgn floor "
+    "neg abs square exp exp2 log1p expm1 sin cos tan sinh cosh tanh asinh atan erf sign sgn floor "
     "ceil round trunc frac sigmoid relu selu logical_not isnan isinf isfinite nan_to_num"
 ).split()
 ACTIVATIONS = (
@@ -340,6 +340,7 @@ REFUSED: dict[str, tuple[Operator, str]] = {
     "fixed partner": (lambda x: x * FIXED, "fixed size"),
     "counted": (lambda x: x * x.shape[1], "fixed in the Python code"),
     "infinite": (lambda x: x.abs().log(), "is infinite when masked in aten.log"),
+    "steep": (lambda x: x.abs().sqrt(), "has an infinite slope when masked, so that gradients are NaN"),
     "attention over channels": (attention, "fixed in the Python code"),
     "channels as positions": (
         lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1).transpose(1, 2)[..., None],

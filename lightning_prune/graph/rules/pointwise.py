@@ -38,18 +38,22 @@ def gate(call: OperatorCall) -> TensorInfo:
     return combine(call, operands, lambda zeros: zeros[0])
 
 
-def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | None:
+def _keeps_zero(call: OperatorCall, zeros: tuple[bool, ...]) -> bool | str:
     dtypes = tuple(tensor.dtype for tensor in call.tensors)
-    key = call.func, _key(call.args), _key(tuple(call.kwargs.items())), dtypes, zeros
+    # A learned exponent is positive: another one would make the dense model's own zeros infinite.
+    signed = tuple(
+        not (call.name == "pow" and number and not call.info(t).data) for number, t in enumerate(call.tensors)
+    )
+    key = call.func, _key(call.args), _key(tuple(call.kwargs.items())), dtypes, zeros, signed
     if key not in _PROBED:
         if len(_PROBED) >= MOST_PROBES:
             _PROBED.clear()
-        _PROBED[key] = _probe(call, dtypes, zeros)
+        _PROBED[key] = _probe(call, dtypes, zeros, signed)
     return _PROBED[key]
 
 
 MOST_PROBES = 4096
-_PROBED: dict[Any, bool | None] = {}
+_PROBED: dict[Any, bool | str] = {}
 
 
 def _key(value: Any) -> Any:
@@ -59,28 +63,68 @@ def _key(value: Any) -> Any:
     return tuple(map(_key, value)) if isinstance(value, (list, tuple)) else (type(value), repr(value))
 
 
-def _probe(call: OperatorCall, dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...]) -> bool | None:
-    """Run the operator on a few numbers: is the result exactly zero when the given operands are? None: infinite."""
+def _probe(
+    call: OperatorCall, dtypes: tuple[torch.dtype, ...], zeros: tuple[bool, ...], signed: tuple[bool, ...]
+) -> bool | str:
+    """Run the operator on numbers: is the result zero when the given operands are, whatever the others are?
+
+    A text: it is infinite there, or its slope is, which makes NaN of a masked model's gradients.
+    """
     generator = torch.Generator().manual_seed(0)
-    arguments: Any = (call.args, call.kwargs)
-    for _ in range(2):
-        numbers = [_numbers(dtype, generator, zero) for dtype, zero in zip(dtypes, zeros, strict=True)][::-1]
-        args, kwargs = tree_map(lambda one, n=numbers: n.pop() if isinstance(one, Tensor) else one, arguments)
+
+    def result_of(nil: float, *, with_zeros: bool) -> Tensor:
+        numbers = []
+        for dtype, zero, sign in zip(dtypes, zeros, signed, strict=True):
+            numbers.append(_nothing(dtype, nil) if zero else _numbers(dtype, generator, sign=sign, zeros=with_zeros))
+        numbers.reverse()
+        args, kwargs = tree_map(lambda one: numbers.pop() if isinstance(one, Tensor) else one, (call.args, call.kwargs))
         result = call.func(*args, **kwargs)
         result = result[0] if isinstance(result, tuple) else result
-        if any(zeros) and result.is_floating_point() and not bool(result.isfinite().all()):
-            return None
-        if not bool((result == 0).all()):
-            return False
+        return result if isinstance(result, Tensor) else torch.tensor(result)
+
+    result = result_of(0.0, with_zeros=False)
+    if any(zeros) and result.is_floating_point() and not bool(result.isfinite().all()):
+        return INFINITE
+    others = result_of(0.0, with_zeros=True)  # where the dense model divides by zero too, it is no matter of masks
+    if bool((result != 0).any()) or bool(((others != 0) & others.isfinite()).any()):
+        return False
+    if any(zeros) and result.is_floating_point():
+        state = generator.get_state()
+        near = []
+        for step in (1.0, 2.0):
+            generator.set_state(state)
+            near.append(result_of(step * TINY, with_zeros=False))
+        if bool(((near[1] - near[0]).abs() > TINY * STEEP).any()):
+            return STEEP_THERE
     return True
 
 
-def _numbers(dtype: torch.dtype, generator: torch.Generator, zero: bool) -> Tensor:
-    wide = torch.float64 if dtype.is_floating_point else dtype
-    if zero or dtype == torch.bool:
-        return torch.full((3,), not zero, dtype=wide)
-    values = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
-    return values if dtype.is_floating_point else (values * 3).ceil().to(dtype)
+NUMBERS = 16  # that are tried
+INFINITE = "is infinite when masked"
+STEEP_THERE = "has an infinite slope when masked, so that gradients are NaN (a small number added before would free it)"
+TINY, STEEP = 1e-100, 1e20
+
+
+def _nothing(dtype: torch.dtype, nil: float) -> Tensor:
+    return torch.full((NUMBERS,), nil if dtype.is_floating_point else 0, dtype=_wide(dtype))
+
+
+def _numbers(dtype: torch.dtype, generator: torch.Generator, *, sign: bool, zeros: bool) -> Tensor:
+    """(NUMBERS,) of either sign and, if they may be, zero; or larger than 1."""
+    if dtype == torch.bool:
+        return torch.rand(NUMBERS, generator=generator) < 0.5
+    values = torch.rand(NUMBERS, generator=generator, dtype=torch.float64) + 0.5
+    flips = torch.rand(NUMBERS, generator=generator) < 0.5
+    gone = torch.rand(NUMBERS, generator=generator) < 0.3
+    values = values if dtype.is_floating_point or dtype.is_complex else (values * 3).ceil()
+    if not sign:
+        return (values + 1).to(_wide(dtype))
+    values = torch.where(flips, -values, values).to(_wide(dtype))
+    return torch.where(gone, 0, values) if zeros and dtype.is_floating_point else values
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def factory(call: OperatorCall) -> TensorInfo:
@@ -95,7 +139,7 @@ def factory(call: OperatorCall) -> TensorInfo:
 
 
 def _zeros(call: OperatorCall) -> Zeros | None:
-    value = call.argument("value" if call.name == "fill" else "fill_value")
+    value = call.argument({"fill": "value", "scalar_tensor": "s"}.get(call.name, "fill_value"))
     if "zeros" not in call.name and not (isinstance(value, (int, float)) and value == 0):
         return None
     return Zeros(call.site, call.info(call.args[0]).labels if call.name == "zeros_like" else ())
