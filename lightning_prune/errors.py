@@ -1,5 +1,7 @@
 """What can go wrong, said so that the reader knows the cause and the way out."""
 
+import difflib
+from collections.abc import Iterable
 from textwrap import shorten
 from typing import Any, get_args
 
@@ -104,6 +106,17 @@ def check_choice(name: str, value: object, literal: Any, error: type[PruningErro
     """Refuse a value of a setting that its Literal type does not list."""
     if value not in get_args(literal):
         raise error(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+
+
+def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question after the closest of the names, or nothing.
+
+    Example:
+        >>> did_you_mean("jiont", ("joint", "union")), did_you_mean("x", ("joint", "union"))
+        (" Did you mean 'joint'?", '')
+    """
+    close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 _OUT_OF_MEMORY = "not enough memory", "out of memory", "can't allocate", "bad allocation", "size calculation overflowed"

@@ -34,6 +34,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             draft.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, see `atomic`."""
+    with atomic(path) as stream:
+        stream.write(text.encode())
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to the end of a file; what an interruption left of an earlier line is dropped.
 

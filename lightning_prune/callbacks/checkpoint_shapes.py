@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
-from lightning_prune.callbacks.module import uncompiled
+from lightning_prune.callbacks.module import in_precision, uncompiled
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.model_state.code_sizes import unfollow_
 from lightning_prune.model_state.cut_history import forget_cuts_
@@ -68,6 +68,7 @@ class CheckpointShapes:
         if content is not None and built:
             self.remember(module)
             if trainer.training:
+                in_precision(module)
                 with uncompiled(module):
                     session.remember_dense()  # later steps choose in its channels
             for other in (module, *averages(trainer)):

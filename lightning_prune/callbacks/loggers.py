@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning import Trainer
 from torch import Tensor
 
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.report.figures import save_figure
 from lightning_prune.report.table import Table
 
@@ -48,7 +48,7 @@ class FolderSink(Sink):
         self.file(f"{Path(name).name}.png", "picture", partial(save_figure, figure))
 
     def table(self, name: str, table: Table, step: int) -> None:
-        self.file(f"{Path(name).name}.csv", "table", partial(_write, table.csv()))
+        self.file(f"{Path(name).name}.csv", "table", partial(write_text, text=table.csv()))
 
     def file(self, name: str, kind: str, write: Callable[[Path], None]) -> None:
         folder = str(self.logger.log_dir)
@@ -119,8 +119,3 @@ def pixels(figure: Figure) -> Any:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _write(text: str, path: Path) -> None:
-    with atomic(path) as stream:
-        stream.write(text.encode())

@@ -94,6 +94,9 @@ class MaskingCallback(Callback):
         self._modes.note(pl_module)
         self._mask_when_scored(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.trains = True
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask_when_scored(trainer, pl_module)
         self._mask_when_due(trainer, pl_module, 0)
@@ -112,6 +115,9 @@ class MaskingCallback(Callback):
                 "channels are removed than asked for; train longer (max_epochs, early stopping)",
                 category=NoEffectWarning,
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.at_last(trainer, pl_module, self.on_train_end)
 
     @property
     def _run(self) -> PruningRun:

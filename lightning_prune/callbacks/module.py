@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_prune.errors import CallbackError
@@ -35,6 +35,16 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         vars(module).update(compiled)
+
+
+def in_precision(module: nn.Module) -> None:
+    """Give the module the type of the Trainer's precision, as Lightning does once it has restored a checkpoint.
+
+    Steps and inputs have it already, so that a trace before that would mix two types.
+    """
+    trainer: Trainer | None = getattr(module, "_trainer", None)
+    if trainer is not None:
+        trainer.precision_plugin.convert_module(module)
 
 
 def example_inputs(module: LightningModule, given: Any) -> Any:

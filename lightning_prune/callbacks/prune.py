@@ -105,7 +105,10 @@ class PruneCallback(Callback):
 
 def _hand_on(hook: str) -> Callable[..., None]:
     def to_every_part(self: PruneCallback, *args: Any, **named: Any) -> None:
-        for part in self.parts.values():
+        parts = list(self.parts.values())
+        if hook == "on_fit_end":  # where the last step may be taken, see `PruningRun.at_last`; then it is told of
+            parts.sort(key=lambda part: part is self.tracking)
+        for part in parts:
             getattr(part, hook)(*args, **named)
 
     return to_every_part

@@ -110,6 +110,9 @@ class ReconstructionCallback(EpochTimerCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reconstruct_when_masked(trainer, pl_module, last=True)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.at_last(trainer, pl_module, self.on_train_end)
+
     def state_dict(self) -> dict[str, Any]:
         """Timings and the comparison: plain data."""
         lossless = None if self.lossless is None else asdict(self.lossless)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.first_batches import Batches, first_batches
 from lightning_prune.callbacks.module import example_inputs
+from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.seen_inputs import seen_inputs
 from lightning_prune.callbacks.user_steps import user_steps
 from lightning_prune.errors import CallbackError
@@ -39,6 +41,7 @@ class PruningRun:
         reconstructs: whether the model becomes smaller, so that this is rehearsed before it is masked.
         batches: what the user's own steps are traced and rehearsed on.
         seen: what forward was given there, where no example was set.
+        trains: whether this fit has begun to train.
     """
 
     session: PruningSession
@@ -53,6 +56,7 @@ class PruningRun:
     reconstructs: bool = False
     batches: Batches | None = None
     seen: Any = None
+    trains: bool = False
 
     def steps(self, pl_module: LightningModule) -> list[EntryPoint]:
         """The user's own steps, on the first batches of this fit, which are kept: later traces see the same."""
@@ -81,8 +85,19 @@ class PruningRun:
         if RUNS.setdefault(trainer, self) is not self:
             raise CallbackError(_twice(callback))
         self.checks.clear()
-        self.reconstructs = False
+        self.reconstructs = self.trains = False
         self.joined[:] = [type(callback).__name__]
+
+    def at_last(
+        self, trainer: Trainer, pl_module: LightningModule, step: Callable[[Trainer, LightningModule], None]
+    ) -> None:
+        """Take the step of the end of training now, at the end of a fit that had nothing left to train.
+
+        Resumed from the checkpoint of its last epoch, a fit calls no ``on_train_end``.
+        """
+        if not self.trains:
+            with _as_after_training(trainer, pl_module):
+                step(trainer, pl_module)
 
     def due(self, trainer: Trainer, batch_idx: int = 0) -> bool:
         """Whether a further step of the schedule is to be taken now."""
@@ -135,6 +150,30 @@ def check_before_pruning(trainer: Trainer, callback: Callback) -> None:
 def batches_done(trainer: Trainer) -> int:
     """How many training batches are done in this run, resumed ones included."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+
+@contextmanager
+def _as_after_training(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Random numbers, shuffling and device as the last epoch left them; Lightning ends with the module on the CPU."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        part = getattr(callback, "random_state", callback)
+        if isinstance(part, RandomStateCallback):
+            part.on_fit_start(trainer, pl_module)  # once more: setting up the data has drawn a seed
+    combined: Any = trainer.fit_loop._combined_loader
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    for loader in () if combined is None else combined.flattened:
+        for sampler in (
+            getattr(loader, "sampler", None),
+            getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+        ):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                set_epoch(max(0, epochs.started - 1))
+    before = pl_module.device
+    pl_module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        pl_module.to(before)
 
 
 def _twice(callback: Callback) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks.module import same_module, uncompiled
+from lightning_prune.callbacks.module import in_precision, same_module, uncompiled
 from lightning_prune.callbacks.processes import (
     check_same_number_of_batches,
     check_start,
@@ -200,6 +200,9 @@ class ScoringCallback(Callback):
         if self._awaited and self.start == "end":
             self._begin(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.at_last(trainer, pl_module, self.on_train_end)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         RUNS.pop(trainer, None)
         if self._scorer is not None:
@@ -222,6 +225,8 @@ class ScoringCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there when fitting starts."""
         run = self._run
+        if self._fits:
+            in_precision(run.session.model)
         with uncompiled(run.session.model):
             run.session.load_state_dict(state_dict["session"], evaluated=not self._fits)
         self._noted = None if self._fits or run.session.built is not None else state_dict

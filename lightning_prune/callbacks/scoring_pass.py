@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, read_once, transferred
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import failing_together, sum_over_processes_
-from lightning_prune.callbacks.user_steps import loss_in, run_step
-from lightning_prune.callbacks.without_side_effects import attached
+from lightning_prune.callbacks.user_steps import Surroundings, loss_in, run_step
+from lightning_prune.callbacks.without_side_effects import Loaders, attached
 from lightning_prune.criteria import Criterion, Scorer, Scores
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.model_state.preservation import copy_sharing_tensors, own_tensors_
@@ -69,6 +70,8 @@ def summed_up(
 ) -> Scores:
     """Score on frozen weights, now, over all processes; random state and everything else of the run stay as they are.
 
+    The steps find what hooks before them set: those that are still to come run first, those of a batch around it.
+
     Args:
         trainer: whose training data are seen.
         pl_module: of the model as it is.
@@ -86,14 +89,23 @@ def summed_up(
         if scorer.criterion.needs_forward and scorer.graph.prunable_groups:  # a later step may leave none
             title = f"Scoring ({type(scorer.criterion).__name__})"
             with attached(copied, trainer, RunningStage.TRAINING), scorer:
+                _set_up_data(trainer)
                 with failing_together():
                     own_tensors_(copied, pl_module)  # and what they write (averages, clipped weights), written to it
-                by_hand = (partial(scorer.update, differentiates=True),)
-                for see in scorer.passes if copied.automatic_optimization else by_hand:
-                    batches = training_batches(trainer, copied, amount, passes, title)
-                    with failing_together():
-                        see_batches(see, partial(run_step, trainer, copied), copied, batches)
+                    around = Surroundings(trainer, pl_module, copied)
+                    with Loaders(trainer).shown(RunningStage.TRAINING):
+                        around.begin()
+                        if scorer.bn_mode == "keep":  # a hook may have called train()
+                            _freeze_statistics(copied)
+                        for see in _sights(scorer, copied):
+                            with closing(training_batches(trainer, copied, amount, passes, title)) as batches:
+                                see_batches(see, partial(run_step, trainer, copied), around, copied, batches)
     return scores_of_all(scorer)
+
+
+def _sights(scorer: Scorer, module: LightningModule) -> tuple[Callable[[Callable[[], Any]], None], ...]:
+    """What sees the step of every batch, one after the other."""
+    return scorer.passes if module.automatic_optimization else (partial(scorer.update, differentiates=True),)
 
 
 def _freeze_statistics(module: nn.Module) -> None:
@@ -113,15 +125,16 @@ def scores_of_all(scorer: Scorer) -> Scores:
         return scorer.compute()
 
 
-def training_batches(
-    trainer: Trainer, module: LightningModule, amount: Amount, passes: int, title: str
-) -> Iterator[tuple[int, Any]]:
-    """Batches of the training data as this copy of the module gets them, with a progress bar.
-
-    The data are set up at once, for which the processes wait for one another; the batches need no messages.
-    """
+def _set_up_data(trainer: Trainer) -> None:
+    """At once, since the processes wait for one another; the batches need no messages."""
     with generators_kept(given_loaders(trainer)):  # Lightning starts each of them once
         trainer.fit_loop.setup_data()
+
+
+def training_batches(
+    trainer: Trainer, module: LightningModule, amount: Amount, passes: int, title: str
+) -> Generator[tuple[int, Any]]:
+    """Batches of the training data as this copy of the module gets them, with a progress bar."""
     combined: Any = trainer.fit_loop._combined_loader
     if combined is None:
         raise CallbackError("there is no training data to score on; pass train_dataloaders or a datamodule to fit")
@@ -137,7 +150,7 @@ def training_batches(
         )
     total = None if math.isinf(limit) else int(limit)
 
-    def one_pass() -> Iterator[tuple[int, Any]]:
+    def one_pass() -> Generator[tuple[int, Any]]:
         fresh = type(combined)(combined.iterables, combined._mode)  # the loop iterates over the other one
         yield from ((index, batch) for batch, index, _ in itertools.islice(iter(fresh), total))
 
@@ -145,7 +158,7 @@ def training_batches(
     shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     number = None if total is None else total * passes
 
-    def shown_batches() -> Iterator[tuple[int, Any]]:
+    def shown_batches() -> Generator[tuple[int, Any]]:
         with generators_kept(combined.flattened):
             console = Console()
             for index, batch in track(batches, title, number, console=console, transient=True, disable=not shown):
@@ -170,28 +183,47 @@ class SkippedBatchError(Exception):
 def see_batches(
     see: Callable[[Callable[[], Any]], None],
     step: Callable[[Any, int], Any],
+    around: Surroundings,
     pl_module: LightningModule,
     batches: Iterable[tuple[int, Any]],
 ) -> None:
-    """Show every batch that the training_step does not skip.
+    """Show every batch that the training_step does not skip, up to one at which a hook skips the rest of the epoch.
 
     Raises:
-        ScoreError: it skips all of them.
+        ScoreError: all of them are skipped.
     """
     shown = skipped = 0
+    ended = False
+    output: Any = None
+
+    def taken(batch: Any, batch_idx: int) -> Any:
+        nonlocal output
+        output = step(batch, batch_idx)
+        return loss_of(output, pl_module) if pl_module.automatic_optimization else output
+
     for batch_idx, batch in batches:
+        if ended := not around.begin_batch(batch, batch_idx):
+            break
+        output = None
         try:
-            if pl_module.automatic_optimization:
-                see(lambda: loss_of(step(batch, batch_idx), pl_module))  # noqa: B023
-            else:
-                see(partial(step, batch, batch_idx))
+            see(partial(taken, batch, batch_idx))
             shown += 1
         except SkippedBatchError:
             skipped += 1
-    if skipped and not shown and pl_module.trainer.world_size == 1:  # else another process may have seen some
+        around.end_batch(output, batch, batch_idx)
+    if shown or pl_module.trainer.world_size > 1:  # else another process may have seen some
+        return
+    name = type(pl_module).__name__
+    if ended and not skipped:
         raise ScoreError(
-            f"{type(pl_module).__name__}.training_step returned NoneType, not a loss, for all {skipped} batches: it "
-            "skips them all, or lacks a return; there is nothing to score on"
+            f"{name}.on_train_batch_start returned -1 for the first batch, which skips the whole epoch: there is "
+            "nothing to score on. Score in a later epoch (start=...), or use a criterion that looks at weights only, "
+            "such as L1"
+        )
+    if skipped:
+        raise ScoreError(
+            f"{name}.training_step returned NoneType, not a loss, for all {skipped} batches: it skips them all, or "
+            "lacks a return; there is nothing to score on"
         )
 
 

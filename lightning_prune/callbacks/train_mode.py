@@ -35,7 +35,8 @@ class EvalModeCheck:
     def warn(self, module: LightningModule) -> None:
         """Look at what was noted when the first batch after pruning is about to be trained on."""
         noted, self._noted = self._noted, []
-        still = [path for path in noted if path in set(_in_eval(module))] if noted else []
+        in_eval = set(_in_eval(module)) if noted else ()
+        still = [path for path in noted if path in in_eval]
         if still:
             rank_zero_warn(
                 f"fine-tuning starts with {len(still)} batch norm or dropout modules in eval mode, the first is "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +14,18 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.core.optimizer import LightningOptimizer, _configure_optimizers
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
+
+from lightning_prune.callbacks.first_batches import generators_kept
 
 
 @contextmanager
-def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None]:
-    """Let a copy of the module run a step of its own as in this Trainer, and undo what it does to the Trainer."""
+def attached(model: Any, trainer: Trainer, stage: RunningStage, loaders: Loaders | None = None) -> Iterator[None]:
+    """Let a copy of the module run a step of its own as in this Trainer, and undo what it does to the Trainer.
+
+    loaders: what the Trainer answers where it has set up none yet.
+    """
     inner = [module for module in model.modules() if hasattr(module, "log_dict")]  # of either namespace of Lightning
     own = _stand_ins(model)
     loggers, before, stopping = trainer.loggers, trainer.state.stage, trainer.should_stop
@@ -34,7 +42,8 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
     try:
         with warnings.catch_warnings(), _no_backward_without_gradients():
             warnings.simplefilter("ignore")
-            yield
+            with nullcontext() if loaders is None else loaders.shown(stage):
+                yield
     finally:
         trainer.loggers, trainer.state.stage, trainer.should_stop = loggers, before, stopping
         strategy._lightning_module = connected
@@ -45,6 +54,86 @@ def attached(model: Any, trainer: Trainer, stage: RunningStage) -> Iterator[None
             module._trainer = None
             for name in own:
                 vars(module).pop(name, None)
+
+
+class Loaders:
+    """The loaders of a fit, for steps that ask the Trainer for them before Lightning has set them up.
+
+    Made once, and where a method of the user's makes them only when a step asks: it may take long. No data are read.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer: Any = trainer
+        self._made: dict[Any, CombinedLoader] = {}
+
+    @contextmanager
+    def shown(self, stage: RunningStage) -> Iterator[None]:
+        """Inside, the loops of training and validation have them; that of a test or a prediction has validation's."""
+        trainer, train = self._trainer, self._trainer.fit_loop
+        val = train.epoch_loop.val_loop
+        limits = {train: trainer.limit_train_batches, val: trainer.limit_val_batches}
+        found = [loop for loop in limits if limits[loop] and loop._data_source.is_defined()]
+        other = {RunningStage.TESTING: trainer.test_loop, RunningStage.PREDICTING: trainer.predict_loop}.get(stage)
+        sources = {loop: loop for loop in found} | ({other: found[-1]} if other is not None and found else {})
+        with ExitStack() as kept:
+            kept.callback(self._put_back, train.max_batches, val._max_batches)
+            for loop, source in sources.items():
+                if loop._combined_loader is None:
+                    loop._combined_loader = stand_in = _StandIn(partial(self._of, source, limits[source], kept))
+                    kept.callback(self._take_away, loop, stand_in)
+                    if loop is source and not source._data_source.is_module():
+                        stand_in.flattened  # noqa: B018 - counted at once
+            yield
+
+    def _of(self, loop: Any, limit: float, kept: ExitStack) -> Any:
+        if not isinstance(loop._combined_loader, _StandIn):
+            return loop._combined_loader
+        training = loop is self._trainer.fit_loop
+        if loop not in self._made:
+            given: Any = loop._data_source.dataloader()
+            mode: Any = "max_size_cycle" if training else "sequential"
+            self._made[loop] = given if hasattr(given, "flattened") else CombinedLoader(given, mode)
+        made = self._made[loop]
+        kept.enter_context(generators_kept(made.flattened))  # a step may read them
+        counts = [_count(loader, limit) for loader in made.flattened]
+        if not training:
+            loop._max_batches = counts
+        elif counts:
+            loop.max_batches = min(counts) if made._mode == "min_size" else max(counts)
+        return made
+
+    @staticmethod
+    def _take_away(loop: Any, stand_in: Any) -> None:
+        if loop._combined_loader is stand_in:
+            loop._combined_loader = None
+
+    def _put_back(self, of_training: Any, of_validation: Any) -> None:
+        train = self._trainer.fit_loop
+        if train._combined_loader is None:
+            train.max_batches = of_training
+        if train.epoch_loop.val_loop._combined_loader is None:
+            train.epoch_loop.val_loop._max_batches = of_validation
+
+
+class _StandIn:
+    """In place of the combined loader of a loop that has none yet."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+
+def _count(loader: Any, limit: float) -> float:
+    """How many batches the Trainer takes of a loader."""
+    try:
+        length: float = len(loader)
+    except (TypeError, NotImplementedError):
+        length = math.inf
+    if isinstance(limit, int):
+        return min(length, limit)
+    return length if length == math.inf else int(length * limit)
 
 
 def _parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_prune.cli.options import PARSERS
-from lightning_prune.cli.parser import did_you_mean
-from lightning_prune.errors import PruningError, UnknownRecipeError, first_line, is_out_of_memory
+from lightning_prune.cli.parser import UsageError
+from lightning_prune.errors import PruningError, UnknownRecipeError, did_you_mean, first_line, is_out_of_memory
 
 # By name: what it does, and `module:function` in this folder, which takes the options that `PARSERS` made of the
 # remaining arguments, or these themselves.
@@ -42,16 +43,46 @@ COMMANDS = {
 }
 
 
+_UNREAD = 141  # as shells say it of SIGPIPE
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C.
 
+    Where what reads its output has left, as ``head`` does, the command ends without a word, with 141.
+
     Example:
         >>> main(["fitt"])  # on standard error: did you mean 'fit'?
         2
     """
+    try:
+        status = _run(argv)
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError) and _is_read():  # else rich has met it, and exits
+            raise
+        return _UNREAD
+    except BrokenPipeError:
+        if _is_read("\n"):  # it was another pipe
+            raise
+        return _UNREAD
+    return status if _is_read() else _UNREAD
+
+
+def _is_read(more: str = "") -> bool:
+    """Whether standard output takes what is still to be written; where it does not, it is closed without an error."""
+    if sys.stdout is None:  # closed from the start
+        return True
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if argv is None:
         sys.path.append("")  # the user's own modules, which a script in bin/ would not see; last, to shadow nothing
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -70,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = PARSERS[name](rest) if name in PARSERS else rest
         return getattr(importlib.import_module(f"lightning_prune.cli.{module}"), function)(given) or 0
     except PruningError as error:
-        return _fail(str(error), status=2 if isinstance(error, UnknownRecipeError) else 1)
+        return _fail(str(error), status=2 if isinstance(error, (UnknownRecipeError, UsageError)) else 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -6,7 +6,8 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.cli.build_model import build_model
-from lightning_prune.errors import CheckpointError, ModelError, PlanError
+from lightning_prune.cli.parser import UsageError
+from lightning_prune.errors import CheckpointError, ExportError, ModelError, PlanError, TraceError
 from lightning_prune.measure import samples_in, with_samples
 from lightning_prune.model_state.copying import copied
 from lightning_prune.plan import Plan
@@ -116,6 +118,20 @@ class Architecture:
         return with_samples(inputs, 1) if self.shape is None and samples_in(inputs) else inputs
 
 
+@contextmanager
+def naming_input(inputs: Any) -> Iterator[None]:
+    """Say of an input that a model does not run on how the command line names another, not how Python does."""
+    try:
+        yield
+    except (TraceError, ExportError) as error:
+        cause, told, _ = str(error).partition(" Pass inputs as the model's forward takes them")
+        if not isinstance(inputs, Tensor) or "does not run on the example inputs" not in cause:
+            raise
+        shape = " ".join(map(str, inputs.shape))
+        stop = "" if told or cause.endswith(".") else "."
+        raise type(error)(f"{cause}{stop} The input was {shape}; --input names another shape.") from error
+
+
 def check_memory(shape: Sequence[int]) -> None:
     """Refuse an input that this machine could not hold: it would be killed, and say nothing."""
     needed, there = 4 * math.prod(shape), 1 << 40
@@ -135,17 +151,17 @@ def architecture(options: argparse.Namespace, *checkpoints: Checkpoint) -> Archi
         cause = "--config and --model exclude each other" if options.config else "a checkpoint holds weights, not code"
         origin = next((file.origin for file in checkpoints if file.origin), None)
         hint = f" It was pruned with: {origin}" if origin and not options.config else ""
-        raise ModelError(f"{cause}: pass --config TASK.yaml or --model NAME.{hint}")
+        raise UsageError(f"{cause}: pass --config TASK.yaml or --model NAME.{hint}")
     if options.config:
         if options.arg:
-            raise ModelError(f"--arg {options.arg[0]} is for --model: with --config, say --model.KEY=VALUE")
+            raise UsageError(f"--arg {options.arg[0]} is for --model: with --config, say --model.KEY=VALUE")
         from lightning_prune.cli.training import build_task
 
         argv = [*(word for name in options.config for word in ("--config", name)), *options.fit_options]
         built = build_task(argv, options.prog)
         return Architecture(built.task, built.data, shlex.join(argv), built.name, options.input)
     if options.fit_options:
-        raise ModelError(f"{options.fit_options[0]} is for --config: with --model there is no configuration")
+        raise UsageError(f"{options.fit_options[0]} is for --config: with --model there is no configuration")
     argv = ["--model", options.model, *(word for argument in options.arg for word in ("--arg", argument))]
     model = build_model(options.model, options.arg)
     return Architecture(model, None, shlex.join(argv), options.model, options.input)

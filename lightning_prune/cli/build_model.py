@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.cli.named_objects import find_object, is_module
-from lightning_prune.cli.parser import did_you_mean
-from lightning_prune.errors import ModelError
+from lightning_prune.errors import ModelError, did_you_mean
 
 
 def build_model(path: str, arguments: Sequence[str] = ()) -> nn.Module:

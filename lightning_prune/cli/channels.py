@@ -7,8 +7,7 @@ import json
 
 from rich.console import Console
 
-from lightning_prune.cli.parser import did_you_mean
-from lightning_prune.errors import PlanError
+from lightning_prune.errors import PlanError, did_you_mean
 from lightning_prune.files import atomic
 from lightning_prune.graph.describe import ranges, renumbered
 from lightning_prune.plan.basis import matches

@@ -6,14 +6,14 @@ import gc
 import re
 import sys
 from argparse import _SubParsersAction
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import isclass, isfunction
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_prune.cli.parser import did_you_mean
+from lightning_prune.errors import did_you_mean
 
 _CHOICES = "Valid here: "
 _UNKNOWN = re.compile(r"[Oo]ption '([\w.+-]+)'|unrecognized arguments: --([\w.]+)")
@@ -21,6 +21,13 @@ _NO_TASK = re.compile(r"arguments are required: (\w+\.)?model$", re.MULTILINE)
 _NESTED = re.compile(r'Parser key "([\w.+]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)\.(\w+)'")
 _BARE_NAME = re.compile(r"Expected a dot import path string: (\w+)$", re.MULTILINE)
+
+
+def title_groups(parser: ArgumentParser, titles: Mapping[str, str]) -> None:
+    """Name groups of options, by key or function, for the help: by itself it has the first lines of docstrings."""
+    for name, title in titles.items():
+        if (group := (parser.groups or {}).get(name)) is not None:
+            group.title = title
 
 
 class ExplainingParser(LightningArgumentParser):

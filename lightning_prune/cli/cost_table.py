@@ -32,7 +32,7 @@ Models = dict[str, nn.Module]
 
 
 def print_costs(console: Console, models: Models, inputs: Any) -> None:
-    """Print what follows from the shapes of one model, or of a dense and a pruned one."""
+    """Print what follows from the shapes of one model or of two, such as a dense and a pruned one."""
     flops = [measure(model, inputs).flops for model in models.values()]
     costs = (
         (Column("parameters", "{}"), [count_params(model, trainable=False) for model in models.values()]),
@@ -76,8 +76,9 @@ def print_latency(
         most = max(most, running)
         row: list[str | int | Entry] = [size or MISSING, running, *map(latency_cell, found.values())]
         if both:
-            gain = found[DENSE].median / found[PRUNED].median
-            promise = flops[DENSE] / max(1, flops[PRUNED])
+            before, after = models
+            gain = found[before].median / found[after].median
+            promise = flops[before] / max(1, flops[after])
             row += [f"{gain:.2f}{TIMES}", f"{100 * gain / promise:.0f} %"]
         rows.append(tuple(row))
     console.print(Table(tuple(columns), tuple(rows)))

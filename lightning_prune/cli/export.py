@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_prune.cli.architecture import Architecture, Checkpoint
+from lightning_prune.cli.architecture import Architecture, Checkpoint, naming_input
 from lightning_prune.cli.build_model import key_value
 from lightning_prune.cli.cost_table import latency_cell
 from lightning_prune.cli.measure import asked_for
@@ -29,25 +29,26 @@ def run(options: argparse.Namespace) -> int:
     model = known.load(files[0]) if files else known.dense.eval()
     inputs = known.deployed_inputs(*files)
     images = _validation_images(known, model, inputs)
-    report = export(
-        model,
-        inputs,
-        options.out,
-        format=options.format,
-        outputs=options.outputs,
-        nms=options.nms,
-        dynamic_batch=options.dynamic_batch,
-        dynamic_size=options.dynamic_size,
-        input_names=options.input_names,
-        output_names=options.output_names,
-        opset=options.opset,
-        plan=files[0].plan if files else None,
-        metadata=_metadata(known, model, files, options),
-        engine=options.engine,
-        inputs=images,
-        samples=SAMPLES,
-        repeats=options.repeats,
-    )
+    with naming_input(inputs):
+        report = export(
+            model,
+            inputs,
+            options.out,
+            format=options.format,
+            outputs=options.outputs,
+            nms=options.nms,
+            dynamic_batch=options.dynamic_batch,
+            dynamic_size=options.dynamic_size,
+            input_names=options.input_names,
+            output_names=options.output_names,
+            opset=options.opset,
+            plan=files[0].plan if files else None,
+            metadata=_metadata(known, model, files, options),
+            engine=options.engine,
+            inputs=images,
+            samples=SAMPLES,
+            repeats=options.repeats,
+        )
     _show(Console(), report, samples_in(inputs), "inputs drawn like the example" if images is None else "images")
     return 0
 

@@ -6,8 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from lightning_prune.cli.architecture import architecture
-from lightning_prune.errors import TraceError
+from lightning_prune.cli.architecture import architecture, naming_input
 from lightning_prune.files import atomic
 from lightning_prune.graph import trace
 from lightning_prune.report.graph_picture import graph_html, graph_svg
@@ -19,14 +18,8 @@ def run(options: argparse.Namespace) -> int:
     """`lightning-prune graph MODEL` or `lightning-prune graph --config TASK`."""
     known = architecture(options)
     inputs = known.example_inputs()
-    try:
-        graph = trace(known.dense, inputs)
-    except TraceError as error:
-        if inputs is known.task_inputs:
-            raise
-        cause = str(error).partition(" Pass inputs as")[0]  # this command can pass nothing but one tensor
-        shape = tuple(inputs.shape)
-        raise TraceError(f"{cause} The input was a tensor of shape {shape}; --input sets another.") from error
+    with naming_input(inputs):
+        graph = trace(known.dense, inputs, statistics=options.statistics)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(graph.describe())
     if options.out:

@@ -10,6 +10,7 @@ from collections import Counter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_prune.cli.architecture import naming_input
 from lightning_prune.cli.cost_table import core_count, plural
 from lightning_prune.cli.measure import models_of
 from lightning_prune.engines import engine_from
@@ -28,14 +29,17 @@ def run(options: argparse.Namespace) -> int:
     model = next(iter(models.values())).eval()  # dense
     console = Console()
     if options.kit is not None:
-        script = write_profile_kit(options.kit, model, inputs, threads=options.threads, graph=trace(model, inputs))
+        with naming_input(inputs):
+            graph = trace(model, inputs)
+        script = write_profile_kit(options.kit, model, inputs, threads=options.threads, graph=graph)
         print_line(console, f"{script.parent}: copy it to the other machine and run", "bold")
         print_line(console, f"python {script.name}   (Python 3.8, numpy, onnxruntime)", indent="  ")
         print_line(console, "there, then bring back the table.json that it writes", "dim")
         return 0
     check_writable(options.out)
     engine = engine_from(options.engine)
-    graph = trace(model, inputs)
+    with naming_input(inputs):
+        graph = trace(model, inputs)
     started = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from rich.console import Console
 
-from lightning_prune.cli.cost_table import plural
+from lightning_prune.cli.cost_table import DENSE, PRUNED, plural
 from lightning_prune.measure import LayerTime, Machine, ModelTime
 from lightning_prune.report.table import TIMES, Column, Table, print_line
 
 LAYER = (Column("layer"), Column("channels\nor kind", optional=True))
 ALONE = (Column("ms"), Column("share"), Column("MFLOPs"))
 COMPARED = (
-    *(Column("dense", "ms"), Column("pruned", "ms"), Column("times\nfaster"), Column("share")),
+    *(Column(DENSE, "ms"), Column(PRUNED, "ms"), Column("times\nfaster"), Column("share")),
     *(Column("FLOPs\nfewer"), Column("bytes\nfewer", optional=True)),
 )
 LIMIT = (
@@ -20,9 +23,18 @@ LIMIT = (
 
 
 def print_layers(
-    console: Console, after: ModelTime, machine: Machine, before: ModelTime | None = None, *, most: int = 20
+    console: Console,
+    after: ModelTime,
+    machine: Machine,
+    before: ModelTime | None = None,
+    *,
+    names: Sequence[str] = (DENSE, PRUNED),
+    most: int = 20,
 ) -> None:
-    """Print the layers that take the most time, in the order in which they run, and the rest in one row."""
+    """Print the layers that take the most time, in the order in which they run, and the rest in one row.
+
+    ``names`` are of the two models, where there are two.
+    """
     sides = [after] if before is None else [after, before]
     shares = [{layer.name: side.share(layer) for layer in side.layers} for side in sides]
     ranked = sorted(after.layers, key=lambda layer: max(side.get(layer.name, 0.0) for side in shares), reverse=True)
@@ -38,6 +50,9 @@ def print_layers(
 
     columns = (*LAYER, *(ALONE if before is None else COMPARED), *LIMIT)
     filled = tuple(tuple(row.get(column.title, "") for column in columns) for row in rows)
+    if before is not None:
+        named = dict(zip((DENSE, PRUNED), names, strict=True))
+        columns = tuple(replace(column, title=named.get(column.title, column.title)) for column in columns)
     console.print(Table(columns, filled, {len(rows) - 1: "key"}))
     print_line(
         console,
@@ -75,8 +90,8 @@ def _times(name: str, total: float, now: float, was: float | None = None) -> dic
     return {
         "layer": name,
         "ms": f"{now:,.3f}",
-        "dense": "" if was is None else f"{was:,.3f}",
-        "pruned": f"{now:,.3f}",
+        DENSE: "" if was is None else f"{was:,.3f}",
+        PRUNED: f"{now:,.3f}",
         "times\nfaster": _factor(was, now),
         "share": f"{100 * now / total:.1f} %",
     }

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lightning_prune.cli.parser import did_you_mean
-from lightning_prune.errors import ModelError, first_line
+from lightning_prune.errors import ModelError, did_you_mean, first_line
 
 _FORMS = "package.module:name, package.module.name or path/to/file.py:name"
 

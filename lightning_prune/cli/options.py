@@ -1,7 +1,7 @@
 """What may stand on the command lines of the package's own commands, read without torch: help is there at once.
 
-Here: options and their types. Not here: those of Lightning's commands (`training`) and of `experiment`, which follow
-from the signatures of classes.
+Here: which options there are. Not here: their types (`option_types`), and the options of Lightning's commands
+(`training`) and of `experiment`, which follow from the signatures of classes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, count, list_of, rate, seed
+from lightning_prune.cli.option_types import budget, count, criterion, least, list_of, rate, seed, setting, share
+from lightning_prune.cli.parser import CONFIG_FLAGS, Parser
 
 #: `lightning_prune.plan.Coupling`, `export.Format`, `quantization.Method` and `Cpu`,
 #: `experiments.comparison.run.SelectionName`, `experiments.reproduce.recipe.SCALES` and `experiments.runner.Precision`,
@@ -26,7 +27,7 @@ PICTURES = (".html", ".svg")
 #: `lightning_prune.engines.ENGINES`, likewise.
 ENGINES = ("eager", "channels_last", "compile", "cuda_graphs", "onnxruntime", "openvino", "tensorrt")
 ONNX_ENGINES = ("onnxruntime", "openvino", "tensorrt")
-BUDGETS = ("flops", "params", "latency_ms")
+OF_EXPORT = (".onnx", ".pt2")
 
 # No line is longer than 80 characters, as a terminal is wide.
 _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml)
@@ -34,7 +35,7 @@ _PRUNE = """lightning-prune prune CHECKPOINT (--model NAME | --config TASK.yaml)
            [--ratio 0.5 | --layer-ratios RATIOS.json | --plan PLAN.json |
             --budget flops=0.5 | --budget latency_ms=20
             [--engine onnxruntime] [--latency-table TABLE.json]]"""
-_MEASURE = """lightning-prune measure NAME [PRUNED] [--arg KEY=VALUE ...]
+_MEASURE = """lightning-prune measure MODEL [PRUNED] [--arg KEY=VALUE ...]
            [--input 1 3 224 224] [--layers]
        lightning-prune measure [CHECKPOINT] [PRUNED]
            (--model NAME | --config TASK.yaml) [--layers]"""
@@ -55,6 +56,8 @@ _SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml
            [--criterion l1] [--ratios 0.1,0.2,...] [--batches N]
            [--metric acc] [--drop 0.01 | --budget flops=0.5] [--out DIR]"""
 _CHANNELS = "lightning-prune channels PRUNED [--layer NAME] [--out channels.json]"
+_LEAST = "that every group of channels keeps, or a share such as 0.25; default: 1"
+_STATISTICS = "let channels under layer norms and the like go, which is NOT lossless"
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
 
@@ -68,12 +71,12 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
-    add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--criterion", type=criterion, default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
     add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
     amount = parser.add_mutually_exclusive_group().add_argument
-    amount("--ratio", type=float, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
+    amount("--ratio", type=share, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
     costs = "flops=, params= (share that remains); latency_ms= (of a sample)"
-    amount("--budget", type=_budget, metavar="COST=N", help=costs)
+    amount("--budget", type=budget, metavar="COST=N", help=costs)
     amount("--layer-ratios", metavar="FILE", help="of every layer its own, see sensitivity --drop")
     amount("--plan", type=Path, metavar="FILE", help="carry out this one (Plan.save), with its coupling")
     add("--engine", choices=ENGINES, default="eager", metavar="NAME", help="that latency_ms is of; default: eager")
@@ -82,28 +85,19 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     add("--per-layer", action="store_true", help="the same share of every layer, not the network's weakest")
     add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
+    add("--min-channels", type=least, default=1, metavar="N", help=_LEAST)
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
+    add("--statistics", action="store_true", help=_STATISTICS)
     parser.add_output("", default="pruned.pt")
     add("--explain", action="store_true", help="say what would be done, and do nothing")
     parser.add_model_options()
     parser.refuse_idle(argv, {"--force-table": "--latency-table"})
     options = parser.parse_with_fit_options(argv)
+    if options.out.suffix.lower() in OF_EXPORT:
+        parser.error(f"--out {options.out}: prune writes weights; of these, lightning-prune export writes such a file")
     if not options.explain:
         parser.refuse_used(options)
     return options
-
-
-def _budget(words: str) -> dict[str, float]:
-    costs = {}
-    for part in words.split(","):
-        name, _, value = part.partition("=")
-        try:
-            costs[name] = float(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"takes COST=NUMBER, such as flops=0.5, got '{part}'") from error
-        if name not in BUDGETS:
-            raise argparse.ArgumentTypeError(f"knows flops, params and latency_ms, got '{name}'")
-    return costs
 
 
 def measure(argv: Sequence[str]) -> argparse.Namespace:
@@ -146,7 +140,8 @@ def export(argv: Sequence[str]) -> argparse.Namespace:
     add("--input-names", type=list_of(str), metavar="A,B", help="in the file; default: as the model's code says")
     add("--output-names", type=list_of(str), metavar="A,B", help="in the file; default: as the model's code says")
     add("--opset", type=count, metavar="N", help="of ONNX; default: the exporter's")
-    add("--metadata", action="append", default=[], metavar="KEY=VALUE", help="keep it in the file; repeat")
+    kept = "keep it in the file; repeat"
+    add("--metadata", type=setting, action="append", default=[], metavar="KEY=VALUE", help=kept)
     add("--engine", choices=ONNX_ENGINES, metavar="NAME", help=f"check it on {', '.join(ONNX_ENGINES)}; the first")
     add("--repeats", type=count, default=20, metavar="N", help="passes timed; default: 20")
     parser.add_model_options()
@@ -223,22 +218,26 @@ def sensitivity(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="dense weights of the task")
     add(*CONFIG_FLAGS, action="append", required=True, metavar="TASK", help="YAML file or recipe, with its data")
-    add("--criterion", default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--criterion", type=criterion, default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
     add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
     ratios = [round(0.1 * tenth, 1) for tenth in range(1, 10)]
-    add("--ratios", type=list_of(float), default=ratios, metavar="A,B", help="shares masked; default: 0.1,0.2,...,0.9")
+    add("--ratios", type=list_of(share), default=ratios, metavar="A,B", help="shares masked; default: 0.1,0.2,...,0.9")
     add("--batches", type=count, metavar="N", help="of the validation data; default: all")
     add("--metric", metavar="NAME", help="logged name without stage, such as loss; default: miou, map or acc")
     add("--mode", choices=("max", "min"), help="whether a high metric is good; default: max, of a loss min")
     amount = parser.add_mutually_exclusive_group().add_argument
     amount("--drop", type=float, metavar="N", help="choose ratios: tolerated per layer, 0.01 is 1 %% of accuracy")
-    amount("--budget", type=_budget, metavar="COST=N", help="choose ratios: flops=, params= (share that remains)")
+    amount("--budget", type=budget, metavar="COST=N", help="choose ratios: flops=, params= (share that remains)")
     add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
+    add("--min-channels", type=least, default=1, metavar="N", help=_LEAST)
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
     default = "runs/sensitivity"
     add("--out", dest="output", type=Path, default=Path(default), metavar="DIR", help=f"default: {default}")
     parser.set_defaults(model=None, arg=[], input=None)
-    return parser.parse_with_fit_options(argv)
+    options = parser.parse_with_fit_options(argv)
+    if options.budget is not None and "latency_ms" in options.budget:
+        parser.error("--budget of sensitivities is flops= or params=; for latency_ms= see lightning-prune prune")
+    return options
 
 
 def graph(argv: Sequence[str]) -> argparse.Namespace:
@@ -251,6 +250,7 @@ def graph(argv: Sequence[str]) -> argparse.Namespace:
     )
     from_config = any(word.partition("=")[0] in CONFIG_FLAGS for word in argv)
     parser.add_model_options("--model" if from_config else "model")
+    parser.add_argument("--statistics", action="store_true", help=_STATISTICS)
     parser.add_output("also write a picture: .html (with a table) or .svg")
     options = parser.parse_with_fit_options(argv)
     if options.out and options.out.suffix not in PICTURES:
@@ -281,30 +281,38 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "compare",
         description="Prune one trained model by several criteria, fine-tune in the same way, compare.",
-        epilog="Everything else is an option of lightning-prune fit, such as --config task/vgg16_cifar10.yaml or "
-        "--trainer.max_epochs (of dense training); its Trainer's other options do not apply. Cells that an earlier run "
-        "of the same settings has computed are not computed again.",
+        epilog="Everything else is an option of lightning-prune fit, such as --trainer.max_epochs (of dense training); "
+        "its Trainer's other options do not apply. Cells that an earlier run of the same settings has computed are not "
+        "computed again.",
     )
     add = parser.add_argument
-    add("--criteria", type=list_of(str), default=["l1", "l2", "fpgm", "taylor", "jre"], help="names, with commas")
-    add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], help="shares removed; default 0.3,0.5,0.7")
-    add("--seeds", type=list_of(seed), default=[0, 1, 2], help="of scoring batches and fine-tuning; default 0,1,2")
-    add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default runs/compare")
+    task = "YAML file or recipe, with its data; default: task/resnet18_digits.yaml"
+    add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=task)
+    names = ["l1", "l2", "fpgm", "taylor", "jre"]
+    add("--criteria", type=list_of(str), default=names, metavar="A,B", help=f"names; default: {','.join(names)}")
+    shares = "shares removed; default: 0.3,0.5,0.7"
+    add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], metavar="A,B", help=shares)
+    seeds = "of scoring batches and fine-tuning; default: 0,1,2"
+    add("--seeds", type=list_of(seed), default=[0, 1, 2], metavar="A,B", help=seeds)
+    add("--out", dest="output", type=Path, default=Path("runs/compare"), metavar="DIR", help="default: runs/compare")
     add("--checkpoint", metavar="CKPT", help="trained weights; without it the task is trained once and kept in --out")
-    add("--epochs", type=int, default=5, help="of fine-tuning; default 5")
-    add("--lr", type=rate, help="first learning rate of fine-tuning; default: the task's own")
-    add("--selection", choices=SELECTIONS, default="global", help="what a ratio is of; default global")
-    add("--coupling", choices=COUPLINGS, default="joint", help="default joint")
+    add("--epochs", type=int, default=5, metavar="N", help="of fine-tuning; default: 5")
+    add("--lr", type=rate, metavar="N", help="first learning rate of fine-tuning; default: the task's own")
+    of = "what a ratio is of: the network's channels, every layer's, or the network's FLOPs; default: global"
+    add("--selection", choices=SELECTIONS, default="global", help=of)
+    add("--coupling", choices=COUPLINGS, default="joint", help="default: joint")
     add("--score-batches", type=count, metavar="N", help="default: one pass over the training data")
-    add("--metric", default="acc", help="name of the logged metric; default acc")
-    add("--train-seed", type=seed, default=0, metavar="N", help="of the dense training; default 0")
+    add("--metric", default="acc", metavar="NAME", help="logged name without stage; default: acc")
+    add("--train-seed", type=seed, default=0, metavar="N", help="of the dense training; default: 0")
     options, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("--trainer") and word.partition("=")[0] != "--trainer.max_epochs":
             parser.error(f"{word} would be ignored: of a Trainer only --trainer.max_epochs, of dense training, counts")
         if word.startswith("--trainer") and options.checkpoint:
             parser.error(f"{word} would be ignored: --checkpoint is trained already")
-    return argparse.Namespace(**vars(options), fit_options=rest, prog=parser.prog)
+    settings = vars(options)
+    configs = [word for name in settings.pop("config") for word in ("--config", name)]
+    return argparse.Namespace(**settings, fit_options=[*configs, *rest], prog=parser.prog)
 
 
 def reproduce(argv: Sequence[str]) -> argparse.Namespace:

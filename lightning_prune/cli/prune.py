@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
+from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture, naming_input
+from lightning_prune.cli.constraints import constraint_words, constraints_of
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
+from lightning_prune.cli.parser import UsageError
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.criteria.scoring import Scores, score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, UnreachedWarning
@@ -19,6 +21,7 @@ from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.unreached import note_of
 from lightning_prune.measure import LatencyTable, samples_in
+from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
@@ -43,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
         raise ModelError(f"{options.checkpoint} is pruned already; prune the dense checkpoint it came from, further")
     known = architecture(options, checkpoint)
     model, inputs, deployed = known.load(checkpoint), known.example_inputs(), known.deployed_inputs()
-    graph, scores = _scored(model, known, criterion, options)
+    with naming_input(inputs):
+        graph, scores = _scored(model, known, criterion, options)
     given = selection.given if isinstance(selection, FixedPlan) else Plan({}, options.coupling)
     about: dict[str, Any] = {"coupling": given.coupling, "model": model, "example_inputs": deployed}
     found: Reach | TableChoice | None = None
@@ -91,22 +95,24 @@ def _check_options(options: argparse.Namespace, criterion: Criterion) -> None:
     if not options.explain:
         check_writable(options.out)
     if options.score_batches is not None and not criterion.needs_forward:
-        raise ModelError(f"--score-batches does nothing for {options.criterion}, which looks at weights only")
+        raise UsageError(f"--score-batches does nothing for {options.criterion}, which looks at weights only")
 
 
 def _selection(options: argparse.Namespace) -> Selection:
     if options.plan:
         if options.engine != "eager" or options.latency_table:
-            raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
-        if options.per_layer or options.round_to != 1 or options.ignore or options.coupling != "joint":
-            raise PlanError("--plan says all; leave out --per-layer, --round-to, --ignore and --coupling")
+            raise UsageError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
+        if options.per_layer or constraint_words(options) or options.coupling != "joint":
+            raise UsageError(
+                "--plan says all; leave out --per-layer, --round-to, --min-channels, --ignore and --coupling"
+            )
         return FixedPlan(plan=options.plan)
-    constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
+    constraints = constraints_of(options)
     if "latency_ms" not in (options.budget or {}) and (options.engine != "eager" or options.latency_table):
-        raise PlanError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
+        raise UsageError("--engine and --latency-table are for --budget latency_ms=MILLISECONDS")
     if options.layer_ratios is not None:
         if options.per_layer:
-            raise PlanError("--layer-ratios says how many channels go of every layer; leave out --per-layer")
+            raise UsageError("--layer-ratios says how many channels go of every layer; leave out --per-layer")
         return LayerRatio.load(options.layer_ratios, **constraints)
     if options.budget is None:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
@@ -122,21 +128,27 @@ def _scored(
     """Trace and score: on the recipe's training data, as `fit` does it, or on weights alone where they are enough."""
     inputs = known.example_inputs()
     if not criterion.needs_forward:
-        graph = trace(model, inputs)
+        graph = trace(model, inputs, statistics=options.statistics)
         return graph, score(model, graph, criterion)
     if known.data is None:
         raise ModelError(
             f"{options.criterion} is computed on data and a loss, which come from a recipe: pass --config TASK.yaml "
             "with a data: section, or use a criterion that looks at weights only, such as l1"
         )
-    from pytorch_lightning import LightningModule
+    from pytorch_lightning import LightningModule, seed_everything
 
+    from lightning_prune.callbacks import ScoringCallback
     from lightning_prune.experiments.runner import Runner, quiet
 
     assert isinstance(model, LightningModule)  # known by a recipe, as its data
+    settings = {"score_batches": options.score_batches, "example_inputs": inputs, "statistics": options.statistics}
+    scoring = ScoringCallback(criterion, **settings)
     with quiet():
-        runner = Runner(known.data, accelerator="cpu")
-        return runner.score(model, criterion, batches=options.score_batches, example_inputs=inputs)
+        seed_everything(0, verbose=False)
+        Runner(known.data, accelerator="cpu").fit(copied(model).train(), 1, [scoring], max_steps=0)
+    assert scoring.dense_graph is not None
+    assert scoring.scores is not None
+    return scoring.dense_graph, scoring.scores
 
 
 def _asked(options: argparse.Namespace) -> str:
@@ -150,18 +162,19 @@ def _asked(options: argparse.Namespace) -> str:
     words += [f"--latency-table {options.latency_table}"] * (options.latency_table is not None)
     words += ["--force-table"] * options.force_table
     words += ["--per-layer"] * options.per_layer
-    words += [f"--round-to {options.round_to}"] * (options.round_to != 1)
-    return " ".join([*words, *(f"--ignore {layer}" for layer in options.ignore)])
+    return " ".join([*words, *constraint_words(options)])
 
 
 def _show(
     console: Console, graph: ChannelGraph, plan: Plan, lossless: LosslessReport, options: argparse.Namespace
 ) -> None:
     verdict = f"max relative error {lossless.max_rel_error:.1e} in {lossless.dtype}, against the masked model"
-    if plan.lossless:
+    lossy = {graph.group(name).statistics for name, group in plan.groups.items() if group.removed} - {None}
+    if plan.lossless and not lossy:
         print_line(console, f"lossless: {verdict}", "green")
     else:
-        print_line(console, f"NOT lossless, by choice of the plan: {verdict}", "yellow")
+        by = "--statistics" if lossy else "the plan"
+        print_line(console, f"NOT lossless, by choice of {by}: {verdict}", "yellow")
     gone = sum(len(group.removed) for name, group in plan.groups.items() if name not in lossless.left)
     total = sum(group.size for group in graph.groups)
     by = f"{_asked(options)}, coupling {plan.coupling}"

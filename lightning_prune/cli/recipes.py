@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lightning_prune.cli.parser import CONFIG_FLAGS, Parser, did_you_mean
-from lightning_prune.errors import ConfigurationError, UnknownRecipeError
+from lightning_prune.cli.parser import CONFIG_FLAGS, Parser
+from lightning_prune.errors import ConfigurationError, UnknownRecipeError, did_you_mean
 from lightning_prune.files import read_yaml
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 
 RUNS = Path("runs")
 _CHOSEN = "LIGHTNING_PRUNE_RUN_FOLDER"  # tells processes that a Trainer starts what the first one has chosen
@@ -125,8 +125,7 @@ def carry_over(trainer: Trainer, checkpoint: Path, content: Mapping[str, Any]) -
     table = csv.DictWriter(text, names, extrasaction="ignore")
     table.writeheader()
     table.writerows(rows)
-    with atomic(Path(writer.metrics_file_path)) as stream:
-        stream.write(text.getvalue().encode())
+    write_text(Path(writer.metrics_file_path), text.getvalue())
     writer.metrics_keys = names
     if goes_on:
         kept.unlink()

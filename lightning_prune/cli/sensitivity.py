@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
-from lightning_prune.errors import ModelError, PlanError
+from lightning_prune.cli.constraints import constraint_words, constraints_of
+from lightning_prune.errors import ModelError
 from lightning_prune.experiments.sensitivity import SensitivityStudy, measure_task_sensitivity, write_sensitivity
 from lightning_prune.report.sensitivity import sensitivity_table
 from lightning_prune.report.table import print_line
@@ -21,8 +22,6 @@ from lightning_prune.sensitivity import within_budget
 
 def run(options: argparse.Namespace) -> int:
     """`lightning-prune sensitivity CHECKPOINT --config TASK.yaml --criterion l1 --out DIR`."""
-    if options.budget is not None and "latency_ms" in options.budget:
-        raise PlanError("--budget of sensitivities is flops= or params=; for latency_ms= see lightning-prune prune")
     checkpoint = Checkpoint.read(options.checkpoint)
     if checkpoint.pruned:
         raise ModelError(f"{options.checkpoint} is pruned already; measure the dense checkpoint it came from")
@@ -32,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     task = known.load(checkpoint)
     assert isinstance(task, LightningModule)
     console = Console()
-    constraints: dict[str, Any] = {"round_to": options.round_to, "ignore": tuple(options.ignore)}
+    constraints = constraints_of(options)
     study = _measured(task, known, options, constraints)
     selection, said = _chosen(study, task, known, options, constraints)
     _show(console, study, selection, said)
@@ -40,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     print_line(console, "Written: " + "  ".join(map(str, files.values())))
     if selection is not None:
         command = f"lightning-prune prune {options.checkpoint} --config {options.config[0]}"
-        print_line(console, f"{command} --layer-ratios {files['layer_ratios.json']}", "bold")
+        words = " ".join(["", *constraint_words(options)])
+        print_line(console, f"{command} --layer-ratios {files['layer_ratios.json']}{words}", "bold")
     return 0
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
-from lightning_prune.cli.config_errors import ExplainingParser
-from lightning_prune.cli.parser import CONFIG_FLAGS
+from lightning_prune.cli.config_errors import ExplainingParser, title_groups
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.run_folder import new_folder
 from lightning_prune.cli.training import build_task
@@ -52,6 +51,7 @@ def _experiment(command: str, about: str, argv: Sequence[str]) -> int:
     parser.add_argument("--config", action="config", help="YAML file or shipped recipe")
     study = parser.add_function_arguments(compare_orders, skip={"settings"}, fail_untyped=False)
     parser.add_class_arguments(OrderSettings, fail_untyped=False)
+    title_groups(parser, {compare_orders.__name__: "what is studied", OrderSettings.__name__: "how it is run"})
     parsed = parser.parse_args(resolved)
     OrderSettings(seed=parsed.seed)  # refuses what no generator takes
     seed_everything(parsed.seed, verbose=False)  # the model draws its first weights when it is built
@@ -70,7 +70,7 @@ def _experiment(command: str, about: str, argv: Sequence[str]) -> int:
 def compare(options: argparse.Namespace) -> int:
     """`lightning-prune compare --criteria l1,jre --ratios 0.5,0.7 --seeds 0,1,2 --out DIR [--config TASK]`."""
     rest = options.fit_options
-    if not any(word.partition("=")[0] in CONFIG_FLAGS for word in rest):
+    if "--config" not in rest:
         rest = ["--config", TASK, *rest]
     check_request(options.criteria, options.ratios, options.seeds, options.selection, options.epochs)
     seed_everything(options.train_seed, verbose=False)  # the model draws its first weights when it is built

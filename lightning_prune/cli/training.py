@@ -20,7 +20,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_prune.callbacks.processes import leave_processes, lost_process
 from lightning_prune.callbacks.whole_checkpoints import write_whole
-from lightning_prune.cli.config_errors import ExplainingParser
+from lightning_prune.cli.config_errors import ExplainingParser, title_groups
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.resuming import judge, start_from
 from lightning_prune.cli.run_folder import (
@@ -49,6 +49,7 @@ _COMMANDS = {
     "test": "Evaluate a task on the test set.",
 }
 _WEIGHTS = "weights to start from, dense or of a pruned file, where no --ckpt_path is given"
+_GROUPS = {"trainer": "the Trainer", "model": "the task", "data": "the data"}
 _STRICT = {"allow_abbrev": False}  # or `--trainer.max_epoch` would pass on the command line and fail in a file
 
 
@@ -83,6 +84,12 @@ class _CLI(LightningCLI):
         parser.add_argument("--weights", type=str | None, default=None, help=_WEIGHTS)
         if not self._folder:  # `build_task`: configurations that Lightning's own command line has saved hold this one
             parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        """Groups of options with titles of a few words in place of what Lightning says of its classes."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **options)
+        title_groups(parser, {**_GROUPS, subcommand: "the run"})
+        return parser
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Judge the checkpoint before anything is written; no code of a file is ever run."""

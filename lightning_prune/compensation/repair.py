@@ -95,7 +95,8 @@ def measured(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 
 def check_reached(paths: Iterable[str], reached: Iterable[str], missing: Missing) -> None:
     """Refuse layers that run in train mode only, or not on these batches."""
-    never = [path for path in paths if path not in set(reached)]
+    found = set(reached)
+    never = [path for path in paths if path not in found]
     if never and missing == "refuse":
         raise CompensationError(
             f"no batch reached {', '.join(never)}; pass batches that do, or missing='skip' to repair the others"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.errors import ScoreError
+from lightning_prune.errors import ScoreError, did_you_mean
 from lightning_prune.graph.groups import Layer
 
 Site = Literal["conv", "bn", "activation"]
@@ -264,8 +264,10 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
     known = {cls.__name__.lower(): cls for cls in _leaves(Criterion)}  # type: ignore[type-abstract]
     name = criterion.lower().replace("_", "") if isinstance(criterion, str) else None
     if name not in known:
-        names = ", ".join(sorted(_snake(cls.__name__) for cls in known.values()))
-        raise ScoreError(f"criterion must be a Criterion or one of {names}, got {criterion!r}")
+        names = sorted(_snake(cls.__name__) for cls in known.values())
+        hint = did_you_mean(criterion.lower(), names) if isinstance(criterion, str) else ""
+        cause = f"criterion must be a Criterion or one of {', '.join(names)}, got {criterion!r}"
+        raise ScoreError(f"{cause}.{hint}" if hint else cause)
     return known[name]()
 
 

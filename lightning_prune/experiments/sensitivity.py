@@ -17,7 +17,7 @@ from lightning_prune.errors import SensitivityError
 from lightning_prune.experiments.comparison.cells import digest
 from lightning_prune.experiments.comparison.run import data_summary, weights_digest
 from lightning_prune.experiments.runner import METRICS, Runner, logged_metric, metric_name, quiet
-from lightning_prune.files import atomic, check_writable
+from lightning_prune.files import check_writable, write_text
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.model_state.copying import copied
 from lightning_prune.report.figures import save_figure
@@ -164,15 +164,13 @@ def write_sensitivity(
     ratios = None if selection is None else {group: float(selection.overrides.get(group, 0.0)) for group in found.sizes}
     unit = f"points lost of {100 * found.dense:.1f} %" if study.percent else f"lost of {found.dense:.4g}"
     framed = "" if ratios is None else "; framed: chosen"
-    with atomic(files["sensitivity.csv"]) as stream:
-        stream.write(sensitivity_csv(found).encode())
+    write_text(files["sensitivity.csv"], sensitivity_csv(found))
     subtitle = f"{unit} at the share of its channels that is masked{framed}"
     figure = sensitivity_figure(found, ratios, percent=study.percent, subtitle=subtitle)
     save_figure(figure, files["sensitivity.png"])
     if selection is not None:
         selection.save(files["layer_ratios.json"])
-        with atomic(files["prune.yaml"]) as stream:
-            stream.write(_configuration(study.criterion, selection).encode())
+        write_text(files["prune.yaml"], _configuration(study.criterion, selection))
     return files
 
 

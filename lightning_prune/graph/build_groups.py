@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,14 +171,14 @@ def _build_group(
     layers_of = [part for part in parts if _is_layer(classes, part)]
     found = sorted(((finder.order(p), p) for p in layers_of), key=lambda item: item[0])
     layers = tuple(finder.layer(order, part, channels) for order, part in found)
-    owners = {finder.own(part): layer.name for layer, (_, part) in zip(layers, found, strict=True)}
+    owner_of = finder.owners(layers, [part for _, part in found])
     slices = tuple(
         Slice(
             p.span.tensor,
             p.span.dim,
             p.index,
             masked=_is_masked(classes, p),
-            layer=owners.get(finder.own(p)),
+            layer=owner_of(p),
             norm=not p.span.buffer and p.span.module in finder.norm_modules,
         )
         for p in parts
@@ -204,30 +204,48 @@ class LayerFinder:
         self._span = np.full(space.count, -1)
         for number, span in enumerate(space.spans):
             self._span[span.start : span.start + span.size] = number
-        self._made = np.full(space.count, -1)
+        # By the very ids, and for what was computed from others by their class: of two copies of a network, one an
+        # average of the other, all lie in one class, although each has norms and readers of its own.
+        self._made, self._made_in = np.full(space.count, -1), np.full(space.count, -1)
         self._readers: dict[int, list[Contraction]] = {}
         wanted = np.zeros(space.count, dtype=bool)
         wanted[firsts.numpy()] = True
         for number, contraction in reversed(list(enumerate(space.contractions))):
             makes, reads = contraction.makes.numpy(), contraction.reads.numpy()
-            self._made[self._own[makes[makes >= 0]]] = number
+            self._made[makes[makes >= 0]] = self._made_in[self._own[makes[makes >= 0]]] = number
             roots = self._joint[reads[reads >= 0]]
             for root in {*roots[wanted[roots]].tolist()}:
                 self._readers.setdefault(root, []).insert(0, contraction)
         # One over a concatenation (DenseNet) normalises several layers: it is none's own, hence by size.
         self._norms: dict[tuple[int, int], str] = {}
+        self._norms_in: dict[tuple[int, int], str] = {}
         for module, made in space.norms:
-            own = self._own[made[made >= 0].numpy()]
-            if len(own):
-                self._norms.setdefault((int(own[0]), len(made)), module)
+            ids = made[made >= 0].numpy()
+            if len(ids):
+                self._norms.setdefault((int(ids[0]), len(made)), module)
+            if len(ids) and not classes.filters[ids[0]]:
+                self._norms_in.setdefault((int(self._own[ids[0]]), len(made)), module)
 
-    def own(self, part: GroupSpan) -> int:
-        """The class within its layer of the first of these filters."""
-        return int(self._own[part.span.start + int(part.index[0, 0])])
+    def _first(self, part: GroupSpan) -> int:
+        return part.span.start + int(part.index[0, 0])
+
+    def owners(self, layers: Sequence[Layer], parts: Sequence[GroupSpan]) -> Callable[[GroupSpan], str | None]:
+        """Says of a part of the group which of its layers, here with the parts that hold their filters, it is of."""
+        by_class: dict[int, list[Layer]] = {}
+        for layer, part in zip(layers, parts, strict=True):
+            by_class.setdefault(int(self._own[self._first(part)]), []).append(layer)
+
+        def owner_of(part: GroupSpan) -> str | None:
+            near = by_class.get(int(self._own[self._first(part)]), [])
+            mine = [layer for layer in near if part.span.module in (layer.name, layer.norm)] if len(near) > 1 else near
+            return (mine or near)[-1].name if near else None
+
+        return owner_of
 
     def order(self, part: GroupSpan) -> tuple[int, int]:
         """When these filters first ran: run, position in it."""
-        number = int(self._made[self.own(part)])
+        number = int(self._made[self._first(part)])
+        number = int(self._made_in[self._own[self._first(part)]]) if number < 0 else number
         return self.classes.space.contractions[number].when if number >= 0 else (0, part.span.start)
 
     def layer(self, order: tuple[int, int], part: GroupSpan, channels: Tensor) -> Layer:
@@ -243,7 +261,8 @@ class LayerFinder:
             span.dim,
             span.size,
             part.index,
-            norm=self._norms.get((int(self._own[span.start]), span.size)),
+            norm=self._norms.get((span.start, span.size))
+            or self._norms_in.get((int(self._own[span.start]), span.size)),
             reader=None if index is None else path,
             reader_index=index,
         )

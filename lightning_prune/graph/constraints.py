@@ -161,10 +161,6 @@ class GroupedConvolution:
         """The numbers that follow if the axis is shortened."""
         return [CodeSize(self.reads[:, 0], self.site, attribute="groups")] if axis == 0 else []
 
-    def sizes_in_code(self, axis: int, *, attributes: bool) -> list[CodeSize]:  # noqa: ARG002
-        """None: its layer counts them."""
-        return []
-
 
 @dataclass(eq=False)
 class Split:

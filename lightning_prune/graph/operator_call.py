@@ -177,9 +177,13 @@ class OperatorRecorder(EagerMode):
         self.journal = Journal(modules.model)
         self.assignments = Assignments(space, known, self.journal, self.info)
         self.labelled_zeros = False
+        self.cleared = False  # a tensor was set to zero in place
         self.unknown = TensorInfo()  # of tensors that no operator made
         self.step = ""  # the user's step that is run, if it is not forward
         self._info = WeakIdKeyDictionary(dict(known))
+        self._written = WeakIdKeyDictionary()  # tensors in whose memory something was written by itself
+        # Of tensors that ``repeat`` made: by dimension how many entries lie there again and again.
+        self.repeats: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._observe = observe
         self._depth = 0
 
@@ -205,6 +209,15 @@ class OperatorRecorder(EagerMode):
         """Other live tensors on the same storage."""
         storage = tensor.untyped_storage()._cdata
         return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
+
+    def note_written(self, view: Tensor) -> None:
+        """Something that may be other than zero was written there."""
+        for tensor in (view, *self.aliases(view)):
+            self._written[tensor] = True
+
+    def was_written(self, tensor: Tensor) -> bool:
+        """Whether something may lie in its memory that no operator returned as the whole of it."""
+        return any(one in self._written for one in (tensor, *self.aliases(tensor)))
 
     def __enter__(self) -> OperatorRecorder:
         if not self._depth:

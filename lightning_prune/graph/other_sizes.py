@@ -14,7 +14,6 @@ from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import map_tensors, tensors_in
 
 SMALL = 64  # pixels
-SMALLEST = 5
 Change = Callable[[Tensor], Tensor]
 
 
@@ -40,9 +39,7 @@ def odd_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
     changes = []
     for first in images[:1]:
         sides = tuple(first.shape[max(first.dim() - 2, 2) :])
-        after = [
-            side if side % 2 or side < SMALLEST else side + step for side, step in zip(sides, (-1, 1), strict=False)
-        ]
+        after = [side + step * (side % 2 == 0 and side > 4) for side, step in zip(sides, (-1, 1), strict=False)]
         changes += [_resized_to(sides, after)] if list(sides) != after else []
     for start, change in ((one, changes), (entry, changes), (one, [])):
         if change or start is not entry:

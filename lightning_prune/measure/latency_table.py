@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_prune.engines import Engine, engine_from
 from lightning_prune.errors import TableError, first_line
-from lightning_prune.files import atomic, read_json
+from lightning_prune.files import read_json, write_text
 from lightning_prune.measure.layer_calls import LayerKind, Operator
 from lightning_prune.measure.portable.machine import this_machine
 from lightning_prune.measure.portable.making import as_data
@@ -191,8 +191,7 @@ class LatencyTable:
         Raises:
             PruningError: the path cannot be written.
         """
-        with atomic(Path(path)) as stream:
-            stream.write(json.dumps(self.data(), allow_nan=False).encode())
+        write_text(Path(path), json.dumps(self.data(), allow_nan=False))
 
     def data(self) -> dict[str, Any]:
         """It as plain data."""

@@ -195,7 +195,12 @@ def own_tensors_(twin: nn.Module, model: nn.Module) -> None:
 
 
 def knows_shapes(model: nn.Module) -> bool:
-    """Whether masks or other gradient hooks are registered that would break if parameters changed their shape."""
+    """Whether masks or other gradient hooks are registered that would break if parameters changed their shape.
+
+    The masks of a copy, such as an average that the model keeps of itself, let go of what is cut.
+    """
     return any(parameter._backward_hooks for parameter in model.parameters()) or any(
-        getattr(hook, "holds_masks", False) for module in model.modules() for hook in module._forward_pre_hooks.values()
+        getattr(hook, "holds_masks", False) and not getattr(hook, "lets_go", False)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
     )

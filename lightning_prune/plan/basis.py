@@ -95,7 +95,7 @@ class Basis:
             PlanError: the group cannot be pruned, or a constraint cannot be respected.
         """
         if planned is None:
-            planned = GroupPlan(group.size, tuple(range(group.size)))
+            planned = GroupPlan.whole(group.size)
         own = {part.name: set(planned.kept_by(part.name)) for part in group.layers}
         for name in own if coupling == "joint" or layer is None else [layer]:
             own[name] = own[name] | channels if stay else own[name] - channels

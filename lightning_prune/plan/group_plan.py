@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
+from typing_extensions import Self
 
 from lightning_prune.errors import PlanError, check_choice
 
@@ -39,6 +42,16 @@ class GroupPlan:
                     f"{name}: kept channels must be ascending, distinct and in [0, {self.size}), got {kept}"
                 )
 
+    @classmethod
+    def whole(cls, size: int) -> Self:
+        """All channels stay."""
+        return cls(size, tuple(range(size)))
+
+    @classmethod
+    def of_masks(cls, keep: Tensor, layers: Mapping[str, Tensor]) -> Self:
+        """What boolean masks of what stays say; keep, layers: (channels,)."""
+        return cls(len(keep), numbers_of(keep), {name: numbers_of(mask) for name, mask in layers.items()})
+
     @property
     def removed(self) -> tuple[int, ...]:
         """Channels that the reconstructed model no longer has."""
@@ -48,6 +61,11 @@ class GroupPlan:
     def kept_by(self, layer: str) -> tuple[int, ...]:
         """Channels that a member layer keeps itself."""
         return self.layers.get(layer, self.keep)
+
+
+def numbers_of(mask: Tensor) -> tuple[int, ...]:
+    """The channels of which a boolean mask, (channels,), is true."""
+    return tuple(mask.nonzero().flatten().tolist())
 
 
 def are_counts(values: Iterable[object]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_prune.errors import PlanError
-from lightning_prune.files import atomic, read_json
+from lightning_prune.files import read_json, write_text
 from lightning_prune.plan.basis import Basis
 from lightning_prune.plan.group_plan import Coupling, GroupPlan, check_coupling
 
@@ -272,8 +272,7 @@ class Plan:
             (0, 2)
         """
         text = json.dumps({"format": FORMAT, **self.to_dict()})
-        with atomic(Path(path)) as stream:
-            stream.write(text.encode())
+        write_text(Path(path), text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

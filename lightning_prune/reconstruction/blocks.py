@@ -134,7 +134,7 @@ def block_plan(graph: ChannelGraph, blocks: Iterable[Block], plan: Plan | None =
     groups = {} if plan is None else dict(plan.groups)
     for group in graph.groups:
         if any(layer.name in gone for layer in group.layers):
-            before = groups.get(group.name, GroupPlan(group.size, tuple(range(group.size))))
+            before = groups.get(group.name, GroupPlan.whole(group.size))
             kept = {layer.name: before.kept_by(layer.name) for layer in group.layers}
             groups[group.name] = GroupPlan(
                 group.size, before.keep, {name: () if name in gone else keep for name, keep in kept.items()}

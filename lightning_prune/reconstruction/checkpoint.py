@@ -6,8 +6,11 @@ Lightning checkpoints that were written while a model was pruned are read as wel
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,10 +18,7 @@ from torch import nn
 
 from lightning_prune.errors import CheckpointError
 from lightning_prune.files import atomic, disk_error
-from lightning_prune.model_state.cutting import (
-    changed_sizes,
-    dense_shapes,
-)
+from lightning_prune.model_state.cutting import Undo, changed_sizes, dense_shapes
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.channel_map import noted
 from lightning_prune.reconstruction.dropped_blocks import dropped_blocks
@@ -129,11 +129,13 @@ def load(path: str | os.PathLike[str], dense_model: nn.Module) -> Plan:
     content = read(path)
     shapes = FileShapes.read(content, str(path))
     with dropped_as_noted(dense_model, content, str(path)):
-        changed = shapes.check(dense_model)
+        completed = _completed(shapes, dense_model)
+        changed = completed.check(dense_model)
         check_values(shapes.state, str(path))
         _check_digest(content, str(path))
-        shapes.apply_(dense_model, changed)
-    dense_model.load_state_dict(content["state_dict"])
+        with _back_on_failure(dense_model):
+            completed.apply_(dense_model, changed)
+            _load_(dense_model, content["state_dict"], str(path))
     return shapes.plan
 
 
@@ -155,7 +157,8 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
     pruned = "; it is of a pruned model: lightning_prune.load" if is_pruned(content) else ""
     _check_dense(own, state, str(path), pruned)
     check_values(state, str(path))
-    model.load_state_dict(state)
+    with _back_on_failure(model):
+        _load_(model, state, str(path))
 
 
 def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "the checkpoint") -> Plan:
@@ -165,6 +168,7 @@ def reshape_(dense_model: nn.Module, content: Mapping[str, Any], source: str = "
     """
     shapes = FileShapes.read(content, source)
     with dropped_as_noted(dense_model, content, source):
+        shapes = _completed(shapes, dense_model)
         shapes.apply_(dense_model, shapes.check(dense_model))
     return shapes.plan
 
@@ -183,6 +187,50 @@ def check_fits(model: nn.Module, content: Mapping[str, Any], source: str) -> Non
     else:
         _check_dense(own, state, source)
     check_values(state, source)
+
+
+def _is_strict(model: nn.Module) -> bool:
+    """Whether a state dict must hold all of its tensors; a LightningModule says so in ``strict_loading``."""
+    return getattr(model, "strict_loading", True) is not False
+
+
+def _completed(shapes: FileShapes, model: nn.Module) -> FileShapes:
+    """With the model's own tensors where it leaves some out of its files, such as a frozen teacher's."""
+    if _is_strict(model):
+        return shapes
+    own, known = model.state_dict(), {*shapes.dense, *shapes.buffers}
+    left_out = {name: value for name, value in own.items() if name not in known and name not in shapes.state}
+    named = {name: value for name, value in shapes.state.items() if name in known or name in own}
+    return replace(shapes, state={**left_out, **named})
+
+
+def _load_(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Load a state dict, as strictly as the model wants it."""
+    try:
+        model.load_state_dict(state, **({} if _is_strict(model) else {"strict": False}))
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot take the weights of {source}: {shorten(str(error), 240)}. A "
+            "LightningModule whose state_dict leaves some of its tensors out says so: self.strict_loading = False"
+        ) from error
+
+
+@contextmanager
+def _back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put back shapes, values and attributes if something is raised."""
+    undo = Undo(model)
+    values = [(data, data.clone()) for _, data, _ in undo.tensors]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for data, value in values:
+            data.copy_(value)
+        undo()
+        for own, before in attributes:
+            own.clear()
+            own.update(before)
+        raise
 
 
 def _check_dense(own: Mapping[str, Any], state: Mapping[str, Any], source: str, hint: str = "") -> None:

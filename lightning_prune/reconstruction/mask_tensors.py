@@ -14,6 +14,7 @@ from lightning_prune.graph import ChannelGraph, Group, Layer, Slice
 from lightning_prune.graph.computed_weights import effective_weight
 from lightning_prune.graph.describe import ranges
 from lightning_prune.plan import Basis, GroupPlan, Plan
+from lightning_prune.plan.group_plan import numbers_of
 from lightning_prune.reconstruction.masks import masked_entries
 
 Constants = Literal["refuse", "keep", "remove"]
@@ -164,9 +165,7 @@ def _plan(
         if coupling == "joint":
             _check_alike(group, gone)
         all_gone = torch.stack(list(gone.values())).all(0)
-        groups[group.name] = GroupPlan(
-            group.size, _indices(~all_gone), {name: _indices(~of) for name, of in gone.items()}
-        )
+        groups[group.name] = GroupPlan.of_masks(~all_gone, {name: ~of for name, of in gone.items()})
     plan = Plan(groups, coupling, batch_norm, Basis(graph))
     plan.check(graph)
     return plan
@@ -195,7 +194,7 @@ def _constant(parts: Sequence[Slice], name: str, gone: Tensor, zero: Mapping[str
             constant = gone & ~zero[part.tensor][part.index].all(1)
             if refuse and bool(constant.any()):
                 raise PlanError(
-                    f"channels {ranges(_indices(constant), LIST)} of {name!r} are constants: their filters go, but "
+                    f"channels {ranges(numbers_of(constant), LIST)} of {name!r} are constants: their filters go, but "
                     f"{part.tensor!r} stays and is not zero. Set it to zero (in masks: leave it out), or see "
                     "plan_from_zeros(constants='keep' or 'remove')"
                 )
@@ -236,7 +235,3 @@ def _named(graph: ChannelGraph, masks: Mapping[str, Any]) -> dict[str, Tensor]:
             raise PlanError(f"mask {key!r} has other values than 0 and 1: is it the weight itself? See plan_from_zeros")
         found[name] = mask.detach().cpu()
     return found
-
-
-def _indices(mask: Tensor) -> tuple[int, ...]:
-    return tuple(mask.nonzero().flatten().tolist())

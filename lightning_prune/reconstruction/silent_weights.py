@@ -1,4 +1,4 @@
-"""Weights that are all zero until they are trained: what they multiply is in no result, and a comparison says nothing."""
+"""Weights that are all zero until they are trained: what they multiply is in no result that could be compared."""
 
 from __future__ import annotations
 

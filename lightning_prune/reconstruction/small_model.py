@@ -198,8 +198,12 @@ def _attempt(
     left: Collection[str] = (),
     *,
     undoable: bool = True,
+    awake: bool = False,
 ) -> LosslessReport | None:
-    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back."""
+    """Mask, cut all groups but those that are ``left``, and compare; on failure everything is put back.
+
+    awake: weights that were all zero are not, see `silent_weights`.
+    """
     undo = Undo(model, optimizers) if undoable else None
     removed = {name: gone for name, gone in plan.channels_removed.items() if name not in left}
     try:
@@ -215,8 +219,9 @@ def _attempt(
         precise = rescale_(model, graph.rescalings(removed), optimizers)
         lossless = plan.lossless and not _lossy(graph, plan)
         report = None if masked is None else rehearse(masked, model, entries, lossless=lossless, precise=precise)
-        if masked is not None and lossless and (awake := awake_copy(masked, entries[0])) is not None:
-            _attempt(awake, graph, plan, [], entries, left=left, undoable=False)
+        copy = awake_copy(masked, entries[0]) if masked is not None and lossless and not awake else None
+        if copy is not None:
+            _attempt(copy, graph, plan, [], entries, left=left, undoable=False, awake=True)
         remember_history_(model, history and history.after(found, graph.shapes))
         return report
     except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,31 +11,60 @@ from torch import Tensor
 
 from lightning_prune.errors import CheckpointError
 
-_HOLDERS = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "weights", "params")
 _COMPILED = "_orig_mod"  # what torch.compile puts around a module
+_DEPTH = 2  # keys that lead to a state dict: {"model": {"state_dict": ...}}
+
+Keys = tuple[str, ...]
 
 
 def state_dict_in(content: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The state dict in a file: all of it, or what training scripts keep under one of a few names.
+    """The state dict in a file: all of it, or the only one that a training script has kept in it, under any name.
 
     Raises:
-        CheckpointError: there is none; what there is instead is named.
+        CheckpointError: there is none, or there are several; what there is is named.
     """
-    state: Any = content
-    for _ in range(3):  # {"model": {"state_dict": ...}}
-        if any(isinstance(value, Tensor) for value in state.values()):
-            return state
-        held = next((name for name in _HOLDERS if isinstance(state.get(name), Mapping)), None)
-        if held is None:
-            break
-        state = state[held]
-    others = [str(name) for name, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
-    hint = f"; it may be under {some(others)}: save that alone" if others else ""
-    raise CheckpointError(f"{source} holds no state dict, but {some(list(map(str, content)))}{hint}")
+    if _says_which(content) and isinstance(state := content.get("state_dict"), Mapping):
+        return state
+    for dimensions in (2, 1):  # a layer has a weight of two; where none is found, one of vectors may be meant
+        found = dict(_state_dicts(content, dimensions))
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            paths = ["".join(f"[{key!r}]" for key in keys) for keys in found]
+            line = f"torch.save(torch.load({source!r}, map_location='cpu'){paths[0]}, 'weights.pt')"
+            raise CheckpointError(
+                f"{source} holds {len(found)} state dicts, {some(paths)}, and does not say which is the model; save "
+                f"the one that you mean alone, as this does with the first: {line}"
+            )
+    raise CheckpointError(
+        f"{source} holds no state dict, but {some(list(map(str, content)))}; save the model's, "
+        "torch.save(model.state_dict(), ...)"
+    )
 
 
-def _has_tensors(state: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in state.values())
+def _says_which(content: Mapping[str, Any]) -> bool:
+    """Whether a file is of Lightning or of ours, which keep one model in it, under ``state_dict``."""
+    return "pytorch-lightning_version" in content or str(content.get("format")).startswith("lightning-prune/")
+
+
+def _state_dicts(content: Mapping[Any, Any], dimensions: int, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """What may be a model's by its form, and the keys that lead to it; the state of optimizers is not."""
+    if _is_state_dict(content, dimensions):
+        yield keys, content
+    elif len(keys) < _DEPTH and "param_groups" not in content:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, Mapping):
+                yield from _state_dicts(value, dimensions, (*keys, key))
+
+
+def _is_state_dict(content: Mapping[Any, Any], dimensions: int) -> bool:
+    """Whether names lead to tensors, more of them than to anything else, and one has so many dimensions."""
+    if not all(isinstance(name, str) for name in content):
+        return False
+    tensors = [value for value in content.values() if isinstance(value, Tensor)]
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    others = [name for name in others if not name.endswith("_extra_state")]  # of modules; anything
+    return len(tensors) > len(others) and any(value.dim() >= dimensions for value in tensors)
 
 
 def named_alike(own: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.report import summary
 from lightning_prune.report.data import PruneReport
 from lightning_prune.report.figures import PALETTES, accuracy_time_figure, channels_figure, save_figure
@@ -57,8 +57,7 @@ def write_report(report: PruneReport, folder: str | Path) -> dict[str, Path]:
     }
     files = {kind: folder / name for kind, (name, _) in texts.items()}
     for kind, (_, text) in texts.items():
-        with atomic(files[kind]) as stream:
-            stream.write(text.encode())
+        write_text(files[kind], text)
     for kind, draw in _figures(report).items():
         files[kind] = folder / f"{kind}.png"
         save_figure(draw(), files[kind])

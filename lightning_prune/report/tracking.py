@@ -30,7 +30,7 @@ def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tupl
         layers[layer.name] = layer
         groups.setdefault(layer.name, []).append(group.name)
         kept = plan.groups.get(group.name)
-        removed = [] if kept is None else sorted({*range(group.size)} - {*kept.keep})
+        removed = [] if kept is None else list(kept.removed)
         gone.setdefault(layer.name, set()).update(layer.index[removed].flatten().tolist())
     return tuple(
         _layer_channels(layer, name.removeprefix(prefix), gone[name], ", ".join(groups[name]))

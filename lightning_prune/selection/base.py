@@ -207,7 +207,7 @@ class Selection(ABC):
         condemned = torch.where(keep, torch.inf, -question.whole[group.name])
         back = torch.argsort(condemned, stable=True)[: target - int(keep.sum())]
         keep[back] = masks[:, back] = True
-        return GroupPlan(group.size, _indices(keep), dict(zip(own, map(_indices, masks), strict=True)))
+        return GroupPlan.of_masks(keep, dict(zip(own, masks, strict=True)))
 
     def _least(self, size: int) -> int:
         """How many of ``size`` channels have to stay."""
@@ -242,7 +242,3 @@ def is_number(value: object) -> bool:
 def is_count(value: Any) -> bool:
     """A whole number of at least 1; a bool is none."""
     return is_number(value) and value >= 1 and float(value).is_integer()
-
-
-def _indices(mask: Tensor) -> tuple[int, ...]:
-    return tuple(mask.nonzero().flatten().tolist())

@@ -75,12 +75,9 @@ class FixedPlan(Selection):
 
     @override
     def _group_plan(self, group: Group, question: Question, kept: dict[str, Any]) -> GroupPlan:
-        planned = self.given.groups.get(group.name) or GroupPlan(group.size, tuple(range(group.size)))
-        return GroupPlan(
-            group.size,
-            planned.keep,
-            {layer.name: planned.layers.get(layer.name, planned.keep) for layer in group.layers},
-        )
+        planned = self.given.groups.get(group.name) or GroupPlan.whole(group.size)
+        own = {layer.name: planned.kept_by(layer.name) for layer in group.layers}
+        return GroupPlan(group.size, planned.keep, own)
 
 
 def selection_from(given: Any) -> Selection:

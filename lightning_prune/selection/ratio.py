@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.errors import PlanError, check_choice
-from lightning_prune.files import atomic, read_json
+from lightning_prune.files import read_json, write_text
 from lightning_prune.graph import ChannelGraph, Group
 from lightning_prune.plan.basis import matches
 from lightning_prune.selection.base import ByLayer, Question, Selection, check_ratio
@@ -97,8 +97,7 @@ class LayerRatio(Selection):
         if not all(isinstance(name, str) for name in self.overrides):
             raise PlanError("overrides by module cannot be written: LayerRatio.named(model) has their names")
         content = {"format": FORMAT, "ratio": self.ratio, "rounding": self.rounding, "overrides": self.overrides}
-        with atomic(Path(path)) as stream:
-            stream.write(f"{json.dumps(content, indent=1)}\n".encode())
+        write_text(Path(path), f"{json.dumps(content, indent=1)}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **constraints: Any) -> LayerRatio:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.errors import SensitivityError, first_line
-from lightning_prune.files import append_line, atomic
+from lightning_prune.files import append_line, write_text
 
 FORMAT = "lightning-prune-sensitivity/1"
 DENSE = ""  # the name that no group has
@@ -39,8 +39,7 @@ class Journal:
         if path.exists():
             self._read(path, json.loads(json.dumps(settings)))
             return
-        with atomic(path) as stream:
-            stream.write(f"{json.dumps({'format': FORMAT, 'settings': settings})}\n".encode())
+        write_text(path, f"{json.dumps({'format': FORMAT, 'settings': settings})}\n")
 
     def add(self, key: Key, value: float) -> float:
         """Keep a value, which is returned."""

@@ -42,7 +42,7 @@ class TracedModel:
         self._graph: ChannelGraph | None = None
         self._dense_graph: ChannelGraph | None = None
         self._dense: nn.Module | None = None
-        self._cost: tuple[ChannelGraph, CostModel] | None = None
+        self._cost: CostModel | None = None
 
     @property
     def example_inputs(self) -> Any:
@@ -114,11 +114,12 @@ class TracedModel:
         """Note what the model was reconstructed with, in all; None: nothing."""
         self.built = built
         self._graph = self._dense_graph if built is None else None
+        self._cost = None
 
     def cost(self, plan: Plan | None) -> tuple[int, int]:
         """Parameters and multiply-accumulates (per sample) that a plan of the dense model leaves."""
-        if self._cost is None or self._cost[0] is not self.graph:
-            self._cost = self.graph, CostModel(copy_without_masks(self.model), self.graph, self.example_inputs)
+        if self._cost is None:
+            self._cost = CostModel(copy_without_masks(self.model), self.graph, self.example_inputs)
         left = Plan({}) if plan is None else self.within(plan)
         left.check(self.graph)
-        return self._cost[1].of(left)
+        return self._cost.of(left)

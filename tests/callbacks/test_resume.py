@@ -122,6 +122,26 @@ def test_a_step_right_after_resuming_scores_the_batches_that_the_first_run_score
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(("precision", "kind"), [("64-true", "before"), ("bf16-true", "after"), ("16-true", "never")])
+def test_a_plan_is_resumed_in_every_precision(precision: str, kind: str, tmp_path: Path) -> None:
+    """Lightning gives the module its type only once it has restored the plan, which is traced."""
+
+    def fitted(task: Task, folder: Path, ckpt: Path | None = None) -> PruneCallback:
+        task.example_input_array = task.example_input_array.float()
+        callback = prune(**RUNS[kind])
+        runner = trainer(callback, each_epoch(folder), enable_checkpointing=True, precision=precision)
+        torch.manual_seed(0 if ckpt is None else 1)
+        runner.fit(task.float(), loader(), loader(8, shuffle=False), ckpt_path=ckpt)
+        return callback
+
+    first = fitted(whole := Task(), tmp_path / "whole")
+    again = fitted(resumed := Task(), tmp_path, tmp_path / "whole" / "epoch=0.ckpt")
+    assert again.masking.plan == first.masking.plan
+    assert next(resumed.parameters()).dtype == next(whole.parameters()).dtype != torch.float32
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["before", "after", "ramp, each"])
 def test_every_checkpoint_can_be_tested_and_loaded(kind: str, tmp_path: Path) -> None:
     task = Task()

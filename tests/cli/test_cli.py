@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.cli import COMMANDS, main
+from lightning_prune.cli.options import PARSERS
 from lightning_prune.cli.recipes import find_recipe, recipe_paths, resolve
 from lightning_prune.cli.training import run_lightning
 from lightning_prune.errors import PruningError, UnknownRecipeError
@@ -390,6 +392,42 @@ def test_how_a_command_is_used_fits_a_terminal(command: str, capsys, monkeypatch
     assert usage.startswith(f"usage: lightning-prune {command}")
     assert len(usage.splitlines()) < 8
     assert max(map(len, usage.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "recipes"])
+def test_help_fits_a_terminal(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert not [line for line in out.splitlines() if len(line) > 80]
+    assert not [line for line in out.splitlines() if line[:1].strip() and "``" in line]  # titles
+
+
+def test_compare_lists_its_defaults_and_takes_a_configuration(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with suppress(SystemExit):
+        main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert "names; default: l1,l2,fpgm,taylor,jre" in out
+    assert "--config TASK" in out
+    asked = PARSERS["compare"](["--model.lr", "1", "-c", "a.yaml", "--config=b.yaml"])
+    assert asked.fit_options == ["--config", "a.yaml", "--config", "b.yaml", "--model.lr", "1"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its pipes do not tell")
+@pytest.mark.parametrize("command", ["recipes", "--help", "--version", "prune --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_leaves_is_no_error(command: str, unbuffered: str) -> None:
+    code = f"import sys; from lightning_prune.cli import main; sys.argv[1:] = {command.split()}; sys.exit(main())"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        asked = {"stdout": pipe, "stderr": subprocess.PIPE, "env": environment}
+        done = subprocess.run([sys.executable, "-c", code], check=False, **asked)
+    assert done.stderr == b""
+    assert done.returncode == 141 or (unbuffered and "prune" in command)  # argparse itself looks away
 
 
 @pytest.mark.parametrize("words", [[], ["--trainer.max_epochs", "3"]])

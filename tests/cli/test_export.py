@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("workplace")
         (["export", NET, "--out", "dense.pt/net.onnx"], "cannot write dense.pt/net.onnx: Not a directory"),
         (["export", NET, "--out", "net.tflite", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["export", NET, "--out", "net.onnx", "--engine", "eager"], "invalid choice: 'eager'"),
-        (["export", NET, "--out", "net.onnx", "--metadata", "acc"], "--metadata takes KEY=VALUE, got 'acc'"),
+        (["export", NET, "--out", "net.onnx", "--metadata", "acc"], "expected KEY=VALUE, got 'acc'"),
         (["export", NET, "--out", "net.onnx", "--nms", "--input", "1", "3", "8", "8"], "has no boxes to suppress"),
     ],
 )

@@ -59,6 +59,20 @@ def test_pictures_are_written_whole(capsys, name, start) -> None:
     assert f"Picture: {name}" in capsys.readouterr().out
 
 
+def under_a_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def test_what_is_under_a_statistic_goes_with_loss_where_it_is_asked_for(capsys) -> None:
+    asked = ["graph", f"{__name__}.under_a_norm", "--input", "2", "3"]
+    assert main(asked) == 0
+    assert "0 of 12 channels" in capsys.readouterr().out
+    assert main([*asked, "--statistics"]) == 0
+    out = capsys.readouterr().out
+    assert "8 of 12 channels" in out
+    assert "yes, but with loss: enters a statistic over channels" in out
+
+
 # --- recipes
 
 
@@ -119,7 +133,7 @@ def test_a_wrong_key_of_a_recipe_is_answered_as_fit_does(capsys) -> None:
         ([HERE, "--arg", "wide=3"], "It takes: inputs, width, kind"),
         ([HERE, "--arg", "kind=elu"], "could not be built: KeyError"),
         ([HERE, "--arg", "width"], "KEY=VALUE, got 'width'"),
-        ([HERE, "--input", "1", "4", "8", "8"], "shape (1, 4, 8, 8); --input sets another"),
+        ([HERE, "--input", "1", "4", "8", "8"], "The input was 1 4 8 8; --input names another shape."),
         ([HERE, "--input", "1", "-3", "8", "8"], "at least 1, got '-3'"),
         ([HERE, "--input", "1", "x"], "at least 1, got 'x'"),
         ([HERE, "--out", "graph.png"], ".html or .svg, got 'graph.png'"),

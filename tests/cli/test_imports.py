@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import get_args
 import torch
 from torch import nn
 
+from lightning_prune import criteria
 from lightning_prune.cli import COMMANDS, options
+from lightning_prune.cli.option_types import CRITERIA
+from lightning_prune.criteria import criterion_from
 from lightning_prune.engines import ENGINES
 from lightning_prune.experiments.comparison.run import SelectionName
 from lightning_prune.export import Format
@@ -79,3 +83,10 @@ def test_choices_are_those_of_the_library() -> None:
     assert tuple(ENGINES) == options.ENGINES
     assert ONNX_ENGINES == options.ONNX_ENGINES
     assert get_args(SelectionName) == options.SELECTIONS
+    own = {type(criterion_from(name)) for name in CRITERIA}
+    assert own == {cls for cls in vars(criteria).values() if isinstance(cls, type) and is_named(cls)}
+
+
+def is_named(cls: type) -> bool:
+    """Whether a criterion can be built without arguments, as one that is named is."""
+    return issubclass(cls, criteria.Criterion) and not inspect.isabstract(cls)

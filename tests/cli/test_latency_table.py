@@ -46,7 +46,7 @@ def test_a_kit_is_written_instead(capsys) -> None:
         (["latency-table", "no.such.Net"], "No module named 'no'"),
         ([*TABLE, "--engine", "onnx"], "invalid choice: 'onnx'"),
         ([*TABLE, "--threads", "0"], "at least 1, got '0'"),
-        ([*TABLE, "--out", "."], "cannot write"),
+        ([*TABLE, "--out", "."], "is a folder; name a file in it"),
         (["latency-table", "dense.pt", *MODEL, "--out", "task.yaml/x.json"], "cannot write"),
     ],
 )

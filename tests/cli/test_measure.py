@@ -51,6 +51,37 @@ def test_before_and_after_for_every_batch_size_and_number_of_threads(capsys) -> 
     assert re.search(rf"times less +[\d.]+{TIMES} +{macs:.2f}{TIMES}", out)
 
 
+def columns(out: str) -> list[str]:
+    """The models whose costs are shown."""
+    return re.findall(r"^(\w+) +[\d.]+ +[\d.]+ +[\d.]+ ", out.partition("MACs and FLOPs")[0], re.MULTILINE)
+
+
+def test_a_pruned_file_is_called_so_wherever_it_stands(capsys) -> None:
+    main(["prune", "dense.pt", *MODEL])
+    capsys.readouterr()
+    for files in (["dense.pt", "pruned.pt"], ["pruned.pt", "dense.pt"]):
+        assert main(["measure", *files, *MODEL, "--repeats", "1"]) == 0
+        out = capsys.readouterr().out
+        assert columns(out) == ["dense", "pruned"]
+        assert float(re.search(r"times less +([\d.]+)", out)[1]) > 1
+
+
+def test_two_of_one_kind_are_called_as_their_files(capsys) -> None:
+    main(["prune", "dense.pt", *MODEL])
+    main(["prune", "dense.pt", *MODEL, "--ratio", "0.25", "--out", "less.pt"])
+    torch.save(tiny_net().state_dict(), "other.pt")
+    capsys.readouterr()
+    for files in (["dense.pt", "other.pt"], ["pruned.pt", "less.pt"]):
+        assert main(["measure", *files, *MODEL, "--layers", "--repeats", "1"]) == 0
+        out = capsys.readouterr().out
+        names = [file.removesuffix(".pt") for file in files]
+        assert columns(out) == names
+        assert re.search(rf"^ +channels +{names[0]} +{names[1]} ", out, re.MULTILINE)
+        assert f"\n{names[1]}:\n" in out
+        assert not re.search(r"\bpruned\b" if "other" in names else r"\bdense\b", out)
+    assert "dense.pt is named twice" in refused(capsys, "measure", "dense.pt", "dense.pt", *MODEL)
+
+
 def test_layers_and_what_sets_the_pace(capsys) -> None:
     main(["prune", "dense.pt", *MODEL])
     capsys.readouterr()

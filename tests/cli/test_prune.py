@@ -121,7 +121,11 @@ def test_an_engine_without_a_latency_is_refused(capsys) -> None:
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys) -> None:
     Path("folder").mkdir()
     work = ["prune", "dense.pt", "--model", "no.such.Net"]  # the work would fail at once
-    assert "cannot write folder: Is a directory" in refused(capsys, *work, "--out", "folder")
+    for folder in ("folder", "folder/", "new/"):
+        assert f"'{folder}' is a folder; name a file in it" in refused(capsys, *work, "--out", folder)
+    for file in ("net.onnx", "net.PT2"):
+        said = refused(capsys, *work, "--out", file)
+        assert f"--out {file}: prune writes weights; of these, lightning-prune export writes such a file" in said
     assert "cannot write" in refused(capsys, *work, "--out", "dense.pt/x/y.pt")
 
 
@@ -158,6 +162,36 @@ def test_the_same_share_of_every_layer(capsys) -> None:
     assert main(["prune", "dense.pt", *MODEL, "--per-layer", "--budget", "params=0.5", "--overwrite"]) == 0
     first, second = (len(group.removed) for group in lp.load("pruned.pt", tiny_net()).groups.values())
     assert 4 < min(first, second) <= max(first, second) <= min(first, second) + 1  # one more fits into the budget
+
+
+def test_every_group_keeps_so_many_channels(capsys) -> None:
+    argv = ["prune", "dense.pt", *MODEL, "--ratio", "0.9", "--overwrite", "--min-channels"]
+    for words, kept in (("5", 5), ("0.5", 8)):
+        assert main([*argv, words]) == 0
+        assert [len(group.keep) for group in lp.load("pruned.pt", tiny_net()).groups.values()] == [kept, kept]
+        assert f"--ratio 0.9 --min-channels {words}, coupling" in " ".join(capsys.readouterr().out.split())
+    message = refused(capsys, "prune", "dense.pt", *MODEL, "--plan", "no.json", "--min-channels", "2", "--overwrite")
+    assert "--plan says all; leave out --per-layer, --round-to, --min-channels, " in message
+
+
+def normed_net() -> nn.Module:
+    body = [nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+def test_what_is_under_a_statistic_goes_with_loss_where_it_is_asked_for(capsys, criterion: str) -> None:
+    task = ClassificationTask(normed_net(), num_classes=3, input_size=(3, 8, 8))
+    torch.save(task.state_dict(), "normed.pt")
+    Path("task.yaml").write_text(Path("task.yaml").read_text().replace(NET, f"{__name__}.normed_net"))
+    asked = ["prune", "normed.pt", "--config", "task.yaml", "--criterion", criterion, "--per-layer", "--overwrite"]
+    for words, kept, said in (([], [2], "lossless: "), (["--statistics"], [4, 2], "NOT lossless, by choice of --stat")):
+        assert main([*asked, *words]) == 0
+        assert re.search(rf"^{said}", capsys.readouterr().out, re.MULTILINE)
+        plan = lp.Plan.from_dict(torch.load("pruned.pt", weights_only=True)["plan"])
+        assert sorted((len(group.keep) for group in plan.groups.values() if group.removed), reverse=True) == kept
+    assert main([*asked, "--statistics", "--explain"]) == 0
+    assert "lossless: NO" in capsys.readouterr().out
 
 
 def test_a_lossy_plan_is_called_so(capsys) -> None:
@@ -217,6 +251,7 @@ def test_a_budget_out_of_reach_is_explained_with_the_nearest(capsys) -> None:
         (["prune", "dense.pt", *MODEL, "--out", "task.yaml/x.pt"], "cannot write task.yaml/x.pt"),
         (["prune", "dense.pt", *MODEL, "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["prune", "dense.pt", "--model", NET, "--input", "1", "-3", "8", "8"], "at least 1, got '-3'"),
+        (["prune", "dense.pt", *MODEL, "--min-channels", "0"], "at least 1, or a share below 1, got '0'"),
         (["prune", "dense.pt", *MODEL, "--round-to", "64"], "nothing is removed by --ratio 0.5 --round-to 64"),
     ],
 )
@@ -225,6 +260,46 @@ def test_errors_are_one_line_and_nothing_is_written(capsys, argv, said) -> None:
     torch.save({"loss.weight": torch.ones(1), **{f"model.{name}": value for name, value in state.items()}}, "task.pt")
     Path("cut.pt").write_bytes(Path("dense.pt").read_bytes()[:500])
     assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--criterion l11", "one of apoz, bn_scale, .*, got 'l11'. Did you mean 'l1'?"),
+        ("--criterion next_layer", "Did you mean 'next_layer_taylor'?"),
+        ("--engine onnxrutime", "'onnxrutime' .*. Did you mean 'onnxruntime'?"),
+        ("--coupling jiont", "choice: 'jiont' .choose from joint, union, intersection.. Did you mean 'joint'?"),
+        ("--budget flop=0.5", "got 'flop'. Did you mean 'flops'?"),
+        ("--coupling x", "choice: 'x' .choose from joint, union, intersection.. See lightning-prune prune --help.$"),
+        ("--ratio 1.5", "a share from 0 to below 1, such as 0.5, got '1.5'"),
+        ("--ratio half", "a share from 0 to below 1, such as 0.5, got 'half'"),
+        ("--budget flops=2", "flops is a share of the dense model's, between 0 and 1, got '2'"),
+        ("--budget latency_ms=0", "latency_ms is milliseconds above 0, got '0'"),
+        ("--arg width", "expected KEY=VALUE, got 'width'"),
+        ("--config task.yaml", "--config and --model exclude each other"),
+        ("--score-batches 2", "--score-batches does nothing for l1"),
+        ("--engine onnxruntime", "--engine and --latency-table are for --budget"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_answered_with_2(capsys, words: str, said: str) -> None:
+    try:
+        status = main(["prune", "dense.pt", *MODEL, *words.split()])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert re.search(said.replace("?", "[?]"), capsys.readouterr().err)
+
+
+def test_no_model_is_such_a_mistake(capsys) -> None:
+    assert main(["prune", "dense.pt"]) == 2
+    assert "pass --config TASK.yaml or --model NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prune dense.pt", "measure dense.pt", "export dense.pt --out net.onnx"])
+def test_an_input_that_the_model_does_not_take_is_named_as_the_command_line_does(capsys, command: str) -> None:
+    said = refused(capsys, *command.split(), "--model", NET, "--input", "1", "1", "8", "8")
+    assert said.endswith("The input was 1 1 8 8; --input names another shape.\n")
+    assert "Pass inputs as" not in said
 
 
 def test_a_file_that_holds_code_is_not_run(capsys) -> None:

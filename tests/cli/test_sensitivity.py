@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_curves_are_shown_kept_and_become_ratios(capsys, caplog, monkeypatch, tr
     assert "Masked 16 of 32 channels" in caplog.text
 
 
+def test_every_group_keeps_so_many_channels(capsys) -> None:
+    assert main([*ASKED, "--batches", "1", "--drop", "100", "--min-channels", "12", "--round-to", "2"]) == 0
+    out = capsys.readouterr().out
+    lost = re.findall(r"^model.\d +16 +(\S+) +(\S+) ", out, re.MULTILINE)
+    assert [quarter == half for quarter, half in lost] == [True, True]  # both mask 4 channels
+    (command,) = [line for line in out.splitlines() if line.startswith("lightning-prune prune ")]
+    assert command.endswith(" --layer-ratios out/layer_ratios.json --round-to 2 --min-channels 12")
+    assert main(command.split()[1:]) == 0
+    plan = lp.Plan.from_dict(torch.load("pruned.pt", weights_only=True)["plan"])
+    assert [len(group.keep) for group in plan.groups.values()] == [12, 12]
+
+
 def test_a_budget_says_what_remains(capsys) -> None:
     assert main([*ASKED, "--batches", "1", "--budget", "flops=0.6"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -88,7 +101,8 @@ def test_a_budget_says_what_remains(capsys) -> None:
 def test_what_cannot_be_measured_is_refused_in_one_line(capsys) -> None:
     assert "logs no 'val_err'; it logs val_loss" in refused(capsys, *ASKED, "--metric", "err")
     assert "for latency_ms= see lightning-prune prune" in refused(capsys, *ASKED, "--budget", "latency_ms=3")
-    assert "and must be in [0, 1), got 2.0" in refused(capsys, *ASKED, "--ratios", "2")
+    assert "a share from 0 to below 1, such as 0.5, got '2'" in refused(capsys, *ASKED, "--ratios", "2")
+    assert "Did you mean 'taylor'?" in refused(capsys, *ASKED, "--criterion", "tailor")
     argv = ["prune", "dense.ckpt", "--config", "task.yaml", "--layer-ratios", "task.yaml"]
     assert "task.yaml is no file of layer ratios" in refused(capsys, *argv)
     assert "leave out --per-layer" in refused(capsys, *argv, "--per-layer")

@@ -146,6 +146,17 @@ MOVEMENT: dict[str, Operator] = {
     "im2col": lambda x: F.unfold(x, 3, padding=1),
     "col2im": lambda x: F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2),
     "cat": lambda x: torch.cat([x, x * 2, x.new_ones(2, 2, 8, 8)], 1),
+    "gather": lambda x: torch.cat([x.flatten(2).gather(2, best(x).expand(-1, x.shape[1], -1)), x[..., 0]], 2),
+    "gather by a repeated index": lambda x: (
+        x.flatten(2).transpose(1, 2).gather(1, best(x).transpose(1, 2).repeat(1, 1, x.shape[1])).transpose(1, 2)
+    ),
+    "gather by an index for each channel": lambda x: x.gather(3, x.argmax(3, True)),
+    "scatter": lambda x: (
+        x.new_zeros(2, x.shape[1], 64).scatter_add_(2, best(x).repeat(1, x.shape[1], 1), x.flatten(2)[..., :5])
+        + x.flatten(2).scatter(2, best(x).expand(-1, x.shape[1], -1), 1.0)
+        + x.flatten(2).scatter(2, best(x).expand(-1, x.shape[1], -1), x.flatten(2)[..., :5])
+    ),
+    "index_add": lambda x: x.index_add(2, torch.tensor([3, 3, 1]), x[:, :, :3]),
     "cat over space": lambda x: torch.cat([x, -x], 2),
     "stack": lambda x: torch.stack([x, -x], 1).flatten(1, 2),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1), value=0.5),
@@ -196,6 +207,13 @@ SPATIAL: dict[str, Operator] = {
         + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4), mode="trilinear")
         + F.interpolate(x[:, :, None, :2, :2], (1, 4, 4), mode="nearest-exact")
     )[:, :, 0],
+    "unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "unpool other values": lambda x: F.max_unpool2d(
+        F.avg_pool2d(x, 2).sigmoid(), F.adaptive_max_pool2d(x, 4, return_indices=True)[1], 2
+    ),
+    "unpool 3d": lambda x: F.max_unpool3d(*F.max_pool3d(x[:, :, None], (1, 2, 2), return_indices=True), (1, 2, 2))[
+        :, :, 0
+    ],
     "upsample": lambda x: sum(
         F.interpolate(x, 12, mode=mode) for mode in ("nearest", "nearest-exact", "bilinear", "bicubic")
     ),
@@ -219,6 +237,11 @@ SPATIAL: dict[str, Operator] = {
 }
 
 
+def best(x: Tensor) -> Tensor:
+    """(n, 1, 5) positions."""
+    return x.sum(1, keepdim=True).flatten(2).topk(5).indices
+
+
 FIXED = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -228,12 +251,22 @@ def attention(x: Tensor, scale: float | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
+KERNELS = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 CONTRACTION: dict[str, Operator] = {
     "convolution": nn.Conv2d(8, 6, 3),
     "strided without bias": nn.Conv2d(8, 6, 3, stride=2, bias=False),
     "grouped": nn.Conv2d(8, 12, 3, groups=2),
     "many groups": nn.Conv2d(8, 16, 3, groups=4),
     "depthwise": nn.Conv2d(8, 16, 3, groups=8),
+    "one kernel repeated": lambda x: F.conv2d(x, KERNELS[:1].repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]),
+    "one kernel expanded": lambda x: F.conv2d(x, KERNELS[:1].expand(x.shape[1], -1, -1, -1), groups=x.shape[1]),
+    "kernels of wavelets": lambda x: F.conv2d(x, KERNELS.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1], stride=2),
+    "one kernel transposed": lambda x: F.conv_transpose2d(
+        x, KERNELS[:1].repeat(x.shape[1], 1, 1, 1).flip(2, 3), groups=x.shape[1]
+    ),
+    "separable kernel": lambda x: F.conv2d(
+        x, KERNELS[:1, :, 0].repeat(x.shape[1], 1, 1).unsqueeze(3), groups=x.shape[1]
+    ),
     "transposed": nn.ConvTranspose2d(8, 6, 2, 2),
     "grouped transposed": nn.ConvTranspose2d(8, 12, 2, 2, groups=2),
     "depthwise transposed": nn.ConvTranspose2d(8, 16, 2, 2, groups=8),
@@ -337,6 +370,14 @@ REFUSED: dict[str, tuple[Operator, str]] = {
     "uneven pieces": (lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), "cut at fixed places"),
     "baked view": (lambda x: x.view(2, 8, 64)[..., None], "fixed in the Python code"),
     "baked flatten": (lambda x: x.reshape(-1, 512)[..., None, None], "fixed in the Python code"),
+    "kernels of fixed number": (
+        lambda x: F.conv2d(x, KERNELS.repeat(2, 1, 1, 1), groups=8),
+        "is read by weights of fixed size",
+    ),
+    "kernels of which one was changed": (
+        lambda x: F.conv2d(x, _changed(KERNELS[:1].repeat(x.shape[1], 1, 1, 1)), groups=x.shape[1]),
+        "is read by weights of fixed size",
+    ),
     "fixed partner": (lambda x: x * FIXED, "fixed size"),
     "counted": (lambda x: x * x.shape[1], "fixed in the Python code"),
     "infinite": (lambda x: x.abs().log(), "is infinite when masked in aten.log"),
@@ -346,7 +387,26 @@ REFUSED: dict[str, tuple[Operator, str]] = {
         lambda x: F.avg_pool1d(x.mean((2, 3))[:, None], 3, 1, 1).transpose(1, 2)[..., None],
         "pools",
     ),
-    "written through a view": (lambda x: _written(x), "written through a view"),
+    "written in part": (lambda x: _written(x), "fixed in the Python code"),
+    "written through a flat view": (lambda x: _written_flat(x), "written through a view"),
+    "gathered channels": (lambda x: x.gather(1, torch.zeros(2, 8, 8, 8).long()), "by its number in aten.gather"),
+    "gathered from some channels": (
+        lambda x: x.gather(3, torch.zeros(2, 4, 8, 8).long()),
+        "by its number in aten.gather",
+    ),
+    "gathered by an index of fixed size": (
+        lambda x: x.gather(3, torch.zeros(2, 8, 8, 8).long() + (FIXED > 9)),
+        "fixed size",
+    ),
+    "scattered channels": (lambda x: x.scatter(1, torch.zeros(2, 8, 8, 8).long(), x), "at fixed places by"),
+    "scattered into some": (lambda x: x.scatter(2, torch.zeros(2, 4, 1, 8).long(), 1.0), "at fixed places by"),
+    "added to channels": (lambda x: x.index_add(1, torch.arange(8), x), "at fixed places by aten.index_add"),
+    "unpooled by an index of fixed size": (
+        lambda x: F.max_unpool2d(
+            F.avg_pool2d(x, 2), (torch.arange(16).view(4, 4) + 0 * FIXED).long()[None].repeat(2, 1, 1, 1), 2
+        ),
+        "fixed size",
+    ),
     "weight norm": (weight_norm(nn.Conv2d(8, 6, 3).double()), "statistic over channels in aten._weight_norm_interface"),
     "spectral norm": (spectral_norm(nn.Conv2d(8, 6, 3).double()), "statistic of the whole weight in aten.mv"),
     "old spectral norm": (
@@ -390,6 +450,17 @@ def observed(x: Tensor) -> Tensor:
     """The fused operator of a quantizer that watches the range."""
     switch, bound, scale, zero = torch.ones(1).long(), torch.ones(1), torch.ones(1), torch.zeros(1).int()
     return torch.fused_moving_avg_obs_fake_quant(x, switch, switch, -bound, bound, scale, zero, 0.1, 0, 255, 0)
+
+
+def _changed(kernels: Tensor) -> Tensor:
+    kernels[3] = 0
+    return kernels
+
+
+def _written_flat(x: Tensor) -> Tensor:
+    flat = x.new_zeros(x.shape[0], x[0].numel())
+    flat.view(x.shape).copy_(x)
+    return flat.view(x.shape)
 
 
 def _written(x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def test_channels_that_reach_an_output_of_any_kind_stay(kind):
     assert {g.name for g in graph.groups if g.reason == "reaches the model's output"} == {"first", "second"}
     result = lp.prune(Returns(lambda x, _: OUTPUTS[kind](x, torch.zeros(1))), torch.randn(2, 3, 8, 8))
     assert result.lossless.passed
-    assert result.lossless.outputs in (2, 4)  # at one size or two
+    assert result.lossless.outputs in (2, 4, 6)  # at one size or several
     assert result.model.first.out_channels == 4
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,3 +191,33 @@ def test_a_weight_of_which_half_is_used_is_cut_in_both_halves() -> None:
 
 def test_a_model_without_layers_has_no_groups() -> None:
     assert trace(nn.ReLU(), torch.zeros(1, 3)).groups == ()
+
+
+class Averaged(nn.Module):
+    """A network in training, its moving average in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        )
+        self.net.append(nn.Conv2d(8, 4, 1))
+        self.ema = copy.deepcopy(self.net)
+
+    def forward(self, x):
+        return self.net(x) if self.training else self.ema(x)
+
+    def update(self):
+        with torch.no_grad():
+            for average, parameter in zip(self.ema.parameters(), self.net.parameters(), strict=True):
+                average.lerp_(parameter, 0.1)
+
+
+def test_copies_that_go_together_have_norms_and_readers_of_their_own() -> None:
+    graph = trace(Averaged().double(), images(), also=[lambda model: model.update()])
+    found = {layer.name: (layer.norm, layer.reader) for group in graph.prunable_groups for layer in group.layers}
+    assert found == {f"{of}.{k}": (f"{of}.{k + 1}", f"{of}.{k + 3 - k // 3}") for of in ("net", "ema") for k in (0, 3)}
+    owners = {part.tensor: part.layer for group in graph.prunable_groups for part in group.slices if part.layer}
+    own = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")
+    tensors = [(of, k, *name.split(".")) for of in ("net", "ema") for k in (0, 3) for name in own]
+    assert owners == {f"{of}.{k + int(after)}.{name}": f"{of}.{k}" for of, k, after, name in tensors}

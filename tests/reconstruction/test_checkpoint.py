@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import lightning_prune as lp
 from lightning_prune.errors import CheckpointError, PruningError
 from lightning_prune.graph import trace
+from lightning_prune.model_state.cutting import changed_sizes, dense_shapes
 from lightning_prune.plan import Plan
-from lightning_prune.reconstruction.checkpoint import load, load_dense, read, save
+from lightning_prune.reconstruction.checkpoint import load, load_dense, read, save, shapes_of
 from lightning_prune.reconstruction.masks import mask_
 from lightning_prune.reconstruction.small_model import reconstruct
 from tests.helpers import random_plan
@@ -329,3 +330,71 @@ def test_buffers_that_are_not_persistent_are_cut_too(tmp_path):
     torch.save(older, tmp_path / "older.pt")
     with pytest.raises(CheckpointError, match="'scale' is NoneType in the file"):
         load(tmp_path / "older.pt", ScaledByPlace())
+
+
+class Taught(nn.Module):
+    """Keeps a frozen teacher out of its files, as Lightning's documentation shows it."""
+
+    strict_loading = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.net, self.teacher = build("Residual", seed=seed), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "teacher" not in name}
+
+
+class Forgetful(Taught):
+    """Has not said so."""
+
+    strict_loading = True
+
+
+class LeftOut(Taught):
+    """Leaves it out when it writes a file."""
+
+    state_dict = nn.Module.state_dict
+
+
+def taught(path: Path) -> nn.Module:
+    model = Taught()
+    graph = trace(model, images(), also=[lambda model: model.teacher(torch.zeros(1, 2))])
+    small = reconstruct(model, graph, plan := random_plan(graph), example_inputs=images())
+    torch.save({"state_dict": small.state_dict(), "lightning_prune": shapes_of(small, plan)}, path)
+    return small
+
+
+@pytest.mark.parametrize("kind", [Taught, LeftOut])
+def test_what_a_module_leaves_out_of_its_files_stays_as_it_is(kind, tmp_path: Path) -> None:
+    small, fresh = taught(tmp_path / "last.ckpt"), kind(seed=7)
+    teacher = fresh.teacher.weight.clone()
+    load(tmp_path / "last.ckpt", fresh)
+    assert torch.equal(fresh(images(seed=5)), small(images(seed=5)))
+    assert torch.equal(fresh.teacher.weight, teacher)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del content["state_dict"]["net.head.fc.weight"]
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"1 missing \(net.head.fc.weight"):
+        load(tmp_path / "last.ckpt", kind())  # it was cut: that of the model would not fit
+
+
+def test_a_module_that_cannot_take_the_weights_is_left_as_it_was(tmp_path: Path) -> None:
+    taught(tmp_path / "last.ckpt")
+    model = Forgetful(seed=7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    described, attributes = str(model), [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(CheckpointError, match=r"Missing key.*teacher.weight.*strict_loading = False"):
+        load(tmp_path / "last.ckpt", model)
+    assert_untouched(model, before)
+    assert str(model) == described
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert changed_sizes(model) == dense_shapes(model) == {}
+    torch.save(Taught().state_dict(), tmp_path / "dense.pt")
+    with pytest.raises(CheckpointError, match="strict_loading = False"):
+        load_dense(tmp_path / "dense.pt", model)
+    assert_untouched(model, before)
+    load_dense(tmp_path / "dense.pt", Taught(seed=7))

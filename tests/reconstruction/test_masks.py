@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -182,3 +183,101 @@ def test_the_gradient_of_another_parameter_stays() -> None:
     assert model.b.grad.tolist() == [4, 2, 4]
     handle.undo()
     assert model.a.tolist() == [1, 1, 1]
+
+
+class Functional(nn.Module):
+    """Reads the parameters of a convolution that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Module()
+        self.part.a, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(nn.functional.conv2d(x, self.part.a.weight, self.part.a.bias).tanh())
+
+
+class Shifts(nn.Module):
+    """Has parameters in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.shifts = nn.ParameterDict({"x": torch.ones(8, 1, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c((self.a(x) + self.shifts["x"]).tanh())
+
+
+COPIES = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("kind", [Functional, Shifts])
+def test_parameters_of_modules_that_are_never_called_are_held_in_copies_too(kind, copied) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).double().train()
+    graph = trace(model, images())
+    handle = mask_(model, graph, random_plan(graph))
+    other = copied(model)
+
+    def is_zero() -> bool:
+        named = dict(other.named_parameters())
+        return not any(named[item.parameter].index_select(item.dim, item.entries).any() for item in handle.zeros)
+
+    other[0](images())  # a part alone
+    train_(other, torch.optim.AdamW(other.parameters(), 0.01), 3)
+    other(images())
+    assert is_zero()
+    for parameter in other.parameters():
+        nn.init.constant_(parameter, 0.5)
+    other[0](images())
+    other(images())
+    assert is_zero()
+
+
+def test_where_every_module_is_called_only_they_hold() -> None:
+    model = build("Residual").train()
+    graph = trace(model, images())
+    handle = mask_(model, graph, random_plan(graph))
+    for _ in range(2):
+        model(images())
+    owners = {item.parameter.rpartition(".")[0] for item in handle.zeros}
+    assert {path for path, module in model.named_modules() if module._forward_pre_hooks} == owners
+    handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Both(nn.Module):
+    """Runs a model and a copy of it."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("kind", [Functional, Shifts])
+def test_masks_that_came_along_with_a_copy_let_go_of_what_is_cut(kind) -> None:
+    torch.manual_seed(0)
+    first = kind().double().train()
+    graph = trace(first, images())
+    handle = mask_(first, graph, random_plan(graph))
+    second = copy.deepcopy(first)
+    handle.remove()
+    model = nn.Sequential(Both(first, second), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).double().train()
+    train_(model, torch.optim.SGD(model.parameters(), 0.1), 2)
+    graph = trace(model, images())
+    report = reconstruct_(model, graph, random_plan(graph, seed=1), example_inputs=images())
+    assert report.passed
+    assert second.c.in_channels < 8
+    train_(model, torch.optim.SGD(model.parameters(), 0.1), 2)
+    graph = trace(model, images())
+    with mask_(model, graph, random_plan(graph, seed=2)):
+        train_(model, torch.optim.SGD(model.parameters(), 0.1), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ def untouched(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def in_training(name: str) -> dict[str, Any]:
+    """What a training script saves, its model under this name."""
+    optimizer = torch.optim.Adam((model := dense()).parameters())
+    model(torch.rand(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return {
+        name: dense().state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "optimizers": {"body": optimizer.state_dict()},
+        "by_name": {"state": {"0.weight": {"exp_avg": model[0].weight.detach()}}, "param_groups": [{"lr": 0.1}]},
+        "scaler": {"scale": 65536.0, "_growth_tracker": 0},
+        "metrics": {"acc": torch.tensor(0.9), "loss": torch.tensor(0.1)},
+        "normalisation": {"mean": torch.rand(3), "std": torch.rand(3)},
+        "best": torch.tensor(0.9),
+    }
+
+
 FORMS = {
     "plain": lambda: dense().state_dict(),
     "parallel": lambda: nn.DataParallel(dense()).state_dict(),
@@ -44,6 +62,14 @@ FORMS = {
     "under model": lambda: {"model": dense().state_dict(), "optimizer": {"state": {}}, "epoch": 3},
     "under model and state_dict": lambda: {"model": {"state_dict": prefixed("module.")}},
     "under model_state_dict": lambda: {"model_state_dict": dense().state_dict(), "loss": 0.1},
+    "under another name": lambda: {"ema": dense().state_dict(), "epoch": 3},
+    "beside a random state": lambda: {"net": dense().state_dict(), "rng": torch.get_rng_state()},
+    "beside what a training keeps": lambda: in_training("model_ema"),
+    "of Lightning, beside an average": lambda: {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": prefixed("model."),
+        "average": dense(seed=2).state_dict(),
+    },
     "parameters": lambda: dict(dense().state_dict(keep_vars=True)),
 }
 
@@ -101,8 +127,20 @@ REFUSED = {
         lambda: wrong(lambda s: s.update({"0.bias": torch.zeros(1).expand(4_000_000_000_000)})),
         r"'0.bias' is \[4000000000000\] in the file and \[8\]",
     ),
-    "elsewhere": (lambda: {"ema": dense().state_dict(), "epoch": 3}, "may be under ema: save that alone"),
-    "nowhere": (lambda: {"model": {"epoch": 3}}, "holds no state dict, but model"),
+    "two": (
+        lambda: {"ema": dense().state_dict(), "model": dense().state_dict(), "optimizer": {"state": {}}},
+        r"holds 2 state dicts, \['ema'\], \['model'\], and does not say which is the model; save the one that you mean",
+    ),
+    "two of one form": (
+        lambda: {"model": {"state_dict": dense().state_dict()}, "state_dict_ema": dense().state_dict()},
+        r"torch.load\('.*weights.pt', map_location='cpu'\)\['model'\]\['state_dict'\], 'weights.pt'\)",
+    ),
+    "of an optimizer": (lambda: {"optimizer": in_training("model")["optimizer"]}, "no state dict, but optimizer"),
+    "with states of modules": (
+        lambda: {"model": wrong(lambda s: s.update({f"{name}._extra_state": None for name in s}))},
+        r"11 unexpected \(0.bias._extra_state, ",
+    ),
+    "nowhere": (lambda: {"model": {"epoch": 3}}, "holds no state dict, but model; save the model's"),
     "a list": (lambda: [torch.ones(1)], "holds a list"),
     "with more": (
         lambda: {"state_dict": {"loss.weight": torch.ones(3), **prefixed("model.")}},
@@ -111,6 +149,17 @@ REFUSED = {
     "of another": (lambda: nn.Linear(1, 1).state_dict(), r"belongs to another model: 11 missing \("),
     "halfway": (lambda: {**prefixed("mod"), "x": torch.ones(1)}, r"belongs to another model: 11 missing"),
 }
+
+
+def test_what_the_refusal_of_two_says_saves_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": dense(seed=2).state_dict(), "model": dense().state_dict()}, "run.pt")
+    with pytest.raises(CheckpointError, match=r"with the first: torch.save") as caught:
+        load_dense("run.pt", dense())
+    line = str(caught.value).partition("with the first: ")[2].replace("'ema'", "'model'")
+    exec(line, {"torch": torch})
+    load_dense("weights.pt", model := dense(seed=1))
+    assert untouched(model, dense().state_dict())
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_prune.errors import PruningError
-from lightning_prune.files import atomic, read_json
+from lightning_prune.files import read_json, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -168,5 +168,4 @@ def read_kept(path: Path, kind: type[T]) -> T | None:
 
 def write_kept(path: Path, cell: DataclassInstance, settings: Mapping[str, Any]) -> None:
     """Write a cell, with the settings it belongs to."""
-    with atomic(path) as stream:
-        stream.write(json.dumps({**asdict(cell), "settings": settings}, indent=1).encode())
+    write_text(path, json.dumps({**asdict(cell), "settings": settings}, indent=1))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_prune.experiments.comparison.cells import Cell, Comparison, Spread
 from lightning_prune.experiments.comparison.picture import comparison_figure
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.report.figures import save_figure
 from lightning_prune.report.table import MISSING, TIMES, Column, Entry, Table, print_line
 
@@ -91,8 +91,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> dict[str, Pa
     kinds = ("csv", "md", "png") if comparison.cells else ("csv", "md")
     files = {kind: Path(folder) / f"comparison.{kind}" for kind in kinds}
     for kind, text in (("csv", csv_text(comparison)), ("md", markdown_table(comparison))):
-        with atomic(files[kind]) as stream:
-            stream.write(text.encode())
+        write_text(files[kind], text)
     if comparison.cells:
         save_figure(comparison_figure(comparison), files["png"])
     return files

@@ -14,7 +14,7 @@ from lightning_prune.experiments.reproduce.costs import DRAWS
 from lightning_prune.experiments.reproduce.pictures import Picture, pictures
 from lightning_prune.experiments.reproduce.recipe import Row
 from lightning_prune.experiments.reproduce.run import Reproduction
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.report.figures import save_figure
 from lightning_prune.report.pages import render
 from lightning_prune.report.summary import MINUS
@@ -231,8 +231,7 @@ def write_page(found: Reproduction, folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     files = {"md": folder / "page.md", "html": folder / "page.html"}
     for kind, text in (("md", markdown(found)), ("html", html(found))):
-        with atomic(files[kind]) as stream:
-            stream.write(text.encode())
+        write_text(files[kind], text)
     for picture in pictures(found):
         files[picture.name] = folder / f"{picture.name}.png"
         save_figure(picture.draw(), files[picture.name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -10,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_prune.errors import ConfigurationError, UnknownRecipeError, check_choice
+from lightning_prune.errors import ConfigurationError, UnknownRecipeError, check_choice, did_you_mean
 from lightning_prune.experiments.reproduce.plain_data import filled, merged
 from lightning_prune.experiments.runner import Precision
 from lightning_prune.files import read_yaml
@@ -242,9 +241,8 @@ def read_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        close = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UnknownRecipeError("\n  ".join([f"there is no recipe '{name}'.{hint}\nRecipes:", *recipe_names()]))
+        cause = f"there is no recipe '{name}'.{did_you_mean(name, recipe_names())}"
+        raise UnknownRecipeError("\n  ".join([f"{cause}\nRecipes:", *recipe_names()]))
     try:
         return recipe_from(_content(path), path.stem)
     except ConfigurationError as error:

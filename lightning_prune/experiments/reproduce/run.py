@@ -18,7 +18,7 @@ from lightning_prune.experiments.reproduce.recipe import KindName, Recipe, Row, 
 from lightning_prune.experiments.reproduce.rounds import rounds
 from lightning_prune.experiments.reproduce.timed import timed
 from lightning_prune.experiments.runner import Precision, quiet
-from lightning_prune.files import atomic, check_writable
+from lightning_prune.files import check_writable, write_text
 
 KINDS: dict[KindName, Callable[[Study, Row, int], Cell]] = {
     "pruned": pruned,
@@ -150,8 +150,7 @@ def _outcomes(study: Study, found: Reproduction) -> Iterator[Outcome]:
                     continue
                 except Exception as error:  # noqa: BLE001  # a row that breaks leaves the others
                     report = study.output / "errors" / f"{path.stem}.txt"
-                    with atomic(report) as stream:
-                        stream.write(traceback.format_exc().encode())
+                    write_text(report, traceback.format_exc())
                     yield Refused(row.label, seed, f"{first_line(error)} (see {report})")
                     continue
                 study.write(path, cell)

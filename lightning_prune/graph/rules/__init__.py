@@ -13,7 +13,16 @@ from typing import Any
 
 from lightning_prune.graph.labels import TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
-from lightning_prune.graph.rules import contractions, movement, pointwise, recurrent, spatial, statistics, weights
+from lightning_prune.graph.rules import (
+    contractions,
+    indexed,
+    movement,
+    pointwise,
+    recurrent,
+    spatial,
+    statistics,
+    weights,
+)
 
 Rule = Callable[[OperatorCall], "TensorInfo | list[TensorInfo]"]
 
@@ -38,12 +47,15 @@ _GROUPS: dict[Rule, str] = {
     pointwise.write: "index_put",
     pointwise.same_elements: "clone detach alias _to_copy lift_fresh contiguous native_dropout",
     pointwise.restride: "as_strided_",
-    movement.movement: "t transpose permute unsqueeze squeeze repeat flip pixel_unshuffle",
+    movement.movement: "t transpose permute unsqueeze squeeze flip pixel_unshuffle",
+    movement.repetition: "repeat",
     movement.expansion: "expand",
     movement.view: "view _unsafe_view reshape _reshape_alias",
     movement.selection: "slice select split split_with_sizes unbind narrow",
     movement.index: "index",
     movement.pick: "index_select roll embedding unfold",
+    indexed.gathering: "gather",
+    indexed.scattering: "scatter scatter_add index_add",
     movement.shuffle: "channel_shuffle native_channel_shuffle",
     movement.unfold_depth: "pixel_shuffle",
     spatial.patches: "im2col",
@@ -88,6 +100,7 @@ _GROUPS: dict[Rule, str] = {
         "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
         "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
     ),
+    spatial.unpooling: "max_unpool2d max_unpool3d",
     spatial.sampling: "torchvision.roi_align torchvision.roi_pool grid_sampler_2d grid_sampler_3d",
 }
 RULES: dict[str, Rule] = {name: rule for rule, names in _GROUPS.items() for name in names.split()}

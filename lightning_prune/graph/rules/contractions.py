@@ -10,6 +10,7 @@ from lightning_prune.graph.elementwise import Operand, combine, parameter_operan
 from lightning_prune.graph.label_space import Contraction
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
 from lightning_prune.graph.operator_call import OperatorCall
+from lightning_prune.graph.rules.movement import alike
 from lightning_prune.model_state.attention import NarrowMultiheadAttention
 
 
@@ -115,6 +116,16 @@ def _convolve(call: OperatorCall, *, groups: int, transposed: bool) -> TensorInf
     reads_weight = not w_info.data
     makes = filters = w_out
     depthwise = 1 < groups == x.shape[1]
+    one_kernel = depthwise and not w_info.data and (weight.shape[0] // groups) % alike(call, weight, 0) == 0
+    if one_kernel and (reads.ids != NO_LABEL).any():
+        # As often as there are channels: nothing in it is a channel's own.
+        call.freeze(w_info.labels, f"is a part of a kernel that {call.where} repeats")
+        space.sizes.append(CodeSize(reads.ids, call.site, attribute="groups"))
+        each = call.output.shape[1] // groups
+        makes = reads.map(lambda tensor: tensor.repeat_interleave(each))
+        blurred = [Labels.along(makes, call.output.shape, 1)]
+        blurred += [one.region().expand(call.output.shape) for one in batch]
+        return _add_bias(call, TensorInfo(tuple(blurred), x_info.data), call.argument("bias"), channel_dim=1)
     if groups == 1 or (transposed and groups != x.shape[1]):
         _contract(call, reads, w_in, reads_weight=reads_weight)
         if groups > 1:
@@ -161,16 +172,31 @@ def _add_bias(call: OperatorCall, info: TensorInfo, bias: Tensor | None, channel
 
 
 def _along(call: OperatorCall, found: list[Labels], size: int) -> Labels:
-    """(size,) labels that vary along one dimension only, tied with each other; without any, -1."""
+    """(size,) labels that vary along one dimension only, tied with each other; without any, -1.
+
+    Every one of some with every one of others (a bilinear pooling, flattened) would all be one: the fewer stay.
+    """
     if not found:
         return Labels(torch.full((size,), NO_LABEL))
     first, *others = (labels.flat() for labels in found)
     for other in others:
         both = (first.ids != NO_LABEL) & (other.ids != NO_LABEL)
+        if across := _across(first.ids[both], other.ids[both]):
+            fewer, first = (other, first) if across[0] >= across[1] else (first, other)
+            call.space.freeze(fewer.ids, f"lies across the channels that are read in {call.where}")
+            continue
         call.space.tie(first.ids[both], other.ids[both])
         missing = first.ids == NO_LABEL
         first = Labels(torch.where(missing, other.ids, first.ids), torch.where(missing, other.live, first.live))
     return first
+
+
+def _across(first: Tensor, second: Tensor) -> tuple[int, int] | None:
+    """How many there are of each, if every one of the first lies with every one of the second."""
+    counts = len(first.unique()), len(second.unique())
+    if min(counts) < 2 or counts[0] * counts[1] > len(first):
+        return None
+    return counts if len(torch.stack([first, second]).unique(dim=1).t()) == counts[0] * counts[1] else None
 
 
 def _contract(call: OperatorCall, data: Labels, weight: Labels, *, reads_weight: bool) -> None:

@@ -21,7 +21,30 @@ from lightning_prune.graph.operator_call import OperatorCall
 
 def movement(call: OperatorCall) -> TensorInfo:
     """Operators that only rearrange: executed on the labels."""
+    if call.name in ("unsqueeze", "flip"):
+        _repeats_as_before(call)
     return call.info(call.args[0]).moved(call.rerun)
+
+
+def repetition(call: OperatorCall) -> TensorInfo:
+    """``repeat``: as any other movement; what lies there as often as there are channels is remembered."""
+    times, shape = call.argument("repeats"), call.args[0].shape
+    sizes = (1,) * (len(times) - len(shape)) + tuple(shape)
+    call.recorder.repeats[call.output] = {d: sizes[d] for d, count in enumerate(times) if count > 1}
+    return movement(call)
+
+
+def _repeats_as_before(call: OperatorCall) -> None:
+    """Dimensions that are the same, and so are those before them, hold again and again what they held."""
+    before, after = call.args[0].shape, call.output.shape
+    known = call.recorder.repeats.get(call.args[0], {})
+    if kept := {d: size for d, size in known.items() if after[: d + 1] == before[: d + 1]}:
+        call.recorder.repeats[call.output] = kept
+
+
+def alike(call: OperatorCall, tensor: Tensor, dim: int) -> int:
+    """After how many entries along a dimension a tensor repeats itself, as code expanded or repeated it."""
+    return 1 if tensor.stride(dim) == 0 else call.recorder.repeats.get(tensor, {}).get(dim, tensor.shape[dim])
 
 
 def expansion(call: OperatorCall) -> TensorInfo:
@@ -31,6 +54,7 @@ def expansion(call: OperatorCall) -> TensorInfo:
 
 def view(call: OperatorCall) -> TensorInfo:
     """Reshaping. Channels that are laid out over several dimensions may lose whole slices along one of them."""
+    _repeats_as_before(call)
     return _sized(call, call.info(call.args[0]).moved(lambda tensor: tensor.reshape(call.output.shape)))
 
 
@@ -168,7 +192,7 @@ def concatenation(call: OperatorCall) -> TensorInfo:
     if any(dim in labels.dims for info in infos for labels in info.labels):
         infos = [call.labelled(part, dim) for part in parts]
     both = list(zip(parts, infos, strict=True))
-    empty = [Operand(_one_slice(part.shape, dim), info) for part, info in both if not part.shape[dim]]
+    empty = [Operand(one_slice(part.shape, dim), info) for part, info in both if not part.shape[dim]]
     return _join(call, [Operand(part.shape, info) for part, info in both if part.shape[dim]], dim, empty)
 
 
@@ -209,8 +233,8 @@ def _join(call: OperatorCall, parts: list[Operand], dim: int, empty: Sequence[Op
         follow.append(Labels(torch.full((part.shape[dim],), NO_LABEL)) if lead is None else lead.flat())
         others = (labels for labels in part.info.labels if dim not in labels.dims)
         kept = part.info.with_labels(labels.map(lambda tensor: tensor.narrow(dim, 0, 1)) for labels in others)
-        across.append(Operand(_one_slice(part.shape, dim), kept))
-    common = combine(call, across, all, _one_slice(call.output.shape, dim))
+        across.append(Operand(one_slice(part.shape, dim), kept))
+    common = combine(call, across, all, one_slice(call.output.shape, dim))
     joined = Labels.joined(follow)
     found = [
         *(labels.expand(call.output.shape) for labels in common.labels),
@@ -219,7 +243,8 @@ def _join(call: OperatorCall, parts: list[Operand], dim: int, empty: Sequence[Op
     return TensorInfo(data=data).with_labels(found)
 
 
-def _one_slice(shape: torch.Size, dim: int) -> torch.Size:
+def one_slice(shape: torch.Size, dim: int) -> torch.Size:
+    """A shape with one dimension cut to 1."""
     return torch.Size([1 if d == dim else size for d, size in enumerate(shape)])
 
 

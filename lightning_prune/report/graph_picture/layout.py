@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from lightning_prune.report.table import TIMES
 
 if TYPE_CHECKING:
     from lightning_prune.graph import ChannelGraph, Group
+    from lightning_prune.graph.groups import Layer
 
 COLOURS = 8  # in style.css
 
@@ -58,7 +59,8 @@ class Layout:
 
 def layout(graph: ChannelGraph) -> Layout:
     """Place the layers of a graph below each other as they run, and its groups beside them."""
-    readers = [_readers(graph, group) for group in graph.groups]
+    by_weight = {layer.weight: layer for group in graph.groups for layer in group.layers}
+    readers = [_readers(by_weight, group) for group in graph.groups]
     rows = tuple(
         Row(
             name,
@@ -78,9 +80,8 @@ def layout(graph: ChannelGraph) -> Layout:
     return Layout(rows, lanes)
 
 
-def _readers(graph: ChannelGraph, group: Group) -> list[str]:
+def _readers(by_weight: Mapping[str, Layer], group: Group) -> list[str]:
     """Layers whose weight loses input entries with the group; depthwise ones belong to the group instead."""
-    by_weight = {layer.weight: layer for other in graph.groups for layer in other.layers}
     found: dict[str, None] = {}
     for part in group.slices:
         layer = by_weight.get(part.tensor)
