@@ -123,6 +123,7 @@ def new_trainer(folder: Path, name: str, processes: int, *callbacks: Any) -> Tra
         callbacks=list(callbacks),
         accelerator="cpu",
         logger=CSVLogger(folder, name) if name == "distilled" else False,
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
@@ -169,7 +170,7 @@ def main(folder: Path, processes: int) -> None:
         torch.manual_seed(0)
         task = FrozenStatistics(False)
         scoring = ScoringCallback("l1")
-        trainer = new_trainer("refused", processes, Spoil(), scoring, MaskingCallback())
+        trainer = new_trainer(folder, "refused", processes, Spoil(), scoring, MaskingCallback())
         try:
             trainer.fit(task)
         except CallbackError as error:
