@@ -79,7 +79,7 @@ def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -
     return found
 
 
-def as_outputs(output: Any) -> Any:
+def _as_outputs(output: Any) -> Any:
     """What a step returned, as hooks are given it."""
     return {"loss": output.detach()} if isinstance(output, Tensor) else output
 
@@ -119,6 +119,12 @@ class _Hooks:
             if name not in self.past[id(None)]:
                 self._hook(model, name)
 
+    def _of_batch(self, model: Any, callbacks: Copies, name: str, *args: Any, **extra: Any) -> Any:
+        """Those of one batch; what the module's returns."""
+        for _, callback in callbacks:
+            self._hook(callback, name, self.trainer, model, *args, **extra)
+        return self._hook(model, name, *args, **extra)
+
     def _hook(self, part: Any, name: str, *args: Any, **extra: Any) -> Any:
         key = f"{type(part).__qualname__}.{name}"
         if key in self.left_out or not overrides(part, name):
@@ -154,16 +160,11 @@ class Surroundings(_Hooks):
 
     def begin_batch(self, batch: Any, batch_idx: int) -> bool:
         """Whether the batch is trained on, and not skipped with the rest of its epoch."""
-        for _, callback in self.copies:
-            self._hook(callback, "on_train_batch_start", self.trainer, self.model, batch, batch_idx)
-        return bool(self._hook(self.model, "on_train_batch_start", batch, batch_idx) != -1)
+        return bool(self._of_batch(self.model, self.copies, "on_train_batch_start", batch, batch_idx) != -1)
 
     def end_batch(self, output: Any, batch: Any, batch_idx: int) -> None:
         """After its step, which returned this, and the backward pass."""
-        outputs = as_outputs(output)
-        for _, callback in self.copies:
-            self._hook(callback, "on_train_batch_end", self.trainer, self.model, outputs, batch, batch_idx)
-        self._hook(self.model, "on_train_batch_end", outputs, batch, batch_idx)
+        self._of_batch(self.model, self.copies, "on_train_batch_end", _as_outputs(output), batch, batch_idx)
 
 
 class Step(_Hooks):
@@ -195,16 +196,11 @@ class Step(_Hooks):
             callbacks = self._copies(model)
             self._once(model, callbacks, BEFORE.get(self.name, ()))
             start, end = f"on_{NAMES[self.name]}_batch_start", f"on_{NAMES[self.name]}_batch_end"
-            for _, callback in callbacks:
-                self._hook(callback, start, self.trainer, model, batch, 0, **self.extra)
-            self._hook(model, start, batch, 0, **self.extra)
+            self._of_batch(model, callbacks, start, batch, 0, **self.extra)
             output = run_step(self.trainer, model, batch, 0, self.name, **self.extra)
             if self.name == "training_step":
                 self._optimize(model, [callback for _, callback in callbacks], output)
-            outputs = as_outputs(output)
-            for _, callback in callbacks:
-                self._hook(callback, end, self.trainer, model, outputs, batch, 0, **self.extra)
-            self._hook(model, end, outputs, batch, 0, **self.extra)
+            self._of_batch(model, callbacks, end, _as_outputs(output), batch, 0, **self.extra)
             self._once(model, callbacks, AFTER.get(self.name, ()))
         self._first = False
         return output

@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 from lightning_prune.errors import PlanError, did_you_mean
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.graph.describe import ranges, renumbered
 from lightning_prune.plan.basis import matches
 from lightning_prune.reconstruction import ChannelMap
@@ -26,8 +26,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(console, found, options.layer)
     if options.out:
-        with atomic(options.out) as stream:
-            stream.write(json.dumps(found.to_dict()).encode())
+        write_text(options.out, json.dumps(found.to_dict()))
         console.print(f"\nMap: {options.out}", soft_wrap=True)
     return 0
 

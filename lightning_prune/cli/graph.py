@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from lightning_prune.cli.architecture import architecture, naming_input
-from lightning_prune.files import atomic
+from lightning_prune.files import write_text
 from lightning_prune.graph import trace
 from lightning_prune.report.graph_picture import graph_html, graph_svg
 
@@ -23,7 +23,6 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(graph.describe())
     if options.out:
-        with atomic(options.out) as stream:
-            stream.write(_PICTURES[options.out.suffix](graph, title=known.name).encode())
+        write_text(options.out, _PICTURES[options.out.suffix](graph, title=known.name))
         console.print(f"\nPicture: {options.out}")
     return 0

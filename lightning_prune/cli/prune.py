@@ -21,7 +21,6 @@ from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.unreached import note_of
 from lightning_prune.measure import LatencyTable, samples_in
-from lightning_prune.model_state.copying import copied
 from lightning_prune.model_state.preservation import copy_without_masks
 from lightning_prune.plan import Plan
 from lightning_prune.reconstruction.checkpoint import save
@@ -135,20 +134,14 @@ def _scored(
             f"{options.criterion} is computed on data and a loss, which come from a recipe: pass --config TASK.yaml "
             "with a data: section, or use a criterion that looks at weights only, such as l1"
         )
-    from pytorch_lightning import LightningModule, seed_everything
+    from pytorch_lightning import LightningModule
 
-    from lightning_prune.callbacks import ScoringCallback
     from lightning_prune.experiments.runner import Runner, quiet
 
     assert isinstance(model, LightningModule)  # known by a recipe, as its data
-    settings = {"score_batches": options.score_batches, "example_inputs": inputs, "statistics": options.statistics}
-    scoring = ScoringCallback(criterion, **settings)
+    settings = {"batches": options.score_batches, "example_inputs": inputs, "statistics": options.statistics}
     with quiet():
-        seed_everything(0, verbose=False)
-        Runner(known.data, accelerator="cpu").fit(copied(model).train(), 1, [scoring], max_steps=0)
-    assert scoring.dense_graph is not None
-    assert scoring.scores is not None
-    return scoring.dense_graph, scoring.scores
+        return Runner(known.data, accelerator="cpu").score(model, criterion, **settings)
 
 
 def _asked(options: argparse.Namespace) -> str:

@@ -73,10 +73,13 @@ class Runner:
         batches: int | None = None,
         seed: int = 0,
         example_inputs: Any = None,
+        statistics: bool = False,
     ) -> tuple[ChannelGraph, Scores]:
         """Trace a task, left as it is, and score it on its training data, as a fit does before its first step."""
         seed_everything(seed, verbose=False)
-        scoring = ScoringCallback(criterion, score_batches=batches, example_inputs=example_inputs)
+        scoring = ScoringCallback(
+            criterion, score_batches=batches, example_inputs=example_inputs, statistics=statistics
+        )
         self.fit(copied(task).train(), 1, [scoring], max_steps=0)
         assert scoring.dense_graph is not None
         assert scoring.scores is not None

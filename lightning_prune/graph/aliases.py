@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,34 +15,34 @@ from lightning_prune.graph.operator_call import OperatorCall
 def meet_aliases(call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
     """A write through one view changes the others: they get the labels, or those cannot be followed."""
     recorder, view = call.recorder, call.outputs[0]
-    for tensor in (view, *recorder.aliases(view)) if recorder.repeats else ():
+    aliases = recorder.aliases(view)
+    for tensor in (view, *aliases) if recorder.repeats else ():
         recorder.repeats.pop(tensor, None)
     recorder.cleared |= after.zeros is not None and before.zeros is None
     if len(before.labels) == len(after.labels) and all(map(Labels.equal, before.labels, after.labels)):
-        _check_pattern(call, after)
+        _check_pattern(call, aliases, after)
         if after.data and not before.data:  # a new tensor is filled in by and by
-            for alias in recorder.aliases(view):
+            for alias in aliases:
                 recorder.set_info(alias, replace(call.info(alias), data=True, uniform=False))
         if after.zeros is None and not (after.labels and _is_whole(view)):
-            for alias in recorder.aliases(view):
+            for alias in aliases:
                 info = call.info(alias)
                 if len(info.labels) > len(after.labels):
                     recorder.set_info(alias, replace(info, labels=tuple(one.constant() for one in info.labels)))
-            recorder.note_written(view)
+            recorder.note_written([view, *aliases])
     else:
-        _spread(call, before, after)
+        _spread(call, aliases, before, after)
         if after.zeros is None:
-            recorder.note_written(view)
+            recorder.note_written([view, *aliases])
     if after.zeros is None and (before.zeros or recorder.cleared):
-        for alias in recorder.aliases(view):
+        for alias in aliases:
             if call.info(alias).zeros:
                 recorder.set_info(alias, replace(call.info(alias), zeros=None))
 
 
-def _spread(call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
+def _spread(call: OperatorCall, aliases: Sequence[Tensor], before: TensorInfo, after: TensorInfo) -> None:
     """Give the labels of what was written to all that has a part of it."""
     view = call.outputs[0]
-    aliases = call.recorder.aliases(view)
     whole = [tensor for tensor in (view, *aliases) if tensor.dtype == view.dtype and _is_whole(tensor)]
     base = max(whole, key=Tensor.dim, default=None)
     for alias in aliases:
@@ -57,12 +58,12 @@ def _spread(call: OperatorCall, before: TensorInfo, after: TensorInfo) -> None:
             call.freeze((*info.labels, *after.labels), f"is written through a view by {call.where}")
 
 
-def _check_pattern(call: OperatorCall, after: TensorInfo) -> None:
+def _check_pattern(call: OperatorCall, aliases: Sequence[Tensor], after: TensorInfo) -> None:
     """A new tensor written at single places (an identity kernel) no longer has whatever extents are wanted."""
     view = call.outputs[0]
     if after.labels or _is_whole(view):
         return
-    for alias in call.recorder.aliases(view):
+    for alias in aliases:
         info = call.info(alias)
         if info.uniform and len(_dims(alias) - _dims(view)) > 1:
             call.recorder.set_info(alias, replace(info, uniform=False))

@@ -210,9 +210,9 @@ class OperatorRecorder(EagerMode):
         storage = tensor.untyped_storage()._cdata
         return [t for t in self._info if t is not tensor and t.untyped_storage()._cdata == storage]
 
-    def note_written(self, view: Tensor) -> None:
-        """Something that may be other than zero was written there."""
-        for tensor in (view, *self.aliases(view)):
+    def note_written(self, views: Iterable[Tensor]) -> None:
+        """Something that may be other than zero was written there; views: of one memory."""
+        for tensor in views:
             self._written[tensor] = True
 
     def was_written(self, tensor: Tensor) -> bool:

@@ -23,8 +23,8 @@ def other_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
     Samples and pixels are not those of the example: images are resized, what is new is made of what was there.
     """
     tensors = tensors_in(entry.inputs)
-    images = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 3]
-    grown = [_resized(tuple(first.shape[max(first.dim() - 2, 2) :])) for first in images[:1]]
+    sides = _sides(tensors)
+    grown = [_resized(sides)] if sides else []
     leading = {len(tensor) for tensor in tensors if tensor.dim()}
     more = [_one_more(leading.pop())] if len(leading) == 1 else []
     for changes in ([*more, *grown], grown, more):
@@ -35,15 +35,18 @@ def other_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
 def odd_sizes(entry: EntryPoint) -> Iterator[EntryPoint]:
     """One sample whose sides are odd, so that strides and poolings leave a rest; else only one of the two."""
     one = head(entry, 1)
-    images = [tensor for tensor in tensors_in(entry.inputs) if tensor.is_floating_point() and tensor.dim() >= 3]
-    changes = []
-    for first in images[:1]:
-        sides = tuple(first.shape[max(first.dim() - 2, 2) :])
-        after = [side + step * (side % 2 == 0 and side > 4) for side, step in zip(sides, (-1, 1), strict=False)]
-        changes += [_resized_to(sides, after)] if list(sides) != after else []
+    sides = _sides(tensors_in(entry.inputs))
+    after = tuple(side + step * (side % 2 == 0 and side > 4) for side, step in zip(sides, (-1, 1), strict=False))
+    changes = [_resized_to(sides, after)] if sides != after else []
     for start, change in ((one, changes), (entry, changes), (one, [])):
         if change or start is not entry:
             yield replace(_varied(start, change), varied=entry)
+
+
+def _sides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Height and width, or length, of the first images; none without images."""
+    images = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() >= 3)
+    return next((tuple(image.shape[max(image.dim() - 2, 2) :]) for image in images), ())
 
 
 def _varied(entry: EntryPoint, changes: list[Change]) -> EntryPoint:
