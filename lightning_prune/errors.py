@@ -105,7 +105,7 @@ class UnreachedWarning(UserWarning):
 def check_choice(name: str, value: object, literal: Any, error: type[PruningError]) -> None:
     """Refuse a value of a setting that its Literal type does not list."""
     if value not in get_args(literal):
-        raise error(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+        raise error(f"{name} must be one of {', '.join(map(str, get_args(literal)))}, got {value!r}")
 
 
 def did_you_mean(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:

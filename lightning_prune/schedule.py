@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PlanError, check_choice
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.plan import GroupPlan, Plan

@@ -56,7 +56,7 @@ class Phases:
 
         from lightning_prune import files
         from lightning_prune.callbacks import masking, reconstruction, scoring
-        from lightning_prune.criteria.scoring import Scorer
+        from lightning_prune.criteria.scorer import Scorer
         from lightning_prune.reconstruction.masks import MaskHandle
 
         self._since = time.perf_counter_ns()

@@ -6,7 +6,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_prune.criteria import add_bn_sparsity_
-from lightning_prune.criteria.base import check_weight
+from lightning_prune.criteria.number_checks import check_weight
 
 
 class BNSparsityCallback(Callback):

@@ -24,7 +24,7 @@ from lightning_prune.criteria import (
     criterion_from,
     importance_strengths,
 )
-from lightning_prune.criteria.base import check_integer, check_weight
+from lightning_prune.criteria.number_checks import check_integer, check_weight
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.describe import nothing_to_prune
 from lightning_prune.selection import Selection

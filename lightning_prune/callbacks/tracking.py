@@ -13,7 +13,7 @@ from lightning_prune.callbacks.loggers import Sink, sinks_of
 from lightning_prune.callbacks.processes import failing_together
 from lightning_prune.callbacks.run import RUNS, PruningRun, check_before_pruning
 from lightning_prune.callbacks.timing import EpochTimerCallback
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import count_params, flops_by_convention, state_size

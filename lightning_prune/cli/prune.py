@@ -15,7 +15,8 @@ from lightning_prune.cli.constraints import constraint_words, constraints_of
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
 from lightning_prune.cli.parser import UsageError
 from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.criteria.scoring import Scores, score
+from lightning_prune.criteria.scores import Scores
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, UnreachedWarning
 from lightning_prune.files import check_writable
 from lightning_prune.graph import ChannelGraph, trace

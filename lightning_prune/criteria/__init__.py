@@ -13,8 +13,9 @@ from lightning_prune.criteria.group_sparsity import GroupSparsity, condemned_str
 from lightning_prune.criteria.next_layer import NextLayerTaylor
 from lightning_prune.criteria.random import Random
 from lightning_prune.criteria.reconstruction_error import GRE, JRE, LRE
+from lightning_prune.criteria.scorer import Scorer
 from lightning_prune.criteria.scores import Scores
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scoring import score
 from lightning_prune.criteria.taylor import Taylor, TaylorFO
 from lightning_prune.criteria.thinet import ThiNet
 from lightning_prune.criteria.weights import FPGM, L1, L2

@@ -9,8 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, check_weight, complete
+from lightning_prune.criteria.base import Criterion, Member, Missing, Tap, complete
 from lightning_prune.criteria.functional import Combine
+from lightning_prune.criteria.number_checks import check_weight
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,17 @@ therefore score several models, be pickled, compared, and written into a checkpo
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, final, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.errors import ScoreError, did_you_mean
+from lightning_prune.errors import ScoreError, check_choice, did_you_mean
 from lightning_prune.graph.groups import Layer
 
 Site = Literal["conv", "bn", "activation"]
@@ -133,7 +132,7 @@ class Criterion(ABC):
         """Refuse values that a field's ``Literal`` does not list; extend it where types do not say all."""
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
-                check_choice(name, getattr(self, name), hint)
+                check_choice(name, getattr(self, name), hint, ScoreError)
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -279,28 +278,3 @@ def _snake(name: str) -> str:
 def _leaves(cls: type[Criterion]) -> list[type[Criterion]]:
     found = [] if inspect.isabstract(cls) else [cls]
     return found + [leaf for child in cls.__subclasses__() for leaf in _leaves(child)]
-
-
-def check_choice(argument: str, value: object, literal: Any) -> None:
-    """Refuse a value that a Literal type does not list."""
-    accepted = get_args(literal)
-    if value not in accepted:
-        raise ScoreError(f"{argument} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def check_weight(argument: str, value: float) -> None:
-    """Refuse a weight that is negative or not a finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise ScoreError(f"{argument} must be a finite number >= 0, got {value!r}")
-
-
-def check_integer(argument: str, value: object, accepted: str, least: int, most: float = math.inf) -> None:
-    """Refuse anything but an integer from ``least`` to ``most``; ``accepted`` says the same in words."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ScoreError(f"{argument} must be {accepted}, got {value!r}")
-
-
-def check_seed(seed: object) -> None:
-    """Refuse what is no seed of a 32-bit generator."""
-    check_integer("seed", seed, "an integer in [0, 2**31)", 0, 2**31 - 1)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Missing, check_weight, complete
+from lightning_prune.criteria.base import Criterion, Member, Missing, complete
 from lightning_prune.criteria.functional import Combine, Normalizer
+from lightning_prune.criteria.number_checks import check_weight
 from lightning_prune.graph.groups import Group, Layer
 
 

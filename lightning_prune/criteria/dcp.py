@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Tap, check_integer, check_weight
+from lightning_prune.criteria.base import Criterion, Member, Tap
 from lightning_prune.criteria.functional import Combine, Normalizer
+from lightning_prune.criteria.number_checks import check_integer, check_weight
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import Criterion, Member, Tap, check_integer
+from lightning_prune.criteria.base import Criterion, Member, Tap
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer
+from lightning_prune.criteria.number_checks import check_integer
 from lightning_prune.criteria.taylor import WeightTerm
 
 

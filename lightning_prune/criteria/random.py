@@ -9,8 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, Member, check_seed
+from lightning_prune.criteria.base import Criterion, Member
 from lightning_prune.criteria.functional import mixed_generator
+from lightning_prune.criteria.number_checks import check_seed
 
 
 @final

@@ -9,8 +9,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, Member, Site, Tap, check_weight
+from lightning_prune.criteria.base import Criterion, Member, Site, Tap
 from lightning_prune.criteria.functional import Combine, Magnitude, Normalizer, Scope, normalize_scores
+from lightning_prune.criteria.number_checks import check_weight
 from lightning_prune.criteria.taylor import Reduce, Spatial, TaylorTerm
 from lightning_prune.errors import ScoreError
 

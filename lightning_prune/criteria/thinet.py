@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_prune.criteria.base import Criterion, Member, Tap, check_integer, check_seed
+from lightning_prune.criteria.base import Criterion, Member, Tap
+from lightning_prune.criteria.number_checks import check_integer, check_seed
 
 
 @dataclass(frozen=True)

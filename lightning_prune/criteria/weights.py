@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune.criteria import functional
-from lightning_prune.criteria.base import WeightCriterion, check_weight
+from lightning_prune.criteria.base import WeightCriterion
 from lightning_prune.criteria.functional import Combine, Distance, Normalizer
+from lightning_prune.criteria.number_checks import check_weight
 from lightning_prune.errors import ScoreError
 
 

@@ -10,7 +10,8 @@ from lightning_prune.data.digits import DigitsDataModule
 from lightning_prune.data.folder_segmentation import FolderSegmentation
 from lightning_prune.data.idx import IDXDataModule
 from lightning_prune.data.image_folder import ImageFolderDataModule
-from lightning_prune.data.scenes import Scene, Scenes, ScenesDetection, ScenesSegmentation
+from lightning_prune.data.scenes import Scene, Scenes
+from lightning_prune.data.scenes_data import ScenesDetection, ScenesSegmentation
 from lightning_prune.data.voc import VOCDetection, VOCSegmentation
 from lightning_prune.data.voc_files import write_voc
 from lightning_prune.data.yolo_format import YOLODetection

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks import ScoringCallback
 from lightning_prune.criteria import Criterion
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.model_state.copying import copied

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph, Group, Layer
 from lightning_prune.plan import Plan, filters_masked

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.criteria import Criterion, Scorer, Scores, criterion_from, score
-from lightning_prune.criteria.scoring import BatchNormMode
+from lightning_prune.criteria.scorer import BatchNormMode
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, head

@@ -21,7 +21,7 @@ import lightning_prune as lp
 from lightning_prune.callbacks import PruneCallback, ScoringCallback, TrackingCallback
 from lightning_prune.callbacks.loggers import FolderSink, Sink, sinks_of
 from lightning_prune.criteria import JRE
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import CallbackError, PruningError
 from lightning_prune.measure import count_flops
 from lightning_prune.plan import GroupPlan, Plan

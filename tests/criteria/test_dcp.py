@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_prune as lp
 from lightning_prune.criteria import DCP
 from lightning_prune.criteria.observe.auxiliary_classifiers import Moments
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import CallbackError, ScoreError
 from lightning_prune.graph.readers import readers_of
 from tests import zoo

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_prune as lp
 from lightning_prune.criteria import DCP, GRE, JRE, LRE, APoZ, NextLayerTaylor, Taylor, TaylorFO, ThiNet
-from lightning_prune.criteria.scoring import Scorer
+from lightning_prune.criteria.scorer import Scorer
 
 CRITERIA = [
     Taylor(site="bn"),

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 import lightning_prune as lp
 from lightning_prune.criteria import NextLayerTaylor
 from lightning_prune.criteria.channel_contributions import channel_contributions, next_layers
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.readers import readers_of

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_prune.criteria import GRE, JRE, LRE
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.graph.groups import Group, Layer
 from tests.graph.helpers import CASES, Case, conv_case, graph_of, identity, residual_case
 from tests.reference import criteria as reference

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_prune as lp
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PruningError, ScoreError
 from tests.zoo import build, images
 

@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lightning_prune as lp
 from lightning_prune.criteria import FPGM, GRE, JRE, L1, LRE
-from lightning_prune.criteria.scoring import Scorer, Scores, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scores import Scores
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph import trace
 from lightning_prune.graph.groups import Group, Layer

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_prune.criteria import GRE, JRE, L1, LRE
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, Group, Layer, trace
 from lightning_prune.plan import GroupPlan, Plan
@@ -160,7 +161,7 @@ def unread(case: Case) -> ChannelGraph:
             lambda c: score(c.model, c.graph, GRE(), [nan_batch(c)], c.loss),
             r"conv1: \d of 4 scores are NaN.*batches",
         ),
-        (lambda c: score(c.model, c.graph, L1(), bn_mode="frozen"), r"bn_mode.*'keep', got 'frozen'"),
+        (lambda c: score(c.model, c.graph, L1(), bn_mode="frozen"), r"bn_mode.*keep, got 'frozen'"),
         (lambda c: score(c.model, c.graph, "l3"), r"criterion.*'l3'"),
         (lambda c: score(c.model, c.graph, LRE(reference="baseline"), [c.batch], c.loss), "pass baseline"),
         (

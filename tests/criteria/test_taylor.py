@@ -6,7 +6,8 @@ from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.criteria import NextLayerTaylor, Taylor, TaylorFO
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ScoreError
 from tests import zoo
 from tests.criteria.helpers import MODELS, assert_same, at, case, close, loss, members, raw, snapshot

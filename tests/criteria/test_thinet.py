@@ -8,7 +8,8 @@ from torch.nn import functional as F
 import lightning_prune as lp
 from lightning_prune.criteria import ThiNet, channel_contributions
 from lightning_prune.criteria.observe.reader_outputs import SampledOutputWatcher
-from lightning_prune.criteria.scoring import Scorer, score
+from lightning_prune.criteria.scorer import Scorer
+from lightning_prune.criteria.scoring import score
 from lightning_prune.criteria.thinet import removal_places
 from lightning_prune.errors import ScoreError
 from lightning_prune.graph.readers import readers_of

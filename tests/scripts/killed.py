@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-import lightning_prune.criteria.scoring
+import lightning_prune.criteria.scorer
 import lightning_prune.reconstruction.masks
 import lightning_prune.reconstruction.small_model
 from lightning_prune.callbacks import PruneCallback
@@ -45,10 +45,10 @@ def at_call(owner: Any, name: str, number: int, first: Callable[..., Any] | None
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "first scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 2),
+    "first scoring": lambda: at_call(lightning_prune.criteria.scorer.Scorer, "update", 2),
     "first masking": lambda: at_call(lightning_prune.reconstruction.masks.MaskHandle, "apply_", 1),
     "first fine-tuning": lambda: at_call(Task, "training_step", 6),
-    "later scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 6),
+    "later scoring": lambda: at_call(lightning_prune.criteria.scorer.Scorer, "update", 6),
     "later masking": lambda: at_call(lightning_prune.reconstruction.masks.MaskHandle, "_hold", 14),
     "reconstruction": lambda: at_call(lightning_prune.reconstruction.small_model, "cut_", 1),
     "writing": lambda: at_call(

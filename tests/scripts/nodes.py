@@ -15,13 +15,13 @@ from fsspec.implementations.local import LocalFileOpener
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
-import lightning_prune.criteria.scoring
+import lightning_prune.criteria.scorer
 from lightning_prune.cli import main
 from tests.cli.tiny import TinyData
 from tests.scripts.killed import at_call
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "scoring": lambda: at_call(lightning_prune.criteria.scoring.Scorer, "update", 2),
+    "scoring": lambda: at_call(lightning_prune.criteria.scorer.Scorer, "update", 2),
     "fine-tuning": lambda: at_call(_TrainingEpochLoop, "advance", 3),  # two batches an epoch
     "writing": lambda: at_call(LocalFileOpener, "write", 3, lambda file, data: file.f.write(data[: len(data) // 2])),
 }

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.callbacks.loggers import FolderSink
 from lightning_prune.callbacks.processes import sum_over_processes_
-from lightning_prune.criteria.scoring import Scorer
+from lightning_prune.criteria.scorer import Scorer
 from lightning_prune.errors import PruningError
 from lightning_prune.session import PruningSession
 from tests.callbacks.helpers import Task, loader, trainer

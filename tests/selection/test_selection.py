@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import NoEffectWarning, PlanError, ScoreError
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.plan import Plan

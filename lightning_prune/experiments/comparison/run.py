@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.criteria import Criterion, criterion_from
-from lightning_prune.criteria.scoring import Scores
+from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PlanError, PruningError
 from lightning_prune.experiments.comparison.cells import (
     Cell,
