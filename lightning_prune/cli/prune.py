@@ -29,7 +29,7 @@ from lightning_prune.reconstruction.lossless import LosslessReport
 from lightning_prune.reconstruction.small_model import reconstruct_
 from lightning_prune.report.table import print_line
 from lightning_prune.selection import Budget, FixedPlan, GlobalRatio, LayerRatio, Reach, Selection, TableChoice
-from lightning_prune.selection.budget import Order
+from lightning_prune.selection.budget import RemovalOrder
 from lightning_prune.selection.explanation import explain
 
 REPEATS = 20  # passes timed for a budget
@@ -118,7 +118,7 @@ def _selection(options: argparse.Namespace) -> Selection:
         return (LayerRatio if options.per_layer else GlobalRatio)(options.ratio, **constraints)
     table = options.latency_table and LatencyTable.load(options.latency_table, force=options.force_table)
     timed = {"engine": options.engine, "table": table}
-    order: Order = "share" if options.per_layer else "score"
+    order: RemovalOrder = "share" if options.per_layer else "score"
     return Budget(**options.budget, **constraints, **timed, order=order, repeats=REPEATS)
 
 

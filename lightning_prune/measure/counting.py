@@ -71,7 +71,7 @@ def run(model: nn.Module, example_inputs: Any) -> None:
         raise TraceError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
 
 
-class Observer(TorchDispatchMode, ABC):
+class OperatorObserver(TorchDispatchMode, ABC):
     """Shows `observe` every ATen operator that really runs, composite ones taken apart."""
 
     def watch(self, model: nn.Module, example_inputs: Any) -> Self:
@@ -100,7 +100,7 @@ class Observer(TorchDispatchMode, ABC):
         """Look at one operator, its arguments and its output."""
 
 
-class OperatorCounter(Observer):
+class OperatorCounter(OperatorObserver):
     """Multiply-accumulates, and what ptflops counts besides."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ def flops_by_convention(model: nn.Module, example_inputs: Any) -> dict[str, int]
     return {"macs": macs, "flops2": 2 * macs, "ptflops": macs + others, "paper": 2 * (macs + others)}
 
 
-class _PeakMemory(Observer):
+class _PeakMemory(OperatorObserver):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.running import map_tensors
-from lightning_prune.measure.counting import Observer
+from lightning_prune.measure.counting import OperatorObserver
 from lightning_prune.measure.portable.layer_files import output_size
 from lightning_prune.model_state.preservation import copy_without_values
 
@@ -111,7 +111,7 @@ def layer_calls(model: nn.Module, example_inputs: Any) -> list[LayerCall]:
     return seen.calls
 
 
-class _LayerObserver(Observer):
+class _LayerObserver(OperatorObserver):
     """Notes the layers, and follows their outputs to a norm and an activation."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from lightning_prune.selection.by_table import TableSearch
 from lightning_prune.selection.search import TOLERANCE, Reach, Search
 from lightning_prune.selection.table_choice import TableChoice
 
-Order = Literal["score", "score_per_cost", "share"]
+RemovalOrder = Literal["score", "score_per_cost", "share"]
 ESTIMATES, RECONSTRUCTIONS, CONFIRMATIONS = 500, 16, 4  # how many tries each stage of the search has
 
 
@@ -81,7 +81,7 @@ class Budget(Selection):
     latency_ms: float | None = None
     engine: str | Engine = "eager"
     table: Any = None  # jsonargparse would read the file of a declared class as its arguments
-    order: Order = "score"
+    order: RemovalOrder = "score"
     convention: Convention = "macs"
     repeats: int = 10
 
@@ -103,7 +103,7 @@ class Budget(Selection):
             self.table = LatencyTable.load(self.table)
         if self.table is not None and not isinstance(self.table, LatencyTable):
             raise PlanError(f"table must be a LatencyTable or its file, got {self.table!r}")
-        check_choice("order", self.order, Order, PlanError)
+        check_choice("order", self.order, RemovalOrder, PlanError)
         if self.table is not None and self.order != "score":
             raise PlanError(f"a latency table weighs scores against time by itself; leave out order={self.order!r}")
         check_choice("convention", self.convention, Convention, PlanError)

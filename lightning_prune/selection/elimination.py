@@ -25,7 +25,7 @@ class Factor:
     table: NDArray[np.float64]
 
 
-class Order:
+class Elimination:
     """In which order variables are eliminated: next the one whose table with its neighbours is smallest.
 
     Args:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_prune.measure.time_model import TimedLayer
-from lightning_prune.selection.elimination import CELLS, Factor, Order
+from lightning_prune.selection.elimination import CELLS, Elimination, Factor
 from lightning_prune.selection.knapsack_terms import Exact, Relaxed, Term
 
 Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]  # which of its widths every group takes
+Widths = NDArray[np.int64]  # which of its widths every group takes
 
 EXACTLY = 1e-9  # share by which two values may differ and be the same
 LINES, ROUNDS = 40, 60  # tries for the price of a millisecond; steps of the multipliers
@@ -80,7 +80,7 @@ class Knapsack:
         for term in open_:
             while len(term.relaxed) < 2 and (term.cells > CELLS or term.entries > ENTRIES):
                 term.relax()
-        while (order := Order(sizes, [term.rest for term in open_])).cells > CELLS:
+        while (order := Elimination(sizes, [term.rest for term in open_])).cells > CELLS:
             within = [term for term in open_ if len(term.rest) > 1 and set(term.rest) <= set(order.widest)]
             widest = within or [term for term in open_ if len(term.rest) > 1]
             if not widest:
@@ -96,7 +96,7 @@ class Knapsack:
         self._terms: list[Exact | Relaxed] = [*self._exact, *self._relaxed]
         self._of = [[term for term in self._terms if number in term.scope] for number in range(len(sizes))]
         self._full = np.array([size - 1 for size in sizes])
-        self._least: Choice | None = None
+        self._least: Widths | None = None
 
     @property
     def relaxed(self) -> int:
@@ -137,7 +137,7 @@ class Knapsack:
 
     # The bound
 
-    def _best(self, price: float) -> tuple[Choice, float, float, float]:
+    def _best(self, price: float) -> tuple[Widths, float, float, float]:
         """For a price: the best choice, its value, its time as the relaxed layers have it, and the difference."""
         unary = [np.array(values) for values in self._values]
         factors = [Factor(term.scope, -price * term.times) for term in self._exact]
@@ -154,7 +154,7 @@ class Knapsack:
         value = self._value(choice)
         return choice, value, (value - total) / price if price else self._time(choice), total
 
-    def _line(self, budget: float) -> tuple[list[Choice], float, float]:
+    def _line(self, budget: float) -> tuple[list[Widths], float, float]:
         """The price at which the bound is least, the bound, and the choices on both sides of it."""
         assert self._least is not None
         full = self._full
@@ -177,7 +177,7 @@ class Knapsack:
                 above = choice, value, time
         return [below[0], above[0]], price, bound
 
-    def _tightened(self, price: float, budget: float, best: Choice) -> float:
+    def _tightened(self, price: float, budget: float, best: Widths) -> float:
         """The bound after steps of the relaxed layers' prices against their disagreement with the groups."""
         least, kept = np.inf, [list(term.slopes) for term in self._relaxed]
         target = self._value(best)
@@ -199,7 +199,7 @@ class Knapsack:
 
     # The choice
 
-    def _mended(self, choice: Choice, budget: float) -> Choice:
+    def _mended(self, choice: Widths, budget: float) -> Widths:
         """Made to fit, by the moves that lose the least value for the time that they save."""
         choice = choice.copy()
         while (over := self._time(choice) - budget) > 0:
@@ -213,7 +213,7 @@ class Knapsack:
             self._move(choice, int(loss.argmin()), times.shape[1])
         return choice
 
-    def _improved(self, choice: Choice, budget: float) -> Choice:
+    def _improved(self, choice: Widths, budget: float) -> Widths:
         """More value for what is left of the budget: one group moves, or two do."""
         choice = choice.copy()
         for _ in range(MOVES):
@@ -229,7 +229,7 @@ class Knapsack:
                 break
         return choice
 
-    def _exchange(self, choice: Choice, budget: float, times: Floats, gains: Floats, tiny: float) -> Choice | None:
+    def _exchange(self, choice: Widths, budget: float, times: Floats, gains: Floats, tiny: float) -> Widths | None:
         """Two groups moved at once, for more value within the budget; None if none of the likely ones is."""
         flat_times, flat_gains = times.ravel(), gains.ravel()
         slack, now = budget - self._time(choice), self._value(choice)
@@ -250,7 +250,7 @@ class Knapsack:
                 return moved
         return None
 
-    def _lightened(self, choice: Choice) -> Choice:
+    def _lightened(self, choice: Widths) -> Widths:
         """Moves of one group, as long as they save time."""
         choice = choice.copy()
         for _ in range(MOVES):
@@ -260,7 +260,7 @@ class Knapsack:
             self._move(choice, int(times.argmin()), times.shape[1])
         return choice
 
-    def _moves(self, choice: Choice) -> tuple[Floats, Floats]:
+    def _moves(self, choice: Widths) -> tuple[Floats, Floats]:
         """(groups, widths): what moving one group to a width adds of time and of value; time is inf for no width."""
         times = np.full((len(choice), int(self._full.max()) + 1), np.inf)
         gains = np.zeros_like(times)
@@ -270,19 +270,19 @@ class Knapsack:
             gains[number, : len(values)] = values - values[choice[number]]
         return times, gains
 
-    def _move(self, choice: Choice, flat: int, row: int) -> None:
+    def _move(self, choice: Widths, flat: int, row: int) -> None:
         choice[flat // row] = flat % row
 
-    def _time(self, choice: Choice) -> float:
+    def _time(self, choice: Widths) -> float:
         return self._fixed + sum(term.time(choice) for term in self._terms)
 
-    def _relaxed_time(self, choice: Choice) -> float:
+    def _relaxed_time(self, choice: Widths) -> float:
         return self._fixed + sum(t.time(choice) for t in self._exact) + sum(t.bound(choice) for t in self._relaxed)
 
-    def _value(self, choice: Choice) -> float:
+    def _value(self, choice: Widths) -> float:
         return float(sum(values[number] for values, number in zip(self._values, choice, strict=True)))
 
-    def _packing(self, choice: Choice, bound: float) -> Packing:
+    def _packing(self, choice: Widths, bound: float) -> Packing:
         widths = zip(self._names, self._widths, choice, strict=True)
         value = self._value(choice)
         return Packing({n: int(own[j]) for n, own, j in widths}, value, self._time(choice), bound)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_prune.measure.time_model import TimedLayer, Width
 
 Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]
+Widths = NDArray[np.int64]
 
 
 class Term:
@@ -67,11 +67,11 @@ class Exact:
     def __init__(self, scope: tuple[int, ...], times: Floats) -> None:
         self.scope, self.times = scope, times
 
-    def time(self, choice: Choice) -> float:
+    def time(self, choice: Widths) -> float:
         """At one choice."""
         return float(self.times[tuple(choice[list(self.scope)])])
 
-    def curve(self, choice: Choice, number: int) -> Floats:
+    def curve(self, choice: Widths, number: int) -> Floats:
         """If one group takes each of its widths."""
         return self.times[tuple(slice(None) if n == number else choice[n] for n in self.scope)]
 
@@ -106,17 +106,17 @@ class Relaxed:
         dense = {n: int(self._widths[n][-1]) for n in self._entries[side]}
         return sum(times * (dense[n] - int(self._widths[n][0])) for n, times in self._entries[side].items())
 
-    def level(self, axis: int, choice: Choice) -> int:
+    def level(self, axis: int, choice: Widths) -> int:
         """Channels on a relaxed side, counted from the least."""
         entries = self._entries[self._relaxed[axis]]
         return sum(times * int(self._widths[n][choice[n]] - self._widths[n][0]) for n, times in entries.items())
 
-    def time(self, choice: Choice) -> float:
+    def time(self, choice: Widths) -> float:
         """At one choice, not relaxed."""
         where = [self.level(axis, choice) for axis in range(len(self._levels))]
         return float(self._times[tuple(where) + tuple(choice[list(self.rest)])])
 
-    def curve(self, choice: Choice, number: int) -> Floats:
+    def curve(self, choice: Widths, number: int) -> Floats:
         """If one group takes each of its widths, not relaxed."""
         own = self._widths[number]
         where: list[Any] = []
@@ -143,19 +143,19 @@ class Relaxed:
                 linear[n] = linear.get(n, np.zeros(len(own))) + slope * times * (own - own[0])
         return self._rests, linear, constant
 
-    def bound(self, choice: Choice) -> float:
+    def bound(self, choice: Widths) -> float:
         """What `lower` comes to at one choice."""
         rest, linear, constant = self.lower()
         at = [float(times[choice[number]]) for number, times in linear.items()]
         return float(rest[tuple(choice[list(self.rest)])]) + constant + sum(at)
 
-    def disagreement(self, choice: Choice) -> list[float]:
+    def disagreement(self, choice: Widths) -> list[float]:
         """Along each relaxed side: channels of the variable that the last `lower` chose, more than the groups have."""
         shape = [len(levels) for levels in self._levels]
         chosen = np.unravel_index(int(self._at[tuple(choice[list(self.rest)])]), shape)
         return [float(chosen[axis] - self.level(axis, choice)) for axis in range(len(shape))]
 
-    def linearise(self, choice: Choice) -> None:
+    def linearise(self, choice: Widths) -> None:
         """Set the slopes to those of the times around a choice."""
         where = [self.level(axis, choice) for axis in range(len(self._levels))]
         rest = tuple(choice[list(self.rest)])

@@ -11,7 +11,7 @@ from lightning_prune.measure.latency_table import LatencyTable
 from lightning_prune.measure.layer_calls import LayerKind
 from lightning_prune.measure.time_model import TimedLayer, Width
 from lightning_prune.selection import knapsack as knapsack_module
-from lightning_prune.selection.elimination import Factor, Order
+from lightning_prune.selection.elimination import Elimination, Factor
 from lightning_prune.selection.knapsack import Knapsack
 from lightning_prune.selection.table_widths import steps
 
@@ -130,7 +130,7 @@ def test_elimination_finds_the_maximum_of_tables_over_few_variables() -> None:
         sizes = rng.integers(1, 4, 5).tolist()
         scopes = [tuple(sorted(rng.choice(5, n, replace=False).tolist())) for n in (1, 2, 2, 3, 0)]
         factors = [Factor(scope, rng.normal(size=[sizes[v] for v in scope])) for scope in scopes]
-        total, choice = Order(sizes, scopes).maximum(factors)
+        total, choice = Elimination(sizes, scopes).maximum(factors)
         sums = {
             point: sum(float(f.table[tuple(point[v] for v in f.scope)]) for f in factors)
             for point in itertools.product(*map(range, sizes))
@@ -140,7 +140,7 @@ def test_elimination_finds_the_maximum_of_tables_over_few_variables() -> None:
 
 
 def test_a_chain_is_eliminated_in_tables_of_two_variables() -> None:
-    order = Order([10] * 20, [(n, n + 1) for n in range(19)])
+    order = Elimination([10] * 20, [(n, n + 1) for n in range(19)])
     assert order.cells == 100
     assert len(order.widest) == 2
 
