@@ -69,10 +69,24 @@ def build_groups(classes: Classes) -> dict[Group, Tensor]:
     finder = LayerFinder(classes, firsts=torch.tensor([int(roots[0]) for roots, _ in made_up]).long())
     groups = [(*_build_group(classes, finder, roots, parts), roots) for roots, parts in made_up]
     groups.sort(key=lambda item: (item[0], int(item[2][0])))
-    names = Counter(group.name for _, group, _ in groups)
-    named = [(_by_filters(group) if names[group.name] > 1 else group, roots) for _, group, roots in groups]
-    names = Counter(group.name for group, _ in named)
-    return {_by_dimension(group) if names[group.name] > 1 else group: roots for group, roots in named}
+    named = [(group, roots) for _, group, roots in groups]
+    weights: dict[str, set[str]] = {}
+    for group, _ in named:
+        weights.setdefault(group.name, set()).add(group.layers[0].weight)
+    named = [(_by_weight(group) if len(weights[group.name]) > 1 else group, roots) for group, roots in named]
+    for telling in (_by_filters, _by_dimension):
+        names = _names(named)
+        named = [(telling(group) if names[group.name] > 1 else group, roots) for group, roots in named]
+    return dict(named)
+
+
+def _names(named: Sequence[tuple[Group, Tensor]]) -> Counter[str]:
+    return Counter(group.name for group, _ in named)
+
+
+def _by_weight(group: Group) -> Group:
+    """Groups of several weights of one module's own (a cell written by hand, a list of parameters)."""
+    return replace(group, name=group.layers[0].weight)
 
 
 def _by_filters(group: Group) -> Group:

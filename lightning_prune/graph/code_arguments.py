@@ -18,6 +18,7 @@ import lightning_prune
 from lightning_prune.graph.call_order import calls_by_line
 from lightning_prune.model_state.code_sizes import Place, can_follow, definition, own_class
 
+NESTED = ("<genexpr>", "<listcomp>", "<lambda>")
 CALLS = ("reshape", "view", "expand", "split", "split_with_sizes")
 _OURS = tuple(Path(lightning_prune.__file__).parent / room for room in ("graph", "model_state"))
 _LIBRARY = tuple(f"{room}/" for room in (Path(torch.__file__).parent, *_OURS))
@@ -32,11 +33,12 @@ class SourceCall:
     code: CodeType
     instruction: int
     caller: CodeType | None = None  # of the method, if the call is made in a function
+    inner: CodeType | None = None  # of the comprehension or lambda in it that makes the call
 
     def places(self) -> dict[int | None, Place]:
         """Where the sizes that it passes stand, by position; None: it passes one that is no tuple."""
         found = {}
-        for position, expression in _arguments(self.code, self.instruction):
+        for position, expression in _arguments(self.code, self.instruction, self.inner):
             line = expression.lineno - self.code.co_firstlineno
             text = ast.unparse(expression)
             passed = _passed(self.caller, self.function, self.code, text) if self.caller is not None else ""
@@ -61,6 +63,13 @@ def running_call(module: nn.Module) -> SourceCall | None:
         frame = frame.f_back
     if frame is None or not can_follow(module):
         return None
+    inner, instruction = None, frame.f_lasti
+    if frame.f_code.co_name in NESTED and sys.version_info >= (3, 11):  # before, no position tells where it stands
+        inner, frame = frame.f_code, frame.f_back
+        while frame is not None and inner not in frame.f_code.co_consts:
+            frame = frame.f_back  # ``map``'s caller calls the lambda, or a function that was given it
+        if frame is None:
+            return None
     code, method, function = frame.f_code, frame.f_code, ""
     if not _is_method(module, code):
         if frame.f_back is None or not _is_method(module, method := frame.f_back.f_code):
@@ -69,7 +78,7 @@ def running_call(module: nn.Module) -> SourceCall | None:
         function = code.co_name
         if not isinstance(called, FunctionType) or called.__code__.co_firstlineno != code.co_firstlineno:
             return None
-    return SourceCall(method.co_name, function, code, frame.f_lasti, method if function else None)
+    return SourceCall(method.co_name, function, code, instruction, method if function else None, inner)
 
 
 def _is_method(module: nn.Module, code: CodeType) -> bool:
@@ -99,12 +108,12 @@ def _given(call: ast.Call, position: int, name: str) -> ast.expr | None:
 
 
 @functools.cache
-def _arguments(code: CodeType, instruction: int) -> tuple[tuple[int | None, ast.expr], ...]:
+def _arguments(code: CodeType, instruction: int, inner: CodeType | None) -> tuple[tuple[int | None, ast.expr], ...]:
     """The sizes that the call at this instruction passes, as (position, expression); negative: counted from the end.
 
     Of ``x.reshape(b, n, c)`` three; none of a call that is not one of `CALLS`, of ``reshape(*shape)`` neither.
     """
-    call = _call_at(code, instruction)
+    call = _call_at(code, instruction, inner)
     if call is None or not isinstance(call.func, ast.Attribute) or call.func.attr not in CALLS:
         return ()
     values = list(call.args)
@@ -156,14 +165,14 @@ def _assigned(value: ast.expr, function: ast.FunctionDef) -> ast.expr:
     return given[0] if len(given) == len(stored) == 1 else value
 
 
-def _call_at(code: CodeType, instruction: int) -> ast.Call | None:
-    """The call in the source that this instruction makes."""
+def _call_at(code: CodeType, instruction: int, inner: CodeType | None) -> ast.Call | None:
+    """The call in the source that this instruction, of the code or of one that stands in it, makes."""
     tree = definition(code)
     if tree is None:
         return None
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     if sys.version_info >= (3, 11):  # the closing bracket is the call's own; where it starts is told in two ways
-        _, line, _, column = next(itertools.islice(code.co_positions(), instruction // 2, None))
+        _, line, _, column = next(itertools.islice((inner or code).co_positions(), instruction // 2, None))
         found = [node for node in calls if (node.end_lineno, node.end_col_offset) == (line, column)]
     else:
         found = calls_by_line(code, tree, instruction)

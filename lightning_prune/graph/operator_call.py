@@ -196,6 +196,8 @@ class OperatorRecorder(EagerMode):
         """What is known of a tensor; a parameter seen through ``.data`` or ``detach`` is found by its storage."""
         found = self._info.get(tensor)
         if found is None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return TensorInfo()  # ``vmap`` shows modules a tensor of other shape; operators get what is inside
             source = self.assignments.source(tensor)
             found = self.unknown if source is None else self._info[source]
         return found

@@ -23,7 +23,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if type(module) not in (nn.ModuleList, nn.Sequential) or any(path.startswith(f"{one}.") for one in found):
+        if type(module) not in (nn.ModuleList, nn.Sequential) or any(f"{path}.".startswith(f"{one}.") for one in found):
             continue
         seen: list[Any] = []
         for name, child in module._modules.items():

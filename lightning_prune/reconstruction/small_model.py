@@ -50,7 +50,7 @@ def reconstruct(
         graph: from `lightning_prune.trace`.
         plan: which channels to keep.
         example_inputs: if given, the smaller model is compared with the masked one in float64, on them and at another
-            batch and image size.
+            batch and image size. Without, nothing runs: code that asks how many channels there are is not found out.
         also: what else to compare on, as for `lightning_prune.trace`.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,18 @@ class Gated(nn.Module):
         return self.out(query * self.context(context * gates[..., :1] + context.mean(1, keepdim=True) * gates[..., 1:]))
 
 
+class Mapped(Fused):
+    """Attention over channels (Restormer): heads are laid out in a comprehension, the width comes from the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, positions, channels = x.shape
+        parts = self.qkv(x).transpose(1, 2).chunk(3, 1)
+        q, k = (part.reshape(n, self.num_heads, -1, positions) for part in parts[:2])
+        (v,) = map(lambda part: part.reshape(n, self.num_heads, -1, positions), parts[2:])  # noqa: C417
+        weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)).softmax(-1)
+        return self.proj((weights @ v).reshape(n, channels, positions).transpose(1, 2))
+
+
 class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(1, keepdim=True)
@@ -127,6 +140,8 @@ ATTENTIONS = {
     "gated": lambda: Gated(),
     "private": lambda: Private(),
 }
+if sys.version_info >= (3, 11):  # before, nothing tells where in a comprehension a call stands
+    ATTENTIONS["mapped"] = lambda: Mapped()
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)

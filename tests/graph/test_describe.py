@@ -113,3 +113,24 @@ def test_a_graph_without_groups_is_told_in_one_sentence() -> None:
 @pytest.mark.parametrize(("part", "shown"), [(0, "0 %"), (1, "1 %"), (500, "50 %"), (999, "99 %"), (1000, "100 %")])
 def test_all_and_nothing_are_said_only_where_true(part: int, shown: str) -> None:
     assert percent(part, 1000) == shown
+
+
+class Written(nn.Module):
+    """Several weights of one module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Conv2d(8, 2, 1)
+        self.more = nn.ParameterList(torch.randn(8, 8, 3, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.conv2d(x, self.first).relu()
+        for weight in self.more:
+            x = torch.conv2d(x, weight).relu()
+        return self.out(x)
+
+
+def test_weights_of_one_module_have_names_of_their_own() -> None:
+    graph = trace(nn.Sequential(Written()).double(), images())
+    assert [one.name for one in graph.groups] == ["0", "0.more.0", "0.more.1", "0.out"]
+    assert all(graph.group(one.name) is one for one in graph.groups)

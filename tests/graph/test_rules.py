@@ -103,8 +103,11 @@ ELEMENTWISE: dict[str, Operator] = {
         x
         + 0 * (torch.rand_like(x) + torch.randn_like(x) + torch.rand(x.shape) + x.new_empty(x.shape).normal_())
         + 0 * (torch.full(x.shape, 2.0) + torch.randint(3, x.shape) + torch.empty_like(x).bernoulli_(0.5))
+        + 0 * torch.empty_like(x).exponential_()
         + 0 * (torch.randperm(8)[: x.shape[3]] + torch.linspace(0, 1, 8) + torch.tril(torch.ones(8, 8)))
     ),
+    "drawn by chances": lambda x: torch.bernoulli((x > 0).double()) + torch.normal(x, 0.0),
+    "triangles of positions": lambda x: x.tril() + x.triu(1) * torch.ones(x.shape).tril(),
     "factories": lambda x: (
         x * torch.ones_like(x)
         + torch.zeros(x.shape, dtype=x.dtype)
@@ -177,6 +180,10 @@ STATISTICS: dict[str, Operator] = {
     "softmax over space": lambda x: x * x.flatten(2).softmax(-1).view_as(x) + x.log_softmax(2),
     "sorted": lambda x: x.sort(2)[0] + x.cumsum(3) + x.cumprod(3),
     "topk": lambda x: x.topk(2, 2).values,
+    "medians": lambda x: (
+        (x.median(3, True)[0] + x.nanmedian(2, True)[0]) * x.kthvalue(3, 3, True)[0] + x.mode(3, True)[0]
+    ),
+    "largest so far": lambda x: x.cummax(2)[0] + x.cummin(3).values,
     "batch norm": nn.BatchNorm2d(8),
     "batch norm without affine": nn.BatchNorm2d(8, affine=False),
     "batch statistics": nn.BatchNorm2d(8, track_running_stats=False),
@@ -349,6 +356,7 @@ REFUSED: dict[str, tuple[Operator, str]] = {
     "softmax": (lambda x: x.softmax(1), "statistic over channels in aten._softmax"),
     "mean": (lambda x: x * x.mean(1, True), "statistic over channels in aten.mean"),
     "max": (lambda x: x * x.amax(1, True), "statistic over channels in aten.amax"),
+    "median": (lambda x: x * x.median(1, True)[0], "statistic over channels in aten.median"),
     "sum of constants": (lambda x: x * x.sigmoid().sum(1, True), "constant that enters a sum"),
     "mean error": (lambda x: x * F.mse_loss(x, x.flip(3)), "statistic over channels in aten.mse_loss"),
     "sum of errors of constants": (
@@ -379,6 +387,9 @@ REFUSED: dict[str, tuple[Operator, str]] = {
         "is read by weights of fixed size",
     ),
     "fixed partner": (lambda x: x * FIXED, "fixed size"),
+    "numbered": (lambda x: x * torch.arange(x.shape[1])[:, None, None], "meets a tensor of fixed size in aten.mul"),
+    "first channels": (lambda x: x * (torch.linspace(0, 1, x.shape[1]) < 0.6).view(-1, 1, 1), "fixed size in aten.mul"),
+    "triangle of channels": (lambda x: x.transpose(1, 3).tril().transpose(1, 3), "to a triangle by aten.tril"),
     "counted": (lambda x: x * x.shape[1], "fixed in the Python code"),
     "infinite": (lambda x: x.abs().log(), "is infinite when masked in aten.log"),
     "steep": (lambda x: x.abs().sqrt(), "has an infinite slope when masked, so that gradients are NaN"),

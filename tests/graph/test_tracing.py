@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph import trace
@@ -221,3 +221,15 @@ def test_copies_that_go_together_have_norms_and_readers_of_their_own() -> None:
     own = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")
     tensors = [(of, k, *name.split(".")) for of in ("net", "ema") for k in (0, 3) for name in own]
     assert owners == {f"{of}.{k + int(after)}.{name}": f"{of}.{k}" for of, k, after, name in tensors}
+
+
+def test_a_head_that_vmap_calls() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda one: self.c(self.b(one).relu()))(self.a(x).mean((2, 3)))
+
+    assert [group.name for group in trace(Mapped().double(), images()).prunable_groups] == ["a", "b"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.graph import compared_runs
+from lightning_prune.graph.model_copies import cast_copy
 from lightning_prune.graph.repeated_blocks import repeated_blocks
 from tests.helpers import random_plan
 from tests.zoo import Head, conv_bn, images, randomise_
@@ -163,3 +164,12 @@ def test_a_block_that_other_code_reads_is_not_taken_for_its_twin() -> None:
     small, masked = lp.reconstruct(model, graph, plan), copy.deepcopy(model)
     lp.mask_(masked, graph, plan)
     assert lp.check_lossless(masked, small, images(3, seed=4)).passed
+
+
+def test_blocks_inside_a_block_that_is_left_out_go_with_it() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in range(2)))
+
+    model = nn.Sequential(block(), block())
+    assert list(found := repeated_blocks(model)) == ["1", "0.1"]
+    assert len(list(cast_copy(model, torch.float32, found).parameters())) == 2

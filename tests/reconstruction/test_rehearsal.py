@@ -30,7 +30,9 @@ class Net(nn.Module):
 
 
 def weighed(net: Net, y: Tensor) -> Tensor:
-    return y * torch.arange(1, 1 + y.shape[1])[:, None, None]
+    """By numbers of each channel's own, though no operator says so."""
+    seeded = torch.Generator().manual_seed(0)
+    return y * torch.rand(y.shape[1], 1, 1, generator=seeded, dtype=y.dtype).add(1)
 
 
 def where(asks: Callable[[Net, Tensor], bool]) -> Forward:
@@ -139,3 +141,29 @@ def test_a_slope_that_is_infinite_at_zero_keeps_its_channels() -> None:
     lp.mask_(model, graph, lp.LayerRatio(0.5).select(graph, lp.score(model, graph, lp.L1())))
     model(x).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+DRAWING: dict[str, Forward] = {
+    "dropout that stays on": lambda net, y: F.dropout(F.dropout2d(y, 0.2), 0.5),
+    "noise": lambda net, y: y + torch.randn_like(y) * (0.1 + net.gamma),
+    "gumbel": lambda net, y: y + F.gumbel_softmax(y, dim=3),
+    "a spike by chance": lambda net, y: torch.bernoulli(y.sigmoid()),
+    "a mean and its deviation": lambda net, y: torch.normal(y, y.detach().abs() + 0.1),
+    "a normal number": lambda net, y: y * torch.normal(0.0, 1.0, y.shape),
+    "an order of samples": lambda net, y: F.dropout(y, 0.5)[torch.randperm(len(y))],
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_random_numbers_are_no_difference(name: str) -> None:
+    torch.manual_seed(0)
+    result = lp.prune(Net(DRAWING[name]).double(), torch.rand(2, 3, 8, 8).double(), criterion="l1", ratio=0.5)
+    assert result.model.a.out_channels == 8
+    assert result.lossless.passed
+    assert "forward, all its draws the same" in result.lossless.compared
+
+
+def test_random_numbers_hide_no_difference() -> None:
+    model = Net(lambda net, y: F.dropout(weighed(net, y), 0.5)).double()
+    with pytest.warns(NotReconstructedWarning, match="differs from the masked one in forward, all its draws the same"):
+        assert list(lp.prune(model, torch.rand(2, 3, 8, 8).double(), ratio=0.5).lossless.left) == ["a"]

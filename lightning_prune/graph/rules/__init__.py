@@ -37,11 +37,12 @@ _GROUPS: dict[Rule, str] = {
     ),
     pointwise.gate: "glu",
     pointwise.factory: (
-        "empty zeros ones full arange linspace tril triu_indices tril_indices rand randn randint randperm "
-        "scalar_tensor empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
-        "new_full fill bernoulli uniform normal empty_strided new_empty_strided"
+        "empty zeros ones full rand randn randint scalar_tensor empty_like zeros_like ones_like full_like rand_like "
+        "randn_like new_empty new_zeros new_ones new_full fill uniform exponential empty_strided new_empty_strided"
     ),
-    pointwise.pattern: "eye",
+    pointwise.pattern: "eye arange linspace randperm triu_indices tril_indices",
+    pointwise.triangle: "tril triu",
+    pointwise.sample: "bernoulli normal",
     pointwise.clear: "zero",
     pointwise.copy_into: "copy",
     pointwise.write: "index_put",
@@ -87,11 +88,11 @@ _GROUPS: dict[Rule, str] = {
     statistics.group_norm: "native_group_norm",
     statistics.reduction: (
         "mean sum amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp "
-        "argmax argmin all any"
+        "argmax argmin all any median nanmedian kthvalue mode"
     ),
     statistics.loss: "mse_loss smooth_l1_loss huber_loss binary_cross_entropy",
     statistics.likelihood: "nll_loss_forward nll_loss2d_forward",
-    statistics.along: "_softmax _log_softmax _safe_softmax cumsum cumprod sort topk",
+    statistics.along: "_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk",
     spatial.pooling: (
         "max_pool2d_with_indices max_pool2d max_pool3d_with_indices max_pool3d avg_pool1d avg_pool2d avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d "

@@ -20,7 +20,8 @@ def elementwise(call: OperatorCall) -> TensorInfo:
     """Any function of the elements at one place; whether it keeps zeros is asked of the operator itself."""
     operands = [Operand(_real_extents(tensor), call.info(tensor)) for tensor in call.tensors]
     if not any(operand.info.labels for operand in operands):
-        return TensorInfo((), any(o.info.data for o in operands), all(o.info.uniform for o in operands))
+        uniform = all(o.info.uniform or o.shape.numel() == 1 for o in operands)
+        return TensorInfo((), any(o.info.data for o in operands), uniform)
     return combine(call, operands, lambda zeros: _keeps_zero(call, zeros))
 
 
@@ -128,7 +129,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def factory(call: OperatorCall) -> TensorInfo:
-    """zeros, empty, bernoulli_: extents without labels that follow those of whatever they meet.
+    """zeros, empty, uniform_: extents without labels that follow those of whatever they meet.
 
     Ones or noise in the shape of a weight have its channels.
     """
@@ -146,8 +147,27 @@ def _zeros(call: OperatorCall) -> Zeros | None:
 
 
 def pattern(_: OperatorCall) -> TensorInfo:
-    """``eye``: its elements say which rows and columns go together, so that it cannot shrink with either alone."""
+    """``eye``, ``arange``: elements that say where they are, so that what they meet cannot lose just any of its own."""
     return TensorInfo()
+
+
+def triangle(call: OperatorCall) -> TensorInfo:
+    """``tril``, ``triu``: zeros at places that the last two dimensions tell."""
+    info = call.info(call.args[0])
+    if not info.labels:
+        return replace(info, uniform=info.uniform and call.output.dim() > 2)  # a mask for every head: heads may go
+    last = {call.output.dim() - 2, call.output.dim() - 1}
+    call.freeze([one for one in info.labels if last & {*one.dims}], f"is cut to a triangle by {call.where}")
+    return replace(info, labels=tuple(one for one in info.labels if not last & {*one.dims}))
+
+
+def sample(call: OperatorCall) -> TensorInfo:
+    """``bernoulli``, ``normal``: drawn anew, or by what the tensors that enter say at each place."""
+    if call.func._schema.is_mutable or not any(call.info(tensor).labels for tensor in call.tensors):
+        return factory(call)
+    chance = call.name == "bernoulli" and call.argument("p") is None  # a chance of zero gives zero
+    operands = [Operand(_real_extents(tensor), call.info(tensor)) for tensor in call.tensors]
+    return combine(call, operands, lambda zeros: chance and zeros[0])
 
 
 def clear(call: OperatorCall) -> TensorInfo:
