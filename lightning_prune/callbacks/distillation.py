@@ -110,6 +110,9 @@ class DistillationCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         vars(trainer.strategy).pop("training_step", None)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning calls none then
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._part(pl_module)
         self._check_called(trainer, pl_module)

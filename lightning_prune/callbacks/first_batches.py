@@ -48,7 +48,7 @@ def _of_each(loaders: Any, mode: str) -> list[Any]:
     combined: Any = loaders if hasattr(loaders, "flattened") else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     if any(read_once(loader) for loader in combined.flattened):
         return []  # its first batch would be missing from training
-    with generators_kept(combined.flattened):
+    with untouched_loaders(combined.flattened):
         if combined._mode != "sequential":
             fresh = CombinedLoader(combined.iterables, combined._mode)
             return [batch for batch, *_ in (next(iter(fresh), (None,)),) if batch is not None]
@@ -88,8 +88,11 @@ def given_loaders(trainer: Trainer) -> list[Any]:
 
 
 @contextmanager
-def generators_kept(loaders: list[Any]) -> Iterator[None]:
-    """Put back the random generators that loaders and samplers were given."""
+def untouched_loaders(loaders: list[Any]) -> Iterator[None]:
+    """Put back the random generators that loaders and samplers were given, and the iterators that they keep.
+
+    Persistent workers serve one iterator, perhaps that of the epoch under way: a second ``iter()`` would begin it anew.
+    """
     owners = [
         part
         for loader in loaders
@@ -98,8 +101,13 @@ def generators_kept(loaders: list[Any]) -> Iterator[None]:
     owners += [getattr(owner, "sampler", None) for owner in owners]
     generators = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
     states = {key: generator.get_state() for key, generator in generators.items()}
+    begun = [(loader, loader._iterator) for loader in loaders if getattr(loader, "persistent_workers", False)]
+    for loader, _ in begun:
+        loader._iterator = None
     try:
         yield
     finally:
         for key, generator in generators.items():
             generator.set_state(states[key])
+        for loader, iterator in begun:
+            loader._iterator = iterator

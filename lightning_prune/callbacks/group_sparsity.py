@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.module import example_inputs, uncompiled
+from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import check_same_plan, check_strategy, of_the_first
 from lightning_prune.callbacks.run import RUNS, PruningRun
 from lightning_prune.callbacks.scoring import ScoringCallback
@@ -199,11 +199,11 @@ class GroupSparsityCallback(Callback):
         """What a callback that prunes would trace."""
         session = PruningSession(
             pl_module,
-            partial(example_inputs, pl_module, self.example_inputs),
+            lambda: run.example_inputs(pl_module, self.example_inputs),
             statistics=self.statistics,
             also=lambda: [*self.also, *run.steps(pl_module)],
         )
-        run = PruningRun(session)
+        run: PruningRun = PruningRun(session)
         return run
 
     def _acts(self, trainer: Trainer) -> bool:

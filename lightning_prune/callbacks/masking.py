@@ -11,7 +11,6 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import check_same_plan, check_strategy, failing_together, of_the_first
 from lightning_prune.callbacks.run import PruningRun, join
-from lightning_prune.callbacks.scoring_pass import check_fresh_iterators
 from lightning_prune.callbacks.train_mode import EvalModeCheck
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.errors import CallbackError, NoEffectWarning
@@ -156,8 +155,6 @@ class MaskingCallback(Callback):
     def _check_time(self, trainer: Trainer) -> None:
         """Refuse a schedule that training cannot follow to its end."""
         steps = self._run.session.steps
-        if any(step.epochs == 0 for step in steps[:-1]):
-            check_fresh_iterators(trainer)
         per_epoch = trainer.fit_loop.max_batches
         partly = sum(step.batches for step in steps[:-1] if not step.epochs) / per_epoch if per_epoch else 0.0
         needed = trainer.current_epoch + sum(step.epochs for step in steps[:-1]) + math.floor(partly) + 1

@@ -10,6 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks.masking import MaskingCallback
 from lightning_prune.callbacks.random_state import RandomStateCallback
 from lightning_prune.callbacks.reconstruction import ReconstructionCallback
+from lightning_prune.callbacks.run import twice
 from lightning_prune.callbacks.scoring import ScoringCallback
 from lightning_prune.callbacks.tracking import TrackingCallback
 from lightning_prune.callbacks.whole_checkpoints import write_whole
@@ -86,6 +87,8 @@ class PruneCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, PruneCallback) for other in callbacks) > 1:
+            raise CallbackError(twice(self))
         if any(isinstance(other, TrackingCallback) for other in callbacks):
             self.tracking = None  # the user's own
         write_whole(trainer)

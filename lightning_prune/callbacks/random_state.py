@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_prune.callbacks.processes import gathered
+from lightning_prune.callbacks.users_callbacks import running_hook
 from lightning_prune.model_state.preservation import random_state, set_random_state
 
 
@@ -37,7 +38,8 @@ class RandomStateCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what was saved until fitting starts."""
-        self._restored = state_dict["processes"]
+        if self._module is None or not running_hook(self._module):  # else a tuner puts back what it has tried out
+            self._restored = state_dict["processes"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # After the module's setup and before the loaders draw their seeds. Other numbers of processes: as seeded.

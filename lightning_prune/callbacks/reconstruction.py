@@ -19,12 +19,12 @@ from lightning_prune.callbacks.processes import (
     failing_together,
     unwrapped,
 )
-from lightning_prune.callbacks.run import PruningRun, join
+from lightning_prune.callbacks.run import PruningRun, join, resumes
 from lightning_prune.callbacks.timing import EpochTimerCallback
 from lightning_prune.callbacks.weight_averages import averages
 from lightning_prune.errors import CallbackError, check_choice
 from lightning_prune.measure import count_params
-from lightning_prune.model_state.optimizer_state import check_sliceable, unwrap
+from lightning_prune.model_state.optimizer_state import check_attributes, check_sliceable, unwrap
 from lightning_prune.reconstruction import LosslessReport
 
 When = Literal["before", "during", "after"]
@@ -87,6 +87,8 @@ class ReconstructionCallback(EpochTimerCallback):
         self.run.checks.append(self._check_optimizers)
         self.run.reconstructs = True
         schedule = self.run.session.schedule
+        if stage == "fit":
+            _check_other_masks(trainer, self.when)
         if stage == "fit" and self.when == "during" and schedule is not None and schedule.soft:
             raise CallbackError(
                 f"{schedule!r} chooses among all channels every time, so none may be gone before the last: use "
@@ -96,6 +98,9 @@ class ReconstructionCallback(EpochTimerCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._shapes.forget(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._shapes.forget(trainer)  # Lightning tears down nothing then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reconstruct_when_masked(trainer, pl_module)
@@ -132,7 +137,9 @@ class ReconstructionCallback(EpochTimerCallback):
 
     def _check_optimizers(self, trainer: Trainer) -> None:
         """They may have state by the time the model is cut."""
-        started = trainer.global_step > 0 or trainer.ckpt_path is not None
+        if self.when != "after":
+            check_attributes(unwrap(trainer.optimizers))
+        started = trainer.global_step > 0 or resumes(trainer)
         while_training = self._run.session.schedule is not None or started
         if self.when == "after" or while_training:
             check_sliceable(unwrap(trainer.optimizers))
@@ -159,6 +166,19 @@ class ReconstructionCallback(EpochTimerCallback):
             f"Reconstructed in {seconds:.2f} s: {before:,} to {count_params(pl_module):,} parameters; "
             f"{'lossless' if report.passed else 'NOT lossless'}, relative error {report.max_rel_error:.1e} against the "
             f"masked model in {report.dtype} ({', '.join(report.compared)})"
+        )
+
+
+def _check_other_masks(trainer: Trainer, when: When) -> None:
+    """Refuse Lightning's own ModelPruning where its masks, of the dense shapes, would meet the smaller model."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [place for place, one in enumerate(callbacks) if "ModelPruning" in {t.__name__ for t in type(one).__mro__}]
+    ours = next(place for place, one in enumerate(callbacks) if prunes([one]))
+    if any(when != "after" or place > ours for place in others):
+        raise CallbackError(
+            "ModelPruning puts masks of torch.nn.utils.prune on tensors of the dense model until training ends: they "
+            "do not become smaller with it. Use reconstruct='after' (ReconstructionCallback('after')) and put "
+            "ModelPruning before it in Trainer(callbacks=[...]), or use it in a fit of its own"
         )
 
 

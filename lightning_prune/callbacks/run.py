@@ -83,7 +83,7 @@ class PruningRun:
     def open(self, trainer: Trainer, callback: Callback) -> None:
         """Become the run of this Trainer."""
         if RUNS.setdefault(trainer, self) is not self:
-            raise CallbackError(_twice(callback))
+            raise CallbackError(twice(callback))
         self.checks.clear()
         self.reconstructs = self.trains = False
         self.joined[:] = [type(callback).__name__]
@@ -133,7 +133,7 @@ def join(trainer: Trainer, callback: Callback, after: str) -> PruningRun:
             f"{type(callback).__name__} needs a {after} before it in Trainer(callbacks=[...]), {way_out}"
         )
     if type(callback).__name__ in joined:
-        raise CallbackError(_twice(callback))
+        raise CallbackError(twice(callback))
     joined.append(type(callback).__name__)
     return run
 
@@ -145,6 +145,14 @@ def check_before_pruning(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} must see the dense model: put it before PruneCallback (or ScoringCallback) in "
             "Trainer(callbacks=[...])"
         )
+
+
+def resumes(trainer: Trainer) -> bool:
+    """Whether the state of training is still to come from a checkpoint, and with it that of the optimizers.
+
+    ``trainer.ckpt_path`` does not say: finders of learning rates and batch sizes leave their own, long done with.
+    """
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
 
 
 def batches_done(trainer: Trainer) -> int:
@@ -176,8 +184,10 @@ def _as_after_training(trainer: Trainer, pl_module: LightningModule) -> Iterator
         pl_module.to(before)
 
 
-def _twice(callback: Callback) -> str:
+def twice(callback: Callback) -> str:
+    """What is said where two callbacks would do the same."""
     return (
         f"Trainer(callbacks=[...]) has {type(callback).__name__} twice: they would prune each other's channels. Use "
-        "one, with a schedule (Rounds, Gradual) to remove channels in several steps"
+        "one, with a schedule (Rounds, Gradual) to remove channels in several steps, and LayerRatio(overrides=...) "
+        "or ignore=... for parts of the module that lose more, less or nothing"
     )

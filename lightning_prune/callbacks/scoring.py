@@ -20,7 +20,7 @@ from lightning_prune.callbacks.processes import (
     lost_process,
     sum_over_processes_,
 )
-from lightning_prune.callbacks.run import RUNS, PruningRun, batches_done
+from lightning_prune.callbacks.run import RUNS, PruningRun, batches_done, resumes
 from lightning_prune.callbacks.scoring_pass import (
     Amount,
     check_scorable,
@@ -170,9 +170,10 @@ class ScoringCallback(Callback):
             self.load_state_dict(self._noted)
         if self._sums is not None:  # resumed in the middle of scoring
             self._begin(trainer, pl_module)
-        elif self._awaited and self.start == 0 and trainer.ckpt_path is None:  # else once optimizers are restored
+        elif self._awaited and self.start == 0 and not resumes(trainer):  # else once optimizers are restored
+            loaders = trainer.fit_loop._combined_loader  # where configure_optimizers has asked how long training is
             self._begin(trainer, pl_module)
-            trainer.fit_loop._combined_loader = None  # training sets up its own, as if nothing had been scored
+            trainer.fit_loop._combined_loader = loaders  # else training sets up its own, as if nothing had been scored
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_same_number_of_batches(trainer)
@@ -204,7 +205,7 @@ class ScoringCallback(Callback):
         self._run.at_last(trainer, pl_module, self.on_train_end)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        RUNS.pop(trainer, None)
+        self.teardown(trainer, pl_module, "fit")  # Lightning calls none then
         if self._scorer is not None:
             self._scorer.end_batch(discard=True)
         if said := lost_process(exception):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.first_batches import generators_kept, given_loaders, read_once, transferred
+from lightning_prune.callbacks.first_batches import given_loaders, read_once, transferred, untouched_loaders
 from lightning_prune.callbacks.module import uncompiled
 from lightning_prune.callbacks.processes import failing_together, sum_over_processes_
 from lightning_prune.callbacks.user_steps import Surroundings, loss_in, run_step
@@ -127,7 +127,7 @@ def scores_of_all(scorer: Scorer) -> Scores:
 
 def _set_up_data(trainer: Trainer) -> None:
     """At once, since the processes wait for one another; the batches need no messages."""
-    with generators_kept(given_loaders(trainer)):  # Lightning starts each of them once
+    with untouched_loaders(given_loaders(trainer)):  # Lightning starts each of them once
         trainer.fit_loop.setup_data()
 
 
@@ -159,7 +159,7 @@ def training_batches(
     number = None if total is None else total * passes
 
     def shown_batches() -> Generator[tuple[int, Any]]:
-        with generators_kept(combined.flattened):
+        with untouched_loaders(combined.flattened):
             console = Console()
             for index, batch in track(batches, title, number, console=console, transient=True, disable=not shown):
                 yield index, transferred(trainer, module, batch)
@@ -238,15 +238,3 @@ def loss_of(output: Any, pl_module: LightningModule) -> Tensor:
             "scored on the loss it returns (a tensor, or a dict with the key 'loss')"
         )
     return loss
-
-
-def check_fresh_iterators(trainer: Trainer) -> None:
-    """Refuse loaders that cannot be read a second time while the training loop reads them."""
-    combined: Any = trainer.fit_loop._combined_loader
-    for loader in combined.flattened if combined is not None else ():
-        if getattr(loader, "persistent_workers", False):
-            raise CallbackError(
-                "a schedule that counts batches scores in the middle of an epoch, which loaders with "
-                "persistent_workers=True cannot do: their workers serve one iterator at a time; use "
-                "persistent_workers=False, or a schedule that counts epochs"
-            )

@@ -35,8 +35,8 @@ class _Seen(BaseException):
 def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
     """The inputs of the first forward in ``training_step``, else in ``validation_step``, of two samples.
 
-    A step that calls a part of the module instead, ``self.net(x)``, gives the inputs too, if forward hands what it is
-    given on to that part as it is. The step runs on a copy.
+    A step that calls parts of the module instead, ``self.net(x)``, gives the inputs too: those of the first part to
+    which forward hands what it is given as it is. The step runs on a copy.
 
     Returns:
         None if no step calls such a forward.
@@ -46,28 +46,27 @@ def seen_inputs(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> Any:
     """
     for name in ("training_step", "validation_step"):
         try:
-            call = _first_call(pl_module, steps, name)
+            calls = _first_calls(pl_module, steps, name)
         except CallbackError:
             if name == "training_step":
                 raise
             continue
-        if call is None:
-            continue
-        if not overrides(pl_module, "forward"):
-            raise CallbackError(_no_forward(pl_module, name, call.path))
-        example = _as_example(pl_module, call)
-        if example is not None and (not call.path or _hands_on(pl_module, example, call)):
-            return example
+        if calls and not overrides(pl_module, "forward"):
+            raise CallbackError(_no_forward(pl_module, name, calls[0].path))
+        for call in calls:
+            example = _as_example(pl_module, call)
+            if example is not None and (not call.path or _hands_on(pl_module, example, call)):
+                return example
     return None
 
 
 def called_instead(pl_module: LightningModule, steps: Sequence[EntryPoint]) -> str:
     """The part of the module that ``training_step`` calls first if it never calls ``self(...)``; "" if not known."""
     try:
-        call = _first_call(pl_module, steps, "training_step")
+        calls = _first_calls(pl_module, steps, "training_step")
     except CallbackError:
         return ""
-    return "" if call is None else call.path
+    return calls[0].path if calls else ""
 
 
 def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
@@ -77,34 +76,34 @@ def _no_forward(pl_module: LightningModule, step: str, path: str) -> str:
     )
 
 
-def _first_call(pl_module: LightningModule, steps: Sequence[EntryPoint], name: str) -> _Call | None:
-    """What the first step of that name calls: the module itself, or else the first of its parts."""
+def _first_calls(pl_module: LightningModule, steps: Sequence[EntryPoint], name: str) -> list[_Call]:
+    """What the first step of that name calls: the module itself, or else its parts, in their order."""
     step = next((entry for entry in steps if entry.name.startswith(name)), None)
     if step is None:
-        return None
-    part: _Call | None = None
+        return []
+    parts: list[_Call] = []
     failure: Exception | None = None
     for tried in (head(step, SAMPLES), step):  # not every batch can be cut
         calls, failure = _calls(pl_module, tried.own(), "", training=True in step.modes)
         if calls and not calls[-1].path:
-            return calls[-1]
-        part = calls[0] if calls else part
+            return calls[-1:]
+        parts = calls or parts
         if failure is None:
             break
-    if failure is not None and part is None:
+    if failure is not None and not parts:
         raise CallbackError(
             f"no example inputs, and {step.name} raised {type(failure).__name__} before it called self(...): "
             f"{failure}. Set self.example_input_array in the LightningModule, or pass example_inputs=... to the "
             "callback"
         ) from failure
-    return part
+    return parts
 
 
 def _hands_on(pl_module: LightningModule, example: Any, call: _Call) -> bool:
     """Whether forward gives what it is given to the same part, as it is."""
     calls, _ = _calls(pl_module, EntryPoint("forward", call_model, example).own(), call.path)
-    found = next((one for one in calls if one.path), None)
-    if found is None or found.path != call.path:
+    found = next((one for one in calls if one.path == call.path), None)
+    if found is None:
         return False
     given, expected = (tensors_in((one.args, one.kwargs)) for one in (found, call))
     alike = len(given) == len(expected) and all(a.dtype == b.dtype for a, b in zip(given, expected, strict=True))
@@ -114,7 +113,7 @@ def _hands_on(pl_module: LightningModule, example: Any, call: _Call) -> bool:
 def _calls(
     pl_module: LightningModule, entry: EntryPoint, until: str, *, training: bool = False
 ) -> tuple[list[_Call], Exception | None]:
-    """The first call of the module and of one of its parts, in their order, and what was raised.
+    """The first call of the module and of its parts (not of parts of these), in their order, and what was raised.
 
     The run ends at the call of this path.
     """
@@ -135,7 +134,7 @@ def _watched(module: nn.Module, found: list[_Call], until: str) -> Iterator[None
     for path, part in module.named_modules():
 
         def note(_: object, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            if not any(bool(call.path) == bool(path) for call in found):
+            if not any(call.path == path or (call.path and path.startswith(f"{call.path}.")) for call in found):
                 found.append(_Call(path, *map_tensors(torch.clone, (args, kwargs))))  # a part may work in place
             if path == until:
                 raise _Seen

@@ -17,7 +17,7 @@ from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 
-from lightning_prune.callbacks.first_batches import generators_kept
+from lightning_prune.callbacks.first_batches import untouched_loaders
 
 
 @contextmanager
@@ -94,7 +94,7 @@ class Loaders:
             mode: Any = "max_size_cycle" if training else "sequential"
             self._made[loop] = given if hasattr(given, "flattened") else CombinedLoader(given, mode)
         made = self._made[loop]
-        kept.enter_context(generators_kept(made.flattened))  # a step may read them
+        kept.enter_context(untouched_loaders(made.flattened))  # a step may read them
         counts = [_count(loader, limit) for loader in made.flattened]
         if not training:
             loop._max_batches = counts

@@ -50,7 +50,8 @@ _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status: 0, 1 for a failed run, 2 for wrong usage, 130 for Ctrl-C.
 
-    Where what reads its output has left, as ``head`` does, the command ends without a word, with 141.
+    A run that SIGTERM has stopped ends with 143. Where what reads its output has left, as ``head`` does, the command
+    ends without a word, with 141.
 
     Example:
         >>> main(["fitt"])  # on standard error: did you mean 'fit'?
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(argv)
     except SystemExit as stop:
+        if (stopped := _stopped(stop)) is not None:
+            return stopped
         if not isinstance(stop.__context__, BrokenPipeError) and _is_read():  # else rich has met it, and exits
             raise
         return _UNREAD
@@ -66,7 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_read("\n"):  # it was another pipe
             raise
         return _UNREAD
-    return status if _is_read() else _UNREAD
+    except OSError as error:  # of help and the version
+        if error.errno not in _NO_ROOM:
+            raise
+        status = _fail(f"cannot write to standard output: {error.strerror}", status=1)
+    try:
+        return status if _is_read() else _UNREAD
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _close_output()
+        return status or _fail(f"cannot write to standard output: {error.strerror}", status=1)
+
+
+def _stopped(stop: SystemExit) -> int | None:
+    """The status of a run that a signal has stopped: Lightning ends it with 1 at Ctrl-C, and with 0 at SIGTERM."""
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return _fail("interrupted", status=130)
+    if type(stop).__name__ == "SIGTERMException":  # of Lightning, which need not be there
+        return _fail("terminated", status=143)
+    return None
 
 
 def _is_read(more: str = "") -> bool:
@@ -77,9 +99,14 @@ def _is_read(more: str = "") -> bool:
         sys.stdout.write(more)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return False
     return True
+
+
+def _close_output() -> None:
+    """Let what is left of standard output go nowhere, or Python complains at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:

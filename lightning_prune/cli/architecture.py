@@ -92,6 +92,7 @@ class Architecture:
     origin: str
     name: str
     shape: Sequence[int] | None  # that the command line asks for
+    prunes: bool = False  # whether its configuration holds a callback that does, in training
 
     @property
     def task_inputs(self) -> Any:
@@ -159,7 +160,10 @@ def architecture(options: argparse.Namespace, *checkpoints: Checkpoint) -> Archi
 
         argv = [*(word for name in options.config for word in ("--config", name)), *options.fit_options]
         built = build_task(argv, options.prog)
-        return Architecture(built.task, built.data, shlex.join(argv), built.name, options.input)
+        callbacks = built.config["trainer"].get("callbacks") or []
+        listed = callbacks if isinstance(callbacks, list) else [callbacks]
+        prunes = any(one["class_path"].endswith("PruneCallback") for one in listed)
+        return Architecture(built.task, built.data, shlex.join(argv), built.name, options.input, prunes)
     if options.fit_options:
         raise UsageError(f"{options.fit_options[0]} is for --config: with --model there is no configuration")
     argv = ["--model", options.model, *(word for argument in options.arg for word in ("--arg", argument))]

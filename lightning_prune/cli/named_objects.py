@@ -8,15 +8,15 @@ import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from lightning_prune.errors import ModelError, did_you_mean, first_line
 
 _FORMS = "package.module:name, package.module.name or path/to/file.py:name"
 
 
-def find_object(path: str) -> Any:
-    """The object that a path names.
+def find_object(path: str, what: Literal["model", "criterion"] = "model") -> Any:
+    """The object that a path names, to build ``what`` is asked for.
 
     Raises:
         ModelError: the part of it that is wrong; of a module alone, what it holds.
@@ -24,7 +24,7 @@ def find_object(path: str) -> Any:
     place, _, name = path.partition(":") if ":" in path else _split(path)
     module = _of_file(Path(place)) if place.endswith(".py") else _module(place, path)
     if not name:
-        raise ModelError(f"'{path}' is a module; name what builds the model in it:{_candidates(place, module)}")
+        raise ModelError(f"'{path}' is a module; name what builds the {what} in it:{_candidates(place, module, what)}")
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -32,7 +32,7 @@ def find_object(path: str) -> Any:
             raise ModelError(f"there is no '{name}' in {place}.{did_you_mean(part, public)}")
         found = getattr(found, part)
     if isinstance(found, ModuleType):
-        raise ModelError(f"'{path}' is a module; name what builds the model in it:{_candidates(path, found)}")
+        raise ModelError(f"'{path}' is a module; name what builds the {what} in it:{_candidates(path, found, what)}")
     return found
 
 
@@ -98,13 +98,16 @@ def _of_file(path: Path) -> ModuleType:
     return module
 
 
-def _candidates(place: str, module: ModuleType) -> str:
-    """What a module itself defines that can be called, first what is sure to be a model."""
+def _candidates(place: str, module: ModuleType, what: str) -> str:
+    """What a module itself defines that can be called, first what is sure to be a model; or its criteria."""
     from torch import nn
+
+    from lightning_prune.criteria import Criterion
 
     own = {name: value for name, value in vars(module).items() if not name.startswith("_") and callable(value)}
     own = {name: value for name, value in own.items() if getattr(value, "__module__", None) == module.__name__}
-    models = [name for name, value in own.items() if inspect.isclass(value) and issubclass(value, nn.Module)]
-    functions = [name for name, value in own.items() if inspect.isfunction(value)]
-    names = [*models, *functions][:8]
+    kind = nn.Module if what == "model" else Criterion
+    classes = [name for name, value in own.items() if inspect.isclass(value) and issubclass(value, kind)]
+    functions = [name for name, value in own.items() if inspect.isfunction(value) and what == "model"]
+    names = [*classes, *functions][:8]
     return f" {', '.join(f'{place}:{name}' for name in names)}" if names else f" nothing in it can be called ({_FORMS})"

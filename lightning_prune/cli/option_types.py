@@ -83,10 +83,13 @@ def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def criterion(word: str) -> str:
-    """A name of a criterion, in any case."""
+    """A name of a criterion, in any case; or the path of one of the user's own, which is looked for later."""
+    if "." in word or ":" in word:
+        return word
     if word.lower().replace("_", "") not in {name.replace("_", "") for name in CRITERIA}:
         hint = did_you_mean(word.lower(), CRITERIA)
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CRITERIA)}, got '{word[:40]}'.{hint}")
+        known = f"{', '.join(CRITERIA)}, or module:name"
+        raise argparse.ArgumentTypeError(f"expected one of {known}, got '{word[:40]}'.{hint}")
     return word
 
 

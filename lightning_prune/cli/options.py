@@ -58,6 +58,7 @@ _SENSITIVITY = """lightning-prune sensitivity CHECKPOINT --config TASK.yaml
 _CHANNELS = "lightning-prune channels PRUNED [--layer NAME] [--out channels.json]"
 _LEAST = "that every group of channels keeps, or a share such as 0.25; default: 1"
 _STATISTICS = "let channels under layer norms and the like go, which is NOT lossless"
+_CRITERION = "l1, fpgm, jre, ..., or your own, as module:name; default: l1"
 _WITH_CONFIG = "With --config, the other options are those of lightning-prune fit"
 
 
@@ -71,7 +72,7 @@ def prune(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of Lightning (--config), or a state dict (--model)")
-    add("--criterion", type=criterion, default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--criterion", type=criterion, default="l1", metavar="NAME", help=_CRITERION)
     add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
     amount = parser.add_mutually_exclusive_group().add_argument
     amount("--ratio", type=share, default=0.5, metavar="SHARE", help="of channels removed; default: 0.5")
@@ -218,7 +219,7 @@ def sensitivity(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="dense weights of the task")
     add(*CONFIG_FLAGS, action="append", required=True, metavar="TASK", help="YAML file or recipe, with its data")
-    add("--criterion", type=criterion, default="l1", metavar="NAME", help="l1, fpgm, jre, ...; default: l1")
+    add("--criterion", type=criterion, default="l1", metavar="NAME", help=_CRITERION)
     add("--score-batches", type=count, metavar="N", help="of the training data, for criteria that need it")
     ratios = [round(0.1 * tenth, 1) for tenth in range(1, 10)]
     add("--ratios", type=list_of(share), default=ratios, metavar="A,B", help="shares masked; default: 0.1,0.2,...,0.9")
@@ -231,6 +232,7 @@ def sensitivity(argv: Sequence[str]) -> argparse.Namespace:
     add("--round-to", type=count, default=1, metavar="N", help="channels kept are multiples of it")
     add("--min-channels", type=least, default=1, metavar="N", help=_LEAST)
     add("--ignore", action="append", default=[], metavar="LAYER", help="leave it whole; a pattern; repeat")
+    add("--statistics", action="store_true", help=_STATISTICS)
     default = "runs/sensitivity"
     add("--out", dest="output", type=Path, default=Path(default), metavar="DIR", help=f"default: {default}")
     parser.set_defaults(model=None, arg=[], input=None)
@@ -289,7 +291,7 @@ def compare(argv: Sequence[str]) -> argparse.Namespace:
     task = "YAML file or recipe, with its data; default: task/resnet18_digits.yaml"
     add(*CONFIG_FLAGS, action="append", default=[], metavar="TASK", help=task)
     names = ["l1", "l2", "fpgm", "taylor", "jre"]
-    add("--criteria", type=list_of(str), default=names, metavar="A,B", help=f"names; default: {','.join(names)}")
+    add("--criteria", type=list_of(criterion), default=names, metavar="A,B", help=f"names; default: {','.join(names)}")
     shares = "shares removed; default: 0.3,0.5,0.7"
     add("--ratios", type=list_of(float), default=[0.3, 0.5, 0.7], metavar="A,B", help=shares)
     seeds = "of scoring batches and fine-tuning; default: 0,1,2"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture, naming_input
 from lightning_prune.cli.constraints import constraint_words, constraints_of
 from lightning_prune.cli.cost_table import DENSE, PRUNED, print_costs, print_latency
+from lightning_prune.cli.criterion import criterion_of
 from lightning_prune.cli.parser import UsageError
-from lightning_prune.criteria import Criterion, criterion_from
+from lightning_prune.criteria import Criterion
 from lightning_prune.criteria.scores import Scores
 from lightning_prune.criteria.scoring import score
 from lightning_prune.errors import ModelError, NoEffectWarning, NotReconstructedWarning, PlanError, UnreachedWarning
@@ -38,7 +39,7 @@ SHOWN = 10  # passes timed for the table
 
 def run(options: argparse.Namespace) -> int:
     """`lightning-prune prune CHECKPOINT --config TASK.yaml --criterion jre --ratio 0.5`."""
-    criterion, selection = criterion_from(options.criterion), _selection(options)
+    criterion, selection = criterion_of(options.criterion), _selection(options)
     out = options.out
     _check_options(options, criterion)
     checkpoint = Checkpoint.read(options.checkpoint)
@@ -82,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
     _show(console, graph, plan, lossless, options)
     if found is not None:
         print_line(console, str(found))
+    if known.prunes:
+        print_line(console, "the PruneCallback of --config is for fit; here --criterion and --ratio count", "yellow")
     settings = f"{criterion!r}, {selection!r}, coupling {plan.coupling!r}"
     shape = list(inputs.shape) if isinstance(inputs, Tensor) else None
     save(out, small, plan, input=shape, origin=known.origin, settings=settings)

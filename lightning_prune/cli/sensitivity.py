@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule
@@ -12,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_prune.cli.architecture import Architecture, Checkpoint, architecture
 from lightning_prune.cli.constraints import constraint_words, constraints_of
+from lightning_prune.cli.criterion import criterion_of
 from lightning_prune.errors import ModelError
 from lightning_prune.experiments.sensitivity import SensitivityStudy, measure_task_sensitivity, write_sensitivity
 from lightning_prune.report.sensitivity import sensitivity_table
-from lightning_prune.report.table import print_line
+from lightning_prune.report.table import print_line, printable
 from lightning_prune.selection import LayerRatio
 from lightning_prune.sensitivity import within_budget
 
@@ -30,18 +33,27 @@ def run(options: argparse.Namespace) -> int:
         raise ModelError("sensitivity is measured on validation data: the TASK of --config has no data: section")
     task = known.load(checkpoint)
     assert isinstance(task, LightningModule)
-    console = Console()
+    console = Console(highlight=False)
     constraints = constraints_of(options)
     study = _measured(task, known, options, constraints)
     selection, said = _chosen(study, task, known, options, constraints)
     _show(console, study, selection, said)
     files = write_sensitivity(study, options.output, selection)
-    print_line(console, "Written: " + "  ".join(map(str, files.values())))
+    console.print("Written: " + "  ".join(map(str, files.values())), soft_wrap=True, markup=False)
     if selection is not None:
-        command = f"lightning-prune prune {options.checkpoint} --config {options.config[0]}"
-        words = " ".join(["", *constraint_words(options)])
-        print_line(console, f"{command} --layer-ratios {files['layer_ratios.json']}{words}", "bold")
+        # unbroken, for it is copied
+        console.print(printable(console, _prune_command(options, files["layer_ratios.json"]), "bold"), soft_wrap=True)
     return 0
+
+
+def _prune_command(options: argparse.Namespace, ratios: Path) -> str:
+    """What carries out the ratios that were chosen: the same model, criterion and constraints."""
+    words = ["lightning-prune", "prune", options.checkpoint]
+    words += [word for name in options.config for word in ("--config", name)] + options.fit_options
+    words += ["--criterion", options.criterion] * (options.criterion != "l1")
+    words += ["--score-batches", str(options.score_batches)] * (options.score_batches is not None)
+    words += ["--layer-ratios", str(ratios)]
+    return " ".join([shlex.join(words), *constraint_words(options), *["--statistics"] * options.statistics])
 
 
 def _measured(
@@ -61,13 +73,14 @@ def _measured(
         return measure_task_sensitivity(
             task,
             known.data,
-            options.criterion,
+            criterion_of(options.criterion),
             output=options.output,
             ratios=options.ratios,
             batches=options.batches,
             score_batches=options.score_batches,
             metric=options.metric,
             mode=options.mode,
+            statistics=options.statistics,
             task_settings=known.origin,
             progress=lambda done, total: bar.update(shown, completed=done, total=total),
             **constraints,

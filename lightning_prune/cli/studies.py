@@ -9,10 +9,11 @@ from pytorch_lightning import LightningDataModule, seed_everything
 from rich.console import Console
 
 from lightning_prune.cli.config_errors import ExplainingParser, title_groups
+from lightning_prune.cli.criterion import criterion_of
 from lightning_prune.cli.recipes import resolve
 from lightning_prune.cli.run_folder import new_folder
 from lightning_prune.cli.training import build_task
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import PlanError, PruningError
 from lightning_prune.experiments.comparison import (
     Cell,
     Refusal,
@@ -72,6 +73,10 @@ def compare(options: argparse.Namespace) -> int:
     rest = options.fit_options
     if "--config" not in rest:
         rest = ["--config", TASK, *rest]
+    names: list[str] = options.criteria
+    if again := [name for name in names if names.count(name) > 1]:
+        raise PlanError(f"criterion {again[0]!r} is named twice")
+    options.criteria = {name: criterion_of(name) for name in names}
     check_request(options.criteria, options.ratios, options.seeds, options.selection, options.epochs)
     seed_everything(options.train_seed, verbose=False)  # the model draws its first weights when it is built
     built = build_task(rest, options.prog)

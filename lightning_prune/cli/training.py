@@ -125,11 +125,13 @@ class _CLI(LightningCLI):
             raise ConfigurationError(f"--trainer.devices must be at most {most} on this machine, got {devices}")
         if config.trainer.get("accumulate_grad_batches") == 0:
             raise ConfigurationError("--trainer.accumulate_grad_batches must be at least 1, got 0")
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = str(last_checkpoint(self._folder) or "last")
         logger = config.trainer.get("logger")
         init_args = logger.get("init_args") if isinstance(logger, Namespace) else None
-        if init_args is None or (init_args.get("name"), init_args.get("version")) != (self._folder, ""):
+        chosen_here = None if init_args is None else self._folder_in(init_args)
+        self._folder = chosen_here or self._folder
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last_checkpoint(self._folder) or "last")
+        if init_args is None or chosen_here is None:
             return  # the user's own
         self._continued = folder_of(config.get("ckpt_path"), self._folder) if self.subcommand == "fit" else None
         folder = self._continued or self._opened.enter_context(own_folder(self._folder))
@@ -141,6 +143,17 @@ class _CLI(LightningCLI):
             config.trainer.default_root_dir = str(RUNS / folder)
             chosen.append("default_root_dir")
         self.save_config_kwargs = {"chosen": chosen}
+
+    def _folder_in(self, logger: Namespace) -> str | None:
+        """The folder that a logger was given here, or by the command that printed its configuration: for any number
+        of runs. None: the user has chosen it.
+        """
+        save_dir, name, version = (logger.get(key) for key in ("save_dir", "name", "version"))
+        if (name, version) == (self._folder, ""):
+            return self._folder
+        stem, _, command = str(name).rpartition("/")
+        printed = (save_dir, version) == (str(RUNS), "") and command in _COMMANDS
+        return f"{stem}/{self.subcommand}" if printed and stem else None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse `args`, without Lightning's complaint that sys.argv is not empty: they come from there."""

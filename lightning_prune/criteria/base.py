@@ -191,7 +191,7 @@ class WeightCriterion(Criterion, ABC):
     dead_score: ClassVar[float] = 0.0
     by_row: ClassVar[bool] = False
     norm_share: float = 0.0
-    normalize: functional.Normalizer
+    normalize: functional.Normalizer = "mean"
 
     @abstractmethod
     def channel_scores(self, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_prune.criteria import Criterion, Scores, criterion_from
 from lightning_prune.errors import SensitivityError
-from lightning_prune.experiments.comparison.cells import digest
+from lightning_prune.experiments.comparison.cells import described, digest
 from lightning_prune.experiments.comparison.run import data_summary, weights_digest
 from lightning_prune.experiments.runner import METRICS, Runner, logged_metric, metric_name, quiet
 from lightning_prune.files import check_writable, write_text
@@ -39,6 +39,7 @@ class SensitivityStudy:
         criterion: that they are of.
         about: how it was evaluated, in words.
         percent: whether the metric lies in [0, 1] and is shown times 100.
+        statistics: whether channels under layer norms and the like were masked, too.
     """
 
     sensitivity: Sensitivity
@@ -47,6 +48,7 @@ class SensitivityStudy:
     criterion: Criterion
     about: str
     percent: bool
+    statistics: bool = False
 
 
 def measure_task_sensitivity(
@@ -60,6 +62,7 @@ def measure_task_sensitivity(
     score_batches: int | None = None,
     metric: str | None = None,
     mode: Mode | None = None,
+    statistics: bool = False,
     task_settings: Any = None,
     progress: Callable[[int, int], object] | None = None,
     **constraints: Any,
@@ -79,6 +82,7 @@ def measure_task_sensitivity(
         score_batches: of the training data; None: all.
         metric: name of a logged metric without its stage, such as "acc" or "loss"; None: mIoU, mAP or accuracy.
         mode: ``max`` if a high metric is good, ``min`` if a low one is; None: ``min`` for a loss.
+        statistics: mask channels under layer norms and the like, too, see `lightning_prune.graph.trace`.
         task_settings: plain data that the values depend on besides.
         progress: called with the evaluations that are done, and their number.
         constraints: of `lightning_prune.selection.Selection`.
@@ -101,8 +105,9 @@ def measure_task_sensitivity(
     runner = Runner(data)
     with quiet():
         metric = logged_metric(task, metric, runner.validated(task, batches), "val")
-        scoring = {"criterion": repr(criterion), "score_batches": score_batches}
-        graph, scores = _scored(runner, task, criterion, score_batches, folder, scoring)
+        scoring = {"criterion": described(criterion), "score_batches": score_batches}
+        scoring |= {"statistics": True} if statistics else {}
+        graph, scores = _scored(runner, task, criterion, folder, scoring)
         found = measure_sensitivity(
             task,
             graph,
@@ -124,26 +129,26 @@ def measure_task_sensitivity(
         )
     first = "the" if batches is None else "the first" if batches == 1 else f"the first {batches}"
     about = f"{first} validation batch{'' if batches == 1 else 'es'}, channels by {type(criterion).__name__}"
-    return SensitivityStudy(found, graph, scores, criterion, about, metric in METRICS)
+    return SensitivityStudy(found, graph, scores, criterion, about, metric in METRICS, statistics)
 
 
 def _scored(
     runner: Runner,
     task: LightningModule,
     criterion: Criterion,
-    batches: int | None,
     folder: Path,
     settings: dict[str, Any],
 ) -> tuple[ChannelGraph, Scores]:
     """Scores of an earlier call, or new ones, which are kept: a sum over batches may round otherwise the next time."""
+    statistics = settings.get("statistics", False)
     depends: dict[str, Any] = {"weights": weights_digest(task), **settings}
     if criterion.needs_forward:
         depends["data"] = data_summary(runner.data, ("train",))
     path = folder / f"scores-{digest(depends)[:12]}.pt"
     if path.is_file():
-        graph = trace(task, task.example_input_array)
+        graph = trace(task, task.example_input_array, statistics=statistics)
         return graph, Scores.load(path, graph)
-    graph, scores = runner.score(task, criterion, batches=batches)
+    graph, scores = runner.score(task, criterion, batches=settings["score_batches"], statistics=statistics)
     scores.save(path)
     return graph, scores
 
@@ -170,16 +175,17 @@ def write_sensitivity(
     save_figure(figure, files["sensitivity.png"])
     if selection is not None:
         selection.save(files["layer_ratios.json"])
-        write_text(files["prune.yaml"], _configuration(study.criterion, selection))
+        write_text(files["prune.yaml"], _configuration(study, selection))
     return files
 
 
-def _configuration(criterion: Criterion, selection: LayerRatio) -> str:
+def _configuration(study: SensitivityStudy, selection: LayerRatio) -> str:
     """A prune recipe that says what the selection does."""
     callback = {
-        "criterion": _spelled(criterion),
+        "criterion": _spelled(study.criterion),
         "selection": _spelled(selection),
         "reconstruct": "before",
+        **({"statistics": True} if study.statistics else {}),
     }
     content = {"trainer": {"callbacks+": [{"class_path": "lightning_prune.PruneCallback", "init_args": callback}]}}
     about = "# Ratios of layers from lightning-prune sensitivity; reconstructed before fine-tuning\n"

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_unflatten
 
 from lightning_prune.engines.onnx_file import as_onnx, named, operators_of, traced_program
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ExportError, first_line
 from lightning_prune.export.deployed import drop_unused
-from lightning_prune.export.inputs import SIDE
+from lightning_prune.export.inputs import SIDE, image_size
 from lightning_prune.export.metadata import IN_PROGRAM, json_of, tensors_of_onnx, tensors_of_program, write_in_onnx
 from lightning_prune.measure import samples_in, with_samples
 
@@ -35,17 +35,27 @@ def traced(model: nn.Module, example: Any, dynamic_batch: bool, dynamic_size: bo
     if dynamic_batch:
         example = with_samples(example, samples_in(example) + 1)  # never 1, which is taken for a constant
     batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
-    if dynamic_size:
-        try:
-            height, width = torch.export.Dim("height"), torch.export.Dim("width")
-            program = traced_program(model, example, {**batch, 2: height, 3: width})
-        except Exception:  # noqa: BLE001  # networks that halve their maps insist on multiples
-            rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
-            program = traced_program(model, example, {**batch, 2: SIDE * rows, 3: SIDE * columns})
-    else:
-        program = traced_program(model, example, batch)
+    program = _of_open_size(model, example, batch) if dynamic_size else traced_program(model, example, batch)
     drop_unused(program)
     return program
+
+
+def _of_open_size(model: nn.Module, example: Any, batch: Mapping[int, Any]) -> torch.export.ExportedProgram:
+    """For images of any size; else from the example's on, as kernels do not fit into small ones; else of multiples."""
+    open_, (height, width) = torch.export.Dim, image_size(example) or (0, 0)
+    sides = [(open_("height"), open_("width")), (open_("height", min=height), open_("width", min=width))]
+    if height % SIDE == width % SIDE == 0:  # networks that halve their maps and add them up insist on these
+        sides.append((SIDE * open_("rows"), SIDE * open_("columns")))
+    for tall, wide in sides:
+        try:
+            return traced_program(model, example, {**batch, 2: tall, 3: wide})
+        except Exception as error:  # noqa: BLE001
+            cause = error
+    raise ExportError(
+        f"dynamic_size: {type(model).__name__} cannot be exported for images of any size, as if its code fixed one: "
+        f"{first_line(cause)}. Leave out dynamic_size and write a file per size; an example whose height and width are "
+        f"multiples of {SIDE}, at least {2 * SIDE}, may help"
+    ) from cause
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path, about: Mapping[str, Any]) -> Draft:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +46,11 @@ def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
     Adafactor's row and column averages or the history of LBFGS belong to no channel.
     """
     for optimizer in optimizers:
-        probe = nn.Parameter(torch.ones(3, 2))
+        probe = _probe(optimizer)
         plain = {"foreach": None, "fused": None, "capturable": False}  # these suit the real parameters' device
-        settings = {name: plain.get(name, value) for name, value in optimizer.defaults.items()}
+        known = inspect.signature(type(optimizer)).parameters  # torch adds defaults when it loads a state
+        given = {name: value for name, value in optimizer.defaults.items() if name in known}
+        settings = {name: plain.get(name, value) for name, value in given.items()}
         try:
             trial = type(optimizer)([probe], **settings)
             probe.grad = torch.ones_like(probe)
@@ -54,6 +58,40 @@ def check_sliceable(optimizers: Iterable[Optimizer]) -> None:
         except Exception:  # noqa: BLE001  # an optimizer that wants more than parameters cannot be tried
             continue
         _check_fits(trial, probe)
+
+
+def check_attributes(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that keep weights in attributes of their own, where nothing can find and cut them."""
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        shapes = {parameter.shape for parameter in parameters if parameter.numel() > 1}
+        for name, value in vars(optimizer).items():
+            if name in ("param_groups", "state", "defaults"):
+                continue
+            kept = (one for one in _tensors(value) if not any(one is parameter for parameter in parameters))
+            found = next((one for one in kept if one.shape in shapes), None)
+            if found is not None:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} keeps a tensor of shape {list(found.shape)} in its attribute "
+                    f"{name!r}, which nothing cuts along with channels. Keep it in optimizer.state[parameter], make it "
+                    "in the first step after reconstruction, or prune before (lightning_prune.prune)"
+                )
+
+
+def _probe(optimizer: Optimizer) -> nn.Parameter:
+    """In the shape of its largest parameter, but no larger than it takes: some keep averages of large matrices only."""
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    largest = max(shapes, key=torch.Size.numel, default=torch.Size([3, 2]))
+    return nn.Parameter(torch.ones([min(size, 128) for size in largest]))
+
+
+def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Those in containers, not those of other objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner, depth - 1)
 
 
 def check_state(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
@@ -81,11 +119,17 @@ def _check_fits(optimizer: Optimizer, parameter: Tensor) -> None:
 
 
 def unwrap(optimizers: Iterable[object]) -> list[Optimizer]:
-    """Plain torch optimizers, out of Lightning's wrappers where needed; a `TypeError` for anything else."""
-    plain = []
+    """Plain torch optimizers, out of Lightning's wrappers where needed, with those that they run (SAM, Lookahead).
+
+    A `TypeError` for anything else.
+    """
+    plain: list[Optimizer] = []
     for optimizer in optimizers:
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, Optimizer):
             raise TypeError(f"expected torch optimizers, got {type(optimizer).__name__}")
-        plain.append(inner)
+        found = [inner]
+        for one in found:  # grows
+            found += [part for part in vars(one).values() if isinstance(part, Optimizer) and part not in found]
+        plain += found
     return plain

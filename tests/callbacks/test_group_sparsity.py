@@ -257,6 +257,19 @@ def test_a_model_without_channels_that_can_go_is_refused() -> None:
     task = Task()
     task.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double()
     refused(task, GroupSparsityCallback(1.0), error=CallbackError, match="nothing to prune in Task: net.1 reaches")
-    task = Task()
-    task.example_input_array = None
-    refused(task, GroupSparsityCallback(1.0), error=CallbackError, match="set self.example_input_array")
+
+
+class Elsewhere(Task):
+    """Its forward gives the network something else than its training step does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x / 255)
+
+
+def test_without_an_example_it_traces_with_what_the_training_step_gives_to_forward() -> None:
+    told, found, refuses = Task(), Task(), Elsewhere()
+    found.example_input_array = refuses.example_input_array = None
+    for task in (told, found):
+        fit(task, GroupSparsityCallback(1.0))
+    assert all(torch.equal(tensor, told.state_dict()[name]) for name, tensor in found.state_dict().items())
+    refused(refuses, GroupSparsityCallback(1.0), error=CallbackError, match="set self.example_input_array")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import ModelPruning
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_prune.callbacks import (
@@ -15,7 +16,7 @@ from lightning_prune.callbacks import (
 )
 from lightning_prune.criteria import JRE, L1
 from lightning_prune.errors import CallbackError, PlanError, ScoreError, TraceError
-from tests.callbacks.helpers import Task, fit
+from tests.callbacks.helpers import Task, fit, params
 from tests.zoo import images
 
 
@@ -33,6 +34,18 @@ def test_an_order_that_cannot_work_is_refused() -> None:
     refused(Task(), mask, score_, error=CallbackError, match="ScoringCallback comes after it: swap them")
     refused(Task(), mask, error=CallbackError, match="there is none: add it, or use PruneCallback")
     refused(Task(), ScoringCallback(L1()), rebuild, error=CallbackError, match="needs a MaskingCallback before it")
+
+
+def test_masks_of_lightnings_own_pruning_are_refused_where_they_would_meet_the_smaller_model() -> None:
+    def unstructured() -> ModelPruning:
+        return ModelPruning("l1_unstructured", amount=0.3)
+
+    for prune in (PruneCallback("l1"), PruneCallback("l1", reconstruct="during")):
+        refused(Task(), unstructured(), prune, error=CallbackError, match="ModelPruning puts masks")
+    last = PruneCallback("l1", reconstruct="after"), unstructured()
+    refused(Task(), *last, error=CallbackError, match="put ModelPruning before it")
+    fit(task := Task(), unstructured(), PruneCallback("l1", reconstruct="after"))
+    assert params(task) < params(Task())
 
 
 def test_no_training_step_or_no_loss_is_refused() -> None:

@@ -64,6 +64,19 @@ class OfValidation(Elsewhere):
         self.log("mean", self(batch[0]).mean())
 
 
+class TeacherFirst(Around):
+    """Augments by a module and asks the teacher before the network that forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.augment = nn.Identity()
+        self.teacher = build("Residual").train().requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images = self.augment(batch[0])
+        return super().training_step([images, batch[1]], batch_idx) + 0 * self.teacher(images).mean()
+
+
 class NoForward(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +96,7 @@ def fit(task: Task, example: Any = None, **options: Any) -> lp.PruneCallback:
     return callback
 
 
-@pytest.mark.parametrize("kind", [Task, Named, Around, OfValidation])
+@pytest.mark.parametrize("kind", [Task, Named, Around, TeacherFirst, OfValidation])
 def test_the_run_is_the_one_that_an_example_gives(kind: type[Task]) -> None:
     own, told = kind(), kind()
     found, expected = fit(own), fit(told, example=images(2))

@@ -360,6 +360,53 @@ def test_optimizers_whose_state_is_cut(kind: str) -> None:
     )
 
 
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer around another, with weights of its own (Zhang et al., 2019): in its state, or beside it."""
+
+    def __init__(self, base: torch.optim.Optimizer, beside: bool = False) -> None:
+        super().__init__(base.param_groups, {})
+        self.base, self.beside, self.slow = base, beside, []
+        if beside:
+            self.slow = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = self.base.step(closure)
+        for place, parameter in enumerate(self.parameters()):
+            own = self.state[parameter]
+            slow = self.slow[place] if self.beside else own.setdefault("slow", parameter.clone())
+            parameter.copy_(slow.lerp_(parameter, 0.5))
+        return loss
+
+
+class Wrapped(Task):
+    beside = False
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Lookahead(torch.optim.AdamW(self.parameters(), lr=0.005), self.beside)
+
+
+def test_the_state_of_an_optimizer_around_another_is_cut_and_so_is_the_others() -> None:
+    masked, small = Wrapped(), Wrapped()
+    small.load_state_dict(masked.state_dict())
+    for task, when in ((masked, "after"), (small, "during")):
+        run(task, PruneCallback("bn_scale", 0.5, reconstruct=when, schedule=Gradual(2)))
+    for name, value in small.state_dict().items():
+        assert torch.allclose(masked.state_dict()[name].double(), value.double(), rtol=1e-8, atol=1e-8), name
+
+
+def test_weights_beside_the_state_of_an_optimizer_are_refused_before_training() -> None:
+    task = Wrapped()
+    task.beside = True
+    before = copy.deepcopy(task.state_dict())
+    with pytest.raises(OptimizerError, match=r"Lookahead keeps a tensor of shape .* in its attribute 'slow'"):
+        run(task, prune())
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
 def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_masked() -> None:
     class Broken(Task):
         def training_step(self, batch, batch_idx):
@@ -375,6 +422,12 @@ def test_a_loss_that_is_not_a_number_is_refused_and_nothing_is_masked() -> None:
 def test_two_prune_callbacks_are_refused() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruneCallback`"):
         run(Task(), prune(), prune())
+
+    class Other(PruneCallback):
+        """Lightning takes two of different kinds."""
+
+    with pytest.raises(CallbackError, match=r"has PruneCallback twice.*overrides"):
+        run(Task(), prune(), Other())
     with pytest.raises(CallbackError, match="has ScoringCallback twice"):
         run(Task(), prune(), ScoringCallback("l1"))
     with pytest.raises(CallbackError, match="has MaskingCallback twice"):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -136,6 +137,21 @@ def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr("lightning_prune.cli.recipes.show", stop)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("signal", "said", "status"), [(KeyboardInterrupt, "interrupted", 130), (SIGTERMException, "terminated", 143)]
+)
+def test_a_signal_that_lightning_met_is_told_too(capsys, monkeypatch, signal, said: str, status: int) -> None:
+    def stop(argv):
+        try:
+            raise signal
+        except KeyboardInterrupt:  # as its Trainer does
+            sys.exit(1)
+
+    monkeypatch.setattr("lightning_prune.cli.recipes.show", stop)
+    assert main(["recipes"]) == status
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_modules_beside_the_user_are_found_by_the_script(tmp_path):
@@ -428,6 +444,16 @@ def test_a_reader_who_leaves_is_no_error(command: str, unbuffered: str) -> None:
         done = subprocess.run([sys.executable, "-c", code], check=False, **asked)
     assert done.stderr == b""
     assert done.returncode == 141 or (unbuffered and "prune" in command)  # argparse itself looks away
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("command", ["recipes", "--version"])
+def test_output_that_finds_no_room_ends_in_one_line(command: str) -> None:
+    code = f"import sys; from lightning_prune.cli import main; sys.argv[1:] = ['{command}']; sys.exit(main())"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], check=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"error: cannot write .*No space left on device.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("words", [[], ["--trainer.max_epochs", "3"]])

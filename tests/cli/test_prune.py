@@ -137,6 +137,13 @@ def test_a_full_disk_is_said_in_one_line(capsys, monkeypatch) -> None:
     assert "cannot write pruned.pt: No space left" in refused(capsys, "prune", "dense.pt", *MODEL)
 
 
+def test_a_recipe_for_training_is_not_taken_for_options(capsys, trained) -> None:
+    asked = ["prune", "dense.ckpt", "--config", "task.yaml", "--overwrite"]
+    for more, said in ((["--config", "prune/jre"], True), ([], False)):
+        assert main([*asked, *more]) == 0
+        assert ("PruneCallback of --config is for fit" in capsys.readouterr().out) == said
+
+
 def test_a_seed_of_the_recipe_is_not_announced(monkeypatch, trained) -> None:
     said = []
     monkeypatch.setattr(logging.getLogger("lightning_fabric"), "handlers", [handler := logging.Handler()])
@@ -318,3 +325,35 @@ def test_a_missing_checkpoint_is_said_beside_an_older_result(capsys) -> None:
 def test_a_pruned_file_is_not_pruned_again(capsys) -> None:
     main(["prune", "dense.pt", *MODEL])
     assert "is pruned already" in refused(capsys, "prune", "pruned.pt", *MODEL, "--out", "more.pt")
+
+
+OWN = """
+from dataclasses import dataclass
+from lightning_prune.criteria import WeightCriterion
+
+@dataclass(frozen=True, kw_only=True)
+class Largest(WeightCriterion):
+    power: float
+
+    def channel_scores(self, rows):
+        return rows.abs().amax(1) ** self.power
+
+squared = Largest(power=2)
+other = 3
+"""
+
+
+def test_a_criterion_of_the_users_own_is_named_as_models_are(capsys) -> None:
+    Path("largest.py").write_text(OWN)
+    assert main(["prune", "dense.pt", *MODEL, "--criterion", "largest.py:squared"]) == 0
+    assert "channels removed by largest.py:squared, --ratio 0.5" in capsys.readouterr().out
+    weight = torch.load("dense.pt")["0.weight"]
+    kept = torch.load("pruned.pt", weights_only=True)["plan"]["groups"]["0"]["keep"]
+    assert set(kept) <= set(weight.abs().flatten(1).amax(1).topk(len(kept)).indices.tolist())
+    for word, said in (
+        ("largest.py:Largest", "cannot be built without arguments: TypeError"),
+        ("largest.py:other", "'largest.py:other' is no criterion but a int"),
+        ("largest.py", "name what builds the criterion in it: largest.py:Largest"),
+        ("largest.py:Lagest", "Did you mean 'Largest'?"),
+    ):
+        assert said in refused(capsys, "prune", "dense.pt", *MODEL, "--criterion", word, "--out", "new.pt")

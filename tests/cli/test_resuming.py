@@ -212,6 +212,17 @@ def test_a_folder_that_was_named_and_is_in_use_is_refused(run, capsys) -> None:
     assert content() == before
 
 
+def test_a_printed_configuration_runs_as_often_as_one_likes(recipe, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([*FIT, "--print_config"])
+    Path("printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    for command in ("fit", "validate", "validate"):
+        assert main([command, "--config", "printed.yaml"]) == 0
+    assert {path.as_posix() for path in Path("runs").glob("*/*")} == {
+        f"runs/task/{folder}" for folder in ("fit", "validate", "validate-2")
+    }
+
+
 def test_without_a_logger_configurations_lie_side_by_side(recipe) -> None:
     for _ in range(2):
         assert main([*FIT, "--trainer.logger", "false", "--trainer.max_epochs", "1"]) == 0

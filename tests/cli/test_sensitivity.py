@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import lightning_prune as lp
 from lightning_prune.cli import main
@@ -28,6 +30,11 @@ ASKED = [
     "--out",
     "out",
 ]
+
+
+def normed_net() -> nn.Module:
+    body = [nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +118,30 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys) -> None:
     Path("task.yaml").write_text(yaml.safe_dump(content))
     assert "validate nothing together" in refused(capsys, *ASKED)
     assert "task.yaml" in files()
+
+
+def test_the_command_that_follows_names_all_that_was_asked(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    asked = ["--batches", "1", "--drop", "100", "--out", "my out", "--model.label_smoothing", "0.1", "--statistics"]
+    assert main([*ASKED, *asked, "--criterion", "random"]) == 0
+    out = capsys.readouterr().out
+    (command,) = [line for line in out.splitlines() if line.startswith("lightning-prune prune ")]
+    assert command == (
+        "lightning-prune prune dense.ckpt --config task.yaml --model.label_smoothing 0.1 --criterion random "
+        "--layer-ratios 'my out/layer_ratios.json' --statistics"
+    )
+    assert main(shlex.split(command)[1:]) == 0
+    assert "--statistics" not in capsys.readouterr().out  # no statistics are in the way, and nothing is lost
+    (callback,) = yaml.safe_load(Path("my out/prune.yaml").read_text())["trainer"]["callbacks+"]
+    assert callback["init_args"]["statistics"] is True
+
+
+def test_channels_under_a_statistic_are_masked_where_it_is_asked_for(capsys) -> None:
+    content = yaml.safe_load(Path("task.yaml").read_text())
+    content["model"]["init_args"]["model"] = {"class_path": f"{__name__}.normed_net"}
+    Path("task.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    torch.save({f"model.{name}": value for name, value in normed_net().state_dict().items()}, "dense.ckpt")
+    asked = [*ASKED, "--batches", "1"]
+    assert "model.0 enters a statistic over channels" in refused(capsys, *asked)
+    assert main([*asked, "--statistics", "--out", "lossy"]) == 0
+    assert re.search(r"^model\.0 +8 ", capsys.readouterr().out, re.MULTILINE)

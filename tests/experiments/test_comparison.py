@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
+import linecache
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from lightning_prune.experiments.comparison import (
     trained_once,
     write_comparison,
 )
+from lightning_prune.experiments.comparison.cells import described
 from lightning_prune.experiments.comparison.run import weights_digest
 from lightning_prune.report.table import MISSING, TIMES
 from lightning_prune.tasks import ClassificationTask
@@ -327,6 +330,15 @@ def test_what_fell_far_behind_is_named_and_does_not_flatten_the_rest() -> None:
     assert not after.texts
 
 
+def test_no_name_in_the_legend_is_cut_off() -> None:
+    usual = made_up()
+    cells = tuple(replace(cell, criterion="random" if cell.criterion == "strong" else "own") for cell in usual.cells)
+    for shown in (cells, [replace(cell, criterion=f"{cell.criterion}.MMMMMMMMMMMM") for cell in cells]):
+        figure = comparison_figure(Comparison(usual.dense, tuple(shown), (), {}))
+        figure.canvas.draw()
+        assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_files_are_written(tmp_path: Path) -> None:
     files = write_comparison(made_up(), tmp_path / "new")
     assert sorted(path.name for path in files.values()) == ["comparison.csv", "comparison.md", "comparison.png"]
@@ -390,7 +402,9 @@ def test_command_trains_once_and_resumes(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_command_names_valid_criteria_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(tmp_path, "--criteria", "l1,nonsense") == 1
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path, "--criteria", "l1,nonsense")
+    assert stop.value.code == 2
     assert "next_layer_taylor" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -400,3 +414,33 @@ def test_command_refuses_a_bad_list(tmp_path: Path, capsys: pytest.CaptureFixtur
         command(tmp_path, "--ratios", "0.5,half")
     assert stop.value.code == 2
     assert "--ratios" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Counting, "steps", 0)
+    dense = task(kind=Counting)
+    with pytest.raises(PruningError, match="cannot write"):
+        trained_once(dense, data(), 1, tmp_path / "file", {})
+    with pytest.raises(PruningError, match="cannot write"):
+        compare_criteria(dense, data(), ["taylor"], ratios=[0.5], seeds=[0], output=tmp_path / "file" / "in")
+    assert Counting.steps == 0
+
+
+def test_cells_of_a_criterion_whose_code_has_changed_are_not_taken(tmp_path: Path, monkeypatch) -> None:
+    assert described(L1()) == repr(L1())
+    code = """
+from lightning_prune.criteria import L1 as Base
+
+class L1(Base):
+    def channel_scores(self, rows):
+        return {sign}rows.abs().sum(1)
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    said = []
+    for sign in ("", "-"):
+        (tmp_path / "mine_of_test.py").write_text(code.format(sign=sign))
+        linecache.clearcache()
+        module = importlib.import_module("mine_of_test")
+        said.append(described(module.L1()))
+    assert len({*said, repr(L1())}) == 3

@@ -270,6 +270,17 @@ def test_a_size_that_the_model_fixes_cannot_be_left_open(tmp_path):
         lp.export(net, IMAGES, tmp_path / "net.onnx", dynamic_size=True)
 
 
+@pytest.mark.parametrize("side", [17, 32])
+def test_any_size_may_be_open_not_only_multiples_of_32(tmp_path, side: int):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
+    net = net.eval()
+    lp.export(net, torch.rand(1, 3, side, side), tmp_path / "net.onnx", dynamic_size=True, repeats=1, samples=1)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    for images in (torch.rand(1, 3, side + 3, side + 8), torch.rand(1, 3, 9, 11)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), net(images))
+
+
 def test_no_path_of_this_machine_is_in_the_file(tmp_path):
     report = lp.export(fcn(), IMAGES, tmp_path / "net.onnx", repeats=1, samples=1)
     assert b".py" not in report.path.read_bytes()

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_prune.errors import OptimizerError
 from lightning_prune.model_state.cutting import Cut, Undo, cut_
 from lightning_prune.model_state.memory import dense_copy, set_data_
+from lightning_prune.model_state.optimizer_state import check_sliceable
 
 LAYERS = {
     "conv": lambda outputs, inputs: nn.Conv2d(inputs, outputs, 3),
@@ -115,6 +116,23 @@ def test_state_of_another_shape_is_refused_before_anything_is_cut(make) -> None:
     assert [list(parameter.shape) for parameter in model.parameters()] == [[6, 4], [6], [2, 6], [2]]
     cut_(fresh, cuts, [make(fresh.parameters())])  # before its first step it keeps nothing
     assert len(fresh[1].weight) == 1
+
+
+def test_what_an_optimizer_will_keep_is_known_from_its_own_shapes_and_after_a_state_was_loaded() -> None:
+    class Factored(torch.optim.SGD):
+        """Keeps averages of rows where there are many (timm's Adafactor)."""
+
+        def step(self, closure=None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["average"] = parameter.mean(1) if len(parameter) > 9 else parameter.clone()
+
+    check_sliceable([Factored([nn.Parameter(torch.ones(9, 4))])])
+    with pytest.raises(OptimizerError, match="Factored keeps 'average'"):
+        check_sliceable([Factored([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(16, 4))])])
+    loaded = torch.optim.LBFGS([nn.Parameter(torch.ones(3))])
+    loaded.load_state_dict(loaded.state_dict())  # adds defaults that its class does not take
+    with pytest.raises(OptimizerError, match="LBFGS keeps"):
+        check_sliceable([loaded])
 
 
 def test_within_autocast_new_data_are_seen_at_once() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +19,8 @@ from lightning_prune.files import read_json, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from lightning_prune.criteria import Criterion
 
 T = TypeVar("T")
 
@@ -136,6 +141,17 @@ class Comparison:
 def digest(settings: Any) -> str:
     """A name for plain data that changes with it."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def described(criterion: Criterion) -> str:
+    """What tells a criterion from others: its settings, and of a user's own the code, which changes between runs."""
+    modules = dict.fromkeys(cls.__module__ for cls in type(criterion).__mro__)
+    own = [name for name in modules if name.partition(".")[0] not in ("lightning_prune", "abc", "builtins")]
+    code = []
+    for name in own:
+        with suppress(OSError, TypeError):  # typed into a notebook: there is no file
+            code.append(inspect.getsource(sys.modules[name]))
+    return f"{criterion!r} {digest(code)[:12]}" if own else repr(criterion)
 
 
 def cell_path(folder: Path, criterion: str, depends: Mapping[str, Any]) -> Path:

@@ -48,8 +48,7 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
     with styled(theme) as palette:
         height = max(4.6, 1.5 + 0.23 * (len(curves) + 1))
         figure = Figure(figsize=(11.0, height), dpi=DPI)
-        right = 1 - (0.6 + 0.09 * max(map(len, curves))) / 11
-        grid = {"left": 0.06, "right": right, "top": 1 - 0.95 / height, "bottom": 0.55 / height, "wspace": 0.14}
+        grid = {"left": 0.06, "top": 1 - 0.95 / height, "bottom": 0.55 / height, "wspace": 0.14}
         panels = figure.subplots(1, 2, gridspec_kw=grid)
         for axes, (when, title) in zip(panels, PANELS.items(), strict=True):
             for criterion in ranked:
@@ -57,8 +56,10 @@ def comparison_figure(comparison: Comparison, theme: Theme = "light") -> Figure:
                 _curve(axes, curves[criterion], when, comparison, look)
             _finish(axes, comparison, title, palette)
         _below(panels[1], comparison, colors)
-        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (right + 0.005, 0.5)}
-        figure.legend(*panels[1].get_legend_handles_labels(), frameon=False, handlelength=2.2, **place)
+        place: dict[str, Any] = {"loc": "center right", "bbox_to_anchor": (0.995, 0.5), "borderaxespad": 0}
+        legend = figure.legend(*panels[1].get_legend_handles_labels(), frameon=False, handlelength=2.2, **place)
+        width = legend.get_window_extent().width / figure.bbox.width  # of names, which may be long
+        panels[0].get_gridspec().update(right=0.985 - width)
         seeds = max(row.seeds for row in comparison.rows)
         bars = f"mean of {seeds} seeds, bars: ± one standard deviation" if seeds > 1 else "one seed"
         add_title(figure, palette, f"{capitalized(comparison.metric)} against FLOPs (%)", bars)

@@ -21,12 +21,13 @@ from lightning_prune.experiments.comparison.cells import (
     Dense,
     Refusal,
     cell_path,
+    described,
     digest,
     read_cell,
     write_kept,
 )
 from lightning_prune.experiments.runner import Runner, metric_name, quiet
-from lightning_prune.files import atomic
+from lightning_prune.files import atomic, check_writable
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.measure import count_flops, count_params
 from lightning_prune.model_state.digest import digest_of
@@ -104,6 +105,7 @@ def compare_criteria(
         (1616, [('l1', 0.5, 808)])
     """
     named = check_request(criteria, ratios, seeds, selection, epochs)
+    check_writable(Path(output) / "cells" / "cell.json")
     with quiet():
         settings = {
             "weights": weights_digest(task),
@@ -190,6 +192,7 @@ def trained_once(
         if path.is_file():
             load_dense(path, task)
             return False
+        check_writable(path)
         Runner(data, progress=True).fit(task, epochs)
     with atomic(path) as stream:
         torch.save({"state_dict": task.state_dict()}, stream)
@@ -228,7 +231,7 @@ class _Study:
         """Cells of one criterion from one seed, which is scored once, and only if one is missing."""
         if hasattr(criterion, "seed"):
             criterion = replace(criterion, seed=seed)  # type: ignore[type-var]
-        depends = {**self.settings, "criterion": repr(criterion), "seed": seed}
+        depends = {**self.settings, "criterion": described(criterion), "seed": seed}
         paths = {ratio: cell_path(self.folder, name, {**depends, "ratio": ratio}) for ratio in ratios}
         kept = {ratio: read_cell(path) for ratio, path in paths.items()}
         scored: tuple[ChannelGraph, Scores] | str = ""
