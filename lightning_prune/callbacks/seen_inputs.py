@@ -15,7 +15,7 @@ from lightning_prune.callbacks.first_batches import overrides
 from lightning_prune.errors import CallbackError
 from lightning_prune.graph.entry_points import EntryPoint, head
 from lightning_prune.graph.running import call_model, map_tensors, tensors_in, untouched
-from lightning_prune.model_state.journal import WritesUndone
+from lightning_prune.model_state.originals import WritesUndone
 from lightning_prune.model_state.preservation import copy_sharing_tensors
 from lightning_prune.reconstruction.rehearsal import SAMPLES
 

@@ -61,7 +61,7 @@ def user_steps(trainer: Trainer, pl_module: LightningModule, batches: Batches) -
             several = len(of) > 1
             with attached(copied, trainer, STAGES[name], loaders):
                 inputs = transferred(trainer, copied, batch, position)
-            step = Step(trainer, pl_module, name, position if several else None, loaders)
+            step = UserStep(trainer, pl_module, name, position if several else None, loaders)
             title = f"{name} on loader {position}" if several else name
             modes = (name == "training_step",)
             found.append(
@@ -167,7 +167,7 @@ class Surroundings(_Hooks):
         self._of_batch(self.model, self.copies, "on_train_batch_end", _as_outputs(output), batch, batch_idx)
 
 
-class Step(_Hooks):
+class UserStep(_Hooks):
     """One step with the hooks of the module and of the user's callbacks around it, on any copy of the module.
 
     Hooks that have run in this fit, and run no more, are left alone: what they have made is there, in its size. At its

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_prune.graph.label_space import LabelSpace
 from lightning_prune.graph.labels import NO_LABEL, Labels, TensorInfo
-from lightning_prune.model_state.journal import Entry, Journal, same_place, storage_of
+from lightning_prune.model_state.originals import Entry, Originals, same_place, storage_of
 
 if TYPE_CHECKING:
     from lightning_prune.graph.operator_call import OperatorCall
@@ -39,10 +39,10 @@ class Assignments:
         self,
         space: LabelSpace,
         known: Mapping[Tensor, TensorInfo],
-        journal: Journal,
+        originals: Originals,
         info: Callable[[Tensor], TensorInfo],
     ) -> None:
-        self._space, self._known, self._info, self._entries = space, known, info, journal.entries
+        self._space, self._known, self._info, self._entries = space, known, info, originals.entries
         self.paths: set[str] = set()
         self._by_module: dict[int, list[Entry]] = {}
         self._by_tensor: dict[int, Entry] = {}
@@ -50,8 +50,8 @@ class Assignments:
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by memory: what lies there, whose labels it has
         self._met: dict[tuple[int, int, int], Tensor] = {}
         self._recent: deque[Tensor] = deque(maxlen=32)
-        self._shapes = {entry.data.shape for entry in journal.entries if entry.own is entry.module._buffers}
-        for entry in journal.entries:
+        self._shapes = {entry.data.shape for entry in originals.entries if entry.own is entry.module._buffers}
+        for entry in originals.entries:
             if entry.tensor in known:
                 self._by_module.setdefault(id(entry.module), []).append(entry)
                 self._by_tensor.setdefault(id(entry.tensor), entry)

@@ -15,7 +15,7 @@ from lightning_prune.graph.means import Form
 from lightning_prune.graph.model_checks import check_eager
 from lightning_prune.graph.unreached import Unreached, warn_of_unreached
 from lightning_prune.model_state.code_sizes import SIZES
-from lightning_prune.model_state.cutting import Cut, NewSize, Rescaling
+from lightning_prune.model_state.cutting import Cut, MeanRescaling, NewSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +42,14 @@ class RescaledMean:
     counted: SizeAttribute  # over how many it is
     form: Form
 
-    def without(self, removed: Mapping[str, Tensor]) -> Rescaling | None:
+    def without(self, removed: Mapping[str, Tensor]) -> MeanRescaling | None:
         """What changes once these channels ({group: indices}) are gone."""
         before, after = (self.counted.without(gone).value for gone in ({}, removed))
         if before == after or self.form.weight is None:
             return None
         path, (eps_factor, factor) = self.counted.module, self.form.factors(before, after)
         weight = f"{path}.{self.form.weight}" if path else self.form.weight
-        return Rescaling(path, self.form.eps, eps_factor, weight, factor, self.form.offset)
+        return MeanRescaling(path, self.form.eps, eps_factor, weight, factor, self.form.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class ChannelGraph:
         anything = any(len(channels) for channels in removed.values())
         return [size.without(removed) for size in self.sizes if anything or size.attribute != SIZES]
 
-    def rescalings(self, removed: Mapping[str, Tensor]) -> list[Rescaling]:
+    def mean_rescalings(self, removed: Mapping[str, Tensor]) -> list[MeanRescaling]:
         """What makes up for means that count fewer when these channels go."""
         return [found for mean in self.means if (found := mean.without(removed)) is not None]
 

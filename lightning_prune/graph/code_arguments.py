@@ -16,7 +16,7 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune.graph.call_order import calls_by_line
-from lightning_prune.model_state.code_sizes import Place, can_follow, definition, own_class
+from lightning_prune.model_state.code_sizes import SourceArgument, can_follow, definition, own_class
 
 NESTED = ("<genexpr>", "<listcomp>", "<lambda>")
 CALLS = ("reshape", "view", "expand", "split", "split_with_sizes")
@@ -35,19 +35,19 @@ class SourceCall:
     caller: CodeType | None = None  # of the method, if the call is made in a function
     inner: CodeType | None = None  # of the comprehension or lambda in it that makes the call
 
-    def places(self) -> dict[int | None, Place]:
+    def places(self) -> dict[int | None, SourceArgument]:
         """Where the sizes that it passes stand, by position; None: it passes one that is no tuple."""
         found = {}
         for position, expression in _arguments(self.code, self.instruction, self.inner):
             line = expression.lineno - self.code.co_firstlineno
             text = ast.unparse(expression)
             passed = _passed(self.caller, self.function, self.code, text) if self.caller is not None else ""
-            here = Place(self.method, self.function, line, expression.col_offset, text, passed)
+            here = SourceArgument(self.method, self.function, line, expression.col_offset, text, passed)
             if here.text != "-1":
                 found[position] = here
         return found
 
-    def place(self, dim: int, rank: int) -> Place | None:
+    def place(self, dim: int, rank: int) -> SourceArgument | None:
         """Where the size of one dimension of so many stands."""
         places = self.places()
         return places.get(dim, places.get(dim - rank, places.get(None) if rank == 1 else None))

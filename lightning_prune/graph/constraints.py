@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_prune.graph.code_arguments import SourceCall
 from lightning_prune.graph.labels import NO_LABEL, ids_of
-from lightning_prune.model_state.code_sizes import Place
+from lightning_prune.model_state.code_sizes import SourceArgument
 
 MANY = 4096  # ids, from which on repeated ones are left out
 
@@ -210,7 +210,7 @@ class Split:
         return sizes + [CodeSize(self.ids[start:end], self.site) for start, end in ranges]
 
 
-def size_at(place: Place, ids: Tensor, site: CallSite, attributes: bool) -> CodeSize:
+def size_at(place: SourceArgument, ids: Tensor, site: CallSite, attributes: bool) -> CodeSize:
     """The number that the code passes there: of an attribute, or to be replaced in the code."""
     return CodeSize(ids, site, place.attribute if attributes else None, key=place.key)
 

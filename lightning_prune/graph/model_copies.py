@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.channel_graph import ChannelGraph
 from lightning_prune.graph.running import RunningModules, untouched
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, rescale_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, rescale_means_, resize_
 from lightning_prune.model_state.preservation import (
     copy_without_masks,
     generators_of,
@@ -71,7 +71,9 @@ class ModelCopy:
                 self._shrink_(cuts)
             resize_(self.model, [size for size in graph.new_sizes(removed) if size.module in self._paths])
             if self.has_values:
-                rescale_(self.model, [one for one in graph.rescalings(removed) if one.weight in self._tensors])
+                rescale_means_(
+                    self.model, [one for one in graph.mean_rescalings(removed) if one.weight in self._tensors]
+                )
             yield
         finally:
             for tensor, data in before:

@@ -20,7 +20,7 @@ from lightning_prune.graph.means import Mean
 from lightning_prune.graph.running import RunningModules, tensors_in
 from lightning_prune.graph.sizes import is_torch
 from lightning_prune.model_state.dispatch import EagerMode
-from lightning_prune.model_state.journal import Journal
+from lightning_prune.model_state.originals import Originals
 
 
 @dataclass(eq=False)
@@ -174,8 +174,8 @@ class OperatorRecorder(EagerMode):
         super().__init__()
         self.space, self.modules, self.run, self.order = space, modules, run, 0
         self.before: Tensor | None = None
-        self.journal = Journal(modules.model)
-        self.assignments = Assignments(space, known, self.journal, self.info)
+        self.originals = Originals(modules.model)
+        self.assignments = Assignments(space, known, self.originals, self.info)
         self.labelled_zeros = False
         self.cleared = False  # a tensor was set to zero in place
         self.unknown = TensorInfo()  # of tensors that no operator made
@@ -246,7 +246,7 @@ class OperatorRecorder(EagerMode):
             for hook in self._hooks:
                 hook.remove()
             self.assignments.meet_all(self.modules.model)
-            self.journal.restore()
+            self.originals.restore()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -256,7 +256,7 @@ class OperatorRecorder(EagerMode):
             with self:  # every tensor by itself, recorded as any other operator is
                 return one_by_one(func, args, kwargs)
         self.assignments.meet_arguments(args)
-        self.journal.note(func, args, kwargs)
+        self.originals.note(func, args, kwargs)
         # Restrides in place: only the old strides tell whether the elements stay where they were.
         self.before = args[0].detach() if func is torch.ops.aten.as_strided_.default else None
         output = func(*args, **kwargs)

@@ -64,7 +64,7 @@ class Decisions:
     cleared: set[str] = field(default_factory=set)  # types that were suspected of a failure elsewhere for nothing
     failed: Counter[str] = field(default_factory=Counter)  # module paths, how often they did under another choice
 
-    def advance(self, kind: str, path: str, draft: Draft, model: nn.Module) -> None:
+    def advance(self, kind: str, path: str, proposal: Proposal, model: nn.Module) -> None:
         """Try the next choice for a type.
 
         Once the layouts are through, modules built as the one that fails most are left alone and the others begin
@@ -73,14 +73,14 @@ class Decisions:
         self.failed[path] += 1
         choice = Choice(self.choices.get(kind, Choice.AS_IS) + 1)
         if choice is Choice.INPUTS:
-            paths = [other for other, of in draft.places.items() if of == kind and other not in self.left]
+            paths = [other for other, of in proposal.places.items() if of == kind and other not in self.left]
             worst = max(paths, key=lambda other: self.failed[other])
             alike = {other for other in paths if _build(model, other) == _build(model, worst)}
             if len(alike) < len(paths):
                 self.left |= alike
                 choice = Choice.AS_IS
             else:
-                self.left -= {other for other, of in draft.kinds.items() if of == kind}
+                self.left -= {other for other, of in proposal.kinds.items() if of == kind}
                 suspects = {(kind, n) for n in self.suspects.get(kind, ())} - self.counted
                 self.counted |= suspects
                 choice = Choice.AS_IS if suspects else choice
@@ -90,7 +90,7 @@ class Decisions:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Proposal:
     """A graph under certain decisions, and what is still only a guess in it."""
 
     graph: ChannelGraph
@@ -122,99 +122,105 @@ def _build(model: nn.Module, path: str) -> list[torch.Size]:
 
 
 def settle(
-    model: nn.Module, ran: Sequence[Ran], draft: Callable[[Decisions], Draft]
+    model: nn.Module, ran: Sequence[Ran], proposal: Callable[[Decisions], Proposal]
 ) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
     """The graph whose channels can be removed without the model's code breaking; types whose layout had to stay.
 
     And if any failed at another size than the traced one, the forward at that size.
-    ``draft`` returns the same object if decisions come to the same.
+    ``proposal`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
     runs = TrialRuns(model, ran)
-    current = draft(decisions)
+    current = proposal(decisions)
     while current.graph.prunable_groups and (failure := _failing(runs, current)):
         before = current
         while current is before:  # some choices come to the same
             _decide(decisions, current, failure, model)
-            current = draft(decisions)
+            current = proposal(decisions)
     stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
     return _with_unread(runs, current).graph, frozenset(stuck), runs.other_sizes if decisions.differs else []
 
 
-def _with_unread(runs: TrialRuns, draft: Draft) -> Draft:
+def _with_unread(runs: TrialRuns, proposal: Proposal) -> Proposal:
     """Attributes that no run has read follow too, if that changes nothing of what runs."""
-    more = draft.unread()
+    more = proposal.unread()
     if not more:
-        return draft
-    graph = replace(draft.graph, sizes=(*draft.graph.sizes, *more))
+        return proposal
+    graph = replace(proposal.graph, sizes=(*proposal.graph.sizes, *more))
     removed = _removed(graph.prunable_groups, "half")
     changes = runs.failure(graph, removed) or runs.failure(graph, removed, beyond_forward=True)
-    return draft if changes or not runs.runs_alike(draft.graph, graph, removed) else replace(draft, graph=graph)
+    return (
+        proposal if changes or not runs.runs_alike(proposal.graph, graph, removed) else replace(proposal, graph=graph)
+    )
 
 
 def _first(found: Iterable[Failure | None]) -> Failure | None:
     return next((failure for failure in found if failure is not None), None)
 
 
-def _failing(runs: TrialRuns, draft: Draft) -> Failure | None:
+def _failing(runs: TrialRuns, proposal: Proposal) -> Failure | None:
     """The first thing that goes wrong with fewer channels."""
-    groups = draft.graph.prunable_groups
-    shares = SHARES if draft.guessed else ("half",)
-    failure = _first(runs.failure(draft.graph, _removed(groups, share)) for share in shares)
-    if failure is None and draft.guessed:
-        failure = _differing(runs, draft)
-    return failure or runs.failure(draft.graph, _removed(groups, "half"), beyond_forward=True)
+    groups = proposal.graph.prunable_groups
+    shares = SHARES if proposal.guessed else ("half",)
+    failure = _first(runs.failure(proposal.graph, _removed(groups, share)) for share in shares)
+    if failure is None and proposal.guessed:
+        failure = _differing(runs, proposal)
+    return failure or runs.failure(proposal.graph, _removed(groups, "half"), beyond_forward=True)
 
 
-def _differing(runs: TrialRuns, draft: Draft) -> Failure | None:
+def _differing(runs: TrialRuns, proposal: Proposal) -> Failure | None:
     """A module type whose channels, removed alone, change the results; None if all together do not."""
-    shares = ("half", "even", "first") if draft.uneven else ("half", "even")
+    shares = ("half", "even", "first") if proposal.uneven else ("half", "even")
 
     def difference(groups: Sequence[Group]) -> Failure | None:
-        found = (runs.difference(draft.graph, _removed(groups, share), varied=share == "half") for share in shares)
+        found = (runs.difference(proposal.graph, _removed(groups, share), varied=share == "half") for share in shares)
         return _first(found)
 
-    exact = [group for group in draft.graph.prunable_groups if group.statistics is None]
+    exact = [group for group in proposal.graph.prunable_groups if group.statistics is None]
     failure = difference(exact)
     if failure is None or failure.stack:
         return failure
-    for kind in sorted(draft.guessed) if len(draft.guessed) > 1 else ():
-        paths = [path for path, of in draft.places.items() if of == kind]
+    for kind in sorted(proposal.guessed) if len(proposal.guessed) > 1 else ():
+        paths = [path for path, of in proposal.places.items() if of == kind]
         groups = [group for group in exact if any(_touches(group, path) for path in paths)]
         if groups and (found := difference(groups)):
             return replace(found, stack=found.stack or (paths[0],))
-    return replace(failure, stack=tuple(path for path, of in draft.places.items() if of in draft.guessed))
+    return replace(failure, stack=tuple(path for path, of in proposal.places.items() if of in proposal.guessed))
 
 
 def _removed(groups: Sequence[Group], share: str) -> dict[str, Tensor]:
     return {group.name: SHARES[share](position, group.size) for position, group in enumerate(groups)}
 
 
-def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Module) -> None:
+def _decide(decisions: Decisions, proposal: Proposal, failure: Failure, model: nn.Module) -> None:
     """Meet the sizes of the failing module's type in the next way; without any, hold the channels it touches."""
     own = failure.stack[:1] or ("",)
     decisions.differs |= failure.other_size
     for path in failure.stack if is_torch(model.get_submodule(own[0])) else own:
-        kind = draft.places.get(path)
+        kind = proposal.places.get(path)
         if kind is not None:
             (decisions.sized.add if failure.other_size else decisions.sized.discard)(kind)
         if kind is not None and decisions.choices.get(kind, Choice.AS_IS) is not Choice.FROZEN:
             if failure.counts:
                 decisions.suspects.setdefault(kind, failure.counts)
-            decisions.advance(kind, path, draft, model)
+            decisions.advance(kind, path, proposal, model)
             return
-    if not failure.other_size and (_lay_out(decisions, draft, failure) or _follow_widths(decisions, draft, failure)):
+    if not failure.other_size and (
+        _lay_out(decisions, proposal, failure) or _follow_widths(decisions, proposal, failure)
+    ):
         return
     for path in failure.stack:
-        touched = any(_touches(group, path) for group in draft.graph.prunable_groups)
+        touched = any(_touches(group, path) for group in proposal.graph.prunable_groups)
         if touched and path not in decisions.held:
             why = ONE_SIZE if failure.other_size else "has a size that is fixed in the Python code"
             decisions.held[path] = f"{why} around {path!r} ({failure.message})"
             decisions.sized |= {path} if failure.other_size else set()
             # What its own sizes allow may be different once its inputs stay.
-            decisions.choices.pop(draft.places.get(path, ""), None)
+            decisions.choices.pop(proposal.places.get(path, ""), None)
             # What follows widths, or stays, did not help: a number that is equal by chance (of a layer) is left alone.
-            for kind in {draft.kinds[place] for place in failure.stack if place in draft.kinds} - decisions.spared:
+            for kind in {
+                proposal.kinds[place] for place in failure.stack if place in proposal.kinds
+            } - decisions.spared:
                 choice = decisions.choices.get(kind, Choice.AS_IS)
                 if choice is Choice.FROZEN or choice.follows_widths:
                     del decisions.choices[kind]
@@ -228,13 +234,13 @@ def _decide(decisions: Decisions, draft: Draft, failure: Failure, model: nn.Modu
     decisions.held_whole.add("")
 
 
-def _lay_out(decisions: Decisions, draft: Draft, failure: Failure) -> bool:
+def _lay_out(decisions: Decisions, proposal: Proposal, failure: Failure) -> bool:
     """Whether the channels that failed here may have been laid out elsewhere: ``view(n, -1, heads, width)`` runs."""
     if not failure.message.startswith("RuntimeError"):
         return False  # an assertion speaks of the code that makes it
-    touched = [group for group in draft.graph.prunable_groups if _touches(group, failure.stack[0])]
+    touched = [group for group in proposal.graph.prunable_groups if _touches(group, failure.stack[0])]
     parents = (layer.name.rpartition(".")[0] for group in touched for layer in group.layers)
-    for kind in (draft.places[parent] for parent in parents if parent in draft.places):
+    for kind in (proposal.places[parent] for parent in parents if parent in proposal.places):
         choice = decisions.choices.get(kind, Choice.AS_IS)
         if choice < Choice.OTHER_AXIS_CODE and kind not in decisions.cleared:
             decisions.choices[kind] = Choice(choice + 1)
@@ -245,9 +251,9 @@ def _lay_out(decisions: Decisions, draft: Draft, failure: Failure) -> bool:
     return False
 
 
-def _follow_widths(decisions: Decisions, draft: Draft, failure: Failure) -> bool:
+def _follow_widths(decisions: Decisions, proposal: Proposal, failure: Failure) -> bool:
     """Whether attributes of the module, or of its caller, may have to follow what enters or leaves it."""
-    for kind in [draft.kinds[path] for path in failure.stack if path in draft.kinds][:2]:
+    for kind in [proposal.kinds[path] for path in failure.stack if path in proposal.kinds][:2]:
         choice = decisions.choices.get(kind, Choice.AS_IS)
         if kind in decisions.cleared:
             continue

@@ -16,7 +16,7 @@ from lightning_prune.graph.constraints import Split
 from lightning_prune.graph.describe import shortened
 from lightning_prune.graph.groups import Group
 from lightning_prune.graph.label_space import Freeze, LabelSpace
-from lightning_prune.graph.rehearse import Decisions, Draft, places_of
+from lightning_prune.graph.rehearse import Decisions, Proposal, places_of
 from lightning_prune.graph.rescaled_means import Rescaled
 from lightning_prune.graph.resolve import Choice, Resolved, resolve
 from lightning_prune.graph.unreached import Unreached, note_of
@@ -39,9 +39,9 @@ class Traced:
     untraced: tuple[str, ...]
     rescaled: Sequence[Rescaled]
     statistics: bool
-    _last: tuple[Any, Draft] | None = field(init=False, default=None)
+    _last: tuple[Any, Proposal] | None = field(init=False, default=None)
 
-    def draft(self, decisions: Decisions) -> Draft:
+    def proposal(self, decisions: Decisions) -> Proposal:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
         modules = dict(self.model.named_modules())
@@ -74,7 +74,7 @@ class Traced:
             more = sizes.unread(modules, splits, found)
             return tuple(sizes.attributes(more, resolved.joint, free))
 
-        self._last = outcome, Draft(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))
+        self._last = outcome, Proposal(graph, places, guessed, self.widths.kinds, unread, uneven=bool(resolved.splits))
         return self._last[1]
 
     def _held(self, decisions: Decisions) -> list[Freeze]:

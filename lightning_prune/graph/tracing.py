@@ -179,7 +179,7 @@ class _Tracer:
             with self.widths.noting(running.stack, recorder), running, recorder:
                 normalise_mode(self.model, training=training)  # what it folds or drops is recorded too
                 output = entry.run(self.model, running)
-                kept = recorder.journal.kept()
+                kept = recorder.originals.kept()
                 self.left |= bool(kept)
                 self.kept += [item for item in kept if recorder.labelled_zeros and tensors_in(item[2])]
         except Exception as error:
@@ -226,7 +226,7 @@ class _Tracer:
             statistics=self.statistics,
         )
         with by_operators():
-            return settle(model, ran, traced.draft)
+            return settle(model, ran, traced.proposal)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""

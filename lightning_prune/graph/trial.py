@@ -14,7 +14,7 @@ from lightning_prune.graph.entry_points import EntryPoint
 from lightning_prune.graph.model_copies import ModelCopy
 from lightning_prune.graph.plain_numbers import OperatorLog, PlainNumber, PlainNumbers, computed_of
 from lightning_prune.graph.running import KeepsDouble, normalise_mode, tensors_in
-from lightning_prune.model_state.journal import WritesUndone
+from lightning_prune.model_state.originals import WritesUndone
 
 
 class Ran(NamedTuple):

@@ -29,7 +29,7 @@ _ORIGINALS: dict[CodeType, CodeType] = {}  # of functions compiled here
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceArgument:
     """An argument in the source: in which method, in which function that it calls (or none), where, and its text."""
 
     method: str
@@ -58,7 +58,7 @@ class Place:
         return self.passed or own
 
     @classmethod
-    def read(cls, key: str) -> Place:
+    def read(cls, key: str) -> SourceArgument:
         """From its key."""
         where, _, text = key.partition(" ")
         names, _, position = where.rpartition("+")
@@ -96,7 +96,7 @@ def following(own: Any, keys: frozenset[str]) -> Any:
     """A class whose code reads the sizes of these keys from an attribute."""
     body: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     body |= {"_own_class": own, "__reduce_ex__": _reduce, "__prepare_scriptable__": _refuse_script}
-    places = sorted(map(Place.read, keys), key=lambda place: (place.method, place.function))
+    places = sorted(map(SourceArgument.read, keys), key=lambda place: (place.method, place.function))
     for method, found in itertools.groupby(places, key=lambda place: place.method):
         body |= _rewritten(own, method, list(found))
     return type(own.__name__, (own,), body)
@@ -163,7 +163,9 @@ def _same(first: CodeType, second: CodeType) -> bool:
 class _Replaces(ast.NodeTransformer):
     """Puts the attribute in the places, and calls functions that became methods on ``self``."""
 
-    def __init__(self, first_line: int, me: str, places: Collection[Place], functions: Collection[str]) -> None:
+    def __init__(
+        self, first_line: int, me: str, places: Collection[SourceArgument], functions: Collection[str]
+    ) -> None:
         self.wanted = {(first_line + one.line, one.column, one.text): one.key for one in places}
         self.starts = {start[:2] for start in self.wanted}
         self.me, self.functions = me, functions
@@ -189,7 +191,7 @@ def _expression(text: str, old: ast.expr) -> ast.expr:
     return new
 
 
-def _rewritten(own: type[nn.Module], method: str, places: list[Place]) -> dict[str, FunctionType]:
+def _rewritten(own: type[nn.Module], method: str, places: list[SourceArgument]) -> dict[str, FunctionType]:
     """The method, and the functions that it calls, with the sizes replaced."""
     original = inspect.getattr_static(own, method, None)
     if not isinstance(original, FunctionType):
@@ -208,7 +210,7 @@ def _rewritten(own: type[nn.Module], method: str, places: list[Place]) -> dict[s
 
 def _compiled(
     original: FunctionType,
-    places: list[Place],
+    places: list[SourceArgument],
     functions: Collection[str],
     *,
     becomes_method: bool,

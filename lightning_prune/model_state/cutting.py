@@ -53,7 +53,7 @@ class NewSize:
 
 
 @dataclass(frozen=True)
-class Rescaling:
+class MeanRescaling:
     """What makes up for the channels that a mean no longer counts: an eps and a weight of the module that takes it.
 
     eps * ``eps_factor``; (weight + ``offset``) * ``factor`` - ``offset``.
@@ -106,8 +106,8 @@ def resize_(model: nn.Module, sizes: Sequence[NewSize]) -> None:
 
 
 @torch.inference_mode(False)
-def rescale_(
-    model: nn.Module, rescalings: Sequence[Rescaling], optimizers: Sequence[Optimizer] = ()
+def rescale_means_(
+    model: nn.Module, mean_rescalings: Sequence[MeanRescaling], optimizers: Sequence[Optimizer] = ()
 ) -> dict[str, Tensor]:
     """Let means over fewer channels come to the same; once after each cut. Gradients and optimizer state follow.
 
@@ -115,7 +115,7 @@ def rescale_(
     """
     parameters = dict(model.named_parameters())
     precise: dict[str, Tensor] = {}
-    for one in rescalings:
+    for one in mean_rescalings:
         module = model.get_submodule(one.module)
         vars(module)[RESCALED] = 1
         if one.eps is not None:
@@ -126,7 +126,7 @@ def rescale_(
         if parameter.grad is not None:
             parameter.grad = parameter.grad / one.factor
         rescale_state_(optimizers, parameter, one.factor)
-    if rescalings:
+    if mean_rescalings:
         drop_caches_(model)
     return precise
 
@@ -169,7 +169,7 @@ def changed_sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def is_rescaled(model: nn.Module) -> bool:
-    """Whether a weight was multiplied, see `rescale_`, which its type rounds; of a loaded model its eps tells."""
+    """Whether a weight was multiplied, see `rescale_means_`, which its type rounds; of a loaded model its eps tells."""
     marked = any(RESCALED in vars(module) for module in model.modules())
     return marked or any(
         isinstance(value, float) for values in changed_sizes(model).values() for value in values.values()

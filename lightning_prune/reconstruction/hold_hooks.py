@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.reconstruction.holding import Held, HoldZero, Place, Zeros
+from lightning_prune.reconstruction.holding import Held, HeldParameter, HoldZero, Zeros
 
 
 class Hold(HoldZero):
@@ -37,7 +37,7 @@ class Hold(HoldZero):
             if any(self._is_cut(module, name) for name in self.zeros):
                 return
             if not self.places and not compiling:
-                self.places = [_PlaceInCopy(module, name, self.shapes[name], of) for name, of in self.zeros.items()]
+                self.places = [_HeldInCopy(module, name, self.shapes[name], of) for name, of in self.zeros.items()]
                 self.held.places += self.places
         super().__call__(module, _args)
 
@@ -93,7 +93,7 @@ class HoldInside:
                 module._forward_pre_hooks.pop(key, None)
 
 
-class _PlaceInCopy(Place):
+class _HeldInCopy(HeldParameter):
     """A place that is empty once its parameter is cut."""
 
     __slots__ = ("shape",)
@@ -118,4 +118,4 @@ class _PlaceInCopy(Place):
         return found if found is None or found.shape == self.shape else None
 
 
-_CLEAN: Any = vars(Place)["clean"]
+_CLEAN: Any = vars(HeldParameter)["clean"]

@@ -35,7 +35,7 @@ class Zeros:
         return tensor.index_fill(self.dim, self.entries.to(tensor.device), 0)
 
 
-class Place:
+class HeldParameter:
     """One parameter of one module, and what of it is held at zero."""
 
     __slots__ = ("captured", "clean", "masks", "module", "name", "zeros")
@@ -65,7 +65,7 @@ class HoldZero:
     def __init__(self, zeros: dict[str, list[Zeros]], held: Held) -> None:
         self.zeros = zeros
         self.held = held
-        self.places: list[Place] = []
+        self.places: list[HeldParameter] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HoldZero, (self.zeros, self.held)
@@ -104,7 +104,7 @@ class Held:
     """What is held at zero in one model, together; a copy of the model gets its own as its modules run."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
+        self.places: list[HeldParameter] = []
         self._vectors: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._backward = (-1, False)  # the last one; whether gradients are cleared after it
 
@@ -125,7 +125,7 @@ class Held:
     def join(self, hold: HoldZero, module: nn.Module) -> None:
         """Let a module's parameters be cleared with the others."""
         if not hold.places:
-            hold.places = [Place(module, name, zeros) for name, zeros in hold.zeros.items()]
+            hold.places = [HeldParameter(module, name, zeros) for name, zeros in hold.zeros.items()]
             self.places += hold.places
 
     def leave(self, holds: Iterable[HoldZero]) -> None:
@@ -203,7 +203,7 @@ class Held:
         self._backward = (_running(), deferred)
         return deferred
 
-    def _zero_(self, items: Sequence[tuple[Place, Tensor]], mark: bool = False) -> None:
+    def _zero_(self, items: Sequence[tuple[HeldParameter, Tensor]], mark: bool = False) -> None:
         tensors = [tensor for _, tensor in items]
         masks = [self._masks(place, tensor) for place, tensor in items]
         if len({id(tensor) for tensor in tensors}) == len(tensors) == sum(map(len, masks)):
@@ -218,7 +218,7 @@ class Held:
             pairs = [(tensor, several[k]) for tensor, several in merged.values() if len(several) > k]
             zero_([tensor for tensor, _ in pairs], [mask for _, mask in pairs], mark and k == 0)
 
-    def _masks(self, place: Place, like: Tensor) -> list[Tensor]:
+    def _masks(self, place: HeldParameter, like: Tensor) -> list[Tensor]:
         """1 where a tensor like the parameter trains, 0 where it is held; they broadcast to it."""
         masks = place.masks
         if not masks or masks[0].dtype is not INTEGERS[like.dtype] or masks[0].device != like.device:

@@ -240,7 +240,7 @@ def compare(
 
 
 def _limit(model: Side, small: Side, used: torch.dtype) -> float:
-    """What passes; weights that pruning multiplied (`model_state.cutting.rescale_`) are rounded to their type."""
+    """What passes; weights that pruning multiplied (`model_state.cutting.rescale_means_`) are rounded to their type."""
     own = [used]
     for side in (model, small):
         if is_rescaled(side.model) and not side.precise:

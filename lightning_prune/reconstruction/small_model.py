@@ -15,7 +15,7 @@ from lightning_prune.errors import NotReconstructedWarning, ReconstructionError
 from lightning_prune.graph import ChannelGraph
 from lightning_prune.graph.entry_points import EntryPoint, entry_points
 from lightning_prune.model_state.cut_history import history_of, remember_history_
-from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_, resize_
+from lightning_prune.model_state.cutting import Cut, Undo, cut_, remember_dense_, rescale_means_, resize_
 from lightning_prune.model_state.memory import NewMemory
 from lightning_prune.model_state.optimizer_state import change_state_, unwrap
 from lightning_prune.model_state.preservation import (
@@ -216,7 +216,7 @@ def _attempt(
         history = history_of(model)
         cut_(model, found, optimizers)
         resize_(model, graph.new_sizes(removed))
-        precise = rescale_(model, graph.rescalings(removed), optimizers)
+        precise = rescale_means_(model, graph.mean_rescalings(removed), optimizers)
         lossless = plan.lossless and not _lossy(graph, plan)
         report = None if masked is None else rehearse(masked, model, entries, lossless=lossless, precise=precise)
         copy = awake_copy(masked, entries[0]) if masked is not None and lossless and not awake else None

@@ -87,7 +87,7 @@ class OrderTiming:
 
 
 @dataclass(frozen=True)
-class LayerChannels:
+class KeptChannels:
     """Channels of one layer in the dense and in the reconstructed model, and the group it belongs to.
 
     Attributes:
@@ -163,7 +163,7 @@ class PruneReport:
     settings: dict[str, Any] = field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     timings: tuple[OrderTiming, ...] = ()
-    layers: tuple[LayerChannels, ...] = ()
+    layers: tuple[KeptChannels, ...] = ()
     losslessness: LosslessReport | None = None
     notes: tuple[str, ...] = ()
     convention: str = "flops2"

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from lightning_prune.errors import PruningError
 from lightning_prune.files import atomic
-from lightning_prune.report.data import DENSE, LayerChannels, OrderTiming
+from lightning_prune.report.data import DENSE, KeptChannels, OrderTiming
 from lightning_prune.report.summary import capitalized
 from lightning_prune.report.table import shorten
 
@@ -71,7 +71,7 @@ def styled(theme: Theme) -> Iterator[Palette]:
         yield palette
 
 
-def channels_figure(layers: Sequence[LayerChannels], theme: Theme = "light") -> Figure:
+def channels_figure(layers: Sequence[KeptChannels], theme: Theme = "light") -> Figure:
     """Draw a bar per layer, from top to bottom: the outline is the dense layer, the filled part what was kept."""
     if not layers:
         raise PruningError("the report names no layers, so there are no channels to draw")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_prune.graph.describe import ranges, renumbered, runs
-from lightning_prune.report.data import LayerChannels
+from lightning_prune.report.data import KeptChannels
 from lightning_prune.report.figures import bands
 
 APART = 64  # channels of a layer whose cells have room for a gap
@@ -23,7 +23,7 @@ class Strip:
         band: whether it lies on grey, as every second stage of the network does.
     """
 
-    layer: LayerChannels
+    layer: KeptChannels
     path: str
     band: bool
 
@@ -55,13 +55,13 @@ class Strip:
         return ranges(gone, 8 * len(gone) + 8)
 
 
-def strips(layers: Sequence[LayerChannels]) -> list[Strip]:
+def strips(layers: Sequence[KeptChannels]) -> list[Strip]:
     """A strip per layer, in the order of the network."""
     grey = {row for first, last in bands([one.layer for one in layers])[1::2] for row in range(first, last + 1)}
     return [Strip(layer, _path(layer), row in grey) for row, layer in enumerate(layers)]
 
 
-def _path(layer: LayerChannels) -> str:
+def _path(layer: KeptChannels) -> str:
     keep = layer.keep or range(layer.kept)  # how many, if not which
     if layer.dense <= APART and layer.keep:
         return "".join(f"M{number + 0.08:g} 0h.84v1h-.84z" for number in keep)

@@ -11,7 +11,7 @@ from lightning_prune.criteria.scores import Scores
 from lightning_prune.errors import PruningError
 from lightning_prune.graph import ChannelGraph, Group, Layer
 from lightning_prune.plan import Plan, filters_masked
-from lightning_prune.report.data import RECONSTRUCTED, LayerChannels, PruneReport
+from lightning_prune.report.data import RECONSTRUCTED, KeptChannels, PruneReport
 from lightning_prune.report.figures import figure_of_rows, styled
 from lightning_prune.report.summary import stages_table
 from lightning_prune.report.table import MISSING, Column, Table
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tuple[LayerChannels, ...]:
+def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tuple[KeptChannels, ...]:
     """Filters of every layer of the dense model and with the plan, in the order of the model's parameters."""
     place = {tensor: number for number, tensor in enumerate(graph.shapes)}
     layers: dict[str, Layer] = {}
@@ -38,9 +38,9 @@ def layer_channels(graph: ChannelGraph, plan: Plan, *, prefix: str = "") -> tupl
     )
 
 
-def _layer_channels(layer: Layer, name: str, gone: set[int], groups: str) -> LayerChannels:
+def _layer_channels(layer: Layer, name: str, gone: set[int], groups: str) -> KeptChannels:
     keep = tuple(number for number in range(layer.filters) if number not in gone)
-    return LayerChannels(name, layer.filters, len(keep), groups, keep)
+    return KeptChannels(name, layer.filters, len(keep), groups, keep)
 
 
 def share_removed(graph: ChannelGraph, plan: Plan) -> float:
@@ -49,7 +49,7 @@ def share_removed(graph: ChannelGraph, plan: Plan) -> float:
     return gone / total if total else 0.0
 
 
-def channels_table(layers: Sequence[LayerChannels]) -> Table:
+def channels_table(layers: Sequence[KeptChannels]) -> Table:
     """A row per layer."""
     rows = ((layer.layer, layer.group, layer.dense, layer.kept, layer.kept / max(layer.dense, 1)) for layer in layers)
     return Table.of(("layer", "group", "dense", "kept", "share kept"), rows)

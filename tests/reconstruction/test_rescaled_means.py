@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_prune as lp
 from lightning_prune.errors import ReconstructionError
-from lightning_prune.model_state.cutting import Rescaling, Undo, changed_sizes, rescale_
+from lightning_prune.model_state.cutting import MeanRescaling, Undo, changed_sizes, rescale_means_
 from lightning_prune.reconstruction.lossless import check_lossless
 from lightning_prune.schedule import Rounds
 from tests.graph.norms_over_channels import Grn, Rms
@@ -86,7 +86,7 @@ def test_gradients_and_moments_are_those_of_the_larger_weight() -> None:
     state = optimizer.state[model[0].weight]
     before = [model[0].weight.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]]
     undo = Undo(model, [optimizer])
-    rescale_(model, [Rescaling("0", "variance_epsilon", 4.0, "0.weight", 2.0, 0.0)], [optimizer])
+    rescale_means_(model, [MeanRescaling("0", "variance_epsilon", 4.0, "0.weight", 2.0, 0.0)], [optimizer])
     after = [model[0].weight.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]]
     for one, other, factor in zip(before, after, (0.5, 0.5, 0.25, 1.0), strict=True):
         assert torch.equal(one * factor, other)

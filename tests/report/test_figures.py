@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from lightning_prune.errors import PruningError
-from lightning_prune.report import EpochRecord, LayerChannels, OrderTiming
+from lightning_prune.report import EpochRecord, KeptChannels, OrderTiming
 from lightning_prune.report.figures import (
     PALETTES,
     accuracy_time_figure,
@@ -24,13 +24,13 @@ from lightning_prune.report.figures import (
 
 
 def resnet50():
-    layers = [LayerChannels("conv1", 64, 60)]
+    layers = [KeptChannels("conv1", 64, 60)]
     for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), 1):
         for block in range(blocks):
             names = {"conv1": width, "conv2": width, "conv3": 4 * width}
             names |= {"downsample.0": 4 * width} if block == 0 else {}
             layers += [
-                LayerChannels(f"layer{stage}.{block}.{name}", dense, dense // (1 + (block + i) % 4))
+                KeptChannels(f"layer{stage}.{block}.{name}", dense, dense // (1 + (block + i) % 4))
                 for i, (name, dense) in enumerate(names.items())
             ]
     return tuple(layers)
@@ -75,7 +75,7 @@ def test_bars_are_as_long_as_the_layers_have_channels():
 
 
 def test_counts_stand_at_their_bars():
-    (axes,) = channels_figure([LayerChannels("a", 64, 31), LayerChannels("b", 8, 8)]).axes
+    (axes,) = channels_figure([KeptChannels("a", 64, 31), KeptChannels("b", 8, 8)]).axes
     found = {text.get_text(): text.xy for text in axes.texts}
     assert found["31 of 64"] == (64, 0)
     assert found["all 8"] == (8, 1)
@@ -95,7 +95,7 @@ def test_no_label_of_the_channels_covers_another(rows):
 
 def test_long_names_keep_their_end_and_stay_on_the_paper():
     name = "backbone.features.denseblock4.denselayer24.conv1"
-    figure = channels_figure([LayerChannels(name, 2048, 1024)])
+    figure = channels_figure([KeptChannels(name, 2048, 1024)])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["…" + name[-33:]]
     assert all(box.x0 >= 0 for box in boxes(figure, all_texts(figure)))
 

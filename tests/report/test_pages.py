@@ -12,7 +12,7 @@ import torch
 from lightning_prune.graph import ChannelGraph, trace
 from lightning_prune.graph.groups import Group, Layer, Slice
 from lightning_prune.reconstruction import LosslessReport
-from lightning_prune.report import EpochRecord, LayerChannels, OrderTiming, PruneReport, StageResult
+from lightning_prune.report import EpochRecord, KeptChannels, OrderTiming, PruneReport, StageResult
 from lightning_prune.report.graph_picture import graph_html
 from lightning_prune.report.html import html_page
 from tests.browsing import FAINT, FOCUS, WIDTHS, opened, press, scrolls_sideways, seconds
@@ -24,7 +24,7 @@ def some_report(count: int) -> PruneReport:
     sizes = [64 * (1 + number * 8 // count) for number in range(count)]
     kept = [tuple(sorted(chance.sample(range(size), size if n == 2 else size // 2))) for n, size in enumerate(sizes)]
     layers = (
-        LayerChannels(f"layer{n // 50}.{n % 50}.conv", size, len(keep), f"group{n}", keep)
+        KeptChannels(f"layer{n // 50}.{n % 50}.conv", size, len(keep), f"group{n}", keep)
         for n, (size, keep) in enumerate(zip(sizes, kept, strict=True))
     )
     flops = {"macs": 5e8, "flops2": 1e9}

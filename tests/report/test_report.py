@@ -16,7 +16,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.reconstruction import LosslessReport
 from lightning_prune.report import (
     EpochRecord,
-    LayerChannels,
+    KeptChannels,
     OrderTiming,
     Predictions,
     PruneReport,
@@ -51,7 +51,7 @@ def report():
             OrderTiming("A", epochs(24.0, (0.9, 0.96, 0.97))),
             OrderTiming("B", epochs(10.0, (0.91, None, 0.975))),
         ),
-        (LayerChannels("conv1", 64, 32, "conv1"), LayerChannels("layer1.0.conv1", 64, 64)),
+        (KeptChannels("conv1", 64, 32, "conv1"), KeptChannels("layer1.0.conv1", 64, 64)),
         LosslessReport(4.4e-16, 3.1e-15, "float64", 1e-10, 1),
         ("a note | with a pipe & <i>tags</i>",),
         changed_predictions=(0, 360),
@@ -231,7 +231,7 @@ def test_failing_to_write_leaves_the_old_file(report, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
-    changed = dataclasses.replace(report, timings=(), layers=(LayerChannels("x", 4, 2),))
+    changed = dataclasses.replace(report, timings=(), layers=(KeptChannels("x", 4, 2),))
     monkeypatch.setattr("lightning_prune.report.html.html_page", lambda report: "page")
     with pytest.raises(PruningError, match="disk full"):
         write_report(changed, tmp_path)
@@ -288,7 +288,7 @@ def test_unit_fits_the_size_of_the_model(params, unit, shown):
     ("build", "message"),
     [
         (lambda: OrderTiming("C"), "'A' or 'B'"),
-        (lambda: LayerChannels("conv", 4, 5), "cannot have kept 5 of 4"),
+        (lambda: KeptChannels("conv", 4, 5), "cannot have kept 5 of 4"),
         (
             lambda: PruneReport("t", stages=(StageResult("a"), StageResult("a"))),
             "every stage can be reported once",

@@ -14,7 +14,7 @@ from lightning_prune.graph.describe import renumbered
 from lightning_prune.graph.groups import Group, Layer
 from lightning_prune.plan import GroupPlan, Plan
 from lightning_prune.reconstruction import ChannelMap
-from lightning_prune.report import LayerChannels, PruneReport
+from lightning_prune.report import KeptChannels, PruneReport
 from lightning_prune.report.html import html_page
 from lightning_prune.report.strips import strips
 from lightning_prune.report.tracking import layer_channels
@@ -31,7 +31,7 @@ def cells(path: str) -> list[int]:
 @pytest.mark.parametrize("dense", [6, 64, 65, 200])
 def test_a_cell_lies_where_its_channel_was(dense: int) -> None:
     keep = tuple(sorted({0, 1, 2, 5, dense - 1}))
-    (strip,) = strips([LayerChannels("conv", dense, len(keep), keep=keep)])
+    (strip,) = strips([KeptChannels("conv", dense, len(keep), keep=keep)])
     assert cells(strip.path) == list(keep)
     assert strip.count == f"{len(keep)} of {dense}"
     if dense == 200:
@@ -41,7 +41,7 @@ def test_a_cell_lies_where_its_channel_was(dense: int) -> None:
 
 
 def test_a_layer_that_keeps_all_or_whose_numbers_are_unknown_opens_nothing() -> None:
-    whole, counted = strips([LayerChannels("a", 4, 4, keep=(0, 1, 2, 3)), LayerChannels("b", 4, 2)])
+    whole, counted = strips([KeptChannels("a", 4, 4, keep=(0, 1, 2, 3)), KeptChannels("b", 4, 2)])
     assert (whole.count, whole.moved, cells(whole.path)) == ("all 4", "", [0, 1, 2, 3])
     assert (counted.count, counted.moved, cells(counted.path)) == ("2 of 4", "", [0, 1])
     page = html_page(PruneReport("t", layers=(whole.layer, counted.layer)))
@@ -69,10 +69,10 @@ def test_a_layer_of_several_groups_is_one_row() -> None:
 
     graph = ChannelGraph((half(0), half(4)), {"conv.weight": (8, 3, 1, 1)})
     plan = Plan({"conv[0]": GroupPlan(4, (0, 1)), "conv[4]": GroupPlan(4, (1, 3))})
-    assert layer_channels(graph, plan) == (LayerChannels("conv", 8, 4, "conv[0], conv[4]", (0, 1, 5, 7)),)
+    assert layer_channels(graph, plan) == (KeptChannels("conv", 8, 4, "conv[0], conv[4]", (0, 1, 5, 7)),)
 
 
 @pytest.mark.parametrize("keep", [(0, 0), (1, 0), (0, 4), (0,), (-1, 0)])
 def test_impossible_channels_are_refused(keep: tuple[int, ...]) -> None:
     with pytest.raises(PruningError, match="not 2 ascending numbers below 4"):
-        LayerChannels("conv", 4, 2, keep=keep)
+        KeptChannels("conv", 4, 2, keep=keep)

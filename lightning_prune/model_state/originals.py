@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     data: Tensor
 
 
-class Journal:
+class Originals:
     """Values of a model's tensors, each saved before the first write to it (copy on write), and its attributes."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,15 +82,15 @@ class WritesUndone(EagerMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._journal = Journal(model)
+        self._originals = Originals(model)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._journal.note(func, args, kwargs or {})
+        self._originals.note(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._journal.restore()
+        self._originals.restore()
 
 
 def same_place(tensor: Tensor, other: Tensor) -> bool:
