@@ -122,21 +122,21 @@ def _build(model: nn.Module, path: str) -> list[torch.Size]:
 
 
 def settle(
-    model: nn.Module, ran: Sequence[Ran], proposal: Callable[[Decisions], Proposal]
+    model: nn.Module, ran: Sequence[Ran], propose: Callable[[Decisions], Proposal]
 ) -> tuple[ChannelGraph, frozenset[str], list[EntryPoint]]:
     """The graph whose channels can be removed without the model's code breaking; types whose layout had to stay.
 
     And if any failed at another size than the traced one, the forward at that size.
-    ``proposal`` returns the same object if decisions come to the same.
+    ``propose`` returns the same object if decisions come to the same.
     """
     decisions = Decisions()
     runs = TrialRuns(model, ran)
-    current = proposal(decisions)
+    current = propose(decisions)
     while current.graph.prunable_groups and (failure := _failing(runs, current)):
         before = current
         while current is before:  # some choices come to the same
             _decide(decisions, current, failure, model)
-            current = proposal(decisions)
+            current = propose(decisions)
     stuck = {kind for kind, choice in decisions.choices.items() if choice >= Choice.INPUTS}
     return _with_unread(runs, current).graph, frozenset(stuck), runs.other_sizes if decisions.differs else []
 

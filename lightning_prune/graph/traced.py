@@ -41,7 +41,7 @@ class Traced:
     statistics: bool
     _last: tuple[Any, Proposal] | None = field(init=False, default=None)
 
-    def proposal(self, decisions: Decisions) -> Proposal:
+    def propose(self, decisions: Decisions) -> Proposal:
         """The graph under given decisions."""
         widths, pairs = self.widths.followed(decisions.choices)
         modules = dict(self.model.named_modules())

@@ -226,7 +226,7 @@ class _Tracer:
             statistics=self.statistics,
         )
         with by_operators():
-            return settle(model, ran, traced.proposal)
+            return settle(model, ran, traced.propose)
 
     def _failure(self, entry: EntryPoint, error: Exception, module: str) -> str:
         place = f" in module {module!r}" if module else ""
