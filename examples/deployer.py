@@ -11,7 +11,7 @@ import torchvision
 from torch.nn.functional import cross_entropy
 
 import lightning_prune as lp
-from lightning_prune.report import LayerChannels, PruneReport, StageResult, print_report
+from lightning_prune.report import KeptChannels, PruneReport, StageResult, print_report
 from lightning_prune.report.graph_picture import graph_html
 from lightning_prune.report.html import write_report
 
@@ -69,7 +69,7 @@ def main() -> None:
         "Two fifths of the parameters",
         {"criterion": "FPGM", "budget": str(budget)},
         (stage("dense", result.before), stage("reconstructed", result.after)),
-        layers=tuple(LayerChannels(name, side.size, len(side.keep), keep=side.keep) for name, side in sides),
+        layers=tuple(KeptChannels(name, side.size, len(side.keep), keep=side.keep) for name, side in sides),
         losslessness=result.lossless,
     )
     print_report(report)

@@ -260,7 +260,8 @@ def criterion_from(criterion: Criterion | str) -> Criterion:
     """
     if isinstance(criterion, Criterion):
         return criterion
-    known = {cls.__name__.lower(): cls for cls in _leaves(Criterion)}  # type: ignore[type-abstract]
+    leaves = reversed(_leaves(Criterion))  # type: ignore[type-abstract]
+    known = {cls.__name__.lower(): cls for cls in leaves}  # the first of a name: one's own takes none of ours
     name = criterion.lower().replace("_", "") if isinstance(criterion, str) else None
     if name not in known:
         names = sorted(_snake(cls.__name__) for cls in known.values())

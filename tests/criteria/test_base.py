@@ -132,6 +132,13 @@ def test_a_criterion_takes_one_class_and_no_registration():
     torch.testing.assert_close(score(case.model, case.graph, Largest())["grouped"], expected.detach())
 
 
+def test_a_class_of_ones_own_takes_no_name_of_ours():
+    class L1(criteria.L1):
+        """Of a user, who says "l1" elsewhere."""
+
+    assert type(criterion_from("l1")) is criteria.L1 is not L1
+
+
 def test_nan_weights_are_refused_with_the_layer():
     case = conv_case()
     case.model.conv2.weight.data[1, 0, 0, 0] = torch.nan
