@@ -173,7 +173,7 @@ def _check_other_masks(trainer: Trainer, when: When) -> None:
     """Refuse Lightning's own ModelPruning where its masks, of the dense shapes, would meet the smaller model."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     others = [place for place, one in enumerate(callbacks) if "ModelPruning" in {t.__name__ for t in type(one).__mro__}]
-    ours = next(place for place, one in enumerate(callbacks) if prunes([one]))
+    ours = next((place for place, one in enumerate(callbacks) if prunes([one])), -1)
     if any(when != "after" or place > ours for place in others):
         raise CallbackError(
             "ModelPruning puts masks of torch.nn.utils.prune on tensors of the dense model until training ends: they "
