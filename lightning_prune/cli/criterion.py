@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_prune.cli.named_objects import find_object
+from lightning_prune.cli.named_objects import find_object, is_path
 from lightning_prune.criteria import Criterion, criterion_from
 from lightning_prune.errors import PruningError, ScoreError, first_line
 
@@ -13,7 +13,7 @@ def criterion_of(word: str) -> Criterion:
     Raises:
         PruningError: nothing has that name, or it is no criterion.
     """
-    if "." not in word and ":" not in word:
+    if not is_path(word):
         return criterion_from(word)
     found = find_object(word, "criterion")
     if isinstance(found, Criterion):

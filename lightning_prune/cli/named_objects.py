@@ -15,6 +15,11 @@ from lightning_prune.errors import ModelError, did_you_mean, first_line
 _FORMS = "package.module:name, package.module.name or path/to/file.py:name"
 
 
+def is_path(word: str) -> bool:
+    """Whether a word names an object, and not something of the package by its short name."""
+    return "." in word or ":" in word
+
+
 def find_object(path: str, what: Literal["model", "criterion"] = "model") -> Any:
     """The object that a path names, to build ``what`` is asked for.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from lightning_prune.cli.named_objects import is_path
 from lightning_prune.errors import did_you_mean
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 def criterion(word: str) -> str:
     """A name of a criterion, in any case; or the path of one of the user's own, which is looked for later."""
-    if "." in word or ":" in word:
+    if is_path(word):
         return word
     if word.lower().replace("_", "") not in {name.replace("_", "") for name in CRITERIA}:
         hint = did_you_mean(word.lower(), CRITERIA)

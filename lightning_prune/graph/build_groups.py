@@ -75,13 +75,9 @@ def build_groups(classes: Classes) -> dict[Group, Tensor]:
         weights.setdefault(group.name, set()).add(group.layers[0].weight)
     named = [(_by_weight(group) if len(weights[group.name]) > 1 else group, roots) for group, roots in named]
     for telling in (_by_filters, _by_dimension):
-        names = _names(named)
+        names = Counter(group.name for group, _ in named)
         named = [(telling(group) if names[group.name] > 1 else group, roots) for group, roots in named]
     return dict(named)
-
-
-def _names(named: Sequence[tuple[Group, Tensor]]) -> Counter[str]:
-    return Counter(group.name for group, _ in named)
 
 
 def _by_weight(group: Group) -> Group:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.errors import OptimizerError
 
@@ -68,8 +68,8 @@ def check_attributes(optimizers: Iterable[Optimizer]) -> None:
         for name, value in vars(optimizer).items():
             if name in ("param_groups", "state", "defaults"):
                 continue
-            kept = (one for one in _tensors(value) if not any(one is parameter for parameter in parameters))
-            found = next((one for one in kept if one.shape in shapes), None)
+            kept = (one for one in tree_leaves(value) if isinstance(one, Tensor) and one.shape in shapes)
+            found = next((one for one in kept if not any(one is parameter for parameter in parameters)), None)
             if found is not None:
                 raise OptimizerError(
                     f"{type(optimizer).__name__} keeps a tensor of shape {list(found.shape)} in its attribute "
@@ -83,15 +83,6 @@ def _probe(optimizer: Optimizer) -> nn.Parameter:
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     largest = max(shapes, key=torch.Size.numel, default=torch.Size([3, 2]))
     return nn.Parameter(torch.ones([min(size, 128) for size in largest]))
-
-
-def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Those in containers, not those of other objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner, depth - 1)
 
 
 def check_state(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
