@@ -74,6 +74,12 @@ METHODS: dict[str, dict[str, Method]] = {
         "TP BN scale, sparse learning": _peer("bn_scale", sparse_epochs=SPARSE),
         "TP Taylor, distilled": _peer("taylor", distilled=True),
         "TP GroupNorm, sparse learning, distilled": _peer("group_sl", sparse_epochs=SPARSE, distilled=True),
+        "TP GroupNorm, alike": _peer("group_norm", uniform=True),
+        "TP Taylor, alike": _peer("taylor", uniform=True),
+        "TP Taylor, alike, distilled": _peer("taylor", uniform=True, distilled=True),
+        "TP GroupNorm, alike, sparse learning, distilled": _peer(
+            "group_sl", uniform=True, sparse_epochs=SPARSE, distilled=True
+        ),
     },
     "parts": {
         f"{PART}, batch norm": _ours(PART, repair="batch norm"),

@@ -20,6 +20,7 @@ from lightning_prune.model_state.copying import copied
 from lightning_prune.plan import GroupPlan
 
 CLOSE = 0.004  # of the dense MACs: how far under the target every layer alike may end
+PEER_CLOSE = 0.005  # of the dense MACs: how far above it the peer may, whose layers all lose a channel in one step
 PEER_STEPS, PEER_BATCHES = 400, 10  # as the peer's own benchmark has them
 
 
@@ -31,7 +32,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -> nn.Module:
     """A network of at most so many MACs; the model is left as it is."""
     if method.library == "Torch-Pruning":
-        return by_peer(model, method.criterion, macs, batches)
+        return by_peer(model, method, macs, batches)
     whole = count_flops(model, batches[0][0][:1])
     if macs >= whole:
         return model
@@ -109,14 +110,15 @@ def _smallest(cost: Callable[[float], float], share: float) -> float:
     return high
 
 
-def by_peer(model: nn.Module, criterion: str, macs: float, batches: list[Batch]) -> nn.Module:
+def by_peer(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -> nn.Module:
     """Torch-Pruning's steps until the MACs are reached, as its own benchmark takes them."""
     small, inputs = copied(model), batches[0][0][:1]
-    pruner = peer_pruner(small, criterion, inputs)
+    reached = macs + PEER_CLOSE * count_flops(small, inputs) * method.uniform
+    pruner = peer_pruner(small, method, inputs)
     for _ in range(PEER_STEPS):
-        if count_flops(small, inputs) <= macs:
+        if count_flops(small, inputs) <= reached:
             break
-        if criterion == "taylor":
+        if method.criterion == "taylor":
             small.zero_grad()
             for batch in batches[:PEER_BATCHES]:
                 loss_of(small.eval(), batch).backward()
@@ -125,10 +127,11 @@ def by_peer(model: nn.Module, criterion: str, macs: float, batches: list[Batch])
     return small
 
 
-def peer_pruner(model: nn.Module, criterion: str, inputs: Tensor) -> Any:
+def peer_pruner(model: nn.Module, method: Method, inputs: Tensor) -> Any:
     """A pruner of Torch-Pruning, with the settings of its own benchmark on CIFAR-10."""
     import torch_pruning as tp
 
+    criterion = method.criterion
     magnitude = tp.importance.GroupMagnitudeImportance
     importance = {
         "l1": lambda: tp.importance.MagnitudeImportance(p=1),
@@ -143,8 +146,9 @@ def peer_pruner(model: nn.Module, criterion: str, inputs: Tensor) -> Any:
     strength = {"group_sl": {"reg": 5e-4}, "bn_scale": {"reg": 1e-5}}.get(criterion, {})
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     return kinds.get(criterion, tp.pruner.MagnitudePruner)(
-        model, inputs, importance=importance, global_pruning=True, pruning_ratio=1.0, iterative_steps=PEER_STEPS,
-        ignored_layers=last, in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={}, **strength,
+        model, inputs, importance=importance, global_pruning=not method.uniform, pruning_ratio=1.0,
+        iterative_steps=PEER_STEPS, ignored_layers=last, in_channel_groups={}, out_channel_groups={}, num_heads={},
+        channel_groups={}, **strength,
     )  # fmt: skip
 
 

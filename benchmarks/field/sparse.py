@@ -34,7 +34,7 @@ def regulariser(
         return None
     inputs = batches[0][0][:1]
     if method.library == "Torch-Pruning":
-        return peer_pruner(model, method.criterion, inputs).regularize
+        return peer_pruner(model, method, inputs).regularize
     graph = lp.trace(model, inputs)
     scores = lp.score(model, graph, criterion_of(method), batches=batches, loss=loss_of)
     selection = lp.Budget(flops=share, order="share" if method.uniform else "score")
