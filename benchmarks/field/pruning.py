@@ -30,7 +30,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def prune(model: nn.Module, method: Method, macs: float, batches: list[Batch]) -> nn.Module:
-    """A network of at most so many MACs; the model is left as it is."""
+    """A network of at most so many MACs, `PEER_CLOSE` more where the peer prunes alike; the model is left as it is."""
     if method.library == "Torch-Pruning":
         return by_peer(model, method, macs, batches)
     whole = count_flops(model, batches[0][0][:1])
