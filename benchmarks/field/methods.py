@@ -21,6 +21,7 @@ class Method:
         library: whose pruning; "none": the dense network, the control.
         criterion: what is scored, as the library names it.
         uniform: the same share of every layer goes; else the weakest over the network.
+        tolerant: of every layer so much goes that the network loses the same by that layer alone: its sensitivity.
         relative: scores are divided by their layer's mean before layers are compared.
         per_mac: of the network, those go whose score is lowest for the multiply-accumulates that they cost.
         sparse_epochs: of sparse learning before anything goes; they come on top of the fine-tuning.
@@ -33,6 +34,7 @@ class Method:
     library: Library
     criterion: str = ""
     uniform: bool = False
+    tolerant: bool = False
     relative: bool = False
     per_mac: bool = False
     sparse_epochs: int = 0
@@ -76,6 +78,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "TP GroupNorm, sparse learning, distilled": _peer("group_sl", sparse_epochs=SPARSE, distilled=True),
         "TP GroupNorm, alike": _peer("group_norm", uniform=True),
         "TP Taylor, alike": _peer("taylor", uniform=True),
+        "TP GroupNorm, alike, distilled": _peer("group_norm", uniform=True, distilled=True),
         "TP Taylor, alike, distilled": _peer("taylor", uniform=True, distilled=True),
         "TP GroupNorm, alike, sparse learning, distilled": _peer(
             "group_sl", uniform=True, sparse_epochs=SPARSE, distilled=True
@@ -102,6 +105,8 @@ METHODS: dict[str, dict[str, Method]] = {
         ),
         f"{PART}, alike, sparse learning, distilled": _ours(PART, uniform=True, sparse_epochs=SPARSE, distilled=True),
         f"{PART}, per MAC, 4 rounds, distilled": _ours(PART, per_mac=True, rounds=4, distilled=True),
+        "l2, alike, distilled": _ours("l2", uniform=True, distilled=True),
+        "l2, same tolerance, distilled": _ours("l2", tolerant=True, distilled=True),
         "thinet, distilled": _ours("thinet", distilled=True),
         f"{PART}, alike, {STEPS} steps": _ours(PART, uniform=True, steps=STEPS),
         f"{PART}, alike, {STEPS} steps, least squares, distilled": _ours(

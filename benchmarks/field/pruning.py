@@ -21,6 +21,7 @@ from lightning_prune.plan import GroupPlan
 
 CLOSE = 0.004  # of the dense MACs: how far under the target every layer alike may end
 PEER_CLOSE = 0.005  # of the dense MACs: how far above it the peer may, whose layers all lose a channel in one step
+SENSITIVITY_BATCHES = 4
 PEER_STEPS, PEER_BATCHES = 400, 10  # as the peer's own benchmark has them
 
 
@@ -57,6 +58,8 @@ def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch])
             compensate=_compensation(method.repair, batches),
         ).model  # fmt: skip
 
+    if method.tolerant:
+        return repaired(small(_same_tolerance(model, graph, scores, batches, share)), method.repair, batches)
     if not method.uniform:
         return repaired(small(lp.Budget(flops=share)), method.repair, batches)
 
@@ -65,6 +68,20 @@ def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch])
         return count_flops(lp.reconstruct(model, graph, plan), inputs) / whole
 
     return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
+
+
+def _same_tolerance(
+    model: nn.Module, graph: lp.ChannelGraph, scores: Scores, batches: list[Batch], share: float
+) -> lp.LayerRatio:
+    """Ratios by which every group alone costs about the same loss."""
+
+    def loss(masked: nn.Module) -> float:
+        return float(sum(loss_of(masked, batch) for batch in batches[:SENSITIVITY_BATCHES]))
+
+    found = lp.sensitivity.measure_sensitivity(
+        model, graph, scores, loss, ratios=[step / 8 for step in range(1, 8)], mode="min", metric="loss"
+    )
+    return lp.sensitivity.within_budget(found, model, graph, scores, batches[0][0][:1], flops=share).selection
 
 
 def criterion_of(method: Method) -> Criterion:
