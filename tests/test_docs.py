@@ -25,6 +25,7 @@ import lightning_prune as lp
 from lightning_prune import schedule
 from lightning_prune.callbacks import PruneCallback
 from lightning_prune.cli import COMMANDS, main
+from lightning_prune.cli.recipes import recipe_paths
 from lightning_prune.cli.training import build_task
 from lightning_prune.measure import LatencyTable
 from lightning_prune.plan import Plan
@@ -153,12 +154,15 @@ def understood(words: list[str]) -> bool:
 
 
 def write_checkpoints(words: list[str]) -> None:
-    """Of the dense model, under every name that a command line has for a checkpoint; a latency table, a plan."""
+    """Of the dense model, under every name that a command line has for a checkpoint; a table, a plan, chosen ratios."""
     for before, word in itertools.pairwise(words):
         if before == "--latency-table":
             LatencyTable({}, engine="onnxruntime").save(word)
         if before == "--plan":
             Plan({}).save(word)
+        if word.endswith("sensitivity/prune.yaml"):
+            Path(word).parent.mkdir(parents=True, exist_ok=True)
+            Path(word).write_text(recipe_paths()["prune/l1.yaml"].read_text("utf-8"), "utf-8")
     if words[0] == "channels":
         result = lp.prune(get_model("resnet18", weights=None), torch.zeros(1, 3, 32, 32))
         lp.save(words[1], result.model, result.plan)

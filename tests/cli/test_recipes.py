@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune as lp
 from lightning_prune.callbacks.loggers import FolderSink
+from lightning_prune.cli import main
 from lightning_prune.cli.recipes import describe, recipe_paths
 from lightning_prune.cli.training import run_lightning
 from lightning_prune.data import Scenes, write_voc
@@ -32,6 +33,7 @@ RECIPES = recipe_paths()
 TASKS = [name for name in RECIPES if name.startswith("task/")]
 CIFAR = [name for name in TASKS if "cifar10" in name]
 PRUNES = [name for name in RECIPES if name.startswith("prune/")]
+TAUGHT = "prune/taught.yaml"  # prunes nothing by itself
 BACKBONES = [name for name in PRUNES if name.startswith("prune/backbone")]
 # Rounds and epochs as published: what must be said about a fit of one epoch.
 SCHEDULES = {
@@ -42,7 +44,6 @@ EPOCHS = {
     "prune/fpgm_soft.yaml": 10,
     "prune/l1_gradual.yaml": 5,
     "prune/group_sparsity.yaml": 6,
-    "prune/best_sparse.yaml": 3,
 }
 TINY = [
     "--trainer.accelerator=cpu",
@@ -186,7 +187,7 @@ def test_the_data_of_a_cifar_recipe_are_accepted(name):
     assert isinstance(getattr(data, kind)(**content["init_args"]), LightningDataModule)
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNES if name not in BACKBONES])
+@pytest.mark.parametrize("name", [name for name in PRUNES if name not in [*BACKBONES, TAUGHT]])
 def test_a_prune_recipe_prunes_the_digits_task_or_says_what_its_schedule_needs(name):
     epochs = f"--trainer.max_epochs={EPOCHS.get(name, 1)}"
     argv = ["--config", "task/resnet18_digits.yaml", "--config", name, *TINY, *DIGITS, *THIN, epochs]
@@ -197,6 +198,18 @@ def test_a_prune_recipe_prunes_the_digits_task_or_says_what_its_schedule_needs(n
     cli = run_lightning("fit", argv)
     assert params(cli.model.model) < 0.85 * params(lp.models.cifar_thin.resnet20(num_classes=10))
     assert cli.trainer.callback_metrics["train_loss"].isfinite()
+
+
+def test_the_dense_model_teaches_what_a_sensitivity_has_chosen():
+    dense = lp.models.cifar_thin.resnet20(num_classes=10)
+    torch.save(dense.state_dict(), "dense.pt")
+    task = ["--config", "task/resnet18_digits.yaml", *DIGITS, *THIN]
+    measured = ["--criterion=l2", "--metric=loss", "--budget=flops=0.5", "--ratios=0.5,0.75", "--batches=1"]
+    assert main(["sensitivity", "dense.pt", *measured, "--out=found", *task]) == 0
+    cli = run_lightning("fit", [*task, "--config", TAUGHT, "--config=found/prune.yaml", "--weights=dense.pt", *TINY])
+    small, whole = (lp.measure.count_flops(model, torch.zeros(1, 3, 8, 8)) for model in (cli.model.model, dense))
+    assert small <= 0.5 * whole
+    assert cli.trainer.callback_metrics["distill_loss"].isfinite()
 
 
 @pytest.mark.parametrize("name", BACKBONES[:1] + [pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:]])
