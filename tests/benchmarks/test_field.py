@@ -189,3 +189,14 @@ def test_relative_scores_spare_no_layer_for_its_size(batches):
         kept = [of.out_channels / dense.out_channels for of, dense in pairs if isinstance(of, torch.nn.Conv2d)]
         shares.append(torch.tensor(kept))
     assert shares[1].std() < shares[0].std()
+
+
+def test_what_the_network_does_not_need_goes_first_under_the_same_tolerance(batches):
+    model, inputs = network().eval(), batches[0][0][:1]
+    torch.nn.init.zeros_(model.layer2[0].bn2.weight)  # the block adds nothing, whatever its first layer computes
+    wanted, kept = count_flops(model, inputs) * 0.7, []
+    for options in ({"uniform": True}, {"tolerant": True}):
+        small = prune(model, Method("lightning-prune", "l2", **options), wanted, batches)
+        assert count_flops(small, inputs) <= wanted
+        kept.append(small.layer2[0].conv1.out_channels)
+    assert kept[1] == 4 < kept[0]  # of 32, the least that was tried
