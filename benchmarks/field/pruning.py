@@ -21,7 +21,7 @@ from lightning_prune.plan import GroupPlan
 
 CLOSE = 0.004  # of the dense MACs: how far under the target every layer alike may end
 PEER_CLOSE = 0.005  # of the dense MACs: how far above it the peer may, whose layers all lose a channel in one step
-SENSITIVITY_BATCHES = 4
+SENSITIVITY_BATCHES = 4  # on which every masked network is evaluated
 PEER_STEPS, PEER_BATCHES = 400, 10  # as the peer's own benchmark has them
 
 
@@ -51,23 +51,30 @@ def _pruned(model: nn.Module, method: Method, macs: float, batches: list[Batch])
     if method.per_mac:
         costs = macs_of_a_channel(model, graph, inputs)
         scores = Scores({name: of / costs[name] for name, of in scores.items()}, scores.layers)
-
-    def small(selection: lp.LayerRatio | lp.Budget) -> nn.Module:
-        return lp.prune(
-            model, inputs, selection=selection, scores=scores, batches=batches, loss=loss_of,
-            compensate=_compensation(method.repair, batches),
-        ).model  # fmt: skip
-
     if method.tolerant:
-        return repaired(small(_same_tolerance(model, graph, scores, batches, share)), method.repair, batches)
-    if not method.uniform:
-        return repaired(small(lp.Budget(flops=share)), method.repair, batches)
+        selection = _same_tolerance(model, graph, scores, batches, share)
+    elif method.uniform:
+        selection = _every_layer_alike(model, graph, scores, inputs, share)
+    else:
+        selection = lp.Budget(flops=share)
+    small = lp.prune(
+        model, inputs, selection=selection, scores=scores, batches=batches, loss=loss_of,
+        compensate=_compensation(method.repair, batches),
+    ).model  # fmt: skip
+    return repaired(small, method.repair, batches)
+
+
+def _every_layer_alike(
+    model: nn.Module, graph: lp.ChannelGraph, scores: Scores, inputs: Tensor, share: float
+) -> lp.LayerRatio:
+    """The same ratio for all, as small as the MACs allow."""
+    whole = count_flops(model, inputs)
 
     def cost(ratio: float) -> float:
         plan = lp.LayerRatio(ratio).select(graph, scores)
         return count_flops(lp.reconstruct(model, graph, plan), inputs) / whole
 
-    return repaired(small(lp.LayerRatio(_smallest(cost, share))), method.repair, batches)
+    return lp.LayerRatio(_smallest(cost, share))
 
 
 def _same_tolerance(
